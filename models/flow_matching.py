@@ -1,0 +1,82 @@
+"""Flow matching and its sampler as pure functions: path, target, time grid, guidance, Euler.
+
+Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
+Nothing here knows a network, a device or a file.
+"""
+import torch
+
+from models.errors import FlowARError
+
+UNIFORM_STEPS = 50  # the one step count that the release integrates on a uniform grid
+CFG_SCHEDULES = ("linear", "constant")
+
+
+def interpolate(x, noise, t):
+    """x_t = (1 - t) x + t e. x, noise: B ...; t: (B,)."""
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    return (1 - t) * x + t * noise
+
+
+def velocity_target(x, noise):
+    """dx_t / dt = e - x."""
+    return noise - x
+
+
+def time_grid(num_steps):
+    """Times from 1 to 0 in float64, one more than there are Euler steps.
+
+    50 steps are uniform. Any other n puts floor(n/2) points on [1, 0.3] and floor(n/2) + 1 on [0.25, 0], which
+    makes 2 floor(n/2) steps: "25" is 24.
+    """
+    if num_steps < 2:
+        raise FlowARError(f"num_steps is {num_steps}: the time grid needs at least 2")
+    if num_steps == UNIFORM_STEPS:
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    half = num_steps // 2
+    early = torch.linspace(1, 0.3, half, dtype=torch.float64)
+    late = torch.linspace(0.25, 0, half + 1, dtype=torch.float64)
+    return torch.cat((early, late))
+
+
+def annealed_steps(num_steps, num_steps_last, num_scales):
+    """Steps of each scale, falling linearly from num_steps to num_steps_last (DiSA, arXiv 2505.20297)."""
+    if num_steps_last is None or num_scales == 1:
+        return [num_steps] * num_scales
+    last = num_scales - 1
+    return [int((num_steps - num_steps_last) * (last - k) / last + num_steps_last) for k in range(num_scales)]
+
+
+def guidance_scales(cfg, num_scales, schedule="linear"):
+    """Classifier-free guidance scale of each scale: a ramp from 1 to cfg, or cfg everywhere."""
+    if schedule not in CFG_SCHEDULES:
+        raise FlowARError(f"cfg_schedule is {schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}")
+    if not cfg >= 1:
+        raise FlowARError(f"cfg is {cfg}: expected 1 (no guidance) or more")
+    if schedule == "constant" or num_scales == 1:
+        return [float(cfg)] * num_scales
+    return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]
+
+
+def guided_velocity(network, z, z_null, weight, interval):
+    """A velocity(x, t) that applies classifier-free guidance where t <= interval, and only there.
+
+    network(x, t, z) -> velocity; z and z_null: the two branches' conditions, both used at the class branch's x.
+    With weight <= 1 or z_null None the class branch alone decides.
+    """
+
+    def velocity(x, t):
+        if z_null is None or weight <= 1 or t > interval:
+            return network(x, t, z)
+        v, v_null = network(torch.cat((x, x)), t, torch.cat((z, z_null))).chunk(2)
+        return v_null + weight * (v - v_null)
+
+    return velocity
+
+
+def euler(velocity, x, grid):
+    """Integrate dx/dt = velocity(x, t) along grid. The state is float64 whatever the network computes in."""
+    x = x.double()
+    times = grid.tolist()
+    for t, t_next in zip(times, times[1:]):
+        x = x + (t_next - t) * velocity(x, t).double()
+    return x

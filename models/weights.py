@@ -1,0 +1,56 @@
+"""Tensor files: read without running code from them, written whole or not at all."""
+import argparse
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from models.errors import FlowARError
+
+
+def read_file(path):
+    """Contents of a .safetensors or torch file on the CPU. Nothing but tensors and plain values is unpickled.
+
+    argparse.Namespace is let through: training checkpoints of the release carry their options as one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FlowARError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FlowARError(f"{path}: not a file of tensors ({first_line(error)})") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+        raise FlowARError(f"{path}: cannot be read, truncated or not a weights file ({first_line(error)})") from error
+
+
+def write_file(content, path):
+    """torch.save under a temporary name, then rename: a reader sees the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise FlowARError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def name_some(names, limit=5):
+    """'a, b, c and 7 more' for a message."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,176 @@
+"""Train a small KL autoencoder on an image folder and write a file that --vae_path takes.
+
+The loss is L1 + MSE reconstruction plus a weighted KL term; there is no adversarial or perceptual part, so this is
+for small images and demonstrations, not a replacement for KL-16. The latent scale and shift are measured at the end
+and stored in the file. A run that was killed goes on from its last snapshot (`<output>.training`).
+
+    python scripts/train_vae.py --data_path images --output vae.pth --img_size 32 --ch_mult 1,2,2 --embed_dim 4
+"""
+import argparse
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models import AutoencoderKL, FlowARError  # noqa: E402
+from models.vae import LatentScale, load_vae, save_vae  # noqa: E402
+from models.weights import read_file, write_file  # noqa: E402
+from util.data import Images, build_loader  # noqa: E402
+from util.distributed import PRECISIONS, autocast, run_main, select_device, set_precision  # noqa: E402
+from util.options import integer_list  # noqa: E402
+
+SNAPSHOT_STEPS = 200
+WARMUP_STEPS = 50
+STATISTICS_IMAGES = 2048
+PICTURES = 12
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_path", required=True, help="folder with train/ and val/, class folders of images")
+    parser.add_argument("--output", required=True, help="file to write; <output>.png shows reconstructions")
+    parser.add_argument("--img_size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--embed_dim", type=int, default=4, help="latent channels")
+    parser.add_argument("--ch", type=int, default=32, help="base width, a multiple of 32")
+    parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
+    parser.add_argument("--num_res_blocks", type=int, default=1, help="residual blocks a level")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (cosine to zero)")
+    parser.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, per latent element")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on CUDA, fp32 elsewhere")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    parser.add_argument("--num_workers", type=int, default=2, help="data loading processes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order, crops and posterior noise")
+    return parser.parse_args()
+
+
+def autoencoder_loss(vae, images, kl_weight, generator=None):
+    posterior = vae.encode(images)
+    decoded = vae.decode(posterior.sample(generator)).float()
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + kl_weight * kl
+
+
+def learning_rate(step, args):
+    return args.lr * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+def train(vae, args, device, precision):
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
+    snapshot = Path(f"{args.output}.training")
+    first = resume(vae, optimizer, snapshot, device)
+    data = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True)
+    loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
+                          pin_memory=device.type == "cuda")
+    if len(loader) == 0:
+        raise FlowARError(f"{args.data_path}/train: {len(data)} images are fewer than --batch_size {args.batch_size}")
+    progress = tqdm(batches(loader, first), initial=first, total=args.steps, desc="VAE", unit="step", mininterval=2)
+    for step, (images, _) in zip(range(first, args.steps), progress):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+        with autocast(device, precision):
+            loss = autoencoder_loss(vae, images.to(device, non_blocking=True), args.kl_weight, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % SNAPSHOT_STEPS == 0:
+            if not math.isfinite(loss.item()):
+                raise FlowARError(f"VAE loss is {loss.item()} at step {step}: lower --lr, or use --precision fp32")
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+            write_file({"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict()}, snapshot)
+
+
+def resume(vae, optimizer, snapshot, device):
+    """Load a snapshot if there is one; the number of steps done."""
+    if not snapshot.is_file():
+        return 0
+    content = read_file(snapshot)
+    try:
+        vae.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise FlowARError(f"{snapshot}: snapshot of another configuration; remove it to start again") from error
+    print(f"going on from {snapshot}, step {content['step']}")
+    return content["step"]
+
+
+def batches(loader, first):
+    """Batches from step `first` on, epoch after epoch (the skipped ones of a resumed epoch are loaded and dropped)."""
+    for epoch in itertools.count(first // len(loader)):
+        loader.sampler.set_epoch(epoch)
+        skip = first - epoch * len(loader)
+        yield from itertools.islice(loader, max(skip, 0), None)
+
+
+@torch.no_grad()
+def measure_latent_scale(vae, args, device):
+    """(1 / std, mean) of posterior samples of training images."""
+    data = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True)
+    order = np.random.default_rng(args.seed).permutation(len(data))[:STATISTICS_IMAGES]
+    generator = torch.Generator(device).manual_seed(args.seed)
+    samples = []
+    for chunk in np.array_split(order, max(1, len(order) // args.batch_size)):
+        images = torch.stack([data[(0, int(i))][0] for i in chunk]).to(device)
+        samples.append(vae.encode(images).sample(generator).cpu())
+    raw = torch.cat(samples)
+    return LatentScale(1 / raw.std().item(), raw.mean().item())
+
+
+@torch.no_grad()
+def evaluate(vae, args, device):
+    """Mean PSNR in dB over val/ (posterior means, uint8 range), and a picture: originals above reconstructions."""
+    data = Images(Path(args.data_path) / "val", args.img_size)
+    loader = build_loader(data, args.batch_size, num_workers=args.num_workers)
+    psnr, pictures = [], None
+    for images, _ in loader:
+        decoded = vae.decode(vae.encode(images.to(device)).mode()).clamp(-1, 1).cpu()
+        error = ((images - decoded) / 2).square().mean(dim=(1, 2, 3))
+        psnr.append(-10 * error.clamp_min(1e-10).log10())
+    chosen = [data[(0, int(i))][0] for i in np.linspace(0, len(data) - 1, PICTURES).astype(int)]
+    pictures = torch.stack(chosen)
+    decoded = vae.decode(vae.encode(pictures.to(device)).mode()).clamp(-1, 1).cpu()
+    save_image(torch.cat((pictures, decoded)), f"{args.output}.png", nrow=PICTURES, normalize=True,
+               value_range=(-1, 1))
+    return torch.cat(psnr).mean().item(), len(data)
+
+
+def main():
+    args = parse_args()
+    device = select_device(args.device)
+    precision = set_precision(args.precision, device)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
+    if args.img_size % vae.stride:
+        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} "
+                          f"({len(args.ch_mult)} levels)")
+    vae.to(device)
+    start = time.time()
+    train(vae, args, device, precision)
+    vae.eval()
+    vae.latent_scale = measure_latent_scale(vae, args, device)
+    psnr, count = evaluate(vae, args, device)
+    save_vae(vae, output)
+    load_vae(output)
+    Path(f"{output}.training").unlink(missing_ok=True)
+    parameters = sum(p.numel() for p in vae.parameters())
+    print(f"{output}: {parameters:,} parameters, stride {vae.stride}, {vae.embed_dim} channels, latent scale "
+          f"{vae.latent_scale.scale:.4f}, shift {vae.latent_scale.shift:.4f}")
+    print(f"PSNR on {count} held-out images: {psnr:.2f} dB ({time.time() - start:.0f} s; see {output}.png)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,185 @@
+"""Images and cached latents: the recipe's transform, MAR's cache layout, and an order that depends on (seed, epoch).
+
+A dataset's key is (epoch, index): crop and flip of an image follow from (seed, epoch, index), whoever loads it.
+"""
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import DatasetFolder, ImageFolder
+from torchvision.transforms import functional as TF
+
+from models import FlowARError
+from models.vae import KL16_LATENT_SCALE, LatentScale
+
+RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
+CACHE_INFO = "latents.json"
+
+
+# ---- transforms: PIL image -> float tensor (3, size, size) in [-1, 1] --------------------------------------
+
+
+def to_tensor(image):
+    return TF.to_tensor(image) * 2 - 1
+
+
+def random_crop_flip(image, size, rng):
+    """The training transform: shorter side to size x 1.125, random crop, flip with probability 1/2."""
+    image = TF.resize(image, int(size * RESIZE_MARGIN))
+    left = rng.integers(image.width - size + 1)
+    top = rng.integers(image.height - size + 1)
+    image = TF.crop(image, top, left, size, size)
+    return to_tensor(TF.hflip(image) if rng.random() < 0.5 else image)
+
+
+def center_crop(image, size):
+    """ADM's preprocessing, which MAR's cache uses: halve with a box filter while possible, bicubic, centre crop."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+# ---- datasets ----------------------------------------------------------------------------------------------
+
+
+def open_image(path):
+    """RGB image, or FlowARError with the path."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FlowARError(f"{path}: cannot be read as an image ({error})") from error
+
+
+class Images(Dataset):
+    """Class folders of images. Items: (float tensor (3, size, size) in [-1, 1], label)."""
+
+    def __init__(self, root, size, seed=0, train=False):
+        self.folder = scan_folder(ImageFolder, root, "images")
+        self.size, self.seed, self.train = size, seed, train
+
+    @property
+    def classes(self):
+        return self.folder.classes
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        path, label = self.folder.samples[index]
+        image = open_image(path)
+        if not self.train:
+            return center_crop(image, self.size), label
+        return random_crop_flip(image, self.size, np.random.default_rng((self.seed, epoch, index))), label
+
+
+class CachedMoments(Dataset):
+    """MAR's cache: class folders with one .npz an image, holding `moments` and `moments_flip` (2C, h, w).
+
+    Items: (float32 moments, label); in training the flipped ones with probability 1/2.
+    """
+
+    def __init__(self, root, shape, seed=0, train=False):
+        self.folder = scan_folder(DatasetFolder, root, "cached latents", loader=None, extensions=(".npz",))
+        self.shape, self.seed, self.train = tuple(shape), seed, train
+
+    @property
+    def classes(self):
+        return self.folder.classes
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        path, label = self.folder.samples[index]
+        flip = self.train and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+        name = "moments_flip" if flip else "moments"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                moments = file[name]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise FlowARError(f"{path}: cannot read {name} ({error})") from error
+        if moments.shape != self.shape:
+            raise FlowARError(f"{path}: {name} is {moments.shape}: expected {self.shape} (2 x latent channels, latent "
+                              "height, width); the cache is of another VAE or image size")
+        return torch.from_numpy(moments.astype(np.float32, copy=False)), label
+
+
+def scan_folder(kind, root, what, **options):
+    """Open class folders, with the one-line errors of this project."""
+    if not Path(root).is_dir():
+        raise FlowARError(f"{root}: no such folder (expected {what} in class folders)")
+    try:
+        return kind(str(root), **options)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise FlowARError(f"{root}: {str(error).splitlines()[0]} (expected {what} in class folders)") from error
+
+
+def has_cache(path):
+    """Whether a folder holds cached latents: a class folder with an .npz in it, or the cache's description."""
+    path = Path(path)
+    return path.is_dir() and ((path / CACHE_INFO).is_file() or next(path.glob("*/*.npz"), None) is not None)
+
+
+def read_cache_info(path, embed_dim):
+    """LatentScale of a cache: from the description that cache_latents.py leaves, or KL-16's for MAR's own caches."""
+    info = Path(path) / CACHE_INFO
+    if not info.is_file():
+        if embed_dim != 16:
+            raise FlowARError(f"{info}: missing, so the cache must be one of KL-16 with 16 channels, but "
+                              f"--vae_embed_dim is {embed_dim}; make the cache with scripts/cache_latents.py")
+        return KL16_LATENT_SCALE
+    try:
+        return LatentScale(*map(float, json.loads(info.read_text())["latent_scale"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise FlowARError(f"{info}: not a description of cached latents ({error})") from error
+
+
+def check_classes(dataset, class_num, root):
+    if len(dataset.classes) > class_num:
+        raise FlowARError(f"{root}: {len(dataset.classes)} class folders, but --class_num is {class_num}")
+
+
+# ---- order -------------------------------------------------------------------------------------------------
+
+
+class EpochSampler(Sampler):
+    """Keys (epoch, index) of one rank.
+
+    The epoch's order is a permutation that depends on (seed, epoch) alone; rank r takes elements r, r + world, ...,
+    so that the k-th batches of all ranks together are the same images for every number of ranks.
+    """
+
+    def __init__(self, length, *, rank=0, world_size=1, seed=0, shuffle=False, drop_last=False):
+        self.length = length - length % world_size if drop_last else length
+        self.total, self.rank, self.world_size = length, rank, world_size
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.total)
+        else:
+            order = np.arange(self.total)
+        return ((self.epoch, int(index)) for index in order[self.rank:self.length:self.world_size])
+
+    def __len__(self):
+        return len(range(self.rank, self.length, self.world_size))
+
+
+def build_loader(dataset, batch_size, *, rank=0, world_size=1, seed=0, train=False, num_workers=0, pin_memory=False):
+    """Loader of one rank. In training only whole global batches, in an order drawn anew for every epoch."""
+    sampler = EpochSampler(len(dataset), rank=rank, world_size=world_size, seed=seed, shuffle=train, drop_last=train)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
+                      drop_last=train, persistent_workers=train and num_workers > 0)

@@ -1,0 +1,114 @@
+"""Processes, devices and precision: torchrun on nccl or gloo, or one process without it."""
+import contextlib
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from models import FlowARError
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def log(message):
+    """Print once, on rank 0."""
+    if is_main():
+        print(message, flush=True)
+
+
+def select_device(name):
+    """Device of this process. name: auto (CUDA if there is one), cpu or cuda."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+def init(device_name):
+    """Join the process group that torchrun described, if any, and return this process's device."""
+    device = select_device(device_name)
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise FlowARError(f"local rank {device.index} has no GPU: this host has {torch.cuda.device_count()}; "
+                              "lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def shutdown():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor):
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_to_main(value):
+    """List of every rank's value on rank 0, None elsewhere. Values are picklable and small, or CPU tensors."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
+def set_precision(precision, device):
+    """Resolve the default (tf32 on CUDA, as in the release, fp32 elsewhere) and set the matmul mode."""
+    if precision is None:
+        precision = "tf32" if device.type == "cuda" else "fp32"
+    if precision == "tf32" and device.type != "cuda":
+        raise FlowARError(f"--precision tf32 needs CUDA: the device is {device.type}; use fp32 or bf16")
+    full = precision == "fp32"
+    torch.set_float32_matmul_precision("highest" if full else "high")
+    torch.backends.cudnn.allow_tf32 = not full
+    return precision
+
+
+def autocast(device, precision):
+    """Context in which the network runs: autocast for bf16 and fp16, nothing for fp32 and tf32."""
+    if precision in AUTOCAST:
+        return torch.autocast(device.type, AUTOCAST[precision])
+    return contextlib.nullcontext()
+
+
+def run_main(main):
+    """Run a program's main(); a FlowARError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except FlowARError as error:
+        # A data loader's worker wraps the message in its traceback: the last line is the message.
+        message = str(error).strip().splitlines()[-1].removeprefix("models.errors.FlowARError: ")
+        who = f" (rank {rank()})" if world_size() > 1 else ""
+        print(f"error{who}: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # the other ranks may be waiting in a collective: leave without joining them
+    shutdown()
