@@ -12,6 +12,7 @@ from models.errors import FlowARError
 from models.weights import name_some, read_file, write_file
 
 GROUPS = 32
+MIN_GROUP = 4  # channels
 
 
 class LatentScale(NamedTuple):
@@ -53,7 +54,8 @@ class DiagonalGaussian:
 
 
 def group_norm(channels):
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    """32 groups, as in the release; fewer in layers under 128 channels, whose groups would be single channels."""
+    return nn.GroupNorm(min(GROUPS, channels // MIN_GROUP), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -195,8 +197,10 @@ class AutoencoderKL(nn.Module):
     def __init__(self, embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=128, ckpt_path=None, num_res_blocks=2,
                  latent_scale=KL16_LATENT_SCALE):
         super().__init__()
-        if ch % GROUPS:
-            raise FlowARError(f"VAE width ch is {ch}: expected a multiple of {GROUPS} (GroupNorm)")
+        for mult in ch_mult:
+            if ch * mult < MIN_GROUP or ch * mult % min(GROUPS, ch * mult // MIN_GROUP):
+                raise FlowARError(f"VAE width ch x ch_mult = {ch} x {mult}: expected a multiple of {GROUPS}, or of "
+                                  f"{MIN_GROUP} below {GROUPS * MIN_GROUP} (GroupNorm)")
         self.config = dict(embed_dim=embed_dim, ch_mult=tuple(ch_mult), ch=ch, num_res_blocks=num_res_blocks)
         self.latent_scale = LatentScale(*latent_scale)
         self.embed_dim = embed_dim

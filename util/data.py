@@ -20,20 +20,25 @@ RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
 CACHE_INFO = "latents.json"
 
 
-# ---- transforms: PIL image -> float tensor (3, size, size) in [-1, 1] --------------------------------------
+# ---- pixels and crops ----------------------------------------------------------------------------------------
 
 
 def to_tensor(image):
+    """PIL image -> float tensor (3, H, W) in [-1, 1]."""
     return TF.to_tensor(image) * 2 - 1
 
 
-def random_crop_flip(image, size, rng):
-    """The training transform: shorter side to size x 1.125, random crop, flip with probability 1/2."""
+def to_uint8(images):
+    """[-1, 1] -> uint8, rounded as the release saves its PNGs: clip((x + 1) / 2 * 255, 0, 255)."""
+    return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def random_crop(image, size, rng):
+    """The recipe's training crop: shorter side to size x 1.125, then a random size x size window."""
     image = TF.resize(image, int(size * RESIZE_MARGIN))
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
-    image = TF.crop(image, top, left, size, size)
-    return to_tensor(TF.hflip(image) if rng.random() < 0.5 else image)
+    return TF.crop(image, top, left, size, size)
 
 
 def center_crop(image, size):
@@ -43,7 +48,7 @@ def center_crop(image, size):
     factor = size / min(image.size)
     image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return to_tensor(image.crop((left, top, left + size, top + size)))
+    return image.crop((left, top, left + size, top + size))
 
 
 # ---- datasets ----------------------------------------------------------------------------------------------
@@ -59,11 +64,14 @@ def open_image(path):
 
 
 class Images(Dataset):
-    """Class folders of images. Items: (float tensor (3, size, size) in [-1, 1], label)."""
+    """Class folders of images. Items: (float tensor (3, size, size) in [-1, 1], label).
 
-    def __init__(self, root, size, seed=0, train=False):
+    In training a random crop of the recipe, or with center=True the centre crop, flipped with probability 1/2.
+    """
+
+    def __init__(self, root, size, seed=0, train=False, center=False):
         self.folder = scan_folder(ImageFolder, root, "images")
-        self.size, self.seed, self.train = size, seed, train
+        self.size, self.seed, self.train, self.center = size, seed, train, center
 
     @property
     def classes(self):
@@ -76,9 +84,11 @@ class Images(Dataset):
         epoch, index = key
         path, label = self.folder.samples[index]
         image = open_image(path)
-        if not self.train:
-            return center_crop(image, self.size), label
-        return random_crop_flip(image, self.size, np.random.default_rng((self.seed, epoch, index))), label
+        rng = np.random.default_rng((self.seed, epoch, index))
+        crop = random_crop(image, self.size, rng) if self.train and not self.center else center_crop(image, self.size)
+        if self.train and rng.random() < 0.5:
+            crop = TF.hflip(crop)
+        return to_tensor(crop), label
 
 
 class CachedMoments(Dataset):
@@ -130,18 +140,29 @@ def has_cache(path):
     return path.is_dir() and ((path / CACHE_INFO).is_file() or next(path.glob("*/*.npz"), None) is not None)
 
 
-def read_cache_info(path, embed_dim):
-    """LatentScale of a cache: from the description that cache_latents.py leaves, or KL-16's for MAR's own caches."""
+def read_cache_info(path):
+    """What cache_latents.py left beside the latents, or None: MAR's own caches say nothing of themselves."""
     info = Path(path) / CACHE_INFO
     if not info.is_file():
-        if embed_dim != 16:
-            raise FlowARError(f"{info}: missing, so the cache must be one of KL-16 with 16 channels, but "
-                              f"--vae_embed_dim is {embed_dim}; make the cache with scripts/cache_latents.py")
-        return KL16_LATENT_SCALE
+        return None
     try:
-        return LatentScale(*map(float, json.loads(info.read_text())["latent_scale"]))
+        content = json.loads(info.read_text())
+        return {**content, "latent_scale": LatentScale(*map(float, content["latent_scale"]))}
     except (ValueError, KeyError, TypeError) as error:
         raise FlowARError(f"{info}: not a description of cached latents ({error})") from error
+
+
+def cache_latent_scale(path, embed_dim):
+    """LatentScale of a complete cache; KL-16's for a cache of MAR."""
+    info = read_cache_info(path)
+    if info is None:
+        if embed_dim != 16:
+            raise FlowARError(f"{path}: no {CACHE_INFO}, so this must be a KL-16 cache with 16 channels, but "
+                              f"--vae_embed_dim is {embed_dim}; make the cache with scripts/cache_latents.py")
+        return KL16_LATENT_SCALE
+    if not info.get("complete"):
+        raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
+    return info["latent_scale"]
 
 
 def check_classes(dataset, class_num, root):

@@ -1,7 +1,202 @@
+"""Every option of training, evaluation and the scripts, once.
+
+An option's default is what the release uses. None means "not given": geometry and size are then taken from the
+checkpoint (evaluation) or from the release's ImageNet-256 setting (training), see resolve_geometry.
+"""
 import argparse
+import math
+
+from models import MODELS, FlowARError
+from models.flow_matching import CFG_SCHEDULES
+from util.distributed import PRECISIONS
+from util.optimization import LR_SCHEDULES, peak_learning_rate
+
+GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, class_num=1000)
+
+
+# ---- types: what a value must be, said in one line -----------------------------------------------------------
+
+
 def integer_list(text):
     """'1,2,4' -> (1, 2, 4)."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.strip("{}[]() ").split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers") from None
+
+
+def _number(kind, low, high, text):
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+    if not (low <= value <= high and math.isfinite(value)):
+        limit = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+        raise argparse.ArgumentTypeError(f"{text} is out of range: expected {limit}")
+    return value
+
+
+def positive(text):
+    return _number(int, 1, math.inf, text)
+
+
+def count(text):
+    return _number(int, 0, math.inf, text)
+
+
+def real(text):
+    return _number(float, 0.0, math.inf, text)
+
+
+def fraction(text):
+    return _number(float, 0.0, 1.0, text)
+
+
+def at_least_one(text):
+    return _number(float, 1.0, math.inf, text)
+
+
+def at_least_two(text):
+    return _number(int, 2, math.inf, text)
+
+
+# ---- groups --------------------------------------------------------------------------------------------------
+
+
+def add_model_options(parser):
+    group = parser.add_argument_group("model and VAE")
+    add = group.add_argument
+    add("--model", choices=MODELS, help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
+    add("--img_size", type=positive, help="pixels a side; default 256, or the checkpoint's latent size x VAE stride in eval.py")
+    add("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    add("--vae_embed_dim", type=positive, help="latent channels; default 16, or the VAE's in eval.py")
+    add("--vae_stride", type=positive, help="pixels a latent cell; default 16, or the VAE's in eval.py")
+    add("--patch_size", type=positive, default=1, help="latent cells a token, a side")
+    add("--scales", type=integer_list, help="tokens a side of every scale, '1,2,4,8,16'; default: doubling up to the latent's size")
+    add("--class_num", type=positive, help="number of classes; default 1000, or the checkpoint's in eval.py")
+    add("--diffloss_d", type=positive, help="blocks of the flow head; default: the size's own")
+    add("--diffloss_w", type=positive, help="width of the flow head; default: the size's own")
+    add("--buffer_size", type=count, default=0, help="only 0, as in the release's commands")
+
+
+def add_sampling_options(parser):
+    group = parser.add_argument_group("sampling and metrics")
+    add = group.add_argument
+    add("--num_images", type=positive, default=50000, help="images to generate")
+    add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
+    add("--num_step", type=at_least_two, default=25, help="length of the time grid (25 makes 24 Euler steps, 50 makes 50)")
+    add("--num_step_last", type=at_least_two, help="anneal the steps to this number at the last scale (DiSA)")
+    add("--cfg", type=at_least_one, default=1.0, help="classifier-free guidance scale of the last scale")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="guidance over scales: a ramp from 1, or constant")
+    add("--guidance", type=fraction, default=0.9, help="guidance acts only at times t <= this (t = 1 is noise)")
+    add("--temperature", type=real, default=1.0, help="factor of the starting noise")
+    add("--fid_stats", help="npz with mu and sigma of the reference; default fid_stats/adm_in256_stats.npz if it is there")
+    add("--ref_images", help="folder of reference images, instead of --fid_stats")
+    add("--feature_extractor", default="inception", choices=("inception", "efficientnet-lite0"), help="network of the metrics")
+    add("--fid_weights", help="local file of torch-fidelity's Inception weights; default: downloaded once")
+    add("--evaluate", action="store_true", help="main_flowar.py: evaluate --resume instead of training; eval.py always does")
+
+
+def add_runtime_options(parser):
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output_dir", default="./output_dir", help="where everything is written")
+    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth, a .pth or a .safetensors")
+    add("--data_path", default="./data/imagenet", help="folder with train/ and val/, class folders of images")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
+    add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
+    add("--seed", type=count, default=0, help="seed of everything that is drawn")
+    add("--num_workers", type=count, default=10, help="data loading processes of every rank")
+    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked host memory for batches (CUDA)")
+
+
+def add_training_options(parser):
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--epochs", type=positive, default=400, help="epochs in all")
+    add("--warmup_epochs", type=real, default=100, help="epochs of linear warm-up, counted per step")
+    add("--batch_size", type=positive, default=64, help="images a process and forward pass; global batch = this x processes x accum_iter")
+    add("--accum_iter", type=positive, default=1, help="forward passes that make one optimizer step")
+    add("--lr", type=real, help="peak learning rate; default blr x global batch / 256")
+    add("--blr", type=real, default=5e-5, help="base learning rate")
+    add("--min_lr", type=real, default=1e-5, help="rate at the end of the cosine")
+    add("--lr_schedule", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
+    add("--weight_decay", type=real, default=0.02, help="AdamW, on parameters with two or more dimensions")
+    add("--grad_clip", type=real, default=3.0, help="largest gradient norm; 0 does not clip")
+    add("--ema_rate", type=fraction, default=0.9999, help="EMA of the parameters, per step")
+    add("--attn_dropout", type=fraction, default=0.1, help="dropout on the transformer's attention weights")
+    add("--proj_dropout", type=fraction, default=0.1, help="dropout after projections and in MLPs of the transformer")
+    add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
+    add("--use_checkpoint", "--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
+    add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
+    add("--cached_val_path", default="", help="cached latents of val/ for the validation loss; default: encode data_path/val")
+    add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
+    add("--save_last_freq", type=positive, default=5, help="epochs between checkpoints")
+    add("--eval_freq", type=positive, default=40, help="epochs between validation loss, sample grid and --online_eval")
+    add("--online_eval", action="store_true", help="FID or the like of the EMA during training, every --eval_freq epochs")
+    add("--log_dir", help="TensorBoard files; default: the output directory")
+    add("--log_freq", type=positive, default=20, help="optimizer steps between log entries")
+
+
+def _parser(description):
+    return argparse.ArgumentParser(description=description, allow_abbrev=False)
+
+
+def training_parser():
+    parser = _parser("Train FlowAR.")
+    for add_group in (add_model_options, add_training_options, add_sampling_options, add_runtime_options):
+        add_group(parser)
+    return parser
+
+
+def evaluation_parser():
+    parser = _parser("Evaluate FlowAR: sample class-balanced images, then FID and Inception Score.")
+    for add_group in (add_model_options, add_sampling_options, add_runtime_options):
+        add_group(parser)
+    return parser
+
+
+# ---- what follows from the options ---------------------------------------------------------------------------
+
+
+def resolve_geometry(args, known=None):
+    """Fill in geometry that was not given: from `known` (what checkpoint and VAE say), else the release's."""
+    for name, default in {**GEOMETRY, **(known or {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.scales is None:
+        args.scales = default_scales(args.img_size // (args.vae_stride * args.patch_size))
+
+
+def default_scales(side):
+    """1, 2, 4, ... up to `side`; 32 for 512-pixel images."""
+    scales = [1]
+    while scales[-1] * 2 < side:
+        scales.append(scales[-1] * 2)
+    return tuple(scales) if side <= 1 else (*scales, side)
+
+
+def model_options(args):
+    """FlowAR's arguments out of the options."""
+    names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
+             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint")
+    return {"scale": args.scales, **{name: getattr(args, name) for name in names if hasattr(args, name)}}
+
+
+def sampling_options(args):
+    """The arguments of FlowAR.sample_tokens out of the options."""
+    return dict(num_steps=args.num_step, num_steps_last=args.num_step_last, cfg=args.cfg, guidance=args.guidance,
+                cfg_schedule=args.cfg_schedule, temperature=args.temperature)
+
+
+def resolve_training(args, world_size):
+    """Peak learning rate and global batch; refuses what cannot be trained."""
+    args.global_batch = args.batch_size * world_size * args.accum_iter
+    if args.lr is None:
+        args.lr = peak_learning_rate(args.blr, args.global_batch)
+    if args.lr_schedule == "cosine" and args.min_lr > args.lr:
+        raise FlowARError(f"--min_lr {args.min_lr} is above the peak learning rate {args.lr:g} "
+                          "(--lr, or --blr x global batch / 256)")
+    if args.use_cached and not args.cached_path:
+        raise FlowARError("--use_cached needs --cached_path")

@@ -1,0 +1,196 @@
+"""Train FlowAR on an image folder or on cached latents.
+
+    torchrun --nproc_per_node=8 --nnodes=4 --node_rank=$WORKER_ID --master_addr=... --master_port=... main_flowar.py \\
+        --img_size 256 --vae_path kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1 \\
+        --model flowar_small --diffloss_d 2 --diffloss_w 1024 --epochs 400 --warmup_epochs 100 --batch_size 64 \\
+        --blr 5e-5 --output_dir output --resume output --data_path imagenet --cached_path imagenet_feature
+
+Run the same command again to go on. Everything that can be asked for is in util/options.py.
+"""
+import functools
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.io import write_png
+
+from engine_flowar import check_vae, evaluate, evaluate_checkpoint, sample_grid, train_one_epoch, validate
+from models import FlowARError, build_model
+from models.vae import load_vae
+from util import checkpoint, distributed
+from util.data import CachedMoments, Images, build_loader, cache_latent_scale, check_classes, has_cache
+from util.distributed import is_main, log, rank, world_size
+from util.files import make_directory
+from util.logging import TrainingLog
+from util.optimization import EMA, build_optimizer
+from util.options import model_options, resolve_geometry, resolve_training, training_parser
+
+
+def use_cache(args):
+    """Whether to train on cached latents; without a cache, say how to make one."""
+    if args.cached_path and has_cache(args.cached_path):
+        return True
+    command = (f"torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} --cached_path "
+               f"{args.cached_path} --vae_path {args.vae_path} --img_size {args.img_size}")
+    if args.use_cached:
+        raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")
+    if args.cached_path:
+        log(f"no cached latents in {args.cached_path}: encoding images on the fly. To make a cache: {command}")
+    return False
+
+
+class Data:
+    """Training and validation loaders and how their batches become moments.
+
+    The VAE is loaded at the first call of vae(): at once to encode images, later or never with a cache.
+    """
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.cached = use_cache(args)
+        side = args.img_size // args.vae_stride
+        self.moments_shape = (2 * args.vae_embed_dim, side, side)
+        self.workers = dict(rank=rank(), world_size=world_size(), num_workers=args.num_workers,
+                            pin_memory=args.pin_mem and device.type == "cuda")
+        if self.cached:
+            self.latent_scale = cache_latent_scale(args.cached_path, args.vae_embed_dim)
+            train = CachedMoments(args.cached_path, self.moments_shape, args.seed, train=True)
+            log(f"{len(train)} cached latents in {args.cached_path}")
+        else:
+            self.latent_scale = self.vae().latent_scale
+            train = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True)
+            log(f"{len(train)} images in {args.data_path}/train, encoded on the fly")
+        check_classes(train, args.class_num, args.cached_path if self.cached else args.data_path)
+        self.train = build_loader(train, args.batch_size, seed=args.seed, train=True, **self.workers)
+        if len(self.train) < args.accum_iter:
+            raise FlowARError(f"{len(train)} training images are fewer than one global batch of {args.global_batch} "
+                              f"(--batch_size {args.batch_size} x {world_size()} processes x --accum_iter {args.accum_iter})")
+
+    @functools.cache
+    def vae(self):
+        vae, extra = load_vae(self.args.vae_path)
+        if extra:
+            log(f"{self.args.vae_path}: {len(extra)} tensors are not the VAE's and were left out")
+        check_vae(vae, self.args)
+        return vae.to(self.device)
+
+    def has_vae(self):
+        return Path(self.args.vae_path).is_file()
+
+    @torch.no_grad()
+    def encode(self, images):
+        return self.vae().encode(images).parameters
+
+    def training_moments(self, batch):
+        return batch if self.cached else self.encode(batch)
+
+    def validation(self):
+        """(loader, to_moments) of the validation set, or None if there is none."""
+        args = self.args
+        if args.cached_val_path:
+            data, to_moments = CachedMoments(args.cached_val_path, self.moments_shape), lambda batch: batch
+            cache_latent_scale(args.cached_val_path, args.vae_embed_dim)
+        elif (Path(args.data_path) / "val").is_dir() and self.has_vae():
+            data, to_moments = Images(Path(args.data_path) / "val", args.img_size), self.encode
+        else:
+            return None
+        check_classes(data, args.class_num, args.cached_val_path or args.data_path)
+        return build_loader(data, args.batch_size, **self.workers), to_moments
+
+
+def resume(args, network, ema, optimizer, scaler):
+    """Load --resume if it is there; the first epoch to train."""
+    if not args.resume:
+        return 0
+    directory = Path(args.resume)  # train() has made --output_dir, so the published first run finds it empty
+    if directory.is_dir() and not (directory / checkpoint.LAST).is_file():
+        log(f"no {checkpoint.LAST} in {args.resume}: starting from scratch")
+        return 0
+    path, content = checkpoint.read_model_file(args.resume)
+    checkpoint.load_model(network, checkpoint.model_state(content, path, "model"), path)
+    checkpoint.load_model(ema.module, checkpoint.model_state(content, path, "model_ema"), path)
+    if "optimizer" not in content:
+        log(f"{path}: weights alone; the optimizer starts fresh")
+        return 0
+    epoch = checkpoint.load_optimizer(optimizer, scaler, content, path)
+    log(f"{path}: going on after epoch {epoch + 1}")
+    return epoch + 1
+
+
+def report(network, ema, data, validation, args, epoch, step, device, logger):
+    """Validation loss of raw and EMA weights, a sample grid, --online_eval."""
+    if validation is not None:
+        for name, module in (("val", network), ("val_ema", ema.module)):
+            loss, scales = validate(module, *validation, data.latent_scale, args, device)
+            logger.scalars(name, step, epoch + 1, {"loss": loss, **{f"loss_scale_{s}": v for s, v in scales.items()}})
+            log(f"epoch {epoch + 1}: {name} loss {loss:.4f}")
+    if not data.has_vae():
+        return
+    if is_main():
+        grid = sample_grid(ema.module, data.vae(), args, device)
+        logger.image("samples/ema", grid, step)
+        write_png(grid, str(Path(args.output_dir) / f"samples_epoch{epoch + 1:04d}.png"))
+    if args.online_eval:
+        description = {"model": args.model, "epoch": epoch + 1, "weights": "ema"}
+        result = evaluate(ema.module, data.vae(), args, device, description,
+                          Path(args.output_dir) / f"eval_epoch{epoch + 1:04d}")
+        if result is not None:
+            figures = {key: value for key, value in result.items() if key.startswith(("fid", "frechet", "inception_s"))}
+            logger.scalars("eval", step, epoch + 1, figures)
+            log(f"epoch {epoch + 1}: {figures}")
+    distributed.barrier()
+
+
+def train(args, device):
+    resolve_geometry(args)
+    resolve_training(args, world_size())
+    args.precision = distributed.set_precision(args.precision, device)
+    if is_main():
+        make_directory(Path(args.output_dir))
+    distributed.barrier()
+    data = Data(args, device)
+    validation = data.validation()
+    if validation is None:
+        log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
+    if not data.has_vae():
+        log(f"no VAE at {args.vae_path}: no sample grids" + (" and no --online_eval" if args.online_eval else ""))
+
+    torch.manual_seed(args.seed)
+    network = build_model(args.model, **model_options(args)).to(device)
+    ema = EMA(network, args.ema_rate)
+    optimizer = build_optimizer(network, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    first = resume(args, network, ema, optimizer, scaler)
+    first = first if args.start_epoch is None else args.start_epoch
+    model = network
+    if world_size() > 1:
+        model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
+        f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
+    if first >= args.epochs:
+        log(f"all {args.epochs} epochs are trained already")
+        return
+
+    logger = TrainingLog(args.log_dir or args.output_dir, device)
+    for epoch in range(first, args.epochs):
+        step = train_one_epoch(model, ema, optimizer, scaler, data.train, data.training_moments, data.latent_scale,
+                               args, epoch, device, logger)
+        last = epoch + 1 == args.epochs
+        if is_main() and (last or (epoch + 1) % args.save_last_freq == 0):
+            checkpoint.save_training(Path(args.output_dir) / checkpoint.LAST, network, ema, optimizer, scaler, epoch, args)
+        if last or (epoch + 1) % args.eval_freq == 0:
+            report(network, ema, data, validation, args, epoch, step, device, logger)
+    logger.close()
+
+
+def main():
+    args = training_parser().parse_args()
+    device = distributed.init(args.device)
+    if args.evaluate:
+        evaluate_checkpoint(args, device)
+    else:
+        train(args, device)
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

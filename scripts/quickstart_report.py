@@ -1,0 +1,157 @@
+"""The quickstart's last stage: is it any good? Classifier accuracy, distances with their floor, loss curve, table.
+
+A small convolutional classifier is trained on the real training images. On the generated ones it must find the label
+that was asked for. The floor is the distance of as many real training images to the test split.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine_flowar import image_label  # noqa: E402
+from models import FlowARError  # noqa: E402
+from models.weights import read_file, write_file  # noqa: E402
+from util import metrics  # noqa: E402
+from util.data import Images  # noqa: E402
+from util.distributed import run_main, select_device  # noqa: E402
+from util.files import write_json  # noqa: E402
+
+STEPS, BATCH = 600, 128
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--root", required=True, help="the quickstart's folder")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    return parser.parse_args()
+
+
+def classifier(classes):
+    """Three strided convolutions and a linear layer. Images (B, 1, 32, 32) in [-1, 1] -> logits."""
+    def layer(inside, outside, stride):
+        return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1), nn.BatchNorm2d(outside), nn.ReLU())
+    return nn.Sequential(layer(1, 32, 2), layer(32, 64, 1), layer(64, 64, 2), layer(64, 128, 2), nn.Flatten(),
+                         nn.Dropout(0.2), nn.Linear(128 * 16, classes))
+
+
+def gray(files):
+    return metrics.load_uint8(files)[:, :1].float() / 127.5 - 1
+
+
+def real_images(folder):
+    """(images (N, 1, 32, 32), labels, number of classes) of class folders."""
+    data = Images(folder, 32).folder
+    files, labels = zip(*data.samples)
+    return gray(files), torch.tensor(labels), len(data.classes)
+
+
+def train_classifier(images, labels, classes, device):
+    torch.manual_seed(0)
+    network = classifier(classes).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
+    images, labels = images.to(device), labels.to(device)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(images), (BATCH,), device=device)
+        batch = images[chosen]
+        flip = torch.rand(BATCH, 1, 1, 1, device=device) < 0.5  # the generator learns flipped images too
+        loss = F.cross_entropy(network(torch.where(flip, batch.flip(-1), batch)), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network, images, labels, device):
+    logits = torch.cat([network(part.to(device)).cpu() for part in images.split(500)])
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+def get_classifier(root, device):
+    path = root / "classifier.pth"
+    classes = len(Images(root / "images" / "train", 32).classes)
+    network = classifier(classes)
+    if path.is_file():
+        network.load_state_dict(read_file(path))
+        return network.to(device).eval()
+    images, labels, _ = real_images(root / "images" / "train")
+    network = train_classifier(images, labels, classes, device)
+    write_file(network.state_dict(), path)
+    return network
+
+
+def floor_distance(root, results, device):
+    """Distance of num_images real training images, evenly over the classes, to the reference."""
+    extractor = metrics.build_extractor(
+        SimpleNamespace(feature_extractor=results["feature_extractor"], fid_weights=None), device)
+    reference = metrics.load_statistics(results["reference"], extractor.dim)
+    data = Images(root / "images" / "train", 32).folder
+    chosen = np.linspace(0, len(data) - 1, results["num_images"]).astype(int)
+    files = [data.samples[i][0] for i in chosen]
+    features = metrics.extract_features(files, extractor, device)
+    return metrics.frechet_distance(metrics.statistics(features), reference), extractor.distance
+
+
+def plot_loss(root):
+    lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
+    for group, style in (("train", "-"), ("val", "o"), ("val_ema", "s")):
+        # A run that was killed and resumed logs some steps twice: the later line counts.
+        points = {line["step"]: line for line in lines if line["group"] == group}
+        steps = sorted(points)
+        axes[0].plot(steps, [points[s]["loss"] for s in steps], style, label=group)
+        if group == "train":
+            for key in [key for key in points[steps[0]] if key.startswith("loss_scale_")]:
+                side = key.removeprefix("loss_scale_")
+                axes[1].plot(steps, [points[s][key] for s in steps], label=f"{side}x{side}")
+    for axis, title in zip(axes, ("loss", "training loss of each scale (unweighted)")):
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    top = [line["loss"] for line in lines if line["group"] == "train"]
+    axes[0].set_ylim(0, 1.1 * max(top))
+    figure.tight_layout()
+    figure.savefig(root / "loss.png")
+
+
+def main():
+    args = parse_args()
+    root, device = Path(args.root), select_device(args.device)
+    results_path = root / "eval" / "results.json"
+    if not results_path.is_file():
+        raise FlowARError(f"{results_path}: no such file; run eval.py first (scripts/quickstart.sh does)")
+    results = json.loads(results_path.read_text())
+    plot_loss(root)
+    network = get_classifier(root, device)
+    test_images, test_labels, classes = real_images(root / "images" / "val")
+    real = accuracy(network, test_images, test_labels, device)
+    count = results["num_images"]
+    files = [root / "eval" / "images" / f"{i:06d}.png" for i in range(count)]
+    asked = torch.tensor([image_label(i, count, classes) for i in range(count)])
+    generated = accuracy(network, gray(files), asked, device)
+    floor, name = floor_distance(root, results, device)
+    summary = {"images": count, name: results[name], f"{name}_floor": floor, "classifier_accuracy": generated,
+               "classifier_accuracy_real_test": real}
+    write_json(summary, root / "summary.json")
+    table = [f"| {count} images | classifier finds the asked label | {name} |", "|---|---|---|",
+             f"| generated | {generated:.1%} | {results[name]:.2f} |",
+             f"| real (test split; floor: train against test) | {real:.1%} | {floor:.2f} |"]
+    (root / "results.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,84 @@
+"""Small models, folders of real images (scikit-learn's digits) and ways to run the programs."""
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import main_flowar
+from models import AutoencoderKL, FlowAR
+from models.vae import LatentScale, save_vae
+from util.options import training_parser
+
+ROOT = Path(__file__).parent.parent
+SCALES = (1, 2, 4)
+GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny"
+CLASSES = 10
+
+
+def small_model(**options):
+    """A FlowAR of 4x4x4 latents that takes milliseconds, randomly initialised from a fixed seed."""
+    torch.manual_seed(0)
+    size = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=CLASSES, encoder_embed_dim=32,
+                encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2,
+                diffloss_d=1, diffloss_w=64)
+    return FlowAR(**{**size, **options}).eval()
+
+
+def small_vae():
+    torch.manual_seed(1)
+    return AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, latent_scale=LatentScale(2.0, 0.1))
+
+
+def inputs(model, batch=2, seed=3):
+    """latents, labels, t, noise."""
+    g = torch.Generator().manual_seed(seed)
+    side = model.scale[-1] * model.patch_size
+    return (torch.randn(batch, model.vae_embed_dim, side, side, generator=g),
+            torch.randint(model.class_num, (batch,), generator=g),
+            torch.rand(len(model.scale), batch, generator=g),
+            [torch.randn(batch, s * s, model.token_channels, generator=g) for s in model.scale])
+
+
+def write_digits(root, per_class, size=16, splits=("train", "val")):
+    """Class folders of scikit-learn's digits, real handwriting: <root>/<split>/<digit>/<number>.png."""
+    digits = load_digits()
+    for label in range(CLASSES):
+        images = digits.images[digits.target == label]
+        for split, chosen in zip(splits, (images[:per_class], images[per_class:2 * per_class])):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i, image in enumerate(chosen):
+                picture = Image.fromarray((image * (255 / 16)).astype(np.uint8))
+                picture.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+
+
+def make_project(root, per_class=8):
+    """images/{train,val} and vae.pth in a temporary folder."""
+    write_digits(root / "images", per_class)
+    save_vae(small_vae(), root / "vae.pth")
+    return root
+
+
+def train(project, output, extra=""):
+    """Run main_flowar's training in this process; returns the checkpoint."""
+    command = (f"{GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --output_dir {output} --epochs 2 "
+               f"--warmup_epochs 1 --batch_size 16 --blr 1e-2 --num_workers 0 --device cpu --log_freq 2 --eval_freq 100 "
+               f"--num_step 4 --num_images 4 {extra}")
+    main_flowar.train(training_parser().parse_args(shlex.split(command)), torch.device("cpu"))
+    return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
+
+
+def run(command, processes=0, check=True):
+    """Run a program of the project, under torchrun for processes > 0, one thread each. Returns the process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = (launcher if processes else [sys.executable]) + shlex.split(command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -1,0 +1,120 @@
+"""Weights of every kind go in; the wrong ones are refused by name; nothing runs from a file."""
+import argparse
+import os
+
+import pytest
+import torch
+from helpers import SCALES, small_model
+from safetensors.torch import save_file
+
+import models.weights
+from models import FlowARError, build_model
+from util import checkpoint
+from util.optimization import EMA, build_optimizer
+
+TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=10)
+
+
+def state_of(path):
+    path, content = checkpoint.read_model_file(path)
+    return checkpoint.model_state(content, path)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return build_model("flowar_tiny", **TINY)
+
+
+@pytest.mark.parametrize("kind", ["bare", "training", "directory", "safetensors", "module.", "_orig_mod.", "module._orig_mod."])
+def test_every_kind_of_file_loads(tmp_path, tiny, kind):
+    state, path = tiny.state_dict(), tmp_path / "weights.pth"
+    if kind == "bare":
+        torch.save(state, path)
+    elif kind in ("training", "directory"):
+        other = {name: torch.zeros_like(value) for name, value in state.items()}
+        path = tmp_path / checkpoint.LAST
+        torch.save({"model": other, "model_ema": state, "epoch": 3, "args": argparse.Namespace(lr=1)}, path)
+        path = tmp_path if kind == "directory" else path
+    elif kind == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file(state, path)
+    else:
+        torch.save({kind + name: value for name, value in state.items()}, path)
+    found = state_of(path)
+    model = build_model("flowar_tiny", **TINY)
+    checkpoint.load_model(model, found, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+
+
+def test_size_is_recognised_from_the_tensors(tiny):
+    assert checkpoint.describe(tiny.state_dict(), "x") == {
+        "model": "flowar_tiny", "diffloss_d": 2, "diffloss_w": 128, "vae_embed_dim": 4, "class_num": 10, "scales": SCALES}
+
+
+@pytest.mark.parametrize("name", ["flowar_small", "flowar_base", "flowar_large", "flowar_huge"])
+def test_released_sizes_are_recognised(name):
+    with torch.device("meta"):
+        state = build_model(name).state_dict()
+    state["mask"] = build_model("flowar_tiny").mask  # values matter here, so not on the meta device
+    found = checkpoint.describe(state, "x")
+    assert found["model"] == name and found["scales"] == (1, 2, 4, 8, 16) and found["class_num"] == 1000
+
+
+def test_wrong_size_is_refused_with_names(tmp_path, tiny):
+    torch.save(small_model().state_dict(), tmp_path / "small.pth")
+    with pytest.raises(FlowARError, match=r"small.pth: \d+ tensors do not fit the model: .*encoder_pos_embed_learned is "
+                                          r"\(1, 21, 32\), the model's is \(1, 21, 128\)"):
+        checkpoint.load_model(tiny, state_of(tmp_path / "small.pth"), tmp_path / "small.pth")
+    state = dict(tiny.state_dict())
+    state["surplus"] = state.pop("z_proj.bias")
+    with pytest.raises(FlowARError, match="z_proj.bias is missing, surplus is not in the model"):
+        checkpoint.load_model(tiny, state, "x.pth")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch exploited",)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Payload()}, "evil.pth")
+    with pytest.raises(FlowARError, match="evil.pth: not a file of tensors"):
+        state_of("evil.pth")
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize("name,content", [
+    ("empty.pth", b""), ("text.pth", b"hello"), ("short.pth", b"PK\x03\x04" + b"x" * 50), ("bad.safetensors", b"\x08" * 30)])
+def test_unreadable_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FlowARError, match=name):
+        state_of(tmp_path / name)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FlowARError, match="nowhere.pth: no such checkpoint"):
+        state_of(tmp_path / "nowhere.pth")
+    with pytest.raises(FlowARError, match="no checkpoint-last.pth in this directory"):
+        state_of(tmp_path)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(FlowARError, match="x.pth: no FlowAR weights in this file"):
+        state_of(tmp_path / "x.pth")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, tiny):
+    path = tmp_path / checkpoint.LAST
+    args = argparse.Namespace(lr=1.0)
+    parts = (tiny, EMA(tiny, 0.9), build_optimizer(tiny, 1e-3, 0.1), torch.amp.GradScaler("cpu", enabled=False))
+    checkpoint.save_training(path, *parts, 1, args)
+    assert set(torch.load(path, weights_only=True)) == {"model", "model_ema", "optimizer", "epoch", "scaler", "args"}
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models.weights.torch, "save", full)
+    with pytest.raises(FlowARError, match="checkpoint-last.pth: cannot be written .*No space left"):
+        checkpoint.save_training(path, *parts, 2, args)
+    assert torch.load(path, weights_only=True)["epoch"] == 1 and list(tmp_path.iterdir()) == [path]

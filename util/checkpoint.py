@@ -1,0 +1,133 @@
+"""Training checkpoints and released weights: written whole or not at all, read without running code.
+
+A training checkpoint, checkpoint-last.pth, is {model, model_ema, optimizer, epoch, scaler, args}; a released file is a
+bare state dict of EMA weights. Random state needs no place in it: every draw follows from (seed, step, rank).
+"""
+import hashlib
+from pathlib import Path
+
+import torch
+
+from models import MODELS, FlowARError
+from models.weights import name_some, read_file, write_file
+
+LAST = "checkpoint-last.pth"
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def save_training(path, model, ema, optimizer, scaler, epoch, args):
+    write_file({
+        "model": model.state_dict(),
+        "model_ema": ema.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": scaler.state_dict(),
+        "args": vars(args),
+    }, path)
+
+
+def find(resume):
+    """Path of the file that --resume means: itself, or checkpoint-last.pth in a directory. FlowARError if none."""
+    path = Path(resume)
+    if path.is_dir():
+        path = path / LAST
+        if not path.is_file():
+            raise FlowARError(f"{resume}: no {LAST} in this directory")
+    if not path.is_file():
+        raise FlowARError(f"{resume}: no such checkpoint file or directory")
+    return path
+
+
+def model_state(content, path, key="model_ema"):
+    """State dict of a file's content: `key` of a training checkpoint, or the bare state dict. Names are cleaned."""
+    state = content.get(key, content.get("model", content)) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or "class_emb.weight" not in (state := strip_prefixes(state)):
+        raise FlowARError(f"{path}: no FlowAR weights in this file (expected a state dict with class_emb.weight, or a "
+                          "training checkpoint)")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise FlowARError(f"{path}: {name} is {type(value).__name__}, expected a tensor")
+    return state
+
+
+def strip_prefixes(state):
+    """Drop what DDP and torch.compile put in front of names."""
+    def clean(name):
+        while name.startswith(PREFIXES):
+            name = name.split(".", 1)[1]
+        return name
+    return {clean(str(name)): value for name, value in state.items()}
+
+
+def load_model(model, state, path):
+    """Load all tensors, or FlowARError with the first that do not fit."""
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not in the model" for name in state if name not in own]
+    wrong = [f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}" for name in own
+             if name in state and state[name].shape != own[name].shape]
+    if problems or wrong:
+        raise FlowARError(f"{path}: {len(wrong) + len(problems)} tensors do not fit the model: "
+                          f"{name_some(wrong + problems, 3)}")
+    model.load_state_dict(state)
+
+
+def load_optimizer(optimizer, scaler, content, path):
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        if content.get("scaler"):
+            scaler.load_state_dict(content["scaler"])
+        return int(content["epoch"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FlowARError(f"{path}: optimizer state cannot be used ({error})") from error
+
+
+def describe(state, path):
+    """Size and geometry that a state dict's tensors tell: the registry's model name and FlowAR's arguments.
+
+    Patch size and stride leave no trace; vae_embed_dim is that of patch size 1.
+    """
+    try:
+        width, cond = state["class_emb.weight"].shape[1], state["flownet.cond_embed.weight"]
+        found = dict(
+            encoder_embed_dim=width, encoder_depth=depth(state, "encoder_blocks."),
+            encoder_num_heads=width // (4 * len(state["encoder_blocks.0.attn.rope.freqs"])),
+            decoder_embed_dim=cond.shape[1], decoder_depth=depth(state, "decoder_blocks."),
+            decoder_num_heads=cond.shape[1] // (4 * len(state["decoder_blocks.0.attn.rope.freqs"])),
+            diffloss_d=depth(state, "flownet.res_blocks."), diffloss_w=cond.shape[0],
+            cross="flownet.res_blocks.0.crossattn.q.weight" in state)
+        geometry = dict(vae_embed_dim=state["z_proj.weight"].shape[1], class_num=len(state["class_emb.weight"]) - 1,
+                        scales=scales_of(state["mask"]))
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise FlowARError(f"{path}: tensor {error} is missing, the model's size cannot be recognised") from error
+    body = {key: value for key, value in found.items() if not key.startswith("diffloss")}
+    names = [name for name, size in MODELS.items() if {k: size[k] for k in body} == body]
+    names.sort(key=lambda name: MODELS[name] != found)  # the exact size first, then one with another flow head
+    if not names:
+        raise FlowARError(f"{path}: no model of the registry has this size ({found}); give --model")
+    return {"model": names[0], "diffloss_d": found["diffloss_d"], "diffloss_w": found["diffloss_w"], **geometry}
+
+
+def depth(state, prefix):
+    return 1 + max(int(name[len(prefix):].split(".")[0]) for name in state if name.startswith(prefix))
+
+
+def scales_of(mask):
+    """Scales of a block-causal mask: a row of scale k sees 1 + ... + s_k^2 tokens."""
+    visible = (mask[0, 0] == 0).sum(dim=1).unique().tolist()
+    return tuple(round((end - start) ** 0.5) for start, end in zip([0, *visible], visible))
+
+
+def read_model_file(resume):
+    """(path, content) of --resume."""
+    path = find(resume)
+    return path, read_file(path)
+
+
+def file_hash(path):
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
