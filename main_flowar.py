@@ -54,11 +54,11 @@ class Data:
                             pin_memory=args.pin_mem and device.type == "cuda")
         if self.cached:
             self.latent_scale = cache_latent_scale(args.cached_path, args.vae_embed_dim)
-            train = CachedMoments(args.cached_path, self.moments_shape, args.seed, train=True)
+            train = CachedMoments(args.cached_path, self.moments_shape, args.seed, train=True, flip=args.flip)
             log(f"{len(train)} cached latents in {args.cached_path}")
         else:
             self.latent_scale = self.vae().latent_scale
-            train = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True)
+            train = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True, flip=args.flip)
             log(f"{len(train)} images in {args.data_path}/train, encoded on the fly")
         check_classes(train, args.class_num, args.cached_path if self.cached else args.data_path)
         self.train = build_loader(train, args.batch_size, seed=args.seed, train=True, **self.workers)

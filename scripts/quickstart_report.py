@@ -64,9 +64,7 @@ def train_classifier(images, labels, classes, device):
     images, labels = images.to(device), labels.to(device)
     for _ in range(STEPS):
         chosen = torch.randint(len(images), (BATCH,), device=device)
-        batch = images[chosen]
-        flip = torch.rand(BATCH, 1, 1, 1, device=device) < 0.5  # the generator learns flipped images too
-        loss = F.cross_entropy(network(torch.where(flip, batch.flip(-1), batch)), labels[chosen])
+        loss = F.cross_entropy(network(images[chosen]), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -43,7 +43,8 @@ def parse_args():
     parser.add_argument("--ch", type=int, default=32, help="base width, a multiple of 4")
     parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
     parser.add_argument("--num_res_blocks", type=int, default=1, help="residual blocks a level")
-    parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops; both are flipped")
+    parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="flip half of the images")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=64, help="images a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (cosine to zero)")
@@ -71,7 +72,7 @@ def train(vae, args, device, precision):
     snapshot = Path(f"{args.output}.training")
     first = resume(vae, optimizer, snapshot, device)
     data = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True,
-                  center=args.crop == "center")
+                  center=args.crop == "center", flip=args.flip)
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
                           pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -120,7 +121,7 @@ def batches(loader, first):
 def measure_latent_scale(vae, args, device):
     """(1 / std, mean) of posterior samples of training images."""
     data = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True,
-                  center=args.crop == "center")
+                  center=args.crop == "center", flip=args.flip)
     order = np.random.default_rng(args.seed).permutation(len(data))[:STATISTICS_IMAGES]
     generator = torch.Generator(device).manual_seed(args.seed)
     samples = []

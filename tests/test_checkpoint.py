@@ -49,7 +49,7 @@ def test_every_kind_of_file_loads(tmp_path, tiny, kind):
 
 def test_size_is_recognised_from_the_tensors(tiny):
     assert checkpoint.describe(tiny.state_dict(), "x") == {
-        "model": "flowar_tiny", "diffloss_d": 2, "diffloss_w": 128, "vae_embed_dim": 4, "class_num": 10, "scales": SCALES}
+        "model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128, "vae_embed_dim": 4, "class_num": 10, "scales": SCALES}
 
 
 @pytest.mark.parametrize("name", ["flowar_small", "flowar_base", "flowar_large", "flowar_huge"])

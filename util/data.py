@@ -69,9 +69,9 @@ class Images(Dataset):
     In training a random crop of the recipe, or with center=True the centre crop, flipped with probability 1/2.
     """
 
-    def __init__(self, root, size, seed=0, train=False, center=False):
+    def __init__(self, root, size, seed=0, train=False, center=False, flip=True):
         self.folder = scan_folder(ImageFolder, root, "images")
-        self.size, self.seed, self.train, self.center = size, seed, train, center
+        self.size, self.seed, self.train, self.center, self.flip = size, seed, train, center, flip
 
     @property
     def classes(self):
@@ -86,7 +86,7 @@ class Images(Dataset):
         image = open_image(path)
         rng = np.random.default_rng((self.seed, epoch, index))
         crop = random_crop(image, self.size, rng) if self.train and not self.center else center_crop(image, self.size)
-        if self.train and rng.random() < 0.5:
+        if self.train and self.flip and rng.random() < 0.5:
             crop = TF.hflip(crop)
         return to_tensor(crop), label
 
@@ -97,9 +97,9 @@ class CachedMoments(Dataset):
     Items: (float32 moments, label); in training the flipped ones with probability 1/2.
     """
 
-    def __init__(self, root, shape, seed=0, train=False):
+    def __init__(self, root, shape, seed=0, train=False, flip=True):
         self.folder = scan_folder(DatasetFolder, root, "cached latents", loader=None, extensions=(".npz",))
-        self.shape, self.seed, self.train = tuple(shape), seed, train
+        self.shape, self.seed, self.flip = tuple(shape), seed, train and flip
 
     @property
     def classes(self):
@@ -111,7 +111,7 @@ class CachedMoments(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         path, label = self.folder.samples[index]
-        flip = self.train and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+        flip = self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         name = "moments_flip" if flip else "moments"
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -138,7 +138,7 @@ def image_files(folder):
 
 def load_uint8(files):
     """(n, 3, H, W) uint8; all images must have one size."""
-    images = [torch.from_numpy(np.asarray(open_image(path))).permute(2, 0, 1) for path in files]
+    images = [torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1) for path in files]
     for path, image in zip(files, images):
         if image.shape != images[0].shape:
             raise FlowARError(f"{path}: {image.shape[2]}x{image.shape[1]} pixels, but {files[0]} is "

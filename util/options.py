@@ -129,6 +129,7 @@ def add_training_options(parser):
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="flip half of the training images; --no-flip for text and digits")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
     add("--cached_val_path", default="", help="cached latents of val/ for the validation loss; default: encode data_path/val")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")

@@ -1,0 +1,328 @@
+"""The programs end to end: published commands, training, resume, processes, evaluation, messages."""
+import json
+import re
+import shlex
+
+import main_flowar
+import numpy as np
+import pytest
+import torch
+from helpers import GEOMETRY, ROOT, inputs, make_project, run, small_model, train
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import engine_flowar
+from models import FlowARError
+from util.options import default_scales, evaluation_parser, resolve_geometry, training_parser
+from util.optimization import build_optimizer
+
+PUBLISHED_TRAINING = """--img_size 256 --vae_path x/kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1
+    --model {} --diffloss_d {} --diffloss_w {} --epochs 400 --warmup_epochs 100 --batch_size {} --blr 5e-5
+    --output_dir ./output_dir/ --resume ./output_dir/ --data_path /path/to/imagenet/
+    --cached_path /path/to/imagenet_feature/ {}"""
+PUBLISHED_EVALUATION = """--model {} --diffloss_d {} --diffloss_w {} --eval_bsz 256 --num_images 50000 --num_step {} --cfg {}
+    --guidance {} --output_dir o --resume o/FlowAR.pth --vae_path x/kl16.ckpt --data_path d --evaluate"""
+RELEASE_OPTIONS = """--lr 1e-4 --min_lr 1e-5 --lr_schedule constant --weight_decay 0.02 --ema_rate 0.9999 --grad_clip 3.0
+    --attn_dropout 0.1 --proj_dropout 0.1 --label_drop_prob 0.1 --class_num 1000 --seed 1 --device cpu --num_workers 10
+    --pin_mem --online_eval --eval_freq 40 --save_last_freq 5 --use_cached --log_dir logs --start_epoch 3 --buffer_size 0
+    --num_step_last 15 --cfg_schedule constant --temperature 1.0 --accum_iter 2 --scales 1,4,16 --precision bf16"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def trained(project):
+    return train(project, project / "trained"), project / "trained"
+
+
+# ---- commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size,depth,width,batch,flags", [
+    ("flowar_small", 2, 1024, 64, ""), ("flowar_large", 12, 1024, 64, "--use_checkpoint"),
+    ("flowar_huge", 12, 1536, 32, "--use_checkpoint")])
+def test_published_training_commands(size, depth, width, batch, flags):
+    args = training_parser().parse_args(shlex.split(PUBLISHED_TRAINING.format(size, depth, width, batch, flags)))
+    resolve_geometry(args)
+    assert args.scales == (1, 2, 4, 8, 16) and args.use_checkpoint == bool(flags) and args.grad_clip == 3.0
+    with torch.device("meta"):
+        main_flowar.build_model(args.model, **main_flowar.model_options(args))
+
+
+@pytest.mark.parametrize("size,depth,width,steps,cfg,guidance", [
+    ("flowar_small", 2, 1024, 25, 4.3, 0.9), ("flowar_large", 12, 1024, 25, 2.4, 0.9),
+    ("flowar_huge", 12, 1536, 50, 2.4, 0.7)])
+def test_published_evaluation_commands(size, depth, width, steps, cfg, guidance):
+    evaluation_parser().parse_args(shlex.split(PUBLISHED_EVALUATION.format(size, depth, width, steps, cfg, guidance)))
+
+
+@pytest.mark.parametrize("size", "sblh")
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_scripts_hold_the_commands(kind, size):
+    text = (ROOT / "scripts" / f"{kind}_flowar_{size}.sh").read_text()
+    program, options = re.search(r"(main_flowar|eval)\.py \\\n(.*)\"\$@\"", text, re.DOTALL).groups()
+    parser = training_parser() if program == "main_flowar" else evaluation_parser()
+    args = parser.parse_args(shlex.split(options.replace("\\\n", " ")))
+    assert args.model.startswith(f"flowar_{size}")
+
+
+def test_options_of_the_release_and_new_ones():
+    args = training_parser().parse_args(shlex.split(RELEASE_OPTIONS))
+    assert args.scales == (1, 4, 16) and args.start_epoch == 3 and args.lr_schedule == "constant"
+
+
+def test_every_option_is_read():
+    """No option is parsed and then ignored: each name is used outside the parser."""
+    sources = "".join((ROOT / file).read_text() for file in ("main_flowar.py", "engine_flowar.py", "util/metrics.py"))
+    sources += (ROOT / "util" / "options.py").read_text().split("# ---- what follows")[1]
+    sources += (ROOT / "eval.py").read_text()
+    for option in vars(training_parser().parse_args([])):
+        assert re.search(rf"args\.{option}\b|\"{option}\"", sources), option
+
+
+@pytest.mark.parametrize("side,expected", [(16, (1, 2, 4, 8, 16)), (32, (1, 2, 4, 8, 16, 32)), (8, (1, 2, 4, 8)),
+                                           (12, (1, 2, 4, 8, 12)), (1, (1,))])
+def test_default_scales(side, expected):
+    assert default_scales(side) == expected
+
+
+@pytest.mark.parametrize("command,message", [
+    ("main_flowar.py --no_such_option 3", "unrecognized arguments: --no_such_option"),
+    ("main_flowar.py --epoch 3", "unrecognized arguments: --epoch"),
+    ("main_flowar.py --scales 1,x", "--scales: '1,x' is not a comma-separated list"),
+    ("eval.py --cfg 0.5", "--cfg: 0.5 is out of range: expected 1.0 or more"),
+    ("eval.py", "--resume is missing"),
+    ("eval.py --resume nowhere.pth", "nowhere.pth: no such checkpoint"),
+])
+def test_one_clear_line_and_a_status(command, message):
+    done = run(command, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_a_checkpoint_and_a_log(trained):
+    content, output = trained
+    assert set(content) == {"model", "model_ema", "optimizer", "epoch", "scaler", "args"} and content["epoch"] == 1
+    assert content["args"]["batch_size"] == 16
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    groups = {group: [line for line in lines if line["group"] == group] for group in ("train", "val", "val_ema")}
+    assert [line["step"] for line in groups["train"]] == [2, 4, 5, 7, 9, 10]
+    for key in ("loss", "grad_norm", "lr", "images_per_second", "memory_gib", "loss_scale_1", "loss_scale_4"):
+        assert np.isfinite(groups["train"][0][key])
+    assert groups["val"][-1]["loss"] != groups["val_ema"][-1]["loss"]
+    assert Image.open(output / "samples_epoch0002.png").size[0] > 32
+    assert list(output.glob("events.out.tfevents*"))
+
+
+def interrupt_after(monkeypatch, epochs):
+    """Make training die at the start of the given epoch."""
+    original = main_flowar.train_one_epoch
+
+    def one_epoch(*args):
+        if args[8] == epochs:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(main_flowar, "train_one_epoch", one_epoch)
+
+
+@pytest.mark.parametrize("extra", ["--attn_dropout 0.3 --proj_dropout 0.3", "--precision fp16 --accum_iter 2"])
+def test_resumed_training_ends_with_the_same_bits(project, tmp_path, monkeypatch, extra):
+    extra = f"--epochs 3 --save_last_freq 1 {extra}"
+    whole = train(project, tmp_path / "whole", extra)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        train(project, tmp_path / "parts", extra)
+    torch.rand(7)  # what was drawn before the restart must not matter
+    parts = train(project, tmp_path / "parts", f"{extra} --resume {tmp_path / 'parts'}")
+    for key in ("model", "model_ema"):
+        assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key])
+    assert whole["scaler"] == parts["scaler"] and parts["epoch"] == 2
+    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
+        assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+
+def largest_difference(a, b):
+    return max((a["model"][name] - b["model"][name]).abs().max().item() for name in a["model"] if name != "mask")
+
+
+def test_two_processes_train_as_one(project, tmp_path):
+    """Same global batch, on gloo: the same images, times, noise and dropped labels, so the same weights."""
+    common = (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --epochs 1 "
+              "--warmup_epochs 0 --blr 1e-2 --num_workers 0 --device cpu --attn_dropout 0 --proj_dropout 0 "
+              "--eval_freq 100 --num_step 2 --num_images 2")
+    run(f"{common} --batch_size 8 --output_dir {tmp_path}/two", processes=2)
+    one = train(project, tmp_path / "one", "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0")
+    two = torch.load(tmp_path / "two" / "checkpoint-last.pth", weights_only=True)
+    start = train(project, tmp_path / "start", "--epochs 1 --warmup_epochs 1e9 --attn_dropout 0 --proj_dropout 0")
+    accumulated = train(project, tmp_path / "accumulated",
+                        "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0 --batch_size 8 --accum_iter 2")
+    moved = largest_difference(one, start)
+    # AdamW turns rounding of tiny gradients into steps of the learning rate's size, so compare with how far it went.
+    assert largest_difference(one, two) < 0.02 * moved and largest_difference(one, accumulated) < 0.02 * moved
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+               if json.loads(line)["group"] == "val"][-1] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_cached_training_needs_no_vae(project, tmp_path, capsys):
+    cache = (f"scripts/cache_latents.py --data_path {project}/images --cached_path {tmp_path}/latents --vae_path "
+             f"{project}/vae.pth --img_size 16 --num_workers 0 --device cpu")
+    run(cache)
+    train(project, tmp_path / "out", f"--cached_path {tmp_path}/latents --cached_val_path {tmp_path}/latents --use_cached "
+                                     "--vae_path nowhere.pth --data_path nowhere")
+    printed = capsys.readouterr().out
+    assert "80 cached latents" in printed and "no VAE at nowhere.pth" in printed
+    with pytest.raises(FlowARError, match="cached_path .*empty: no cached latents there; make them with: torchrun .*cache_latents.py"):
+        train(project, tmp_path / "out", f"--cached_path {tmp_path}/empty --use_cached")
+    train(project, tmp_path / "out2", f"--cached_path {tmp_path}/empty --epochs 1")
+    assert "encoding images on the fly. To make a cache: torchrun" in capsys.readouterr().out
+
+
+def test_online_evaluation_and_start_epoch(project, tmp_path):
+    train(project, tmp_path, f"--online_eval --eval_freq 1 --epochs 2 --start_epoch 1 --num_images 6 "
+                             f"--feature_extractor efficientnet-lite0 --ref_images {project}/images/val")
+    result = json.loads((tmp_path / "eval_epoch0002" / "results.json").read_text())
+    assert result["frechet_distance_efficientnet_lite0"] > 0 and result["num_images"] == 6
+    assert not (tmp_path / "eval_epoch0001").exists()
+    assert '"group": "eval"' in (tmp_path / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("extra,message", [
+    ("--vae_embed_dim 8", "--vae_embed_dim is 8, but the VAE .*vae.pth has 4"),
+    ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
+    ("--class_num 7", "10 class folders, but --class_num is 7"),
+    ("--batch_size 512", "80 training images are fewer than one global batch of 512"),
+    ("--scales 1,2", "scale ends with 2: expected 4"),
+    ("--buffer_size 2", "buffer_size is 2"),
+    ("--precision tf32", "--precision tf32 needs CUDA"),
+    ("--min_lr 5", "--min_lr 5.0 is above the peak learning rate"),
+    ("--use_cached", "--use_cached needs --cached_path"),
+    ("--resume nowhere.pth", "nowhere.pth: no such checkpoint"),
+    ("--data_path nowhere", "nowhere/train: no such folder"),
+    ("--vae_path nowhere.ckpt", "nowhere.ckpt: no such file"),
+    ("--lr 1e30 --grad_clip 0", "loss is nan"),
+])
+def test_wrong_training_options_are_refused(project, tmp_path, extra, message):
+    with pytest.raises(FlowARError, match=message):
+        train(project, tmp_path / "out", f"--warmup_epochs 0 {extra}")
+    assert not (tmp_path / "out" / "checkpoint-last.pth").exists()
+
+
+def test_a_resumed_checkpoint_of_another_size_is_refused(project, trained, tmp_path):
+    with pytest.raises(FlowARError, match="tensors do not fit the model.*diffusion|tensors do not fit"):
+        train(project, tmp_path, f"--diffloss_w 64 --resume {trained[1]}")
+
+
+def test_use_checkpoint_changes_nothing(project, trained, tmp_path):
+    again = train(project, tmp_path, "--use_checkpoint")
+    assert largest_difference(trained[0], again) < 1e-6
+
+
+def test_learns_real_images():
+    """A minute of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
+    data = torch.from_numpy(load_digits().images).float()[:, None]
+    labels = torch.from_numpy(load_digits().target)
+    data = (data - data.mean()) / data.std()
+    model = small_model(img_size=8, vae_stride=1, vae_embed_dim=1, scale=(1, 2, 4, 8), encoder_embed_dim=64,
+                        decoder_embed_dim=64, encoder_num_heads=4, decoder_num_heads=4)
+    grids = model.pyramid(data)
+    # The best constant velocity at every position is -mean, and its error is 1 (the noise) + the data's variance.
+    mean_predictor = sum(w * (1 + grid.var(dim=0).mean()) for w, grid in zip(model.scale_weights(), grids)).item()
+    optimizer = build_optimizer(model, 2e-3, 0.02)
+    model.train()
+    losses = []
+    for step in range(240):
+        g = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(data), (64,), generator=g)
+        _, _, t, noise = inputs(model, batch=64, seed=step)
+        loss = model(data[chosen], labels[chosen], t=t, noise=noise, drop=torch.zeros(64, dtype=torch.bool))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    late = losses[-40:]
+    assert max(late) < 0.75 * mean_predictor
+    assert np.mean(late) < 0.6 * np.mean(losses[:5])
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+def evaluation(project, trained, output, extra=""):
+    return (f"eval.py --resume {trained[1]} --vae_path {project}/vae.pth --num_images 10 --num_step 6 --cfg 2 --device cpu "
+            f"--output_dir {output} --feature_extractor efficientnet-lite0 --evaluate {extra}")
+
+
+def read_images(folder):
+    return np.stack([np.asarray(Image.open(folder / "images" / f"{i:06d}.png")).astype(int) for i in range(10)])
+
+
+def test_images_do_not_depend_on_processes_or_batch(project, trained, tmp_path):
+    reference = f"--ref_images {project}/images/val"
+    run(evaluation(project, trained, tmp_path / "one", f"--eval_bsz 10 {reference}"))
+    run(evaluation(project, trained, tmp_path / "two", f"--eval_bsz 3 {reference}"), processes=2)
+    one, two = read_images(tmp_path / "one"), read_images(tmp_path / "two")
+    assert np.abs(one - two).max() <= 1 and one.std() > 1
+    assert len(list((tmp_path / "two" / "images").iterdir())) == 10
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    name = "frechet_distance_efficientnet_lite0"
+    assert results[0][name] == pytest.approx(results[1][name], rel=1e-3) and "fid" not in results[0]
+    for key in ("model", "checkpoint_sha256", "sampler", "num_step", "cfg", "guidance", "precision", "seed", "num_images",
+                "feature_extractor", "versions", "reference"):
+        assert results[0][key] is not None
+    assert results[0]["euler_steps"] == [6, 6, 6] and results[1]["world_size"] == 2
+
+
+def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, trained, tmp_path):
+    parse = evaluation_parser().parse_args
+    found = parse(shlex.split(evaluation(project, trained, tmp_path))[1:])
+    given = parse(shlex.split(evaluation(project, trained, tmp_path, GEOMETRY))[1:])
+    for args in (found, given):
+        model, vae, description = engine_flowar.load_for_evaluation(args, torch.device("cpu"))
+        assert description["model"] == "flowar_tiny" and model.scale == (1, 2, 4) and vae.stride == 4
+    assert all(torch.equal(value, trained[0]["model_ema"][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("extra,message", [
+    ("--model flowar_small", "tensors do not fit the model"),
+    ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
+    ("--fid_stats nowhere.npz", "nowhere.npz: no such file"),
+    ("--ref_images nowhere", "nowhere: no such folder"),
+    ("--ref_images nowhere --fid_stats nowhere.npz", "two references"),
+])
+def test_wrong_evaluation_options_are_refused(project, trained, tmp_path, extra, message):
+    args = evaluation_parser().parse_args(shlex.split(evaluation(project, trained, tmp_path / "out", extra))[1:])
+    with pytest.raises(FlowARError, match=message):
+        engine_flowar.evaluate_checkpoint(args, torch.device("cpu"))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_weights_that_give_no_images_are_refused(project, trained, tmp_path):
+    state = {name: value.clone() for name, value in trained[0]["model_ema"].items()}
+    state["flownet.final_layer.linear.bias"] += float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    args = evaluation_parser().parse_args(shlex.split(
+        evaluation(project, trained, tmp_path, f"--resume {tmp_path}/nan.pth --ref_images {project}/images/val"))[1:])
+    with pytest.raises(FlowARError, match="images 0, 1, 2.* are not finite"):
+        engine_flowar.evaluate_checkpoint(args, torch.device("cpu"))
+
+
+def test_labels_are_balanced():
+    labels = [engine_flowar.image_label(i, 50000, 1000) for i in range(50000)]
+    assert set(np.bincount(labels)) == {50}
+    uneven = np.bincount([engine_flowar.image_label(i, 2003, 10) for i in range(2003)])
+    assert uneven.max() - uneven.min() <= 1
+
+
+def test_sample_script(project, trained, tmp_path):
+    run(f"scripts/sample.py --resume {trained[1]} --vae_path {project}/vae.pth --num_step 2 --labels 3,7 --per_class 2 "
+        f"--class_names {project}/images/train --grid {tmp_path}/grid.png --strip {tmp_path}/strip.png --device cpu")
+    assert Image.open(tmp_path / "grid.png").size[1] > 2 * 64
+    assert Image.open(tmp_path / "strip.png").size[0] > 3 * 64
