@@ -159,9 +159,11 @@ def load_for_evaluation(args, device):
     vae, extra = load_vae(args.vae_path)
     if extra:
         log(f"{args.vae_path}: {len(extra)} tensors are not the VAE's and were left out")
-    known = checkpoint.describe(state, path) if args.model is None else known_geometry(state)
-    known.update(vae_embed_dim=vae.embed_dim, vae_stride=vae.stride)
-    known["img_size"] = known["scales"][-1] * args.patch_size * (args.vae_stride or vae.stride)
+    known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride,
+             **checkpoint.recognise_geometry(state, path, vae.embed_dim)}
+    known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
+    if args.model is None:
+        known.update(checkpoint.recognise_size(state, path))
     resolve_geometry(args, known)
     check_vae(vae, args)
     model = build_model(args.model, **model_options(args))
@@ -171,11 +173,6 @@ def load_for_evaluation(args, device):
     if is_main():
         description.update(checkpoint_sha256=checkpoint.file_hash(path), vae_sha256=checkpoint.file_hash(args.vae_path))
     return model.to(device).eval(), vae.to(device), description
-
-
-def known_geometry(state):
-    """Class count and scales that the tensors tell, where they can be told."""
-    return {"class_num": len(state["class_emb.weight"]) - 1, "scales": checkpoint.scales_of(state["mask"])}
 
 
 def check_vae(vae, args):

@@ -11,8 +11,8 @@ import functools
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.io import write_png
 
 from engine_flowar import check_vae, evaluate, evaluate_checkpoint, sample_grid, train_one_epoch, validate
 from models import FlowARError, build_model
@@ -129,7 +129,7 @@ def report(network, ema, data, validation, args, epoch, step, device, logger):
     if is_main():
         grid = sample_grid(ema.module, data.vae(), args, device)
         logger.image("samples/ema", grid, step)
-        write_png(grid, str(Path(args.output_dir) / f"samples_epoch{epoch + 1:04d}.png"))
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(Path(args.output_dir) / f"samples_epoch{epoch + 1:04d}.png")
     if args.online_eval:
         description = {"model": args.model, "epoch": epoch + 1, "weights": "ema"}
         result = evaluate(ema.module, data.vae(), args, device, description,

@@ -345,7 +345,7 @@ def _size(dim, depth, heads, diffloss_d, diffloss_w, cross=False):
 
 MODELS = {
     #                    D  depth of a half  heads  flow depth x width
-    "flowar_tiny": _size(128, 1, 4, 3, 128),  # 1.8 M, for demonstrations and tests
+    "flowar_tiny": _size(128, 1, 4, 3, 128),  # 1.6 M, for demonstrations and tests
     "flowar_small": _size(768, 6, 12, 2, 1024),  # 172 M parameters, FID 3.61 (paper)
     "flowar_base": _size(768, 8, 12, 6, 1024),  # about 290 M, FID 2.90 (paper; never released)
     "flowar_large": _size(1024, 8, 16, 12, 1024, cross=True),  # 587 M, FID 1.90 (paper)

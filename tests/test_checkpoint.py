@@ -48,8 +48,15 @@ def test_every_kind_of_file_loads(tmp_path, tiny, kind):
 
 
 def test_size_is_recognised_from_the_tensors(tiny):
-    assert checkpoint.describe(tiny.state_dict(), "x") == {
-        "model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128, "vae_embed_dim": 4, "class_num": 10, "scales": SCALES}
+    state = tiny.state_dict()
+    assert checkpoint.recognise_size(state, "x") == {"model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128}
+    assert checkpoint.recognise_geometry(state, "x", 4) == {"class_num": 10, "scales": SCALES, "patch_size": 1}
+    assert checkpoint.recognise_geometry(state, "x", 1)["patch_size"] == 2
+    with pytest.raises(FlowARError, match="x: tokens have 4 channels, which 3 latent channels of the VAE do not make"):
+        checkpoint.recognise_geometry(state, "x", 3)
+    del state["encoder_blocks.0.attn.rope.freqs"]
+    with pytest.raises(FlowARError, match="x: the model's size cannot be recognised .*encoder_blocks.0.attn.rope.freqs"):
+        checkpoint.recognise_size(state, "x")
 
 
 @pytest.mark.parametrize("name", ["flowar_small", "flowar_base", "flowar_large", "flowar_huge"])
@@ -57,8 +64,8 @@ def test_released_sizes_are_recognised(name):
     with torch.device("meta"):
         state = build_model(name).state_dict()
     state["mask"] = build_model("flowar_tiny").mask  # values matter here, so not on the meta device
-    found = checkpoint.describe(state, "x")
-    assert found["model"] == name and found["scales"] == (1, 2, 4, 8, 16) and found["class_num"] == 1000
+    assert checkpoint.recognise_size(state, "x")["model"] == name
+    assert checkpoint.recognise_geometry(state, "x", 16) == {"class_num": 1000, "scales": (1, 2, 4, 8, 16), "patch_size": 1}
 
 
 def test_wrong_size_is_refused_with_names(tmp_path, tiny):

@@ -148,8 +148,9 @@ def test_resumed_training_ends_with_the_same_bits(project, tmp_path, monkeypatch
         assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
 
 
-def largest_difference(a, b):
-    return max((a["model"][name] - b["model"][name]).abs().max().item() for name in a["model"] if name != "mask")
+def distance(a, b):
+    """Euclidean distance of two checkpoints' weights."""
+    return sum((a["model"][name] - b["model"][name]).square().sum() for name in a["model"] if name != "mask").sqrt().item()
 
 
 def test_two_processes_train_as_one(project, tmp_path):
@@ -163,9 +164,10 @@ def test_two_processes_train_as_one(project, tmp_path):
     start = train(project, tmp_path / "start", "--epochs 1 --warmup_epochs 1e9 --attn_dropout 0 --proj_dropout 0")
     accumulated = train(project, tmp_path / "accumulated",
                         "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0 --batch_size 8 --accum_iter 2")
-    moved = largest_difference(one, start)
-    # AdamW turns rounding of tiny gradients into steps of the learning rate's size, so compare with how far it went.
-    assert largest_difference(one, two) < 0.02 * moved and largest_difference(one, accumulated) < 0.02 * moved
+    # AdamW turns rounding of tiny gradients into steps of the learning rate's size: compare with how far training went.
+    moved = distance(one, start)
+    other = train(project, tmp_path / "other", "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0 --seed 1")
+    assert distance(one, two) < 0.01 * moved and distance(one, accumulated) < 0.01 * moved < distance(one, other)
     losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
                if json.loads(line)["group"] == "val"][-1] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -222,7 +224,7 @@ def test_a_resumed_checkpoint_of_another_size_is_refused(project, trained, tmp_p
 
 def test_use_checkpoint_changes_nothing(project, trained, tmp_path):
     again = train(project, tmp_path, "--use_checkpoint")
-    assert largest_difference(trained[0], again) < 1e-6
+    assert distance(trained[0], again) < 1e-5
 
 
 def test_learns_real_images():

@@ -4,6 +4,7 @@ A training checkpoint, checkpoint-last.pth, is {model, model_ema, optimizer, epo
 bare state dict of EMA weights. Random state needs no place in it: every draw follows from (seed, step, rank).
 """
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -82,30 +83,38 @@ def load_optimizer(optimizer, scaler, content, path):
         raise FlowARError(f"{path}: optimizer state cannot be used ({error})") from error
 
 
-def describe(state, path):
-    """Size and geometry that a state dict's tensors tell: the registry's model name and FlowAR's arguments.
-
-    Patch size and stride leave no trace; vae_embed_dim is that of patch size 1.
-    """
+def recognise_size(state, path):
+    """The registry's name and the flow head's size that a state dict's tensors tell."""
     try:
         width, cond = state["class_emb.weight"].shape[1], state["flownet.cond_embed.weight"]
-        found = dict(
+        body = dict(
             encoder_embed_dim=width, encoder_depth=depth(state, "encoder_blocks."),
             encoder_num_heads=width // (4 * len(state["encoder_blocks.0.attn.rope.freqs"])),
             decoder_embed_dim=cond.shape[1], decoder_depth=depth(state, "decoder_blocks."),
             decoder_num_heads=cond.shape[1] // (4 * len(state["decoder_blocks.0.attn.rope.freqs"])),
-            diffloss_d=depth(state, "flownet.res_blocks."), diffloss_w=cond.shape[0],
             cross="flownet.res_blocks.0.crossattn.q.weight" in state)
-        geometry = dict(vae_embed_dim=state["z_proj.weight"].shape[1], class_num=len(state["class_emb.weight"]) - 1,
-                        scales=scales_of(state["mask"]))
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise FlowARError(f"{path}: tensor {error} is missing, the model's size cannot be recognised") from error
-    body = {key: value for key, value in found.items() if not key.startswith("diffloss")}
-    names = [name for name, size in MODELS.items() if {k: size[k] for k in body} == body]
-    names.sort(key=lambda name: MODELS[name] != found)  # the exact size first, then one with another flow head
+        head = dict(diffloss_d=depth(state, "flownet.res_blocks."), diffloss_w=cond.shape[0])
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise FlowARError(f"{path}: the model's size cannot be recognised ({error}); give --model") from error
+    names = [name for name, size in MODELS.items() if {key: size[key] for key in body} == body]
+    names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size first, then one with another flow head
     if not names:
-        raise FlowARError(f"{path}: no model of the registry has this size ({found}); give --model")
-    return {"model": names[0], "diffloss_d": found["diffloss_d"], "diffloss_w": found["diffloss_w"], **geometry}
+        raise FlowARError(f"{path}: no model of the registry has this size ({body}); give --model")
+    return {"model": names[0], **head}
+
+
+def recognise_geometry(state, path, vae_embed_dim):
+    """Class count, scales and patch size that a state dict's tensors tell, given the VAE's latent channels."""
+    try:
+        channels, class_num = state["z_proj.weight"].shape[1], len(state["class_emb.weight"]) - 1
+        scales = scales_of(state["mask"])
+    except (KeyError, IndexError) as error:
+        raise FlowARError(f"{path}: the geometry cannot be recognised ({error})") from error
+    patch_size = math.isqrt(channels // vae_embed_dim)
+    if patch_size ** 2 * vae_embed_dim != channels:
+        raise FlowARError(f"{path}: tokens have {channels} channels, which {vae_embed_dim} latent channels of the VAE do "
+                          "not make with any patch size: the VAE is another one than the model was trained with")
+    return {"class_num": class_num, "scales": scales, "patch_size": patch_size}
 
 
 def depth(state, prefix):

@@ -11,7 +11,7 @@ from models.flow_matching import CFG_SCHEDULES
 from util.distributed import PRECISIONS
 from util.optimization import LR_SCHEDULES, peak_learning_rate
 
-GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, class_num=1000)
+GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
 
 
 # ---- types: what a value must be, said in one line -----------------------------------------------------------
@@ -71,7 +71,7 @@ def add_model_options(parser):
     add("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
     add("--vae_embed_dim", type=positive, help="latent channels; default 16, or the VAE's in eval.py")
     add("--vae_stride", type=positive, help="pixels a latent cell; default 16, or the VAE's in eval.py")
-    add("--patch_size", type=positive, default=1, help="latent cells a token, a side")
+    add("--patch_size", type=positive, help="latent cells a token, a side; default 1, or the checkpoint's in eval.py")
     add("--scales", type=integer_list, help="tokens a side of every scale, '1,2,4,8,16'; default: doubling up to the latent's size")
     add("--class_num", type=positive, help="number of classes; default 1000, or the checkpoint's in eval.py")
     add("--diffloss_d", type=positive, help="blocks of the flow head; default: the size's own")
