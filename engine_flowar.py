@@ -244,10 +244,12 @@ def find_reference(args, extractor, device):
         return metrics.folder_statistics(args.ref_images, extractor, device), args.ref_images
     if args.fid_stats:
         return metrics.load_statistics(args.fid_stats, extractor.dim), args.fid_stats
-    if DEFAULT_STATS.is_file() and extractor.name == metrics.Inception.name:
-        return metrics.load_statistics(DEFAULT_STATS, extractor.dim), str(DEFAULT_STATS)
-    log(f"warning: no reference: the {extractor.distance} is left out. Give --fid_stats or --ref_images, or put ADM's "
-        f"statistics at {DEFAULT_STATS}")
+    hint = ""
+    if extractor.name == metrics.Inception.name:
+        if DEFAULT_STATS.is_file():
+            return metrics.load_statistics(DEFAULT_STATS, extractor.dim), str(DEFAULT_STATS)
+        hint = f", or put ADM's statistics at {DEFAULT_STATS}"
+    log(f"warning: no reference: the {extractor.distance} is left out. Give --fid_stats or --ref_images{hint}")
     return None, None
 
 

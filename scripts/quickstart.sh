@@ -23,7 +23,7 @@ python scripts/quickstart_data.py --output "$OUT/images"
 stage "VAE -> $OUT/vae.pth"
 if [ ! -f "$OUT/vae.pth" ]; then
     python scripts/train_vae.py --data_path "$OUT/images" --output "$OUT/vae.pth" --device "$DEVICE" \
-        --img_size 32 --embed_dim 4 --ch 16 --ch_mult 1,2,4 --num_res_blocks 0 --crop center --no-flip \
+        --img_size 32 --embed_dim 4 --ch 16 --ch_mult 1,2,4 --num_res_blocks 0 --crop center --no_flip \
         --steps 750 --batch_size 32 --lr 3e-3 --num_workers 1
 fi
 
@@ -41,7 +41,7 @@ images=$(find "$OUT/images/train" -name '*.png' | wc -l)
 epochs=$((80000 / images)) # 4 of Fashion-MNIST, more of a smaller set
 torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$OUT/vae.pth" --vae_embed_dim 4 --vae_stride 4 \
     --patch_size 2 --class_num 10 --model flowar_tiny --epochs $epochs --warmup_epochs $((epochs * 5))e-2 --batch_size 64 --lr 2e-3 \
-    --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no-flip --save_last_freq 1 --eval_freq $((epochs / 2)) --cfg 4 --guidance 1 \
+    --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --save_last_freq 1 --eval_freq $((epochs / 2)) --cfg 3 --guidance 1 \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" \
     --cached_val_path "$OUT/latents_val" --num_workers 1 --device "$DEVICE"
 
@@ -52,12 +52,12 @@ if [ ! -f "$OUT/val_stats.npz" ]; then
 fi
 if [ ! -f "$OUT/eval/results.json" ]; then
     torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 --eval_bsz 250 \
-        --num_step 25 --cfg 4 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
+        --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
         --feature_extractor efficientnet-lite0 --device "$DEVICE" --evaluate
 fi
 
 stage "pictures and table"
-python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 4 --guidance 1 --device "$DEVICE" \
+python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 3 --guidance 1 --device "$DEVICE" \
     --class_names "$OUT/images/train" --grid "$OUT/grid.png" --strip "$OUT/strip.png"
 python scripts/quickstart_report.py --root "$OUT" --device "$DEVICE"
 

@@ -1,7 +1,8 @@
 """The quickstart's last stage: is it any good? Classifier accuracy, distances with their floor, loss curve, table.
 
 A small convolutional classifier is trained on the real training images. On the generated ones it must find the label
-that was asked for. The floor is the distance of as many real training images to the test split.
+that was asked for. Distances to the test split have a floor, that of as many real training images, and a limit of the
+VAE, that of the test images encoded and decoded.
 """
 import argparse
 import json
@@ -21,9 +22,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine_flowar import image_label  # noqa: E402
 from models import FlowARError  # noqa: E402
+from models.vae import load_vae  # noqa: E402
 from models.weights import read_file, write_file  # noqa: E402
 from util import metrics  # noqa: E402
-from util.data import Images  # noqa: E402
+from util.data import Images, to_uint8  # noqa: E402
 from util.distributed import run_main, select_device  # noqa: E402
 from util.files import write_json  # noqa: E402
 
@@ -45,15 +47,17 @@ def classifier(classes):
                          nn.Dropout(0.2), nn.Linear(128 * 16, classes))
 
 
-def gray(files):
-    return metrics.load_uint8(files)[:, :1].float() / 127.5 - 1
+def gray(images):
+    """(N, 3, 32, 32) uint8 -> (N, 1, 32, 32) in [-1, 1]."""
+    return images[:, :1].float() / 127.5 - 1
 
 
-def real_images(folder):
-    """(images (N, 1, 32, 32), labels, number of classes) of class folders."""
+def real_images(folder, count=None):
+    """(images (N, 3, 32, 32) uint8, labels, number of classes) of class folders; at most `count`, evenly chosen."""
     data = Images(folder, 32).folder
-    files, labels = zip(*data.samples)
-    return gray(files), torch.tensor(labels), len(data.classes)
+    chosen = np.linspace(0, len(data) - 1, min(count or len(data), len(data))).astype(int)
+    files, labels = zip(*(data.samples[i] for i in chosen))
+    return metrics.load_uint8(files), torch.tensor(labels), len(data.classes)
 
 
 def train_classifier(images, labels, classes, device):
@@ -86,21 +90,22 @@ def get_classifier(root, device):
         network.load_state_dict(read_file(path))
         return network.to(device).eval()
     images, labels, _ = real_images(root / "images" / "train")
-    network = train_classifier(images, labels, classes, device)
+    network = train_classifier(gray(images), labels, classes, device)
     write_file(network.state_dict(), path)
     return network
 
 
-def floor_distance(root, results, device):
-    """Distance of num_images real training images, evenly over the classes, to the reference."""
-    extractor = metrics.build_extractor(
-        SimpleNamespace(feature_extractor=results["feature_extractor"], fid_weights=None), device)
-    reference = metrics.load_statistics(results["reference"], extractor.dim)
-    data = Images(root / "images" / "train", 32).folder
-    chosen = np.linspace(0, len(data) - 1, results["num_images"]).astype(int)
-    files = [data.samples[i][0] for i in chosen]
-    features = metrics.extract_features(files, extractor, device)
-    return metrics.frechet_distance(metrics.statistics(features), reference), extractor.distance
+@torch.no_grad()
+def reconstruct(images, vae, device):
+    """Gray uint8 images after the VAE: what a perfect generator of latents could reach."""
+    pixels = images.float() / 127.5 - 1
+    return torch.cat([to_uint8(vae.decode(vae.encode(part.to(device)).mode())).cpu() for part in pixels.split(250)])
+
+
+@torch.no_grad()
+def distance(images, extractor, reference, device):
+    features = torch.cat([extractor(part.to(device))[0].cpu() for part in images.split(250)])
+    return metrics.frechet_distance(metrics.statistics(features), reference)
 
 
 def plot_loss(root):
@@ -116,11 +121,9 @@ def plot_loss(root):
                 side = key.removeprefix("loss_scale_")
                 axes[1].plot(steps, [points[s][key] for s in steps], label=f"{side}x{side}")
     for axis, title in zip(axes, ("loss", "training loss of each scale (unweighted)")):
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
+        axis.set(title=title, xlabel="optimizer step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
         axis.legend()
-    top = [line["loss"] for line in lines if line["group"] == "train"]
-    axes[0].set_ylim(0, 1.1 * max(top))
     figure.tight_layout()
     figure.savefig(root / "loss.png")
 
@@ -134,19 +137,27 @@ def main():
     results = json.loads(results_path.read_text())
     plot_loss(root)
     network = get_classifier(root, device)
-    test_images, test_labels, classes = real_images(root / "images" / "val")
-    real = accuracy(network, test_images, test_labels, device)
-    count = results["num_images"]
+    extractor = metrics.build_extractor(
+        SimpleNamespace(feature_extractor=results["feature_extractor"], fid_weights=None), device)
+    reference = metrics.load_statistics(results["reference"], extractor.dim)
+    count, name = results["num_images"], extractor.distance
+    test, test_labels, classes = real_images(root / "images" / "val", count)
+    train, train_labels, _ = real_images(root / "images" / "train", count)
     files = [root / "eval" / "images" / f"{i:06d}.png" for i in range(count)]
     asked = torch.tensor([image_label(i, count, classes) for i in range(count)])
-    generated = accuracy(network, gray(files), asked, device)
-    floor, name = floor_distance(root, results, device)
-    summary = {"images": count, name: results[name], f"{name}_floor": floor, "classifier_accuracy": generated,
-               "classifier_accuracy_real_test": real}
-    write_json(summary, root / "summary.json")
-    table = [f"| {count} images | classifier finds the asked label | {name} |", "|---|---|---|",
-             f"| generated | {generated:.1%} | {results[name]:.2f} |",
-             f"| real (test split; floor: train against test) | {real:.1%} | {floor:.2f} |"]
+    decoded = reconstruct(test, load_vae(root / "vae.pth")[0].to(device), device)
+    rows = {
+        "generated": (metrics.load_uint8(files), asked),
+        "test images through the VAE": (decoded, test_labels),
+        "training images (the floor)": (train, train_labels),
+    }
+    summary = {row: {"classifier_accuracy": accuracy(network, gray(images), labels, device),
+                     name: distance(images, extractor, reference, device)} for row, (images, labels) in rows.items()}
+    summary["test images"] = {"classifier_accuracy": accuracy(network, gray(test), test_labels, device)}
+    write_json({"images": count, **summary}, root / "summary.json")
+    table = [f"| {count} images | classifier finds the label | {name} to the test split |", "|---|---|---|"]
+    table += [f"| {row} | {found['classifier_accuracy']:.1%} | {format(found[name], '.1f') if name in found else ''} |"
+              for row, found in summary.items()]
     (root / "results.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
 

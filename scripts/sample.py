@@ -76,12 +76,12 @@ def grid(model, vae, labels, names, args, device):
 @torch.no_grad()
 def strip(model, vae, label, name, args, device):
     """Each scale's latent, enlarged to full size and decoded."""
-    side = model.scale[-1]
+    side = model.scale[-1] * model.patch_size
     with autocast(device, args.precision):
         scales = model.sample_pyramid(torch.tensor([label], device=device), noise=image_noise(model, args.seed, [0]),
                                       **sampling_options(args))
-        latents = torch.cat([F.interpolate(x, size=(side, side), mode="bicubic") for x in scales])
-        images = vae.decode(vae.latent_scale.restore(model.unpatchify(latents)))
+        latents = torch.cat([F.interpolate(model.unpatchify(x), size=(side, side), mode="bicubic") for x in scales])
+        images = vae.decode(vae.latent_scale.restore(latents))
     return draw_table(to_uint8(images).cpu()[None], [name], [f"{s}x{s}" for s in model.scale])
 
 

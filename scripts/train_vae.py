@@ -44,7 +44,7 @@ def parse_args():
     parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
     parser.add_argument("--num_res_blocks", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="flip half of the images")
+    parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=64, help="images a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (cosine to zero)")

@@ -24,7 +24,7 @@ PUBLISHED_EVALUATION = """--model {} --diffloss_d {} --diffloss_w {} --eval_bsz 
     --guidance {} --output_dir o --resume o/FlowAR.pth --vae_path x/kl16.ckpt --data_path d --evaluate"""
 RELEASE_OPTIONS = """--lr 1e-4 --min_lr 1e-5 --lr_schedule constant --weight_decay 0.02 --ema_rate 0.9999 --grad_clip 3.0
     --attn_dropout 0.1 --proj_dropout 0.1 --label_drop_prob 0.1 --class_num 1000 --seed 1 --device cpu --num_workers 10
-    --pin_mem --online_eval --eval_freq 40 --save_last_freq 5 --use_cached --log_dir logs --start_epoch 3 --buffer_size 0
+    --pin_mem --no_pin_mem --online_eval --eval_freq 40 --save_last_freq 5 --use_cached --log_dir logs --start_epoch 3 --buffer_size 0
     --num_step_last 15 --cfg_schedule constant --temperature 1.0 --accum_iter 2 --scales 1,4,16 --precision bf16"""
 
 
@@ -81,6 +81,20 @@ def test_every_option_is_read():
     sources += (ROOT / "eval.py").read_text()
     for option in vars(training_parser().parse_args([])):
         assert re.search(rf"args\.{option}\b|\"{option}\"", sources), option
+
+
+def option_rows(parser):
+    """The README's options table: a row of every option."""
+    for action in parser._actions[1:]:
+        default = "" if action.default is None or isinstance(action.default, bool) else str(action.default)
+        names = ", ".join(f"`{name}`" for name in action.option_strings)
+        yield f"| {names} | {default} | {action.help} |"
+
+
+def test_readme_lists_every_option():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    missing = [row for row in option_rows(training_parser()) if row not in readme]
+    assert not missing, "put these rows into the README:\n" + "\n".join(missing)
 
 
 @pytest.mark.parametrize("side,expected", [(16, (1, 2, 4, 8, 16)), (32, (1, 2, 4, 8, 16, 32)), (8, (1, 2, 4, 8)),
@@ -204,7 +218,6 @@ def test_online_evaluation_and_start_epoch(project, tmp_path):
     ("--scales 1,2", "scale ends with 2: expected 4"),
     ("--buffer_size 2", "buffer_size is 2"),
     ("--precision tf32", "--precision tf32 needs CUDA"),
-    ("--min_lr 5", "--min_lr 5.0 is above the peak learning rate"),
     ("--use_cached", "--use_cached needs --cached_path"),
     ("--resume nowhere.pth", "nowhere.pth: no such checkpoint"),
     ("--data_path nowhere", "nowhere/train: no such folder"),
@@ -220,6 +233,11 @@ def test_wrong_training_options_are_refused(project, tmp_path, extra, message):
 def test_a_resumed_checkpoint_of_another_size_is_refused(project, trained, tmp_path):
     with pytest.raises(FlowARError, match="tensors do not fit the model.*diffusion|tensors do not fit"):
         train(project, tmp_path, f"--diffloss_w 64 --resume {trained[1]}")
+
+
+def test_a_minimum_above_the_peak_rate_is_said(project, tmp_path, capsys):
+    train(project, tmp_path, "--min_lr 5 --warmup_epochs 9")
+    assert "--min_lr 5 is above the peak learning rate 0.000625" in capsys.readouterr().out
 
 
 def test_use_checkpoint_changes_nothing(project, trained, tmp_path):

@@ -8,7 +8,7 @@ import math
 
 from models import MODELS, FlowARError
 from models.flow_matching import CFG_SCHEDULES
-from util.distributed import PRECISIONS
+from util.distributed import PRECISIONS, log
 from util.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
@@ -107,7 +107,8 @@ def add_runtime_options(parser):
     add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
     add("--seed", type=count, default=0, help="seed of everything that is drawn")
     add("--num_workers", type=count, default=10, help="data loading processes of every rank")
-    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked host memory for batches (CUDA)")
+    add("--pin_mem", action="store_true", default=True, help="page-locked host memory for batches (CUDA); on by default")
+    add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")
 
 
 def add_training_options(parser):
@@ -129,7 +130,7 @@ def add_training_options(parser):
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="flip half of the training images; --no-flip for text and digits")
+    add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
     add("--cached_val_path", default="", help="cached latents of val/ for the validation loss; default: encode data_path/val")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
@@ -192,12 +193,12 @@ def sampling_options(args):
 
 
 def resolve_training(args, world_size):
-    """Peak learning rate and global batch; refuses what cannot be trained."""
+    """Fill in peak learning rate and global batch; FlowARError for options that contradict each other."""
     args.global_batch = args.batch_size * world_size * args.accum_iter
     if args.lr is None:
         args.lr = peak_learning_rate(args.blr, args.global_batch)
     if args.lr_schedule == "cosine" and args.min_lr > args.lr:
-        raise FlowARError(f"--min_lr {args.min_lr} is above the peak learning rate {args.lr:g} "
-                          "(--lr, or --blr x global batch / 256)")
+        log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global batch / "
+            "256): the cosine will rise")
     if args.use_cached and not args.cached_path:
         raise FlowARError("--use_cached needs --cached_path")
