@@ -277,7 +277,8 @@ def write_images(images, indices, folder):
         try:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise FlowARError(f"{path}: cannot be written ({error})") from error
 
 

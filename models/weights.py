@@ -1,5 +1,6 @@
 """Tensor files: read without running code from them, written whole or not at all."""
 import argparse
+import contextlib
 import os
 import pickle
 import zipfile
@@ -31,22 +32,37 @@ def read_file(path):
         raise FlowARError(f"{path}: cannot be read, truncated or not a weights file ({first_line(error)})") from error
 
 
-def write_file(content, path):
-    """torch.save under a temporary name, then rename: a reader sees the old file or the new one."""
+@contextlib.contextmanager
+def writing(path, sync=True):
+    """A binary file to write, under a temporary name until the block ends: a reader sees the old file or the new one.
+
+    FlowARError if it cannot be written; nothing half-written stays. sync=False leaves the moment of reaching the disk
+    to the system: for a million small files.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise FlowARError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
+def write_file(content, path):
+    """torch.save, see writing."""
+    with writing(path) as file:
+        torch.save(content, file)
+
+
 def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """First sentence of an error's message, or its type where there is none."""
+    lines = str(error).splitlines()
+    return lines[0].split(". ")[0] if lines and not isinstance(error, KeyError) else type(error).__name__
 
 
 def name_some(names, limit=5):

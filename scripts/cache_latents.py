@@ -7,6 +7,7 @@ Killed at any time, the next run encodes what is missing; latents.json says whet
         --vae_path kl16.ckpt --img_size 256
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import FlowARError  # noqa: E402
 from models.vae import load_vae  # noqa: E402
+from models.weights import writing  # noqa: E402
 from util import distributed  # noqa: E402
 from util.checkpoint import file_hash  # noqa: E402
 from util.data import CACHE_INFO, Images, read_cache_info  # noqa: E402
 from util.files import make_directory, write_json  # noqa: E402
+from util.options import count, positive  # noqa: E402
 
 
 def parse_args():
@@ -31,9 +34,9 @@ def parse_args():
     parser.add_argument("--cached_path", required=True, help="folder to write")
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE to encode with")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
-    parser.add_argument("--img_size", type=int, default=256, help="pixels a side of the centre crop")
-    parser.add_argument("--batch_size", type=int, default=128, help="images a process")
-    parser.add_argument("--num_workers", type=int, default=8, help="data loading processes of every rank")
+    parser.add_argument("--img_size", type=positive, default=256, help="pixels a side of the centre crop")
+    parser.add_argument("--batch_size", type=positive, default=128, help="images a process")
+    parser.add_argument("--num_workers", type=count, default=8, help="data loading processes of every rank")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
 
@@ -42,17 +45,6 @@ def target(data, index, cached_path):
     """<cached_path>/<class>/<file name>.npz, MAR's naming."""
     path = Path(data.folder.samples[index][0])
     return cached_path / path.relative_to(data.folder.root).parent / f"{path.name}.npz"
-
-
-def write_moments(path, moments, flipped):
-    temporary = path.with_suffix(".tmp.npy")  # a name that no reader takes for a latent
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, moments=moments, moments_flip=flipped)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise FlowARError(f"{path}: cannot be written ({error})") from error
 
 
 @torch.no_grad()
@@ -67,7 +59,8 @@ def encode_missing(data, vae, args, cached_path, device):
         both = torch.cat((images, images.flip(-1))).to(device)
         moments, flipped = vae.encode(both).parameters.float().cpu().chunk(2)
         for j in range(len(images)):
-            write_moments(target(data, missing[batch * args.batch_size + j], cached_path), moments[j].numpy(), flipped[j].numpy())
+            with writing(target(data, missing[batch * args.batch_size + j], cached_path), sync=False) as file:
+                np.savez(file, moments=moments[j].numpy(), moments_flip=flipped[j].numpy())
         progress.update(len(images))
     progress.close()
     return len(missing)
@@ -100,11 +93,12 @@ def main():
             make_directory(cached_path / folder)
         write_json(info, cached_path / CACHE_INFO)
     distributed.barrier()
-    count = encode_missing(data, vae, args, cached_path, device)
+    new = encode_missing(data, vae, args, cached_path, device)
+    os.sync()  # the latents reach the disk before the cache is called complete
     distributed.barrier()
     if distributed.is_main():
         write_json({**info, "complete": True}, cached_path / CACHE_INFO)
-    distributed.log(f"{cached_path}: {len(data)} latents ({count} new on rank 0)")
+    distributed.log(f"{cached_path}: {len(data)} latents ({new} new on rank 0)")
 
 
 if __name__ == "__main__":

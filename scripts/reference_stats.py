@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import FlowARError  # noqa: E402
+from models.weights import writing  # noqa: E402
 from util import distributed, metrics  # noqa: E402
 
 
@@ -30,14 +30,8 @@ def main():
     stats = metrics.folder_statistics(args.ref_images, extractor, device)
     if stats is None:
         return
-    temporary = Path(f"{args.output}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **stats, feature_extractor=extractor.name)
-        temporary.replace(args.output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise FlowARError(f"{args.output}: cannot be written ({error})") from error
+    with writing(args.output) as file:
+        np.savez(file, **stats, feature_extractor=extractor.name)
     print(f"{args.output}: mu and sigma of {args.ref_images} in {extractor.name} features")
 
 

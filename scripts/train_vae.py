@@ -25,7 +25,8 @@ from models.vae import LatentScale, load_vae, save_vae  # noqa: E402
 from models.weights import read_file, write_file  # noqa: E402
 from util.data import Images, build_loader  # noqa: E402
 from util.distributed import PRECISIONS, autocast, run_main, select_device, set_precision  # noqa: E402
-from util.options import integer_list  # noqa: E402
+from util.files import make_directory  # noqa: E402
+from util.options import count, integer_list, positive, real  # noqa: E402
 
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50
@@ -38,21 +39,21 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", required=True, help="folder with train/ and val/, class folders of images")
     parser.add_argument("--output", required=True, help="file to write; <output>.png shows reconstructions")
-    parser.add_argument("--img_size", type=int, default=256, help="pixels a side")
-    parser.add_argument("--embed_dim", type=int, default=4, help="latent channels")
-    parser.add_argument("--ch", type=int, default=32, help="base width, a multiple of 4")
+    parser.add_argument("--img_size", type=positive, default=256, help="pixels a side")
+    parser.add_argument("--embed_dim", type=positive, default=4, help="latent channels")
+    parser.add_argument("--ch", type=positive, default=32, help="base width, a multiple of 4")
     parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
-    parser.add_argument("--num_res_blocks", type=int, default=1, help="residual blocks a level")
+    parser.add_argument("--num_res_blocks", type=count, default=1, help="residual blocks a level")
     parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
     parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=64, help="images a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (cosine to zero)")
-    parser.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, per latent element")
+    parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images a step")
+    parser.add_argument("--lr", type=real, default=1e-3, help="peak learning rate (cosine to zero)")
+    parser.add_argument("--kl_weight", type=real, default=1e-4, help="weight of the KL term, per latent element")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    parser.add_argument("--num_workers", type=int, default=2, help="data loading processes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order, crops and posterior noise")
+    parser.add_argument("--num_workers", type=count, default=2, help="data loading processes")
+    parser.add_argument("--seed", type=count, default=0, help="seed of weights, order, crops and posterior noise")
     return parser.parse_args()
 
 
@@ -155,7 +156,7 @@ def main():
     device = select_device(args.device)
     precision = set_precision(args.precision, device)
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(output.parent)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
     if args.img_size % vae.stride:

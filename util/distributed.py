@@ -108,7 +108,7 @@ def run_main(main):
         # A data loader's worker wraps the message in its traceback: the last line is the message.
         message = str(error).strip().splitlines()[-1].removeprefix("models.errors.FlowARError: ")
         who = f" (rank {rank()})" if world_size() > 1 else ""
-        sys.stderr.write(f"error{who}: {message}\n")  # one write: ranks share the terminal
+        sys.stderr.write(f"\nerror{who}: {message}\n")  # one write, on a line of its own: ranks and bars share the terminal
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(2)  # the other ranks may be waiting in a collective: leave without joining them

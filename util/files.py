@@ -2,6 +2,7 @@
 import json
 
 from models import FlowARError
+from models.weights import writing
 
 
 def make_directory(path):
@@ -12,11 +13,6 @@ def make_directory(path):
 
 
 def write_json(content, path):
-    """Written under a temporary name and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise FlowARError(f"{path}: cannot be written ({error})") from error
+    """See models.weights.writing."""
+    with writing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.distributed import is_main
+from util.files import make_directory
 
 QUIET_INTERVAL = 30  # seconds between lines of the bar when nobody watches a terminal
 
@@ -29,7 +30,7 @@ class TrainingLog:
         self.device = device
         self.writer = self.lines = None
         if is_main():
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            make_directory(Path(log_dir))
             self.writer = SummaryWriter(log_dir)
             self.lines = open(Path(log_dir) / "log.jsonl", "a")
         self.bar = None
