@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import FlowARError, build_model
 from models import flow_matching as fm
 from models.vae import DiagonalGaussian, load_vae
+from models.weights import name_some
 from util import checkpoint, metrics
 from util.data import to_uint8
-from util.distributed import (all_reduce_sum, autocast, barrier, gather_to_main, is_main, log, rank, set_precision,
+from util.distributed import (all_reduce_sum, autocast, from_main, gather_to_main, is_main, log, rank, set_precision,
                               world_size)
+from util.evaluation import (RESULTS, STAGES, FinishedBatches, PngWriter, Stopwatch, check_settings, plot_sweep, point_name,
+                             sweep_points, table_row, write_npz, write_table)
 from util.files import make_directory, write_json
 from util.optimization import adjust_learning_rate
 from util.options import model_options, resolve_geometry, sampling_options
@@ -26,6 +28,7 @@ from util.randomness import DROPOUT, TRAINING, VALIDATION, derive_seed, draw, im
 
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
 GRID_IMAGES = 16
+PARTIAL = "partial"
 
 
 # ---- training ------------------------------------------------------------------------------------------------
@@ -122,28 +125,47 @@ def image_label(index, num_images, class_num):
 
 
 @torch.no_grad()
-def generate(model, vae, labels, indices, args, device):
-    """Images (n, 3, H, W) uint8 on the device. Image i starts from the noise of (seed, i), whoever samples it."""
+def generate(model, vae, labels, indices, args, device, watch=None, calls=None):
+    """(images (n, 3, H, W) uint8 on the device, finite (n,) bool). Image i starts from the noise of (seed, i).
+
+    watch: util.evaluation.Stopwatch; calls: see FlowAR.sample_pyramid.
+    """
+    watch = watch or Stopwatch(device)
     noise = image_noise(model, args.seed, indices)
     labels = torch.tensor(labels, device=device)
     with autocast(device, args.precision):
-        latents = model.sample_tokens(labels, noise=noise, **sampling_options(args))
-        images = vae.decode(vae.latent_scale.restore(latents))
-    finite = images.isfinite().flatten(1).all(dim=1).tolist()
-    if not all(finite):
-        bad = [index for index, ok in zip(indices, finite) if not ok]
-        raise FlowARError(f"images {', '.join(map(str, bad[:8]))} are not finite: the weights may be damaged, or "
-                          f"--precision {args.precision} overflows (try fp32)")
-    return to_uint8(images)
+        with watch("sampling"):
+            latents = model.sample_tokens(labels, noise=noise, calls=calls, **sampling_options(args))
+        with watch("decoding"):
+            images = vae.decode(vae.latent_scale.restore(latents))
+            finite = images.isfinite().flatten(1).all(dim=1)
+            images = to_uint8(images)
+    return images, finite
+
+
+def refuse_not_finite(bad, count, args):
+    """FlowARError that names images whose pixels are not finite, if there are any."""
+    if bad:
+        raise FlowARError(f"{len(bad)} of {count} images are not finite: {name_some(map(str, sorted(bad)), 8)}; the weights "
+                          f"may be damaged, or --precision {args.precision} overflows (try fp32)")
+
+
+def generate_all(model, vae, labels, args, device):
+    """Images (n, 3, H, W) uint8 on the CPU, of labels in order, args.eval_bsz at a time; FlowARError if not finite."""
+    images, bad = [], []
+    for first in range(0, len(labels), args.eval_bsz):
+        indices = range(first, min(first + args.eval_bsz, len(labels)))
+        some, finite = generate(model, vae, labels[first:indices.stop], indices, args, device)
+        images.append(some.cpu())
+        bad += [index for index, ok in zip(indices, finite.tolist()) if not ok]
+    refuse_not_finite(bad, len(labels), args)
+    return torch.cat(images)
 
 
 def sample_grid(model, vae, args, device):
     """(3, H, W) uint8: a grid of images of classes spread over all."""
-    count = min(GRID_IMAGES, args.num_images)
-    labels = [image_label(i, count, model.class_num) for i in range(count)]
-    images = torch.cat([generate(model, vae, labels[i:i + args.eval_bsz], range(i, min(i + args.eval_bsz, count)),
-                                 args, device) for i in range(0, count, args.eval_bsz)])
-    return make_grid(images.cpu(), nrow=int(count**0.5), padding=1)
+    labels = [image_label(i, GRID_IMAGES, model.class_num) for i in range(GRID_IMAGES)]
+    return make_grid(generate_all(model, vae, labels, args, device), nrow=math.isqrt(GRID_IMAGES), padding=1)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------
@@ -181,89 +203,177 @@ def check_vae(vae, args):
             raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {args.vae_path} has {found}")
 
 
-def evaluate(model, vae, args, device, description, output):
-    """Sample args.num_images on all ranks, write them to output/images and the figures to output/results.json.
+def evaluate(model, vae, args, device, description, output, judge, persistent=True):
+    """Sample args.num_images on all ranks and measure them at once; the figures go to <output>/results.json.
+
+    Batches of args.eval_bsz consecutive images are dealt to the ranks, so that a picture does not depend on their
+    number. Finished batches are kept in <output>/partial until the end: the same command goes on where it was killed.
+
+    Args:
+        description: what is evaluated, for the report.
+        judge: (extractor, metrics.Reference or None) of build_judge.
+        persistent: False keeps nothing and starts anew (the evaluations during training).
 
     Returns the report on rank 0 and None elsewhere. Global random state is left as it was.
     """
-    extractor = metrics.build_extractor(args, device)  # before sampling: what is missing is said at once
-    reference, reference_name = find_reference(args, extractor, device)
-    folder = Path(output) / "images"
-    if is_main():
-        make_directory(folder)
-    barrier()
+    extractor, reference = judge
+    output = Path(output)
+    batches = [range(first, min(first + args.eval_bsz, args.num_images))
+               for first in range(0, args.num_images, args.eval_bsz)]
+    planned = settings(model, extractor, reference, args, description)
+    done, missing = from_main(lambda: prepare(output, planned, len(batches), persistent))
+    if done is not None:
+        log(f"{output}: evaluated already, with the same settings")
+        return done if is_main() else None
     start = time.time()
-    mine = range(rank(), args.num_images, world_size())
-    features, logits = [], []
-    progress = tqdm(total=args.num_images, desc="sampling", unit="img", disable=not is_main(), mininterval=2)
-    for first in range(0, len(mine), args.eval_bsz):
-        indices = mine[first:first + args.eval_bsz]
-        labels = [image_label(i, args.num_images, model.class_num) for i in indices]
-        images = generate(model, vae, labels, indices, args, device)
-        write_images(images.cpu(), indices, folder)
-        with torch.no_grad():
-            found, classes = extractor(images)
-        features.append(found.float().cpu())
-        if classes is not None:
-            logits.append(classes.float().cpu())
-        progress.update(min(len(indices) * world_size(), args.num_images - progress.n))
-    progress.close()
-    parts = gather_to_main((list(mine), torch.cat(features) if features else torch.zeros(0, extractor.dim),
-                            torch.cat(logits) if logits else None))
+    mine = missing[rank()::world_size()]
+    found = sample_and_measure(model, vae, args, device, output, extractor, batches, mine, persistent)
+    seconds = time.time() - start
+    parts = gather_to_main(found)
     if parts is None:
         return None
-    seconds = time.time() - start
-    report = {**figures(parts, extractor, reference), "reference": reference_name,
-              **settings(model, extractor, args, device, description), "seconds": round(seconds, 1)}
-    write_json(report, Path(output) / "results.json")
+    found = {number: tensors for part in parts for number, tensors in part.items()}
+    sampled = sum(len(batches[number]) for number in found)
+    kept = FinishedBatches(output / PARTIAL) if persistent else None
+    found.update({number: kept.load(number) for number in range(len(batches)) if number not in found})
+    report = {**figures(found, batches, args, extractor, reference, device), **planned,
+              **timing(found, args), "images_per_second": sampled / seconds, **machine(device)}
+    if args.save_npz:
+        labels = [image_label(i, args.num_images, model.class_num) for i in range(args.num_images)]
+        write_npz(output / "samples.npz", kept, len(batches), labels)
+    write_json(report, output / RESULTS)
+    if persistent:
+        kept.remove()
     return report
 
 
-def figures(parts, extractor, reference):
-    """The metrics of all ranks' (indices, features, logits), put back in the images' order."""
-    order = torch.cat([torch.tensor(indices, dtype=torch.long) for indices, _, _ in parts]).argsort()
-    features = torch.cat([part for _, part, _ in parts])[order]
-    result = {}
-    if reference is not None:
-        if len(features) <= extractor.dim:
-            log(f"warning: {len(features)} images for {extractor.dim} features: the covariance is rank-deficient and the "
-                "distance is biased upwards")
-        result[extractor.distance] = metrics.frechet_distance(metrics.statistics(features), reference)
-    logits = [part for _, _, part in parts if part is not None]
-    if logits:
-        mean, std = metrics.inception_score(torch.cat(logits)[order])
-        result.update(inception_score_mean=mean, inception_score_std=std)
-    return result
+def prepare(output, planned, count, persistent):
+    """(results if there are any, numbers of the batches to sample), on rank 0."""
+    make_directory(output)
+    if not persistent:
+        return None, list(range(count))
+    done, kept = check_settings(output, planned), FinishedBatches(output / PARTIAL)
+    if done is not None:
+        kept.remove()  # if the program was killed before it could
+        return done, []
+    missing = [number for number in range(count) if not kept.has(number)]
+    if len(missing) < count:
+        log(f"{output}: going on, {len(missing)} of {count} batches are missing")
+    return None, missing
+
+
+def sample_and_measure(model, vae, args, device, output, extractor, batches, mine, persistent):
+    """{batch number: {features, logits if any, bad, seconds, calls}} of this rank's batches."""
+    kept = FinishedBatches(output / PARTIAL) if persistent else None
+    writer = PngWriter(output / "images") if args.save_images else None
+    watch, found, pending = Stopwatch(device), {}, None
+    images_of_all = sum(map(len, batches))
+    progress = tqdm(total=sum(len(batches[number]) for number in mine), desc="sampling (rank 0)", unit="img",
+                    disable=not is_main(), mininterval=2)
+
+    def finish(number, tensors, images, wait):
+        with watch("writing"):
+            wait()
+            if kept:
+                pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if args.save_npz else {}
+                kept.save(number, {**tensors, **pixels})
+        found[number] = tensors
+
+    for number in mine:
+        indices = batches[number]
+        labels = [image_label(i, images_of_all, model.class_num) for i in indices]
+        calls = []
+        images, finite = generate(model, vae, labels, indices, args, device, watch, calls)
+        bad = [index for index, ok in zip(indices, finite.tolist()) if not ok]
+        if len(bad) == len(indices):
+            refuse_not_finite(bad, images_of_all, args)  # all of a batch: no use in going on
+        with watch("features"):
+            features, logits = metrics.extract(extractor, images)
+        if pending:
+            finish(*pending)  # its files were written while this batch was sampled
+        with watch("writing"):
+            images = images.cpu()
+            wait = writer.start(images, indices) if writer else list
+        tensors = {"features": features, "bad": torch.tensor(bad, dtype=torch.long), "seconds": watch.take(),
+                   "calls": torch.tensor([[len(scale), sum(scale)] for scale in calls])}
+        if logits is not None:
+            tensors["logits"] = logits
+        pending = (number, tensors, images, wait)
+        progress.update(len(indices))
+    if pending:
+        finish(*pending)
+        tensors["seconds"] += watch.take()  # of writing the last batch
+    progress.close()
+    return found
+
+
+def figures(found, batches, args, extractor, reference, device):
+    """The metrics of all batches' features, in the images' order."""
+    found = [found[number] for number in range(len(batches))]
+    refuse_not_finite(torch.cat([part["bad"] for part in found]).tolist(), args.num_images, args)
+    features = torch.cat([part["features"] for part in found])
+    logits = torch.cat([part["logits"] for part in found]) if "logits" in found[0] else None
+    if len(features) <= extractor.dim and reference is not None:
+        log(f"warning: {len(features)} images for {extractor.dim} features: the covariance is rank-deficient and the "
+            "distance is biased upwards")
+    return metrics.figures(features, logits, reference, extractor, device)
+
+
+def timing(found, args):
+    """Device seconds per image of each stage, and how often the flow head was called."""
+    seconds = sum(part["seconds"] for part in found.values()) / args.num_images
+    calls = found[0]["calls"]
+    return {"seconds_per_image": dict(zip(STAGES, seconds.tolist())), "nfe": calls[:, 0].tolist(),
+            "flow_head_passes_per_image": calls[:, 1].sum().item() / min(args.eval_bsz, args.num_images)}
+
+
+def build_judge(args, device):
+    """(extractor, reference) of the options: what is missing is said before anything is sampled or trained."""
+    extractor = metrics.build_extractor(args, device)
+    return extractor, find_reference(args, extractor, device)
 
 
 def find_reference(args, extractor, device):
-    """({mu, sigma} or None, its name) of --fid_stats, --ref_images or the default statistics file."""
+    """metrics.Reference of --fid_stats, --ref_images or the default statistics file, or None."""
     if args.fid_stats and args.ref_images:
         raise FlowARError("--fid_stats and --ref_images are two references: give one")
     if args.ref_images:
-        return metrics.folder_statistics(args.ref_images, extractor, device), args.ref_images
+        found = metrics.folder_features(args.ref_images, extractor, device, args.img_size)
+        if found is None:  # rank 0 has the features and computes the figures
+            return metrics.Reference(args.ref_images, None, None)
+        return metrics.Reference(args.ref_images, **metrics.statistics(found[0]), features=found[0])
     if args.fid_stats:
-        return metrics.load_statistics(args.fid_stats, extractor.dim), args.fid_stats
+        return metrics.load_statistics(args.fid_stats, extractor, args.img_size)
     hint = ""
-    if extractor.name == metrics.Inception.name:
+    if extractor.name == metrics.Inception.name and args.img_size == metrics.ADM_STATISTICS["img_size"]:
         if DEFAULT_STATS.is_file():
-            return metrics.load_statistics(DEFAULT_STATS, extractor.dim), str(DEFAULT_STATS)
+            return metrics.load_statistics(DEFAULT_STATS, extractor, args.img_size)
         hint = f", or put ADM's statistics at {DEFAULT_STATS}"
     log(f"warning: no reference: the {extractor.distance} is left out. Give --fid_stats or --ref_images{hint}")
-    return None, None
+    return None
 
 
-def settings(model, extractor, args, device, description):
-    """What a reader needs to repeat the figures."""
+def settings(model, extractor, reference, args, description):
+    """What a reader needs to repeat the figures, and what must agree when an evaluation goes on."""
     return {
         **description,
-        "num_images": args.num_images, "class_num": model.class_num, "scales": model.scale, "sampler": "euler",
-        "num_step": args.num_step, "num_step_last": args.num_step_last,
-        "euler_steps": [len(fm.time_grid(n)) - 1
-                        for n in fm.annealed_steps(args.num_step, args.num_step_last, len(model.scale))],
+        "num_images": args.num_images, "class_num": model.class_num, "img_size": model.img_size, "scales": model.scale,
+        "solver": args.solver, "num_step": args.num_step, "num_step_last": args.num_step_last,
+        "steps": [len(fm.time_grid(n)) - 1
+                  for n in fm.annealed_steps(args.num_step, args.num_step_last, len(model.scale))],
         "cfg": args.cfg, "cfg_schedule": args.cfg_schedule, "guidance": args.guidance,
-        "temperature": args.temperature, "precision": args.precision, "seed": args.seed,
-        "feature_extractor": extractor.name, "eval_bsz": args.eval_bsz, "world_size": world_size(),
+        "temperature": args.temperature, "precision": args.precision, "seed": args.seed, "eval_bsz": args.eval_bsz,
+        "save_images": args.save_images, "save_npz": args.save_npz,
+        "reference": reference.name if reference else None, "feature_extractor": extractor.name,
+        "extractor_sha256": metrics.weights_hash(extractor), "extractor_resize": extractor.resize,
+        "extractor_batch": extractor.batch,
+    }
+
+
+def machine(device):
+    """Where the figures were made."""
+    return {
+        "world_size": world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__,
@@ -271,27 +381,34 @@ def settings(model, extractor, args, device, description):
     }
 
 
-def write_images(images, indices, folder):
-    for image, index in zip(images, indices):
-        path = folder / f"{index:06d}.png"
-        try:
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise FlowARError(f"{path}: cannot be written ({error})") from error
-
-
 def evaluate_checkpoint(args, device):
-    """eval.py, and main_flowar.py --evaluate: load, sample, measure, print."""
+    """eval.py, and main_flowar.py --evaluate: load, sample, measure, print; several values of an option are a sweep."""
     if args.precision is None and device.type == "cuda":
         args.precision = "fp16"  # as the release samples and decodes
     args.precision = set_precision(args.precision, device)
     model, vae, description = load_for_evaluation(args, device)
     log(f"{description['model']}: {description['parameters']:,} parameters from {description['checkpoint']}")
-    report = evaluate(model, vae, args, device, description, args.output_dir)
-    if report is not None:
-        for name in ("fid", metrics.EfficientNetLite0.distance, "inception_score_mean"):
-            if name in report:
-                print(f"{name}: {report[name]:.4f}")
-        print(f"{args.num_images} images in {report['seconds']:.0f} s: {args.output_dir}/images and results.json")
+    judge = build_judge(args, device)
+    points = list(sweep_points(args))
+    rows = []
+    for point in points:
+        output = Path(args.output_dir) / point_name(args, point)
+        report = evaluate(model, vae, point, device, description, output, judge)
+        if report is None:
+            continue
+        print_report(report, judge[0], output)
+        if len(points) > 1:
+            rows.append(table_row(report))
+            write_table(rows, Path(args.output_dir) / "results.csv")
+            metric = judge[0].distance if judge[1] else "inception_score_mean"
+            if metric in rows[0]:
+                plot_sweep(rows, metric, Path(args.output_dir) / "sweep.png")
+
+
+def print_report(report, extractor, output):
+    shown = [key for key in report
+             if key.startswith((extractor.distance, "inception_score_mean", "kid_mean", "precision_k3", "recall_k3"))]
+    stages = ", ".join(f"{stage} {seconds:.4f}" for stage, seconds in report["seconds_per_image"].items())
+    print("\n".join(f"{key}: {report[key]:.4f}" for key in shown))
+    print(f"NFE {sum(report['nfe'])}; {report['images_per_second']:.2f} images/s; seconds per image and device: {stages}")
+    print(f"{output}/results.json", flush=True)

@@ -7,6 +7,7 @@
 
 Run the same command again to go on. Everything that can be asked for is in util/options.py.
 """
+import argparse
 import functools
 from pathlib import Path
 
@@ -14,16 +15,20 @@ import torch
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from engine_flowar import check_vae, evaluate, evaluate_checkpoint, sample_grid, train_one_epoch, validate
+from engine_flowar import build_judge, check_vae, evaluate, evaluate_checkpoint, sample_grid, train_one_epoch, validate
 from models import FlowARError, build_model
 from models.vae import load_vae
 from util import checkpoint, distributed
 from util.data import CachedMoments, Images, build_loader, cache_latent_scale, check_classes, has_cache
 from util.distributed import is_main, log, rank, world_size
+from util.evaluation import single_point
 from util.files import make_directory
 from util.logging import TrainingLog
 from util.optimization import EMA, build_optimizer
 from util.options import model_options, resolve_geometry, resolve_training, training_parser
+
+
+FIGURES = ("fid", "frechet", "inception_score", "kid", "precision_k3", "recall_k3")  # of a report, for TensorBoard
 
 
 def use_cache(args):
@@ -117,7 +122,7 @@ def resume(args, network, ema, optimizer, scaler):
     return epoch + 1
 
 
-def report(network, ema, data, validation, args, epoch, step, device, logger):
+def report(network, ema, data, validation, judge, args, epoch, step, device, logger):
     """Validation loss of raw and EMA weights, a sample grid, --online_eval."""
     if validation is not None:
         for name, module in (("val", network), ("val_ema", ema.module)):
@@ -130,18 +135,20 @@ def report(network, ema, data, validation, args, epoch, step, device, logger):
         grid = sample_grid(ema.module, data.vae(), args, device)
         logger.image("samples/ema", grid, step)
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(Path(args.output_dir) / f"samples_epoch{epoch + 1:04d}.png")
-    if args.online_eval:
+    if judge is not None:
         description = {"model": args.model, "epoch": epoch + 1, "weights": "ema"}
-        result = evaluate(ema.module, data.vae(), args, device, description,
-                          Path(args.output_dir) / f"eval_epoch{epoch + 1:04d}")
+        online = argparse.Namespace(**{**vars(args), "num_images": args.eval_num_images, "save_images": False, "save_npz": False})
+        result = evaluate(ema.module, data.vae(), online, device, description,
+                          Path(args.output_dir) / f"eval_epoch{epoch + 1:04d}", judge, persistent=False)
         if result is not None:
-            figures = {key: value for key, value in result.items() if key.startswith(("fid", "frechet", "inception_s"))}
+            figures = {key: value for key, value in result.items() if key.startswith(FIGURES)}
             logger.scalars("eval", step, epoch + 1, figures)
             log(f"epoch {epoch + 1}: {figures}")
     distributed.barrier()
 
 
 def train(args, device):
+    args = single_point(args)
     resolve_geometry(args)
     resolve_training(args, world_size())
     args.precision = distributed.set_precision(args.precision, device)
@@ -155,6 +162,7 @@ def train(args, device):
     if not data.has_vae():
         log(f"no VAE at {args.vae_path}: no sample grids" + (" and no --online_eval" if args.online_eval else ""))
 
+    judge = build_judge(args, device) if args.online_eval and data.has_vae() else None
     torch.manual_seed(args.seed)
     network = build_model(args.model, **model_options(args)).to(device)
     ema = EMA(network, args.ema_rate)
@@ -179,7 +187,7 @@ def train(args, device):
         if is_main() and (last or (epoch + 1) % args.save_last_freq == 0):
             checkpoint.save_training(Path(args.output_dir) / checkpoint.LAST, network, ema, optimizer, scaler, epoch, args)
         if last or (epoch + 1) % args.eval_freq == 0:
-            report(network, ema, data, validation, args, epoch, step, device, logger)
+            report(network, ema, data, validation, judge, args, epoch, step, device, logger)
     logger.close()
 
 

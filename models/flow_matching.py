@@ -1,8 +1,10 @@
-"""Flow matching and its sampler as pure functions: path, target, time grid, guidance, Euler.
+"""Flow matching and its sampler as pure functions: path, target, time grid, guidance, solvers.
 
 Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
 Nothing here knows a network, a device or a file.
 """
+import itertools
+
 import torch
 
 from models.errors import FlowARError
@@ -73,10 +75,46 @@ def guided_velocity(network, z, z_null, weight, interval):
     return velocity
 
 
+# ---- solvers: integrate dx/dt = velocity(x, t) along grid; the state is float64 whatever the network computes in
+
+
 def euler(velocity, x, grid):
-    """Integrate dx/dt = velocity(x, t) along grid. The state is float64 whatever the network computes in."""
+    """First order, one evaluation a step: the release's solver."""
     x = x.double()
-    times = grid.tolist()
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in itertools.pairwise(grid.tolist()):
         x = x + (t_next - t) * velocity(x, t).double()
     return x
+
+
+def heun(velocity, x, grid):
+    """Second order, two evaluations a step: the mean of the slopes at both ends."""
+    x = x.double()
+    for t, t_next in itertools.pairwise(grid.tolist()):
+        v = velocity(x, t).double()
+        v_next = velocity(x + (t_next - t) * v, t_next).double()
+        x = x + (t_next - t) * (v + v_next) / 2
+    return x
+
+
+def adams_bashforth2(velocity, x, grid):
+    """Second order, one evaluation a step: the slope extrapolated from the last two. The first step is Euler's."""
+    x, last = x.double(), None
+    for t, t_next in itertools.pairwise(grid.tolist()):
+        step, v = t_next - t, velocity(x, t).double()
+        slope = v if last is None else v + step / (2 * last_step) * (v - last)
+        x = x + step * slope
+        last, last_step = v, step
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "ab2": adams_bashforth2}
+
+
+def counted(network, calls):
+    """network(x, t, z), noting the images of every call in the list `calls`: its length is the NFE."""
+
+    def count(x, t, z):
+        calls.append(len(x))
+        return network(x, t, z)
+
+    return count

@@ -229,7 +229,8 @@ class FlowAR(nn.Module):
 
     @torch.no_grad()
     def sample_pyramid(self, labels, *, num_steps=25, cfg=1.0, guidance=0.9, num_steps_last=None,
-                       cfg_schedule="linear", temperature=1.0, noise=None, generator=None):
+                       cfg_schedule="linear", temperature=1.0, solver="euler", noise=None, generator=None,
+                       calls=None):
         """Generate every scale: a list of (B, token_channels, s, s), coarse to fine.
 
         Args:
@@ -239,11 +240,16 @@ class FlowAR(nn.Module):
             cfg: guidance scale of the last scale; 1 is no guidance. cfg_schedule: "linear" ramp or "constant".
             guidance: guidance acts only where t <= guidance.
             temperature: factor of the starting noise.
+            solver: one of flow_matching.SOLVERS: "euler" (the release's), "heun", "ab2".
             noise: list of (B, s*s, token_channels), coarse to fine; drawn with `generator` if None.
+            calls: if given, a list that gets a list for every scale: the number of images in each call of the flow
+                head, 2 B where guidance acts and B elsewhere. Its length is the scale's NFE.
 
         Dropout is off whatever the module's mode.
         """
         self._check_labels(labels, self.class_num)
+        if solver not in fm.SOLVERS:
+            raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(fm.SOLVERS)}")
         steps = fm.annealed_steps(num_steps, num_steps_last, len(self.scale))
         weights = fm.guidance_scales(cfg, len(self.scale), cfg_schedule)
         grids = [fm.time_grid(n) for n in steps]
@@ -252,11 +258,11 @@ class FlowAR(nn.Module):
         training = self.training
         self.eval()
         try:
-            return self._sample(labels, noise, grids, weights, guidance, temperature, guided)
+            return self._sample(labels, noise, grids, weights, guidance, temperature, guided, solver, calls)
         finally:
             self.train(training)
 
-    def _sample(self, labels, noise, grids, weights, guidance, temperature, guided):
+    def _sample(self, labels, noise, grids, weights, guidance, temperature, guided, solver, calls):
         batch = len(labels)
         if guided:  # the null branch follows the class branch's latents with a cache of its own
             labels = torch.cat((labels, torch.full_like(labels, self.class_num)))
@@ -265,9 +271,12 @@ class FlowAR(nn.Module):
         tokens, latents = c[:, None], []
         for k, s in enumerate(self.scale):
             z = self._transformer(tokens, c, [s], self.spans[k], caches=caches)
-            velocity = fm.guided_velocity(self._velocity, z[:batch], z[batch:] if guided else None, weights[k],
-                                          guidance)
-            x = fm.euler(velocity, noise[k] * temperature, grids[k])
+            network = self._velocity
+            if calls is not None:
+                calls.append([])
+                network = fm.counted(network, calls[-1])
+            velocity = fm.guided_velocity(network, z[:batch], z[batch:] if guided else None, weights[k], guidance)
+            x = fm.SOLVERS[solver](velocity, noise[k] * temperature, grids[k])
             latents.append(to_grid(x.to(c.dtype), s))
             if k + 1 < len(self.scale):
                 tokens = self.z_proj(to_tokens(self.next_input(latents[k], k)))

@@ -47,13 +47,13 @@ torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path
 
 stage "evaluation -> $OUT/eval"
 if [ ! -f "$OUT/val_stats.npz" ]; then
-    python scripts/reference_stats.py --ref_images "$OUT/images/val" --output "$OUT/val_stats.npz" \
+    python scripts/reference_stats.py --ref_images "$OUT/images/val" --output "$OUT/val_stats.npz" --keep_features \
         --feature_extractor efficientnet-lite0 --device "$DEVICE"
 fi
 if [ ! -f "$OUT/eval/results.json" ]; then
     torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 --eval_bsz 250 \
         --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
-        --feature_extractor efficientnet-lite0 --device "$DEVICE" --evaluate
+        --feature_extractor efficientnet-lite0 --device "$DEVICE" --save_images --evaluate
 fi
 
 stage "pictures and table"

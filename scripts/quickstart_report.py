@@ -102,10 +102,9 @@ def reconstruct(images, vae, device):
     return torch.cat([to_uint8(vae.decode(vae.encode(part.to(device)).mode())).cpu() for part in pixels.split(250)])
 
 
-@torch.no_grad()
 def distance(images, extractor, reference, device):
-    features = torch.cat([extractor(part.to(device))[0].cpu() for part in images.split(250)])
-    return metrics.frechet_distance(metrics.statistics(features), reference)
+    features, _ = metrics.extract(extractor, images.to(device))
+    return metrics.frechet_distance(metrics.statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
 
 
 def plot_loss(root):
@@ -139,7 +138,7 @@ def main():
     network = get_classifier(root, device)
     extractor = metrics.build_extractor(
         SimpleNamespace(feature_extractor=results["feature_extractor"], fid_weights=None), device)
-    reference = metrics.load_statistics(results["reference"], extractor.dim)
+    reference = metrics.load_statistics(results["reference"], extractor, results["img_size"])
     count, name = results["num_images"], extractor.distance
     test, test_labels, classes = real_images(root / "images" / "val", count)
     train, train_labels, _ = real_images(root / "images" / "train", count)

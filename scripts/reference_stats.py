@@ -1,22 +1,24 @@
-"""Statistics of a folder of images for --fid_stats: mu and sigma of a feature extractor, in one .npz.
+"""Statistics of a folder of images for --fid_stats: mu and sigma in a feature extractor, in one .npz that says what it is.
 
-    torchrun --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --output val_stats.npz
+With --keep_features also the features, which KID, precision and recall need.
+
+    torchrun --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
 """
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.weights import writing  # noqa: E402
 from util import distributed, metrics  # noqa: E402
+from util.options import positive  # noqa: E402
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ref_images", required=True, help="folder of images, searched recursively")
     parser.add_argument("--output", required=True, help=".npz to write")
+    parser.add_argument("--img_size", type=positive, help="centre-crop the images to this size; default: as they are")
+    parser.add_argument("--keep_features", action="store_true", help="store the features too")
     parser.add_argument("--feature_extractor", default="inception", choices=metrics.EXTRACTORS, help="network")
     parser.add_argument("--fid_weights", help="local file of torch-fidelity's Inception weights")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
@@ -27,12 +29,11 @@ def main():
     args = parse_args()
     device = distributed.init(args.device)
     extractor = metrics.build_extractor(args, device)
-    stats = metrics.folder_statistics(args.ref_images, extractor, device)
-    if stats is None:
-        return
-    with writing(args.output) as file:
-        np.savez(file, **stats, feature_extractor=extractor.name)
-    print(f"{args.output}: mu and sigma of {args.ref_images} in {extractor.name} features")
+    found = metrics.folder_features(args.ref_images, extractor, device, args.img_size, crop=True)
+    if found is not None:
+        features, img_size = found
+        metrics.save_statistics(args.output, features, extractor, img_size, args.keep_features)
+        print(f"{args.output}: {len(features)} images of {args.ref_images}, {img_size} pixels, in {extractor.name} features")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine_flowar import generate, load_for_evaluation  # noqa: E402
+from engine_flowar import generate_all, load_for_evaluation  # noqa: E402
 from models import FlowARError  # noqa: E402
 from util.data import to_uint8  # noqa: E402
 from util.distributed import autocast, run_main, select_device, set_precision  # noqa: E402
+from util.evaluation import single_point  # noqa: E402
 from util.options import evaluation_parser, integer_list, positive, sampling_options  # noqa: E402
 from util.randomness import image_noise  # noqa: E402
 
@@ -67,9 +68,7 @@ def draw_table(rows, names, titles=()):
 
 def grid(model, vae, labels, names, args, device):
     asked = [label for label in labels for _ in range(args.per_class)]
-    images = [generate(model, vae, asked[i:i + args.eval_bsz], range(i, min(i + args.eval_bsz, len(asked))), args,
-                       device).cpu() for i in range(0, len(asked), args.eval_bsz)]
-    images = torch.cat(images).unflatten(0, (len(labels), args.per_class))
+    images = generate_all(model, vae, asked, args, device).unflatten(0, (len(labels), args.per_class))
     return draw_table(images, [names[label] for label in labels])
 
 
@@ -94,7 +93,7 @@ def save(picture, path):
 
 
 def main():
-    args = parse_args()
+    args = single_point(parse_args())
     if not (args.grid or args.strip):
         raise FlowARError("nothing to draw: give --grid or --strip")
     device = select_device(args.device)

@@ -1,4 +1,5 @@
 """Small models, folders of real images (scikit-learn's digits) and ways to run the programs."""
+import json
 import os
 import shlex
 import subprocess
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import engine_flowar
 import main_flowar
 from models import AutoencoderKL, FlowAR
 from models.vae import LatentScale, save_vae
-from util.options import training_parser
+from util.options import evaluation_parser, training_parser
 
 ROOT = Path(__file__).parent.parent
 SCALES = (1, 2, 4)
@@ -72,6 +74,19 @@ def train(project, output, extra=""):
                f"--num_step 4 --num_images 4 {extra}")
     main_flowar.train(training_parser().parse_args(shlex.split(command)), torch.device("cpu"))
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
+
+
+def evaluation_command(project, checkpoint, output, extra=""):
+    return (f"eval.py --resume {checkpoint} --vae_path {project}/vae.pth --num_images 10 --num_step 6 --cfg 2 --device cpu "
+            f"--output_dir {output} --feature_extractor efficientnet-lite0 --evaluate {extra}")
+
+
+def evaluate(project, checkpoint, output, extra=""):
+    """Run eval.py's evaluation in this process; returns the report, None for a sweep."""
+    args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, output, extra))[1:])
+    engine_flowar.evaluate_checkpoint(args, torch.device("cpu"))
+    results = Path(output) / "results.json"
+    return json.loads(results.read_text()) if results.is_file() else None
 
 
 def run(command, processes=0, check=True):

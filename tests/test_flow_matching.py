@@ -70,9 +70,23 @@ def test_euler_is_exact_for_straight_paths():
     torch.testing.assert_close(result, x.double(), atol=1e-6, rtol=1e-6)
 
 
-def test_euler_is_first_order():
+@pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2), ("ab2", 2)])
+def test_order_of_the_solvers(solver, order):
+    """dx/dt = (1 + t) x on an uneven grid: halving the steps divides the error by 2 ** order."""
     errors = []
     for n in (100, 200):
-        x = fm.euler(lambda state, t: state, torch.ones(1), fm.time_grid(n))
-        errors.append(abs(x.item() - math.exp(-1)))
-    assert 1.7 < errors[0] / errors[1] < 2.3
+        grid = torch.linspace(1, 0, n + 1, dtype=torch.float64) ** 2
+        x = fm.SOLVERS[solver](lambda state, t: (1 + t) * state, torch.ones(1), grid)
+        errors.append(abs(x.item() - math.exp(-1.5)))
+    assert 0.85 * 2**order < errors[0] / errors[1] < 1.15 * 2**order
+
+
+@pytest.mark.parametrize("solver,nfe", [("euler", 24), ("heun", 48), ("ab2", 24)])
+def test_evaluations_are_counted(solver, nfe):
+    calls = []
+    network = fm.counted(lambda x, t, z: z, calls)
+    velocity = fm.guided_velocity(network, torch.ones(3, 1), torch.zeros(3, 1), 2.0, 0.28)
+    fm.SOLVERS[solver](velocity, torch.zeros(3, 1), fm.time_grid(25))
+    assert len(calls) == nfe and set(calls) == {3, 6}
+    late = 12 if solver != "heun" else 12 + 13  # Heun also looks at the end of the last early step, t = 0.25
+    assert calls.count(6) == late

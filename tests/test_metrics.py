@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from helpers import write_digits
+from helpers import run, write_digits
 from PIL import Image
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
@@ -41,24 +41,29 @@ def random_inception(tmp_path_factory):
 
 
 def test_inception_metrics_equal_torch_fidelitys_own(tmp_path, random_inception):
-    """FID and IS of two folders, with --fid_weights a local file, against calculate_metrics on the same folders."""
+    """Every metric of two folders, with --fid_weights a local file, against calculate_metrics on the same folders."""
     write_digits(tmp_path, 2)
     for split in ("train", "val"):  # torch-fidelity reads flat folders
         (tmp_path / f"flat_{split}").mkdir()
         for i, file in enumerate(sorted((tmp_path / split).rglob("*.png"))[:12]):
             Image.open(file).convert("RGB").save(tmp_path / f"flat_{split}" / f"{i:03d}.png")
     expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "flat_train"), input2=str(tmp_path / "flat_val"), cuda=False, fid=True, isc=True,
-        feature_extractor_weights_path=random_inception, verbose=False, save_cpu_ram=True, cache=False)
-    extractor = metrics.build_extractor(options(fid_weights=random_inception), torch.device("cpu"))
-    reference = metrics.folder_statistics(tmp_path / "flat_val", extractor, torch.device("cpu"))
-    with torch.no_grad():
-        features, logits = extractor(metrics.load_uint8(metrics.image_files(tmp_path / "flat_train")))
-    fid = metrics.frechet_distance(metrics.statistics(features), reference)
-    assert fid == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    mean, std = metrics.inception_score(logits)
-    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert std == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-9)
+        input1=str(tmp_path / "flat_train"), input2=str(tmp_path / "flat_val"), cuda=False, fid=True, isc=True, kid=True,
+        prc=True, kid_subset_size=12, feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=random_inception, feature_layer_isc="logits_unbiased", feature_layer_prc="2048",
+        verbose=False, save_cpu_ram=True, cache=False)
+    cpu = torch.device("cpu")
+    extractor = metrics.build_extractor(options(fid_weights=random_inception), cpu)
+    features, _ = metrics.folder_features(tmp_path / "flat_val", extractor, cpu, 16)
+    reference = metrics.Reference("val", **metrics.statistics(features), features=features)
+    found = metrics.figures(*metrics.extract(extractor, metrics.load_uint8(metrics.image_files(tmp_path / "flat_train"))),
+                            reference, extractor, cpu)
+    names = {"fid": "frechet_inception_distance", "inception_score_mean": "inception_score_mean",
+             "inception_score_std": "inception_score_std", "kid_mean": "kernel_inception_distance_mean",
+             "kid_std": "kernel_inception_distance_std", "precision_k3": "precision", "recall_k3": "recall"}
+    assert set(found) == set(names)
+    for ours, theirs in names.items():
+        assert found[ours] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-7), ours
 
 
 def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
@@ -81,32 +86,108 @@ def test_efficientnet_features_tell_images_apart(tmp_path):
     write_digits(tmp_path, 3)
     extractor = metrics.build_extractor(options(feature_extractor="efficientnet-lite0"), torch.device("cpu"))
     images = metrics.load_uint8(metrics.image_files(tmp_path / "train"))
-    with torch.no_grad():
-        features, logits = extractor(images)
-        alone, _ = extractor(images[3:4])
+    features, logits = metrics.extract(extractor, images)
+    alone, _ = metrics.extract(extractor, images[3:4])
     assert features.shape == (30, 1280) and logits is None
     torch.testing.assert_close(features[3:4], alone, atol=1e-4, rtol=1e-3)
     assert "fid" not in extractor.distance
     same = metrics.frechet_distance(metrics.statistics(features), metrics.statistics(features))
-    noise = metrics.statistics(extractor(torch.randint_like(images, 255))[0].detach())
+    noise = metrics.statistics(metrics.extract(extractor, torch.randint_like(images, 255))[0])
     assert abs(same) < 1e-2 < metrics.frechet_distance(metrics.statistics(features), noise)
 
 
+class Flat:
+    """A feature network of 4 numbers, for tests of files."""
+
+    name, dim, suffix, distance, batch, resize = "flat", 4, "_flat", "frechet_distance_flat", 8, "none"
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.network = nn.Linear(3, 4)
+
+    def forward(self, images):
+        return self.network(images.float().mean(dim=(2, 3)) / 255), None
+
+
 def test_bad_statistics_are_named(tmp_path):
-    path = tmp_path / "stats.npz"
+    path, flat = tmp_path / "stats.npz", Flat()
+
+    def load():
+        return metrics.load_statistics(path, flat, 16)
+
+    said = dict(feature_extractor="flat", img_size=16)
     with pytest.raises(FlowARError, match="stats.npz: no such file"):
-        metrics.load_statistics(path, 4)
+        load()
     path.write_bytes(b"PK junk")
     with pytest.raises(FlowARError, match="cannot read mu and sigma"):
-        metrics.load_statistics(path, 4)
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+        load()
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), **said)
     with pytest.raises(FlowARError, match=r"mu is \(3,\) and sigma \(3, 3\), expected \(4,\)"):
-        metrics.load_statistics(path, 4)
-    np.savez(path, mu=np.full(4, np.nan), sigma=np.eye(4))
+        load()
+    np.savez(path, mu=np.full(4, np.nan), sigma=np.eye(4), **said)
     with pytest.raises(FlowARError, match="not finite"):
-        metrics.load_statistics(path, 4)
+        load()
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), features=np.zeros((9, 5), np.float32), **said)
+    with pytest.raises(FlowARError, match=r"features are \(9, 5\), expected \(images, 4\)"):
+        load()
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), **said)
+    assert load().sigma.shape == (4, 4) and load().features is None
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(FlowARError, match="cannot read mu and sigma"):
+        load()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_statistics_say_what_they_are(tmp_path, keep):
+    path, features = tmp_path / "stats.npz", torch.randn(20, 4)
+    metrics.save_statistics(path, features, Flat(), 16, keep)
+    found = metrics.load_statistics(path, Flat(), 16)
+    np.testing.assert_array_equal(found.mu, features.double().numpy().mean(axis=0))
+    assert (found.features is not None) == keep and (not keep or torch.equal(found.features, features))
+    with np.load(path) as file:
+        assert file["num_images"] == 20 and file["resize"] == "none"
+    with pytest.raises(FlowARError, match="its img_size is 16, here it is 32; make statistics with scripts/reference_stats.py"):
+        metrics.load_statistics(path, Flat(), 32)
+    with pytest.raises(FlowARError, match="its weights_sha256 is"):
+        metrics.load_statistics(path, Flat(seed=1), 16)
+    other = Flat()
+    other.name = "inception"
+    with pytest.raises(FlowARError, match="its feature_extractor is flat, here it is inception"):
+        metrics.load_statistics(path, other, 16)
+
+
+def test_adms_file_is_taken_as_inception_at_256(tmp_path):
+    path, inception = tmp_path / "adm_in256_stats.npz", Flat()
+    inception.name = "inception"
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
-    assert metrics.load_statistics(path, 4)["sigma"].shape == (4, 4)
+    assert metrics.load_statistics(path, inception, 256).mu.shape == (4,)
+    with pytest.raises(FlowARError, match="its img_size is 256, here it is 512"):
+        metrics.load_statistics(path, inception, 512)
+    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat"):
+        metrics.load_statistics(path, Flat(), 256)
+
+
+def test_folder_features_crop_and_refuse(tmp_path):
+    write_digits(tmp_path / "digits", 1)
+    folder, flat, cpu = tmp_path / "digits" / "val", Flat(), torch.device("cpu")
+    features, size = metrics.folder_features(folder, flat, cpu)
+    assert features.shape == (10, 4) and size == 16
+    assert metrics.folder_features(folder, flat, cpu, 8, crop=True)[1] == 8
+    with pytest.raises(FlowARError, match="16x16 pixels, expected 8x8; scripts/reference_stats.py --img_size"):
+        metrics.folder_features(folder, flat, cpu, 8)
+
+
+def test_reference_stats_script(tmp_path):
+    """Two processes find what one finds."""
+    write_digits(tmp_path / "digits", 2)
+    for processes in (0, 2):
+        run(f"scripts/reference_stats.py --ref_images {tmp_path}/digits/val --output {tmp_path}/{processes}.npz --keep_features "
+            "--feature_extractor efficientnet-lite0 --device cpu", processes=processes)
+    with np.load(tmp_path / "0.npz") as one, np.load(tmp_path / "2.npz") as two:
+        assert set(one) == {"mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "num_images", "img_size"}
+        np.testing.assert_allclose(one["features"], two["features"], atol=1e-5)
+        np.testing.assert_allclose(one["sigma"], two["sigma"], atol=1e-5)
+        assert one["num_images"] == two["num_images"] == 20 and one["img_size"] == 16
 
 
 def test_bad_reference_folders_are_named(tmp_path):

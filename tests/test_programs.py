@@ -11,7 +11,6 @@ from helpers import GEOMETRY, ROOT, inputs, make_project, run, small_model, trai
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import engine_flowar
 from models import FlowARError
 from util.options import default_scales, evaluation_parser, resolve_geometry, training_parser
 from util.optimization import build_optimizer
@@ -201,15 +200,6 @@ def test_cached_training_needs_no_vae(project, tmp_path, capsys):
     assert "encoding images on the fly. To make a cache: torchrun" in capsys.readouterr().out
 
 
-def test_online_evaluation_and_start_epoch(project, tmp_path):
-    train(project, tmp_path, f"--online_eval --eval_freq 1 --epochs 2 --start_epoch 1 --num_images 6 "
-                             f"--feature_extractor efficientnet-lite0 --ref_images {project}/images/val")
-    result = json.loads((tmp_path / "eval_epoch0002" / "results.json").read_text())
-    assert result["frechet_distance_efficientnet_lite0"] > 0 and result["num_images"] == 6
-    assert not (tmp_path / "eval_epoch0001").exists()
-    assert '"group": "eval"' in (tmp_path / "log.jsonl").read_text()
-
-
 @pytest.mark.parametrize("extra,message", [
     ("--vae_embed_dim 8", "--vae_embed_dim is 8, but the VAE .*vae.pth has 4"),
     ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
@@ -270,79 +260,3 @@ def test_learns_real_images():
     late = losses[-40:]
     assert max(late) < 0.75 * mean_predictor
     assert np.mean(late) < 0.6 * np.mean(losses[:5])
-
-
-# ---- evaluation ------------------------------------------------------------------------------------------------
-
-
-def evaluation(project, trained, output, extra=""):
-    return (f"eval.py --resume {trained[1]} --vae_path {project}/vae.pth --num_images 10 --num_step 6 --cfg 2 --device cpu "
-            f"--output_dir {output} --feature_extractor efficientnet-lite0 --evaluate {extra}")
-
-
-def read_images(folder):
-    return np.stack([np.asarray(Image.open(folder / "images" / f"{i:06d}.png")).astype(int) for i in range(10)])
-
-
-def test_images_do_not_depend_on_processes_or_batch(project, trained, tmp_path):
-    reference = f"--ref_images {project}/images/val"
-    run(evaluation(project, trained, tmp_path / "one", f"--eval_bsz 10 {reference}"))
-    run(evaluation(project, trained, tmp_path / "two", f"--eval_bsz 3 {reference}"), processes=2)
-    one, two = read_images(tmp_path / "one"), read_images(tmp_path / "two")
-    assert np.abs(one - two).max() <= 1 and one.std() > 1
-    assert len(list((tmp_path / "two" / "images").iterdir())) == 10
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
-    name = "frechet_distance_efficientnet_lite0"
-    assert results[0][name] == pytest.approx(results[1][name], rel=1e-3) and "fid" not in results[0]
-    for key in ("model", "checkpoint_sha256", "sampler", "num_step", "cfg", "guidance", "precision", "seed", "num_images",
-                "feature_extractor", "versions", "reference"):
-        assert results[0][key] is not None
-    assert results[0]["euler_steps"] == [6, 6, 6] and results[1]["world_size"] == 2
-
-
-def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, trained, tmp_path):
-    parse = evaluation_parser().parse_args
-    found = parse(shlex.split(evaluation(project, trained, tmp_path))[1:])
-    given = parse(shlex.split(evaluation(project, trained, tmp_path, GEOMETRY))[1:])
-    for args in (found, given):
-        model, vae, description = engine_flowar.load_for_evaluation(args, torch.device("cpu"))
-        assert description["model"] == "flowar_tiny" and model.scale == (1, 2, 4) and vae.stride == 4
-    assert all(torch.equal(value, trained[0]["model_ema"][name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("extra,message", [
-    ("--model flowar_small", "tensors do not fit the model"),
-    ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
-    ("--fid_stats nowhere.npz", "nowhere.npz: no such file"),
-    ("--ref_images nowhere", "nowhere: no such folder"),
-    ("--ref_images nowhere --fid_stats nowhere.npz", "two references"),
-])
-def test_wrong_evaluation_options_are_refused(project, trained, tmp_path, extra, message):
-    args = evaluation_parser().parse_args(shlex.split(evaluation(project, trained, tmp_path / "out", extra))[1:])
-    with pytest.raises(FlowARError, match=message):
-        engine_flowar.evaluate_checkpoint(args, torch.device("cpu"))
-    assert not (tmp_path / "out" / "results.json").exists()
-
-
-def test_weights_that_give_no_images_are_refused(project, trained, tmp_path):
-    state = {name: value.clone() for name, value in trained[0]["model_ema"].items()}
-    state["flownet.final_layer.linear.bias"] += float("nan")
-    torch.save(state, tmp_path / "nan.pth")
-    args = evaluation_parser().parse_args(shlex.split(
-        evaluation(project, trained, tmp_path, f"--resume {tmp_path}/nan.pth --ref_images {project}/images/val"))[1:])
-    with pytest.raises(FlowARError, match="images 0, 1, 2.* are not finite"):
-        engine_flowar.evaluate_checkpoint(args, torch.device("cpu"))
-
-
-def test_labels_are_balanced():
-    labels = [engine_flowar.image_label(i, 50000, 1000) for i in range(50000)]
-    assert set(np.bincount(labels)) == {50}
-    uneven = np.bincount([engine_flowar.image_label(i, 2003, 10) for i in range(2003)])
-    assert uneven.max() - uneven.min() <= 1
-
-
-def test_sample_script(project, trained, tmp_path):
-    run(f"scripts/sample.py --resume {trained[1]} --vae_path {project}/vae.pth --num_step 2 --labels 3,7 --per_class 2 "
-        f"--class_names {project}/images/train --grid {tmp_path}/grid.png --strip {tmp_path}/strip.png --device cpu")
-    assert Image.open(tmp_path / "grid.png").size[1] > 2 * 64
-    assert Image.open(tmp_path / "strip.png").size[0] > 3 * 64

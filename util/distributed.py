@@ -72,6 +72,14 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def from_main(function):
+    """What function() returns on rank 0, on every rank; it is called there alone. The value is picklable."""
+    value = [function() if is_main() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
 def gather_to_main(value):
     """List of every rank's value on rank 0, None elsewhere. Values are picklable and small, or CPU tensors."""
     if not dist.is_initialized():

@@ -12,7 +12,11 @@ def make_directory(path):
         raise FlowARError(f"{path}: cannot be made ({error})") from error
 
 
-def write_json(content, path):
+def write_bytes(content, path, sync=True):
     """See models.weights.writing."""
-    with writing(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    with writing(path, sync) as file:
+        file.write(content)
+
+
+def write_json(content, path):
+    write_bytes((json.dumps(content, indent=2) + "\n").encode(), path)

@@ -2,11 +2,13 @@
 
 Only features of torch-fidelity's Inception give a FID; distances in any other network's features carry its name.
 """
+import hashlib
 import io
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,20 +16,27 @@ import torch.nn.functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from tqdm import tqdm
 
 from models import FlowARError
-from models.weights import first_line, read_file
-from util.data import open_image
-from util.distributed import gather_to_main, rank, world_size
+from models.weights import first_line, read_file, writing
+from util.data import center_crop, open_image
+from util.distributed import gather_to_main, is_main, rank, world_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IS_SPLITS = 10
+KID_SUBSET = 1000  # images; all of them where there are fewer
+NEIGHBOURS = 3
 
 
 class Inception:
     """torch-fidelity's InceptionV3. Images (B, 3, H, W) uint8 -> features (B, 2048), logits (B, 1008)."""
 
-    name, dim, distance = "inception", 2048, "fid"
+    name, dim, suffix = "inception", 2048, ""
+    distance = "fid"
+    batch, resize = 64, "bilinear to 299x299, as TensorFlow 1 does"
 
     def __init__(self, device, weights=None):
         if weights is not None and not Path(weights).is_file():
@@ -42,18 +51,17 @@ class Inception:
             raise FlowARError(f"--fid_weights {weights}: not torch-fidelity's Inception weights "
                               f"({first_line(error)})") from error
 
-    def __call__(self, images):
+    def forward(self, images):
         return self.network(images)
 
 
 class EfficientNetLite0:
-    """ImageNet network whose weights come in a Python package. Images uint8 -> features (B, 1280), no logits.
+    """ImageNet network whose weights come in a Python package. Images uint8 -> features (B, 1280), no logits."""
 
-    Images are resized to 128x128, 16 at a time: four times faster on a CPU than its native 224.
-    """
-
-    name, dim, distance = "efficientnet-lite0", 1280, "frechet_distance_efficientnet_lite0"
-    size, chunk = 128, 16
+    name, dim, suffix = "efficientnet-lite0", 1280, "_efficientnet_lite0"
+    distance = "frechet_distance_efficientnet_lite0"
+    size = 128  # with small batches four times faster on a CPU than the native 224
+    batch, resize = 16, f"bilinear, antialiased, to {size}x{size}"
 
     def __init__(self, device, weights=None):
         try:
@@ -68,15 +76,13 @@ class EfficientNetLite0:
         self.network.load_state_dict(state)
         self.network.to(memory_format=torch.channels_last)
 
-    def __call__(self, images):
-        return torch.cat([self._features(part) for part in images.split(self.chunk)]), None
-
-    def _features(self, images):
+    def forward(self, images):
         x = F.interpolate(images.float(), size=(self.size, self.size), mode="bilinear", antialias=True)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(x).mean(dim=(2, 3))
+        return self.network.extract_features(x).mean(dim=(2, 3)), None
 
 
+ADM_STATISTICS = {"feature_extractor": Inception.name, "img_size": 256}  # what files that say nothing are taken for
 EXTRACTORS = {extractor.name: extractor for extractor in (Inception, EfficientNetLite0)}
 
 
@@ -91,39 +97,130 @@ def torch_fidelity_version():
     return version("torch-fidelity")
 
 
+@torch.no_grad()
+def extract(extractor, images):
+    """(features (n, dim), logits or None) of images (n, 3, H, W) uint8, float32 on the CPU, extractor.batch at a time."""
+    features, logits = zip(*(extractor.forward(part) for part in images.split(extractor.batch)))
+    return torch.cat(features).float().cpu(), None if logits[0] is None else torch.cat(logits).float().cpu()
+
+
+def weights_hash(extractor):
+    """SHA-256 over the network's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(extractor.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- formulas: torch-fidelity's, on features (n, dim) or logits -------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """What images are compared with. FID needs mu (dim,) and sigma (dim, dim), KID, precision and recall features."""
+
+    name: str
+    mu: np.ndarray
+    sigma: np.ndarray
+    features: torch.Tensor | None = None
+
+
 def statistics(features):
-    """{mu, sigma} in float64 of features (N, dim)."""
+    """{mu, sigma} in float64 of features (n, dim)."""
     features = np.asarray(features, dtype=np.float64)
     return {"mu": features.mean(axis=0), "sigma": np.cov(features, rowvar=False)}
 
 
 def frechet_distance(a, b):
-    """Frechet distance of two {mu, sigma}, torch-fidelity's formula."""
+    """Frechet distance of two {mu, sigma}."""
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
 def inception_score(logits):
-    """(mean, std) over 10 splits, torch-fidelity's formula and shuffling."""
+    """(mean, std) over 10 splits of shuffled logits."""
     result = isc_features_to_metric(torch.as_tensor(logits), splits=IS_SPLITS)
     return result["inception_score_mean"], result["inception_score_std"]
 
 
-def load_statistics(path, dim):
-    """{mu, sigma} of an .npz such as ADM's, or FlowARError."""
+def kernel_distance(features, reference):
+    """KID: (mean, std) over 100 subsets of 1000 images, or of as many as there are."""
+    size = min(KID_SUBSET, len(features), len(reference))
+    result = kid_features_to_metric(features, reference, kid_subset_size=size, verbose=False)
+    return result["kernel_inception_distance_mean"], result["kernel_inception_distance_std"]
+
+
+def precision_recall(features, reference, device):
+    """Share of generated images inside the real manifold and of real ones inside the generated, 3 nearest neighbours."""
+    result = prc_features_to_metric(features.to(device), reference.to(device), prc_neighborhood=NEIGHBOURS,
+                                    save_cpu_ram=True, verbose=False)
+    return result["precision"], result["recall"]
+
+
+def figures(features, logits, reference, extractor, device):
+    """All metrics that the features, logits and reference allow. Names end with the extractor's, unless Inception."""
+    result, end = {}, extractor.suffix
+    if reference is not None:
+        result[extractor.distance] = frechet_distance(
+            statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
+    if logits is not None:
+        result["inception_score_mean"], result["inception_score_std"] = inception_score(logits)
+    if reference is not None and reference.features is not None:
+        result[f"kid_mean{end}"], result[f"kid_std{end}"] = kernel_distance(features, reference.features)
+        if min(len(features), len(reference.features)) > NEIGHBOURS:
+            found = precision_recall(features, reference.features, device)
+            result[f"precision_k3{end}"], result[f"recall_k3{end}"] = found
+    return result
+
+
+# ---- references -------------------------------------------------------------------------------------------------
+
+
+def describe_statistics(extractor, count, img_size):
+    """What a statistics file says of itself."""
+    return {"feature_extractor": extractor.name, "weights_sha256": weights_hash(extractor), "resize": extractor.resize,
+            "num_images": count, "img_size": img_size}
+
+
+def save_statistics(path, features, extractor, img_size, keep_features):
+    """Write mu, sigma, their description and, if asked, the features (n, dim) to an .npz."""
+    content = {**statistics(features), **describe_statistics(extractor, len(features), img_size)}
+    if keep_features:
+        content["features"] = np.asarray(features, dtype=np.float32)
+    with writing(path) as file:
+        np.savez(file, **content)
+
+
+def load_statistics(path, extractor, img_size):
+    """Reference of an .npz of scripts/reference_stats.py, or of ADM's, which is taken as Inception at 256 pixels.
+
+    Statistics of another extractor, other weights or another image size are refused.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {key: np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma")}
+            found = {key: file[key] for key in ("mu", "sigma")}
+            features = torch.from_numpy(file["features"]) if "features" in file else None
+            said = {key: file[key].item() for key in ("feature_extractor", "weights_sha256", "img_size") if key in file}
     except FileNotFoundError as error:
         raise FlowARError(f"--fid_stats {path}: no such file") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise FlowARError(f"--fid_stats {path}: cannot read mu and sigma ({error})") from error
-    shapes = found["mu"].shape, found["sigma"].shape
-    if shapes != ((dim,), (dim, dim)):
-        raise FlowARError(f"--fid_stats {path}: mu is {shapes[0]} and sigma {shapes[1]}, expected ({dim},) and "
-                          f"({dim}, {dim}): statistics of another feature extractor")
-    if not all(np.isfinite(value).all() for value in found.values()):
+    said = {**ADM_STATISTICS, **said}
+    expected = {"feature_extractor": extractor.name, "img_size": img_size}
+    if "weights_sha256" in said:
+        expected["weights_sha256"] = weights_hash(extractor)
+    for key, value in expected.items():
+        if said[key] != value:
+            raise FlowARError(f"--fid_stats {path}: its {key} is {said[key]}, here it is {value}; "
+                              "make statistics with scripts/reference_stats.py")
+    dim, mu, sigma = extractor.dim, *(np.asarray(found[key], dtype=np.float64) for key in ("mu", "sigma"))
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise FlowARError(f"--fid_stats {path}: mu is {mu.shape} and sigma {sigma.shape}, expected ({dim},) and "
+                          f"({dim}, {dim})")
+    if features is not None and (features.ndim != 2 or features.shape[1] != dim):
+        raise FlowARError(f"--fid_stats {path}: features are {tuple(features.shape)}, expected (images, {dim})")
+    if not all(np.isfinite(value).all() for value in (mu, sigma)):
         raise FlowARError(f"--fid_stats {path}: mu or sigma is not finite")
-    return found
+    return Reference(str(path), mu, sigma, features)
 
 
 def image_files(folder):
@@ -136,26 +233,44 @@ def image_files(folder):
     return files
 
 
-def load_uint8(files):
-    """(n, 3, H, W) uint8; all images must have one size."""
-    images = [torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1) for path in files]
-    for path, image in zip(files, images):
-        if image.shape != images[0].shape:
-            raise FlowARError(f"{path}: {image.shape[2]}x{image.shape[1]} pixels, but {files[0]} is "
+def load_uint8(files, img_size=None):
+    """(n, 3, H, W) uint8 of image files, centre-cropped to img_size if given; else all must have one size."""
+    images = []
+    for path in files:
+        image = open_image(path)
+        image = center_crop(image, img_size) if img_size else image
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        if images[-1].shape != images[0].shape:
+            raise FlowARError(f"{path}: {image.width}x{image.height} pixels, but {files[0]} is "
                               f"{images[0].shape[2]}x{images[0].shape[1]}")
     return torch.stack(images)
 
 
-@torch.no_grad()
-def extract_features(files, extractor, device, batch_size=64):
-    """Features (n, dim) of image files."""
-    parts = [extractor(load_uint8(files[i:i + batch_size]).to(device))[0].cpu()
-             for i in range(0, len(files), batch_size)]
-    return torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
+def folder_features(folder, extractor, device, img_size=None, crop=False):
+    """(features (n, dim), pixels a side) of the images below a folder on rank 0, None elsewhere; the ranks share the work.
 
-
-def folder_statistics(folder, extractor, device):
-    """{mu, sigma} of the images below a folder on rank 0 (None elsewhere); the ranks share the work."""
-    files = image_files(folder)[rank()::world_size()]
-    parts = gather_to_main(extract_features(files, extractor, device))
-    return None if parts is None else statistics(torch.cat(parts))
+    Images must have img_size pixels a side (any one size if None), or are centre-cropped to it with crop=True.
+    """
+    files = image_files(folder)
+    mine = files[rank()::world_size()]
+    parts, sizes = [torch.zeros(0, extractor.dim)], set()
+    for first in tqdm(range(0, len(mine), extractor.batch), desc=f"features of {folder}", unit="batch",
+                      disable=not is_main(), mininterval=2, leave=False):
+        some = mine[first:first + extractor.batch]
+        images = load_uint8(some, img_size if crop else None)
+        if img_size and images.shape[2:] != (img_size, img_size):
+            raise FlowARError(f"{some[0]}: {images.shape[3]}x{images.shape[2]} pixels, expected {img_size}x{img_size}; "
+                              "scripts/reference_stats.py --img_size makes statistics of centre crops")
+        sizes.add(tuple(images.shape[2:]))
+        parts.append(extract(extractor, images.to(device))[0])
+    gathered = gather_to_main((torch.cat(parts), sizes))
+    if gathered is None:
+        return None
+    sizes = set.union(*(sizes for _, sizes in gathered))
+    if len(sizes) > 1:
+        raise FlowARError(f"{folder}: images of several sizes, {' and '.join(f'{w}x{h}' for h, w in sorted(sizes)[:2])}; "
+                          "give --img_size to centre-crop them")
+    features = torch.zeros(len(files), extractor.dim)
+    for r, (part, _) in enumerate(gathered):
+        features[r::world_size()] = part
+    return features, sizes.pop()[0]

@@ -7,7 +7,7 @@ import argparse
 import math
 
 from models import MODELS, FlowARError
-from models.flow_matching import CFG_SCHEDULES
+from models.flow_matching import CFG_SCHEDULES, SOLVERS
 from util.distributed import PRECISIONS, log
 from util.optimization import LR_SCHEDULES, peak_learning_rate
 
@@ -60,6 +60,17 @@ def at_least_two(text):
     return _number(int, 2, math.inf, text)
 
 
+def several(kind):
+    """A type for one value of `kind` or a comma-separated list of them: a tuple."""
+    return lambda text: tuple(kind(part) for part in text.split(","))
+
+
+def solver(text):
+    if text not in SOLVERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: expected one of {', '.join(SOLVERS)}")
+    return text
+
+
 # ---- groups --------------------------------------------------------------------------------------------------
 
 
@@ -84,13 +95,16 @@ def add_sampling_options(parser):
     add = group.add_argument
     add("--num_images", type=positive, default=50000, help="images to generate")
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
-    add("--num_step", type=at_least_two, default=25, help="length of the time grid (25 makes 24 Euler steps, 50 makes 50)")
-    add("--num_step_last", type=at_least_two, help="anneal the steps to this number at the last scale (DiSA)")
-    add("--cfg", type=at_least_one, default=1.0, help="classifier-free guidance scale of the last scale")
+    add("--num_step", type=several(at_least_two), default="25", help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
+    add("--num_step_last", type=several(at_least_two), help="anneal the steps to this number at the last scale (DiSA); *")
+    add("--solver", type=several(solver), default="euler", help="euler (the release's), heun (two evaluations a step) or ab2; *")
+    add("--cfg", type=several(at_least_one), default="1.0", help="classifier-free guidance scale of the last scale; *")
     add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="guidance over scales: a ramp from 1, or constant")
-    add("--guidance", type=fraction, default=0.9, help="guidance acts only at times t <= this (t = 1 is noise)")
+    add("--guidance", type=several(fraction), default="0.9", help="guidance acts only at times t <= this (t = 1 is noise); *")
     add("--temperature", type=real, default=1.0, help="factor of the starting noise")
-    add("--fid_stats", help="npz with mu and sigma of the reference; default fid_stats/adm_in256_stats.npz if it is there")
+    add("--save_images", action="store_true", help="write the images to images/ in the output directory, as PNGs")
+    add("--save_npz", action="store_true", help="write the images to samples.npz in the output directory, as ADM's evaluator reads them")
+    add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall); default fid_stats/adm_in256_stats.npz if it is there")
     add("--ref_images", help="folder of reference images, instead of --fid_stats")
     add("--feature_extractor", default="inception", choices=("inception", "efficientnet-lite0"), help="network of the metrics")
     add("--fid_weights", help="local file of torch-fidelity's Inception weights; default: downloaded once")
@@ -137,6 +151,7 @@ def add_training_options(parser):
     add("--save_last_freq", type=positive, default=5, help="epochs between checkpoints")
     add("--eval_freq", type=positive, default=40, help="epochs between validation loss, sample grid and --online_eval")
     add("--online_eval", action="store_true", help="FID or the like of the EMA during training, every --eval_freq epochs")
+    add("--eval_num_images", type=positive, default=10000, help="images of --online_eval")
     add("--log_dir", help="TensorBoard files; default: the output directory")
     add("--log_freq", type=positive, default=20, help="optimizer steps between log entries")
 
@@ -187,9 +202,9 @@ def model_options(args):
 
 
 def sampling_options(args):
-    """The arguments of FlowAR.sample_tokens out of the options."""
+    """The arguments of FlowAR.sample_tokens out of the options, one value each (util.evaluation.sweep_points)."""
     return dict(num_steps=args.num_step, num_steps_last=args.num_step_last, cfg=args.cfg, guidance=args.guidance,
-                cfg_schedule=args.cfg_schedule, temperature=args.temperature)
+                cfg_schedule=args.cfg_schedule, temperature=args.temperature, solver=args.solver)
 
 
 def resolve_training(args, world_size):

@@ -1,0 +1,73 @@
+"""Plot a metric of several sweeps (results.csv of eval.py) against a column, such as the number of function evaluations.
+
+    python scripts/plot_results.py uniform/results.csv annealed/results.csv --x nfe --output nfe.png
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models import FlowARError  # noqa: E402
+from util.distributed import run_main  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("tables", nargs="+", help="results.csv files; a line is named by its folder and --by")
+    parser.add_argument("--x", default="nfe", help="column of the horizontal axis")
+    parser.add_argument("--y", help="column of the vertical axis; default: the first")
+    parser.add_argument("--by", default="solver", help="column that separates lines")
+    parser.add_argument("--output", required=True, help="PNG to write")
+    return parser.parse_args()
+
+
+def read_table(path):
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise FlowARError(f"{path}: cannot be read ({error})") from error
+    if not rows:
+        raise FlowARError(f"{path}: no rows in this table")
+    return rows
+
+
+def lines_of(path, x, y, by):
+    """{name: [(x, y), ...]} of one table."""
+    rows = read_table(path)
+    y = y or next(key for key in rows[0] if "distance" in key or key == "fid")
+    lines = {}
+    for row in rows:
+        try:
+            lines.setdefault(f"{row[by]}, {Path(path).parent.name}", []).append((float(row[x]), float(row[y])))
+        except KeyError as error:
+            raise FlowARError(f"{path}: no column {error}; it has {', '.join(row)}") from error
+    return y, lines
+
+
+def main():
+    args = parse_args()
+    figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
+    for path, style in zip(args.tables, ("o-", "s--", "^:", "d-.") * len(args.tables)):
+        y, lines = lines_of(path, args.x, args.y, args.by)
+        for (name, points), color in zip(lines.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
+            axis.plot(*zip(*sorted(points)), style, color=color, label=name)
+    axis.set(xlabel=args.x, ylabel=y)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    try:
+        figure.savefig(args.output)
+    except (OSError, ValueError) as error:
+        raise FlowARError(f"{args.output}: cannot be written ({error})") from error
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
