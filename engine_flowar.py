@@ -13,16 +13,17 @@ from tqdm import tqdm
 
 from models import FlowARError, build_model
 from models import flow_matching as fm
-from models.vae import DiagonalGaussian, load_vae
-from models.weights import name_some
+from models.vae import DiagonalGaussian, open_vae
+from models.weights import name_some, tensors_hash
 from util import checkpoint, metrics
 from util.data import to_uint8
 from util.distributed import (all_reduce_sum, autocast, from_main, gather_to_main, is_main, log, rank, set_precision,
                               world_size)
 from util.evaluation import (RESULTS, STAGES, FinishedBatches, PngWriter, Stopwatch, check_settings, plot_sweep, point_name,
                              sweep_points, table_row, write_npz, write_table)
-from util.files import make_directory, write_json
+from util.files import file_hash, make_directory, write_json
 from util.optimization import adjust_learning_rate
+from util.latents import vae_identity
 from util.options import model_options, resolve_geometry, sampling_options
 from util.randomness import DROPOUT, TRAINING, VALIDATION, derive_seed, draw, image_noise
 
@@ -76,15 +77,20 @@ def train_one_epoch(model, ema, optimizer, scaler, loader, to_moments, latent_sc
         optimizer.zero_grad(set_to_none=True)
         ema.update(network)
         # Read on the host only every log_freq steps: no synchronisation in between.
-        values = torch.cat((norm[None], torch.stack(losses).mean(dim=0)))
+        # A step that the fp16 scaler skipped has no finite norm: it does not count in the mean.
+        finite = norm.isfinite()
+        values = torch.cat((torch.where(finite, norm, 0)[None], finite[None], torch.stack(losses).mean(dim=0)))
         running = values if running is None else running + values
         logger.advance(args.global_batch)
         done = i % args.log_freq + 1
         if done == args.log_freq or i + 1 == steps:
-            norm_mean, loss_mean, *scale_means = (all_reduce_sum(running) / (done * world_size())).tolist()
+            norm_sum, norms, *sums = all_reduce_sum(running).tolist()
+            loss_mean, *scale_means = (value / (done * world_size()) for value in sums)
+            norm_mean = norm_sum / norms if norms else 0.0
             running = None
-            if not math.isfinite(loss_mean):
-                raise FlowARError(f"loss is {loss_mean} between steps {step + 1 - done} and {step} (epoch {epoch}): stopped "
+            if not math.isfinite(loss_mean) or (norms < done * world_size() and not scaler.is_enabled()):
+                what = "the gradient norm is not finite" if math.isfinite(loss_mean) else f"loss is {loss_mean}"
+                raise FlowARError(f"{what} between steps {step + 1 - done} and {step} (epoch {epoch}): stopped "
                                   "before it reaches a checkpoint; lower --lr or --blr, or use --precision fp32")
             logger.training(step + 1, epoch + (i + 1) / steps, (args.epochs - epoch) * steps - i - 1, loss_mean,
                             norm_mean, lr, dict(zip(network.scale, scale_means)), args.global_batch)
@@ -178,7 +184,7 @@ def load_for_evaluation(args, device):
     path, content = checkpoint.read_model_file(args.resume)
     state = checkpoint.model_state(content, path)
     del content
-    vae, extra = load_vae(args.vae_path)
+    vae, extra = open_vae(args.vae, args.vae_path)
     if extra:
         log(f"{args.vae_path}: {len(extra)} tensors are not the VAE's and were left out")
     known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride,
@@ -191,16 +197,16 @@ def load_for_evaluation(args, device):
     model = build_model(args.model, **model_options(args))
     checkpoint.load_model(model, state, path)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
-                   "checkpoint": str(path), "vae": str(args.vae_path)}
+                   "checkpoint": str(path), "vae": args.vae if args.vae != "kl16" else str(args.vae_path)}
     if is_main():
-        description.update(checkpoint_sha256=checkpoint.file_hash(path), vae_sha256=checkpoint.file_hash(args.vae_path))
+        description.update(checkpoint_sha256=file_hash(path), vae_sha256=vae_identity(args.vae, args.vae_path, vae))
     return model.to(device).eval(), vae.to(device), description
 
 
 def check_vae(vae, args):
     for option, found in (("vae_embed_dim", vae.embed_dim), ("vae_stride", vae.stride)):
         if getattr(args, option) != found:
-            raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {args.vae_path} has {found}")
+            raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {args.vae_path if args.vae == 'kl16' else args.vae} has {found}")
 
 
 def evaluate(model, vae, args, device, description, output, judge, persistent=True):
@@ -312,6 +318,8 @@ def figures(found, batches, args, extractor, reference, device):
     found = [found[number] for number in range(len(batches))]
     refuse_not_finite(torch.cat([part["bad"] for part in found]).tolist(), args.num_images, args)
     features = torch.cat([part["features"] for part in found])
+    if len(features) < 2 and reference is not None:
+        raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
     logits = torch.cat([part["logits"] for part in found]) if "logits" in found[0] else None
     if len(features) <= extractor.dim and reference is not None:
         log(f"warning: {len(features)} images for {extractor.dim} features: the covariance is rank-deficient and the "
@@ -341,7 +349,7 @@ def find_reference(args, extractor, device):
         found = metrics.folder_features(args.ref_images, extractor, device, args.img_size)
         if found is None:  # rank 0 has the features and computes the figures
             return metrics.Reference(args.ref_images, None, None)
-        return metrics.Reference(args.ref_images, **metrics.statistics(found[0]), features=found[0])
+        return metrics.Reference(args.ref_images, **found.statistics, features=found.features)
     if args.fid_stats:
         return metrics.load_statistics(args.fid_stats, extractor, args.img_size)
     hint = ""
@@ -365,7 +373,7 @@ def settings(model, extractor, reference, args, description):
         "temperature": args.temperature, "precision": args.precision, "seed": args.seed, "eval_bsz": args.eval_bsz,
         "save_images": args.save_images, "save_npz": args.save_npz,
         "reference": reference.name if reference else None, "feature_extractor": extractor.name,
-        "extractor_sha256": metrics.weights_hash(extractor), "extractor_resize": extractor.resize,
+        "extractor_sha256": tensors_hash(extractor.network.state_dict()), "extractor_resize": extractor.resize,
         "extractor_batch": extractor.batch,
     }
 
@@ -381,11 +389,16 @@ def machine(device):
     }
 
 
+def evaluation_precision(precision, device):
+    """Resolve and set the precision of sampling: fp16 on CUDA, as the release samples and decodes."""
+    if precision is None and device.type == "cuda":
+        precision = "fp16"
+    return set_precision(precision, device)
+
+
 def evaluate_checkpoint(args, device):
     """eval.py, and main_flowar.py --evaluate: load, sample, measure, print; several values of an option are a sweep."""
-    if args.precision is None and device.type == "cuda":
-        args.precision = "fp16"  # as the release samples and decodes
-    args.precision = set_precision(args.precision, device)
+    args.precision = evaluation_precision(args.precision, device)
     model, vae, description = load_for_evaluation(args, device)
     log(f"{description['model']}: {description['parameters']:,} parameters from {description['checkpoint']}")
     judge = build_judge(args, device)

@@ -12,17 +12,19 @@ import functools
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_flowar import build_judge, check_vae, evaluate, evaluate_checkpoint, sample_grid, train_one_epoch, validate
 from models import FlowARError, build_model
-from models.vae import load_vae
+from models.vae import open_vae
+from models.weights import name_some
 from util import checkpoint, distributed
-from util.data import CachedMoments, Images, build_loader, cache_latent_scale, check_classes, has_cache
-from util.distributed import is_main, log, rank, world_size
-from util.evaluation import single_point
+from util.data import Images, build_loader, check_classes
+from util.distributed import agree, all_reduce_sum, is_main, log, rank, world_size
+from util.evaluation import single_point, write_png
 from util.files import make_directory
+from util.latents import (NpzMoments, ShardedMoments, check_index, kind_of_cache, npz_latent_scale, read_index, vae_identity,
+                          verify_checksums)
 from util.logging import TrainingLog
 from util.optimization import EMA, build_optimizer
 from util.options import model_options, resolve_geometry, resolve_training, training_parser
@@ -31,75 +33,120 @@ from util.options import model_options, resolve_geometry, resolve_training, trai
 FIGURES = ("fid", "frechet", "inception_score", "kid", "precision_k3", "recall_k3")  # of a report, for TensorBoard
 
 
-def use_cache(args):
-    """Whether to train on cached latents; without a cache, say how to make one."""
-    if args.cached_path and has_cache(args.cached_path):
-        return True
+def find_cache(args):
+    """The kind of cache in --cached_path, see util.latents; without one, say how to make it."""
+    kind = kind_of_cache(args.cached_path) if args.cached_path else None
+    vae = f"--vae_path {args.vae_path}" if args.vae == "kl16" else f"--vae {args.vae}"
     command = (f"torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} --cached_path "
-               f"{args.cached_path} --vae_path {args.vae_path} --img_size {args.img_size}")
-    if args.use_cached:
+               f"{args.cached_path} {vae} --img_size {args.img_size or 256}")
+    if kind is None and args.use_cached:
         raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")
-    if args.cached_path:
+    if kind is None and args.cached_path:
         log(f"no cached latents in {args.cached_path}: encoding images on the fly. To make a cache: {command}")
-    return False
+    return kind
 
 
 class Data:
     """Training and validation loaders and how their batches become moments.
 
-    The VAE is loaded at the first call of vae(): at once to encode images, later or never with a cache.
+    The VAE is opened at the first call of vae(): at once to encode images, later or never with a cache. Geometry that
+    the options leave open comes from the cache's index or from the VAE.
     """
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.cached = use_cache(args)
-        side = args.img_size // args.vae_stride
-        self.moments_shape = (2 * args.vae_embed_dim, side, side)
+        self.kind = find_cache(args)
+        self.resolve_geometry(args)
         self.workers = dict(rank=rank(), world_size=world_size(), num_workers=args.num_workers,
                             pin_memory=args.pin_mem and device.type == "cuda")
-        if self.cached:
-            self.latent_scale = cache_latent_scale(args.cached_path, args.vae_embed_dim)
-            train = CachedMoments(args.cached_path, self.moments_shape, args.seed, train=True, flip=args.flip)
+        if self.kind:
+            train, self.latent_scale = self.open_cache(args.cached_path, self.kind, train=True)
             log(f"{len(train)} cached latents in {args.cached_path}")
         else:
             self.latent_scale = self.vae().latent_scale
-            train = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True, flip=args.flip)
+            train = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True, flip=args.flip,
+                           on_bad=args.on_bad_image)
             log(f"{len(train)} images in {args.data_path}/train, encoded on the fly")
-        check_classes(train, args.class_num, args.cached_path if self.cached else args.data_path)
+        check_classes(train, args.class_num, args.cached_path if self.kind else args.data_path)
+        if len(train.classes) < args.class_num:
+            log(f"warning: {len(train.classes)} class folders for --class_num {args.class_num}: the other classes are not trained")
         self.train = build_loader(train, args.batch_size, seed=args.seed, train=True, **self.workers)
         if len(self.train) < args.accum_iter:
             raise FlowARError(f"{len(train)} training images are fewer than one global batch of {args.global_batch} "
                               f"(--batch_size {args.batch_size} x {world_size()} processes x --accum_iter {args.accum_iter})")
 
+    def resolve_geometry(self, args):
+        if self.kind == "shards":
+            index = read_index(args.cached_path)
+            known = {"vae_embed_dim": index["channels"], "vae_stride": index["stride"], "img_size": index["img_size"]}
+        elif self.has_vae() and not self.kind:
+            known = {"vae_embed_dim": self.vae().embed_dim, "vae_stride": self.vae().stride}
+        else:
+            known = {}
+        resolve_geometry(args, known)
+        if "img_size" not in known and known:
+            check_vae(self.vae(), args)
+
+    def open_cache(self, path, kind, train=False):
+        """(dataset, LatentScale) of a cache, after comparing what it says of itself with the options."""
+        args = self.args
+        if kind == "npz":
+            side = args.img_size // args.vae_stride
+            data = NpzMoments(path, (2 * args.vae_embed_dim, side, side), args.seed, train, args.flip)
+            return data, npz_latent_scale(path, args.vae_embed_dim)
+        data = ShardedMoments(path, args.seed, train, args.flip)
+        opened = self.vae() if args.vae != "kl16" else None
+        check_index(path, data.index, {
+            "vae_sha256": ("that of --vae" if opened else "that of --vae_path", vae_identity(args.vae, args.vae_path, opened)),
+            "stride": ("--vae_stride", args.vae_stride), "channels": ("--vae_embed_dim", args.vae_embed_dim),
+            "img_size": ("--img_size", args.img_size), "classes": ("--class_num", args.class_num),
+            "latent_scale": ("that of --vae", opened.latent_scale if opened else None)})
+        verify_checksums(path, data.index, rank(), world_size())
+        return data, data.index["latent_scale"]
+
     @functools.cache
     def vae(self):
-        vae, extra = load_vae(self.args.vae_path)
+        vae, extra = open_vae(self.args.vae, self.args.vae_path)
         if extra:
             log(f"{self.args.vae_path}: {len(extra)} tensors are not the VAE's and were left out")
-        check_vae(vae, self.args)
+        if self.args.vae_stride is not None and self.args.vae_embed_dim is not None:
+            check_vae(vae, self.args)
         return vae.to(self.device)
 
     def has_vae(self):
-        return Path(self.args.vae_path).is_file()
+        return self.args.vae != "kl16" or Path(self.args.vae_path).is_file()
 
     @torch.no_grad()
     def encode(self, images):
         return self.vae().encode(images).parameters
 
     def training_moments(self, batch):
-        return batch if self.cached else self.encode(batch)
+        return batch.float() if self.kind else self.encode(batch)
+
+    def report_skipped(self):
+        """Say how many unreadable images were skipped so far, on all ranks together."""
+        skipped = getattr(self.train.dataset, "skipped", None)
+        if skipped is not None and self.args.on_bad_image == "skip":
+            total = int(all_reduce_sum(torch.tensor([skipped.value], dtype=torch.float64, device=self.device)).item())
+            if total:
+                log(f"{total} times an image could not be read and the next one took its place")
 
     def validation(self):
         """(loader, to_moments) of the validation set, or None if there is none."""
         args = self.args
         if args.cached_val_path:
-            data, to_moments = CachedMoments(args.cached_val_path, self.moments_shape), lambda batch: batch
-            cache_latent_scale(args.cached_val_path, args.vae_embed_dim)
+            kind = kind_of_cache(args.cached_val_path)
+            if kind is None:
+                raise FlowARError(f"--cached_val_path {args.cached_val_path}: no cached latents there")
+            (data, _), to_moments = self.open_cache(args.cached_val_path, kind), torch.Tensor.float
         elif (Path(args.data_path) / "val").is_dir() and self.has_vae():
-            data, to_moments = Images(Path(args.data_path) / "val", args.img_size), self.encode
+            data, to_moments = Images(Path(args.data_path) / "val", args.img_size, on_bad=args.on_bad_image), self.encode
         else:
             return None
-        check_classes(data, args.class_num, args.cached_val_path or args.data_path)
+        if data.classes != self.train.dataset.classes:
+            other = sorted(set(data.classes) ^ set(self.train.dataset.classes))
+            raise FlowARError(f"{args.cached_val_path or args.data_path}: the classes of the validation set are not those of the "
+                              f"training set (only in one of them: {name_some(other)}), so its labels would be others")
         return build_loader(data, args.batch_size, **self.workers), to_moments
 
 
@@ -134,7 +181,7 @@ def report(network, ema, data, validation, judge, args, epoch, step, device, log
     if is_main():
         grid = sample_grid(ema.module, data.vae(), args, device)
         logger.image("samples/ema", grid, step)
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(Path(args.output_dir) / f"samples_epoch{epoch + 1:04d}.png")
+        write_png(grid.permute(1, 2, 0).numpy(), Path(args.output_dir) / f"samples_epoch{epoch + 1:04d}.png")
     if judge is not None:
         description = {"model": args.model, "epoch": epoch + 1, "weights": "ema"}
         online = argparse.Namespace(**{**vars(args), "num_images": args.eval_num_images, "save_images": False, "save_npz": False})
@@ -149,7 +196,6 @@ def report(network, ema, data, validation, judge, args, epoch, step, device, log
 
 def train(args, device):
     args = single_point(args)
-    resolve_geometry(args)
     resolve_training(args, world_size())
     args.precision = distributed.set_precision(args.precision, device)
     if is_main():
@@ -157,12 +203,15 @@ def train(args, device):
     distributed.barrier()
     data = Data(args, device)
     validation = data.validation()
+    agree("whether there are cached latents, a validation set and a VAE", (data.kind, validation is not None, data.has_vae()))
     if validation is None:
         log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
     if not data.has_vae():
-        log(f"no VAE at {args.vae_path}: no sample grids" + (" and no --online_eval" if args.online_eval else ""))
+        log(f"no VAE at {args.vae_path}: no sample grids")
 
-    judge = build_judge(args, device) if args.online_eval and data.has_vae() else None
+    if args.online_eval and not data.has_vae():
+        raise FlowARError(f"--online_eval needs the VAE to decode with, and there is none at --vae_path {args.vae_path}")
+    judge = build_judge(args, device) if args.online_eval else None
     torch.manual_seed(args.seed)
     network = build_model(args.model, **model_options(args)).to(device)
     ema = EMA(network, args.ema_rate)
@@ -170,6 +219,7 @@ def train(args, device):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     first = resume(args, network, ema, optimizer, scaler)
     first = first if args.start_epoch is None else args.start_epoch
+    agree("the first epoch to train", first)
     model = network
     if world_size() > 1:
         model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
@@ -183,6 +233,7 @@ def train(args, device):
     for epoch in range(first, args.epochs):
         step = train_one_epoch(model, ema, optimizer, scaler, data.train, data.training_moments, data.latent_scale,
                                args, epoch, device, logger)
+        data.report_skipped()
         last = epoch + 1 == args.epochs
         if is_main() and (last or (epoch + 1) % args.save_last_freq == 0):
             checkpoint.save_training(Path(args.output_dir) / checkpoint.LAST, network, ema, optimizer, scaler, epoch, args)

@@ -189,7 +189,7 @@ class FlowAR(nn.Module):
             drop: (B,) bool, labels to replace by the null class; if None drawn with label_drop_prob in training
                 mode, and none in eval mode.
         """
-        self._check_labels(labels, self.class_num)
+        self._check_labels(labels, self.class_num, wait=False)
         if drop is None and self.training:
             drop = torch.rand(len(labels), device=labels.device) < self.label_drop_prob
         if drop is not None:
@@ -298,12 +298,12 @@ class FlowAR(nn.Module):
             raise FlowARError(f"noise has shapes {found}: expected {shapes}")
         return [e.to(weight.device) for e in noise]
 
-    def _check_labels(self, labels, limit):
-        """Refuse labels outside 0..limit - 1 (on an accelerator by a device-side assertion: no synchronisation)."""
+    def _check_labels(self, labels, limit, wait=True):
+        """Refuse labels outside 0..limit - 1; with wait=False on an accelerator by an assertion that does not synchronise."""
         if labels.is_meta:
             return
         valid = ((labels >= 0) & (labels < limit)).all()
-        if labels.device.type != "cpu":
+        if not wait and labels.device.type != "cpu":
             torch._assert_async(valid)
         elif not valid:
             bad = labels[(labels < 0) | (labels >= limit)][0].item()

@@ -1,6 +1,7 @@
 """The KL autoencoder (KL-16 of MAR) and the latent scale that travels with it.
 
-Anything with the attributes embed_dim, stride, latent_scale and the methods encode and decode can stand in its place.
+Anything with the attributes embed_dim, stride, latent_scale and the methods encode and decode can stand in its place:
+give VAES a function that opens it, and --vae takes it.
 """
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.errors import FlowARError
-from models.weights import name_some, read_file, write_file
+from models.weights import name_some, read_file, tensors_hash, write_file
 
 GROUPS = 32
 MIN_GROUP = 4  # channels
@@ -263,6 +264,36 @@ def load_vae(path):
 def vae_config(content):
     config = content.get("config") if isinstance(content, dict) else None
     return config if isinstance(config, dict) else {}
+
+
+def open_kl16(spec, path):
+    """--vae kl16: the file of --vae_path, which may also be one of scripts/train_vae.py."""
+    return load_vae(path)
+
+
+def open_diffusers(spec, path):
+    """--vae diffusers:<path or repository>[:subfolder]."""
+    from models.diffusers_vae import DiffusersVAE, open_network
+    network = open_network(spec)
+    scale = LatentScale(network.config.scaling_factor, network.config.get("shift_factor") or 0.0)
+    return DiffusersVAE(network, scale, DiagonalGaussian).eval().requires_grad_(False), []
+
+
+# Name before the colon of --vae -> function of (what follows the colon, --vae_path) -> (vae, unused tensor names).
+VAES = {"kl16": open_kl16, "diffusers": open_diffusers}
+
+
+def open_vae(vae, path):
+    """The VAE of the options --vae and --vae_path, in eval mode, and the names of tensors that it does not use."""
+    name, _, spec = vae.partition(":")
+    if name not in VAES:
+        raise FlowARError(f"--vae {vae}: expected one of {', '.join(VAES)}, or diffusers:<path or repository>[:subfolder]")
+    return VAES[name](spec, path)
+
+
+def vae_hash(vae):
+    """SHA-256 over the VAE's tensors: what a cache remembers of it."""
+    return tensors_hash(vae.state_dict())
 
 
 def save_vae(vae, path):

@@ -1,6 +1,7 @@
 """Tensor files: read without running code from them, written whole or not at all."""
 import argparse
 import contextlib
+import hashlib
 import os
 import pickle
 import zipfile
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from models.errors import FlowARError
 
 
-def read_file(path):
+def read_file(path, mmap=False):
     """Contents of a .safetensors or torch file on the CPU. Nothing but tensors and plain values is unpickled.
 
+    With mmap=True the tensors of a zip-format torch file stay on disk until they are copied.
     argparse.Namespace is let through: training checkpoints of the release carry their options as one.
     """
     path = Path(path)
@@ -25,7 +27,7 @@ def read_file(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise FlowARError(f"{path}: not a file of tensors ({first_line(error)})") from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
@@ -57,6 +59,15 @@ def write_file(content, path):
     """torch.save, see writing."""
     with writing(path) as file:
         torch.save(content, file)
+
+
+def tensors_hash(state):
+    """SHA-256 over the tensors of a state dict, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def first_line(error):

@@ -1,7 +1,8 @@
-"""Cache the VAE's posterior moments of an image folder in MAR's layout: one .npz an image, in class folders.
+"""Cache the VAE's posterior moments of an image folder, in shards (see util/latents.py) or in MAR's layout.
 
-Each file holds `moments` and `moments_flip` (of the flipped image, encoded), float32 (2C, h, w), of the centre crop.
-Killed at any time, the next run encodes what is missing; latents.json says whether the cache is complete.
+--crops center takes ADM's centre crop, as MAR does; --crops N takes N random crops of the training recipe. Every crop
+is stored twice, as it is and flipped: the flipped image is encoded, not its moments flipped. Killed at any time, the
+next run keeps finished shards and redoes the rest; the index appears last.
 
     torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path imagenet --cached_path imagenet_feature \\
         --vae_path kl16.ckpt --img_size 256
@@ -13,18 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from safetensors.torch import save
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import FlowARError  # noqa: E402
-from models.vae import load_vae  # noqa: E402
+from models.vae import DiagonalGaussian, open_vae  # noqa: E402
 from models.weights import writing  # noqa: E402
-from util import distributed  # noqa: E402
-from util.checkpoint import file_hash  # noqa: E402
-from util.data import CACHE_INFO, Images, read_cache_info  # noqa: E402
-from util.files import make_directory, write_json  # noqa: E402
+from util import distributed, latents  # noqa: E402
+from util.data import RESIZE_MARGIN, Images  # noqa: E402
+from util.files import file_hash, make_directory, read_json, write_bytes, write_json  # noqa: E402
 from util.options import count, positive  # noqa: E402
+
+SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
+
+
+def crops_option(text):
+    return text if text == "center" else positive(text)
 
 
 def parse_args():
@@ -32,73 +39,226 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", required=True, help="folder with train/ (and val/), class folders of images")
     parser.add_argument("--cached_path", required=True, help="folder to write")
-    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE to encode with")
+    parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
+    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
-    parser.add_argument("--img_size", type=positive, default=256, help="pixels a side of the centre crop")
-    parser.add_argument("--batch_size", type=positive, default=128, help="images a process")
+    parser.add_argument("--img_size", type=positive, default=256, help="pixels a side of a crop")
+    parser.add_argument("--crops", type=crops_option, default="center", help="center, or a number of random crops an image")
+    parser.add_argument("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
+    parser.add_argument("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
+    parser.add_argument("--shard_size", type=positive, default=10000, help="images a shard")
+    parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
+    parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
     parser.add_argument("--num_workers", type=count, default=8, help="data loading processes of every rank")
+    parser.add_argument("--seed", type=count, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
 
 
-def target(data, index, cached_path):
-    """<cached_path>/<class>/<file name>.npz, MAR's naming."""
-    path = Path(data.folder.samples[index][0])
-    return cached_path / path.relative_to(data.folder.root).parent / f"{path.name}.npz"
+class Crops(Dataset):
+    """Item i: (all crops of image i (crops, 3, size, size), its label, i), or the error of an unreadable image."""
+
+    def __init__(self, images, crops, skip):
+        self.images, self.crops, self.skip = images, crops, skip
+
+    def __getitem__(self, index):
+        try:
+            crops, labels = zip(*(self.images[(crop, index)] for crop in range(self.crops)))
+            return torch.stack(crops), labels[0], index
+        except FlowARError as error:
+            if not self.skip:
+                raise
+            return str(error)
 
 
-@torch.no_grad()
-def encode_missing(data, vae, args, cached_path, device):
-    mine = range(distributed.rank(), len(data), distributed.world_size())
-    missing = [i for i in mine if not target(data, i, cached_path).is_file()]
-    keys = Subset(data, [(0, i) for i in missing])
-    loader = DataLoader(keys, batch_size=args.batch_size, num_workers=args.num_workers)
-    progress = tqdm(total=len(missing), desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
-                    disable=not distributed.is_main())
-    for batch, (images, _) in enumerate(loader):
-        both = torch.cat((images, images.flip(-1))).to(device)
-        moments, flipped = vae.encode(both).parameters.float().cpu().chunk(2)
-        for j in range(len(images)):
-            with writing(target(data, missing[batch * args.batch_size + j], cached_path), sync=False) as file:
-                np.savez(file, moments=moments[j].numpy(), moments_flip=flipped[j].numpy())
-        progress.update(len(images))
+def encode(vae, crops, device, batch_size):
+    """Moments (n, 2 crops, 2C, h, w) float32 of crops (n, crops, 3, H, W): each as it is and flipped."""
+    both = torch.stack((crops, crops.flip(-1)), dim=2).flatten(0, 2)
+    moments = torch.cat([vae.encode(part.to(device)).parameters.float().cpu() for part in both.split(batch_size)])
+    return moments.unflatten(0, (len(crops), -1))
+
+
+def batches_of(groups, size):
+    """Batches of at most `size` images that do not cross the groups: their composition depends on nothing else."""
+    return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def encoded(data, groups, vae, args, device, progress):
+    """Yield, for each group of image indices, (indices, labels, moments, messages of unreadable images)."""
+    per_batch = max(1, args.batch_size // (2 * data.crops))
+    loader = iter(DataLoader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
+    for group in groups:
+        parts, bad = [], []
+        for _ in range(-(-len(group) // per_batch)):
+            items = next(loader)
+            bad += [item for item in items if isinstance(item, str)]
+            good = [item for item in items if not isinstance(item, str)]
+            if good:
+                crops, labels, indices = zip(*good)
+                parts.append((indices, labels, encode(vae, torch.stack(crops), device, args.batch_size)))
+            progress.update(len(items))
+        if not parts:
+            raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]})")
+        indices, labels, moments = zip(*parts)
+        yield sum(indices, ()), sum(labels, ()), torch.cat(moments), bad
+
+
+# ---- shards --------------------------------------------------------------------------------------------------
+
+
+def shard_file(number):
+    return f"shard-{number:05d}.safetensors"
+
+
+def is_good(path, sha256):
+    """Whether a shard is there and whole, and, if a finished index knew it, unchanged."""
+    return latents.is_whole(path) and (sha256 is None or file_hash(path) == sha256)
+
+
+def write_shards(data, groups, vae, args, device, folder, known):
+    """Write this rank's missing or damaged shards, one for each group of images."""
+    mine = range(distributed.rank(), len(groups), distributed.world_size())
+    missing = [number for number in mine if not is_good(folder / shard_file(number), known.get(shard_file(number)))]
+    progress = progress_bar(args, sum(len(groups[number]) for number in missing))
+    root = Path(data.images.folder.root)
+    for number, (indices, labels, moments, bad) in zip(
+            missing, encoded(data, [groups[number] for number in missing], vae, args, device, progress)):
+        names = [Path(data.images.folder.samples[i][0]).relative_to(root).as_posix() for i in indices]
+        write_bytes(save({
+            "moments": moments.to(latents.DTYPES[args.dtype]), "labels": torch.tensor(labels),
+            "names": torch.frombuffer(bytearray("\n".join(names).encode()), dtype=torch.uint8),
+            "skipped": torch.frombuffer(bytearray(("\n".join(bad) or "\n").encode()), dtype=torch.uint8),
+        }), folder / shard_file(number))
     progress.close()
-    return len(missing)
+    return summarise(folder, [shard_file(number) for number in mine])
 
 
-def check_existing(cached_path, info):
-    """Refuse to mix caches; what an unfinished or finished cache says must agree with this run."""
-    found = read_cache_info(cached_path)
-    for key, value in info.items() if found else ():
+def summarise(folder, files):
+    """What the index says of these shards, and the sums from which the latent scale is measured."""
+    shards, sums = [], []
+    for name in files:
+        content = latents.read_shard(folder / name)
+        moments = content["moments"]
+        posterior = DiagonalGaussian(moments[:, 0].float())
+        square = posterior.mean.double().square() + posterior.logvar.double().exp()
+        sums.append(torch.stack((posterior.mean.double().mean(dim=(2, 3)).sum(0), square.mean(dim=(2, 3)).sum(0))))
+        skipped = bytes(content["skipped"].numpy()).decode().strip("\n")
+        shards.append({"file": name, "images": len(moments), "bytes": (folder / name).stat().st_size,
+                       "sha256": file_hash(folder / name), "skipped": skipped.split("\n") if skipped else []})
+    return shards, sums
+
+
+def build_index(settings, parts, vae):
+    shards = sorted((shard for shards, _ in parts for shard in shards), key=lambda shard: shard["file"])
+    skipped = sorted(sum((shard.pop("skipped") for shard in shards), []))
+    images = sum(shard["images"] for shard in shards)
+    mean, square = sum(sums for _, group in parts for sums in group) / images
+    scale, shift = 1 / (square.mean() - mean.mean() ** 2).sqrt().item(), mean.mean().item()
+    measured = {"scale": scale, "shift": shift, "channel_mean": mean.tolist(),
+                "channel_std": (square - mean**2).sqrt().tolist()}
+    if abs(scale / vae.latent_scale.scale - 1) > SCALE_TOLERANCE:
+        distributed.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's is "
+                        f"{vae.latent_scale.scale:.4f} (shift {vae.latent_scale.shift:.4f})")
+    return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped, "shards": shards}
+
+
+def cache_shards(data, vae, args, device, folder, settings):
+    order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
+    groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
+    known = distributed.from_main(lambda: reopen(folder, settings))
+    parts = distributed.gather_to_main(write_shards(data, groups, vae, args, device, folder, known))
+    if parts is not None:
+        index = build_index(settings, parts, vae)
+        write_json(index, folder / latents.INDEX)
+        (folder / latents.UNFINISHED).unlink(missing_ok=True)
+        size = sum(shard["bytes"] for shard in index["shards"])
+        print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, {len(index['skipped'])} skipped; "
+              f"latent scale {index['measured']['scale']:.4f}, the VAE's {vae.latent_scale.scale:.4f}")
+
+
+def reopen(folder, settings):
+    """Begin or go on with a cache of shards; {file: SHA-256} of those that a finished index knew."""
+    begin(folder, latents.UNFINISHED, settings)
+    index = folder / latents.INDEX
+    if not index.is_file():
+        return {}
+    known = {shard["file"]: shard["sha256"] for shard in read_json(index)["shards"]}
+    index.unlink()  # no cache until every shard was looked at
+    return known
+
+
+def begin(folder, name, settings):
+    """Leave the settings of a cache that is being written; refuse to mix it with one of other settings."""
+    make_directory(folder)
+    if (folder / name).is_file():
+        check_same(folder, read_json(folder / name), settings)
+    if (folder / latents.INDEX).is_file():
+        check_same(folder, read_json(folder / latents.INDEX), settings)
+    write_json(settings, folder / name)
+
+
+def check_same(folder, found, settings):
+    for key, value in settings.items():
         if found.get(key) != value and key != "complete":
-            raise FlowARError(f"{cached_path}: this cache was made with {key} {found.get(key)}, now it is {value}; "
-                              "choose another --cached_path or remove it")
+            raise FlowARError(f"{folder}: this cache was made with {key} {found.get(key)}, now it is {value}; choose another "
+                              "--cached_path or remove it")
 
 
-def main():
-    args = parse_args()
-    device = distributed.init(args.device)
-    vae, _ = load_vae(args.vae_path)
-    if args.img_size % vae.stride:
-        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
-    vae.to(device)
-    cached_path = Path(args.cached_path)
-    data = Images(Path(args.data_path) / args.split, args.img_size)
-    info = {"complete": False, "images": len(data), "classes": data.classes, "img_size": args.img_size,
-            "crop": "center", "vae_sha256": file_hash(args.vae_path), "channels": vae.embed_dim, "stride": vae.stride,
-            "latent_scale": vae.latent_scale}
-    check_existing(cached_path, info)
-    if distributed.is_main():
-        for folder in {Path(path).parent.relative_to(data.folder.root) for path, _ in data.folder.samples}:
-            make_directory(cached_path / folder)
-        write_json(info, cached_path / CACHE_INFO)
-    distributed.barrier()
-    new = encode_missing(data, vae, args, cached_path, device)
+# ---- MAR's layout --------------------------------------------------------------------------------------------
+
+
+def cache_npz(data, vae, args, device, folder, settings):
+    """<cached_path>/<class>/<file name>.npz with `moments` and `moments_flip`, float32."""
+    root = Path(data.images.folder.root)
+    targets = [folder / Path(path).relative_to(root).parent / f"{Path(path).name}.npz" for path, _ in data.images.folder.samples]
+    info = {**settings, "images": len(targets), "complete": False}
+
+    def prepare():
+        begin(folder, latents.NPZ_INFO, info)
+        for parent in {target.parent for target in targets}:
+            make_directory(parent)
+
+    distributed.from_main(prepare)
+    mine = range(distributed.rank(), len(targets), distributed.world_size())
+    missing = [i for i in mine if not targets[i].is_file()]
+    progress = progress_bar(args, len(missing))
+    for indices, _, moments, _ in encoded(data, batches_of([missing], args.batch_size), vae, args, device, progress):
+        for index, (plain, flipped) in zip(indices, moments.numpy()):
+            with writing(targets[index], sync=False) as file:
+                np.savez(file, moments=plain, moments_flip=flipped)
+    progress.close()
     os.sync()  # the latents reach the disk before the cache is called complete
     distributed.barrier()
     if distributed.is_main():
-        write_json({**info, "complete": True}, cached_path / CACHE_INFO)
-    distributed.log(f"{cached_path}: {len(data)} latents ({new} new on rank 0)")
+        write_json({**info, "complete": True}, folder / latents.NPZ_INFO)
+    distributed.log(f"{folder}: {len(targets)} latents ({len(missing)} new on rank 0)")
+
+
+def progress_bar(args, total):
+    return tqdm(total=total, desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
+                disable=not distributed.is_main())
+
+
+@torch.no_grad()
+def main():
+    args = parse_args()
+    if args.format == "npz" and args.crops != "center":
+        raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
+    device = distributed.init(args.device)
+    vae, _ = open_vae(args.vae, args.vae_path)
+    if args.img_size % vae.stride:
+        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
+    center = args.crops == "center"
+    images = Images(Path(args.data_path) / args.split, args.img_size, args.seed, train=not center, flip=False)
+    data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
+    settings = {
+        "source_images": len(images), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
+        "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
+        "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
+        "vae": args.vae, "vae_sha256": latents.vae_identity(args.vae, args.vae_path, vae), "channels": vae.embed_dim,
+        "stride": vae.stride, "latent_scale": list(vae.latent_scale)}
+    write = cache_shards if args.format == "shards" else cache_npz
+    write(data, vae.to(device), args, device, Path(args.cached_path), settings)
 
 
 if __name__ == "__main__":

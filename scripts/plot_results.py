@@ -23,6 +23,7 @@ def parse_args():
     parser.add_argument("--x", default="nfe", help="column of the horizontal axis")
     parser.add_argument("--y", help="column of the vertical axis; default: the first")
     parser.add_argument("--by", default="solver", help="column that separates lines")
+    parser.add_argument("--log", action="store_true", help="logarithmic horizontal axis")
     parser.add_argument("--output", required=True, help="PNG to write")
     return parser.parse_args()
 
@@ -58,8 +59,8 @@ def main():
         y, lines = lines_of(path, args.x, args.y, args.by)
         for (name, points), color in zip(lines.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
             axis.plot(*zip(*sorted(points)), style, color=color, label=name)
-    axis.set(xlabel=args.x, ylabel=y)
-    axis.grid(alpha=0.3)
+    axis.set(xlabel=args.x, ylabel=y, xscale="log" if args.log else "linear")
+    axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.tight_layout()
     try:

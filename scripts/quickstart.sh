@@ -31,7 +31,7 @@ stage "latents -> $OUT/latents"
 for split in train val; do
     cache="$OUT/latents"
     [ "$split" = train ] || cache="$OUT/latents_val"
-    grep -qs '"complete": true' "$cache/latents.json" ||
+    [ -f "$cache/index.json" ] ||
         torchrun --standalone --nproc_per_node=1 scripts/cache_latents.py --data_path "$OUT/images" --split "$split" \
             --cached_path "$cache" --vae_path "$OUT/vae.pth" --img_size 32 --device "$DEVICE" --num_workers 1
 done
@@ -49,6 +49,9 @@ stage "evaluation -> $OUT/eval"
 if [ ! -f "$OUT/val_stats.npz" ]; then
     python scripts/reference_stats.py --ref_images "$OUT/images/val" --output "$OUT/val_stats.npz" --keep_features \
         --feature_extractor efficientnet-lite0 --device "$DEVICE"
+fi
+if [ "$OUT/run/checkpoint-last.pth" -nt "$OUT/eval/settings.json" ]; then
+    rm -rf "$OUT/eval" # of an older checkpoint
 fi
 if [ ! -f "$OUT/eval/results.json" ]; then
     torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 --eval_bsz 250 \

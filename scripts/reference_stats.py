@@ -29,11 +29,11 @@ def main():
     args = parse_args()
     device = distributed.init(args.device)
     extractor = metrics.build_extractor(args, device)
-    found = metrics.folder_features(args.ref_images, extractor, device, args.img_size, crop=True)
+    found = metrics.folder_features(args.ref_images, extractor, device, args.img_size, crop=True,
+                                    keep=args.keep_features)
     if found is not None:
-        features, img_size = found
-        metrics.save_statistics(args.output, features, extractor, img_size, args.keep_features)
-        print(f"{args.output}: {len(features)} images of {args.ref_images}, {img_size} pixels, in {extractor.name} features")
+        metrics.save_statistics(args.output, found, extractor)
+        print(f"{args.output}: {found.count} images of {args.ref_images}, {found.img_size} pixels, in {extractor.name} features")
 
 
 if __name__ == "__main__":

@@ -9,25 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine_flowar import generate_all, load_for_evaluation  # noqa: E402
+from engine_flowar import evaluation_precision, generate_all, load_for_evaluation  # noqa: E402
 from models import FlowARError  # noqa: E402
 from util.data import to_uint8  # noqa: E402
-from util.distributed import autocast, run_main, select_device, set_precision  # noqa: E402
+from util.distributed import autocast, run_main, select_device  # noqa: E402
 from util.evaluation import single_point  # noqa: E402
-from util.options import evaluation_parser, integer_list, positive, sampling_options  # noqa: E402
+from util.options import integer_list, positive, sampling_options, sampling_parser  # noqa: E402
+from util.pictures import draw_table, save  # noqa: E402
 from util.randomness import image_noise  # noqa: E402
-
-SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
-GAP = 2
-LETTER = 7  # pixels of PIL's built-in font
 
 
 def parse_args():
-    parser = evaluation_parser()
-    parser.description = __doc__.splitlines()[0]
+    parser = sampling_parser(__doc__.splitlines()[0])
     parser.add_argument("--grid", help="PNG to write: a row of --per_class samples of each class")
     parser.add_argument("--strip", help="PNG to write: the first sample of the first class after every scale")
     parser.add_argument("--labels", type=integer_list, help="classes to draw; default: the first 10")
@@ -45,25 +40,6 @@ def class_names(folder, class_num):
     if len(names) > class_num:
         raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {class_num} classes")
     return names + [str(label) for label in range(len(names), class_num)]
-
-
-def draw_table(rows, names, titles=()):
-    """Picture of rows of images (rows, columns, 3, h, w) uint8, named at the left and titled at the top."""
-    factor = max(1, -(-SMALLEST_CELL // rows.shape[-1]))
-    rows = rows.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    height, width = rows.shape[-2:]
-    left = LETTER * max(map(len, names), default=0) + 2 * GAP if any(names) else GAP
-    top = 2 * LETTER if titles else GAP
-    picture = Image.new("RGB", (left + rows.shape[1] * (width + GAP), top + rows.shape[0] * (height + GAP)), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, (row, name) in enumerate(zip(rows, names)):
-        y = top + i * (height + GAP)
-        pen.text((GAP, y + height // 2 - LETTER), name, fill="black")
-        for j, image in enumerate(row):
-            picture.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (left + j * (width + GAP), y))
-    for j, title in enumerate(titles):
-        pen.text((left + j * (width + GAP), 0), title, fill="black")
-    return picture
 
 
 def grid(model, vae, labels, names, args, device):
@@ -84,20 +60,12 @@ def strip(model, vae, label, name, args, device):
     return draw_table(to_uint8(images).cpu()[None], [name], [f"{s}x{s}" for s in model.scale])
 
 
-def save(picture, path):
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise FlowARError(f"{path}: cannot be written ({error})") from error
-    print(path)
-
-
 def main():
     args = single_point(parse_args())
     if not (args.grid or args.strip):
         raise FlowARError("nothing to draw: give --grid or --strip")
     device = select_device(args.device)
-    args.precision = set_precision(args.precision, device)
+    args.precision = evaluation_precision(args.precision, device)
     model, vae, _ = load_for_evaluation(args, device)
     labels = args.labels or tuple(np.arange(min(10, model.class_num)))
     wrong = [label for label in labels if not 0 <= label < model.class_num]

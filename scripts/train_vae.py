@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import AutoencoderKL, FlowARError  # noqa: E402
 from models.vae import LatentScale, load_vae, save_vae  # noqa: E402
-from models.weights import read_file, write_file  # noqa: E402
-from util.data import Images, build_loader  # noqa: E402
-from util.distributed import PRECISIONS, autocast, run_main, select_device, set_precision  # noqa: E402
+from models.weights import name_some, read_file, write_file  # noqa: E402
+from util.data import Images, build_loader, to_uint8  # noqa: E402
+from util.distributed import autocast, run_main, select_device, set_precision  # noqa: E402
+from util.evaluation import write_png  # noqa: E402
 from util.files import make_directory  # noqa: E402
 from util.options import count, integer_list, positive, real  # noqa: E402
 
@@ -50,7 +51,7 @@ def parse_args():
     parser.add_argument("--batch_size", type=positive, default=64, help="images a step")
     parser.add_argument("--lr", type=real, default=1e-3, help="peak learning rate (cosine to zero)")
     parser.add_argument("--kl_weight", type=real, default=1e-4, help="weight of the KL term, per latent element")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on CUDA, fp32 elsewhere")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     parser.add_argument("--num_workers", type=count, default=2, help="data loading processes")
     parser.add_argument("--seed", type=count, default=0, help="seed of weights, order, crops and posterior noise")
@@ -135,10 +136,10 @@ def measure_latent_scale(vae, args, device):
 
 @torch.no_grad()
 def evaluate(vae, args, device):
-    """Mean PSNR in dB over val/ (posterior means, uint8 range), and a picture: originals above reconstructions."""
+    """Mean PSNR in dB over val/ (posterior means, pixels not rounded), and a picture: originals above reconstructions."""
     data = Images(Path(args.data_path) / "val", args.img_size)
     loader = build_loader(data, args.batch_size, num_workers=args.num_workers)
-    psnr, pictures = [], None
+    psnr = []
     for images, _ in loader:
         decoded = vae.decode(vae.encode(images.to(device)).mode()).clamp(-1, 1).cpu()
         error = ((images - decoded) / 2).square().mean(dim=(1, 2, 3))
@@ -146,8 +147,8 @@ def evaluate(vae, args, device):
     chosen = [data[(0, int(i))][0] for i in np.linspace(0, len(data) - 1, PICTURES).astype(int)]
     pictures = torch.stack(chosen)
     decoded = vae.decode(vae.encode(pictures.to(device)).mode()).clamp(-1, 1).cpu()
-    save_image(torch.cat((pictures, decoded)), f"{args.output}.png", nrow=PICTURES, normalize=True,
-               value_range=(-1, 1))
+    grid = make_grid(to_uint8(torch.cat((pictures, decoded))), nrow=PICTURES)
+    write_png(grid.permute(1, 2, 0).numpy(), Path(f"{args.output}.png"))
     return torch.cat(psnr).mean().item(), len(data)
 
 
@@ -166,6 +167,10 @@ def main():
     start = time.time()
     train(vae, args, device, precision)
     vae.eval()
+    bad = [name for name, value in vae.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise FlowARError(f"the VAE's weights are not finite ({name_some(bad, 2)}): lower --lr, or use --precision fp32; nothing was "
+                          "written")
     vae.latent_scale = measure_latent_scale(vae, args, device)
     psnr, count = evaluate(vae, args, device)
     save_vae(vae, output)

@@ -1,26 +1,13 @@
-"""Transforms, datasets, order and the latent cache."""
-import json
-
+"""Transforms, image folders and order."""
 import numpy as np
 import pytest
 import torch
-from helpers import make_project, run, write_digits
+from helpers import write_digits
 from PIL import Image
 from torchvision.transforms import functional as TF
 
 from models import FlowARError
-from models.vae import KL16_LATENT_SCALE, load_vae
-from util.data import (CachedMoments, EpochSampler, Images, build_loader, cache_latent_scale, center_crop, has_cache,
-                       random_crop, to_uint8)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    root = make_project(tmp_path_factory.mktemp("project"), per_class=4)
-    command = (f"scripts/cache_latents.py --data_path {root}/images --cached_path {root}/latents --vae_path "
-               f"{root}/vae.pth --img_size 16 --num_workers 0 --device cpu --batch_size 7")
-    run(command, processes=2)
-    return root, command
+from util.data import EpochSampler, Images, build_loader, center_crop, random_crop, to_uint8
 
 
 def gradient(width, height):
@@ -112,79 +99,3 @@ def test_order_changes_with_the_epoch_and_validation_loses_nothing():
     parts = [list(EpochSampler(7, rank=r, world_size=2)) for r in range(2)]
     assert sorted(i for part in parts for _, i in part) == list(range(7))
     assert [len(EpochSampler(7, rank=r, world_size=2)) for r in range(2)] == [len(part) for part in parts] == [4, 3]
-
-
-def test_cache_holds_the_moments_of_image_and_flipped_image(project):
-    root, _ = project
-    vae, _ = load_vae(root / "vae.pth")
-    images = Images(root / "images" / "train", 16)
-    files = sorted((root / "latents").glob("*/*.npz"))
-    assert len(files) == len(images) == 40
-    assert files[0].relative_to(root / "latents").as_posix() == "0/000.png.npz"  # MAR's naming
-    for i in (0, 17):
-        image = images[(0, i)][0][None]
-        with np.load(files[i]) as file:
-            assert file["moments"].dtype == np.float32
-            for name, pixels in (("moments", image), ("moments_flip", image.flip(-1))):
-                torch.testing.assert_close(torch.from_numpy(file[name]), vae.encode(pixels).parameters[0],
-                                           atol=1e-5, rtol=1e-4)
-
-
-def test_cache_is_described_and_read(project):
-    root, _ = project
-    assert has_cache(root / "latents") and not has_cache(root / "images")
-    assert cache_latent_scale(root / "latents", 4) == load_vae(root / "vae.pth")[0].latent_scale
-    assert json.loads((root / "latents" / "latents.json").read_text())["images"] == 40
-    data = CachedMoments(root / "latents", (8, 4, 4), train=True)
-    stored = dict(np.load(root / "latents" / "0" / "000.png.npz"))
-    seen = {next(name for name in stored if np.array_equal(stored[name], data[(epoch, 0)][0])) for epoch in range(20)}
-    assert seen == {"moments", "moments_flip"}
-    assert np.array_equal(CachedMoments(root / "latents", (8, 4, 4))[(5, 0)][0], stored["moments"])
-
-
-def test_interrupted_cache_is_not_taken_for_a_whole_one_and_is_finished(project):
-    root, command = project
-    info_file, lost = root / "latents" / "latents.json", root / "latents" / "3" / "001.png.npz"
-    kept = (root / "latents" / "3" / "002.png.npz").stat().st_mtime_ns
-    with np.load(lost) as file:
-        expected = file["moments_flip"]
-    lost.unlink()
-    info = json.loads(info_file.read_text())
-    info_file.write_text(json.dumps({**info, "complete": False}))
-    with pytest.raises(FlowARError, match="not complete"):
-        cache_latent_scale(root / "latents", 4)
-    run(command)
-    with np.load(lost) as file:
-        np.testing.assert_allclose(file["moments_flip"], expected, atol=1e-5)
-    assert (root / "latents" / "3" / "002.png.npz").stat().st_mtime_ns == kept
-    assert cache_latent_scale(root / "latents", 4)
-
-
-def test_cache_of_other_settings_is_refused(project):
-    root, command = project
-    done = run(command.replace("--img_size 16", "--img_size 8"), check=False)
-    assert done.returncode == 2 and "made with img_size 16, now it is 8" in done.stderr
-    with pytest.raises(FlowARError, match=r"000.png.npz: moments is \(8, 4, 4\): expected \(8, 8, 8\)"):
-        CachedMoments(root / "latents", (8, 8, 8))[(0, 0)]
-
-
-def test_caches_of_mar_are_kl16(tmp_path):
-    (tmp_path / "n01440764").mkdir()
-    np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((32, 16, 16), np.float32))
-    assert has_cache(tmp_path) and cache_latent_scale(tmp_path, 16) == KL16_LATENT_SCALE
-    with pytest.raises(FlowARError, match="--vae_embed_dim is 4"):
-        cache_latent_scale(tmp_path, 4)
-
-
-@pytest.mark.parametrize("damage", ["truncate", "pickle", "key"])
-def test_damaged_latents_are_named(tmp_path, damage):
-    (tmp_path / "a").mkdir()
-    path = tmp_path / "a" / "x.npz"
-    if damage == "pickle":
-        np.savez(path, moments=np.array([{"a": 1}], dtype=object))
-    else:
-        np.savez(path, **{"other" if damage == "key" else "moments": np.zeros((8, 4, 4), np.float32)})
-    if damage == "truncate":
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FlowARError, match="x.npz: cannot read moments"):
-        CachedMoments(tmp_path, (8, 4, 4))[(0, 0)]

@@ -54,8 +54,8 @@ def test_inception_metrics_equal_torch_fidelitys_own(tmp_path, random_inception)
         verbose=False, save_cpu_ram=True, cache=False)
     cpu = torch.device("cpu")
     extractor = metrics.build_extractor(options(fid_weights=random_inception), cpu)
-    features, _ = metrics.folder_features(tmp_path / "flat_val", extractor, cpu, 16)
-    reference = metrics.Reference("val", **metrics.statistics(features), features=features)
+    flat = metrics.folder_features(tmp_path / "flat_val", extractor, cpu, 16)
+    reference = metrics.Reference("val", **flat.statistics, features=flat.features)
     found = metrics.figures(*metrics.extract(extractor, metrics.load_uint8(metrics.image_files(tmp_path / "flat_train"))),
                             reference, extractor, cpu)
     names = {"fid": "frechet_inception_distance", "inception_score_mean": "inception_score_mean",
@@ -64,6 +64,11 @@ def test_inception_metrics_equal_torch_fidelitys_own(tmp_path, random_inception)
     assert set(found) == set(names)
     for ours, theirs in names.items():
         assert found[ours] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-7), ours
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("code from the file runs",)
 
 
 def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
@@ -75,6 +80,9 @@ def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
         metrics.build_extractor(options(), "cpu")
     with pytest.raises(FlowARError, match="nowhere.pth: no such file"):
         metrics.build_extractor(options(fid_weights="nowhere.pth"), "cpu")
+    torch.save({"a": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(FlowARError, match="evil.pth: not a file of tensors"):
+        metrics.build_extractor(options(fid_weights=str(tmp_path / "evil.pth")), "cpu")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(FlowARError, match="other.pth: not torch-fidelity's Inception weights"):
         metrics.build_extractor(options(fid_weights=str(tmp_path / "other.pth")), "cpu")
@@ -140,7 +148,8 @@ def test_bad_statistics_are_named(tmp_path):
 @pytest.mark.parametrize("keep", [False, True])
 def test_statistics_say_what_they_are(tmp_path, keep):
     path, features = tmp_path / "stats.npz", torch.randn(20, 4)
-    metrics.save_statistics(path, features, Flat(), 16, keep)
+    statistics = metrics.statistics(features)
+    metrics.save_statistics(path, metrics.FolderFeatures(statistics, features if keep else None, 20, 16), Flat())
     found = metrics.load_statistics(path, Flat(), 16)
     np.testing.assert_array_equal(found.mu, features.double().numpy().mean(axis=0))
     assert (found.features is not None) == keep and (not keep or torch.equal(found.features, features))
@@ -170,9 +179,13 @@ def test_adms_file_is_taken_as_inception_at_256(tmp_path):
 def test_folder_features_crop_and_refuse(tmp_path):
     write_digits(tmp_path / "digits", 1)
     folder, flat, cpu = tmp_path / "digits" / "val", Flat(), torch.device("cpu")
-    features, size = metrics.folder_features(folder, flat, cpu)
-    assert features.shape == (10, 4) and size == 16
-    assert metrics.folder_features(folder, flat, cpu, 8, crop=True)[1] == 8
+    found = metrics.folder_features(folder, flat, cpu)
+    assert found.features.shape == (10, 4) and found.img_size == 16
+    assert metrics.folder_features(folder, flat, cpu, 8, crop=True).img_size == 8
+    sums = metrics.folder_features(folder, flat, cpu, keep=False)
+    assert sums.features is None
+    for key, value in metrics.statistics(found.features).items():
+        np.testing.assert_allclose(sums.statistics[key], value, atol=1e-9)
     with pytest.raises(FlowARError, match="16x16 pixels, expected 8x8; scripts/reference_stats.py --img_size"):
         metrics.folder_features(folder, flat, cpu, 8)
 

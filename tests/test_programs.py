@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import main_flowar
 import numpy as np
@@ -11,8 +12,11 @@ from helpers import GEOMETRY, ROOT, inputs, make_project, run, small_model, trai
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import models.flow_head
+import models.flowar
 from models import FlowARError
-from util.options import default_scales, evaluation_parser, resolve_geometry, training_parser
+from util.evaluation import single_point
+from util.options import default_scales, evaluation_parser, resolve_geometry, sampling_parser, training_parser
 from util.optimization import build_optimizer
 
 PUBLISHED_TRAINING = """--img_size 256 --vae_path x/kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1
@@ -55,7 +59,10 @@ def test_published_training_commands(size, depth, width, batch, flags):
     ("flowar_small", 2, 1024, 25, 4.3, 0.9), ("flowar_large", 12, 1024, 25, 2.4, 0.9),
     ("flowar_huge", 12, 1536, 50, 2.4, 0.7)])
 def test_published_evaluation_commands(size, depth, width, steps, cfg, guidance):
-    evaluation_parser().parse_args(shlex.split(PUBLISHED_EVALUATION.format(size, depth, width, steps, cfg, guidance)))
+    args = evaluation_parser().parse_args(shlex.split(PUBLISHED_EVALUATION.format(size, depth, width, steps, cfg, guidance)))
+    args = single_point(args)
+    assert (args.model, args.diffloss_d, args.diffloss_w, args.num_step, args.cfg, args.guidance, args.num_images) == (
+        size, depth, width, steps, cfg, guidance, 50000)
 
 
 @pytest.mark.parametrize("size", "sblh")
@@ -68,17 +75,28 @@ def test_scripts_hold_the_commands(kind, size):
     assert args.model.startswith(f"flowar_{size}")
 
 
+@pytest.mark.parametrize("vae", ["sd", "dc"])
+def test_commands_of_other_vaes(vae):
+    text = (ROOT / "scripts" / f"flowar_s_{vae}vae.sh").read_text().replace("\\\n", " ")
+    for program, parser in (("main_flowar.py", training_parser()), ("eval.py", evaluation_parser())):
+        args = parser.parse_args(shlex.split(re.search(rf"{re.escape(program)} (.*)", text)[1]))
+        assert args.model == "flowar_small" and args.vae == "$VAE"
+
+
 def test_options_of_the_release_and_new_ones():
     args = training_parser().parse_args(shlex.split(RELEASE_OPTIONS))
     assert args.scales == (1, 4, 16) and args.start_epoch == 3 and args.lr_schedule == "constant"
 
 
-def test_every_option_is_read():
+@pytest.mark.parametrize("parser,unused,files", [
+    (training_parser(), set(), ["main_flowar.py"]),
+    (evaluation_parser(), {"data_path", "evaluate"}, ["eval.py"]),  # in the published commands, without a meaning there
+    (sampling_parser(""), set(), ["scripts/sample.py"])])
+def test_every_option_is_read(parser, unused, files):
     """No option is parsed and then ignored: each name is used outside the parser."""
-    sources = "".join((ROOT / file).read_text() for file in ("main_flowar.py", "engine_flowar.py", "util/metrics.py"))
+    sources = "".join((ROOT / file).read_text() for file in [*files, "engine_flowar.py", "util/metrics.py", "util/evaluation.py"])
     sources += (ROOT / "util" / "options.py").read_text().split("# ---- what follows")[1]
-    sources += (ROOT / "eval.py").read_text()
-    for option in vars(training_parser().parse_args([])):
+    for option in set(vars(parser.parse_args([]))) - unused:
         assert re.search(rf"args\.{option}\b|\"{option}\"", sources), option
 
 
@@ -172,6 +190,8 @@ def test_two_processes_train_as_one(project, tmp_path):
               "--warmup_epochs 0 --blr 1e-2 --num_workers 0 --device cpu --attn_dropout 0 --proj_dropout 0 "
               "--eval_freq 100 --num_step 2 --num_images 2")
     run(f"{common} --batch_size 8 --output_dir {tmp_path}/two", processes=2)
+    run(f"{common} --batch_size 4 --accum_iter 2 --use_checkpoint --output_dir {tmp_path}/both", processes=2)
+    both = torch.load(tmp_path / "both" / "checkpoint-last.pth", weights_only=True)
     one = train(project, tmp_path / "one", "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0")
     two = torch.load(tmp_path / "two" / "checkpoint-last.pth", weights_only=True)
     start = train(project, tmp_path / "start", "--epochs 1 --warmup_epochs 1e9 --attn_dropout 0 --proj_dropout 0")
@@ -180,20 +200,70 @@ def test_two_processes_train_as_one(project, tmp_path):
     # AdamW turns rounding of tiny gradients into steps of the learning rate's size: compare with how far training went.
     moved = distance(one, start)
     other = train(project, tmp_path / "other", "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0 --seed 1")
-    assert distance(one, two) < 0.01 * moved and distance(one, accumulated) < 0.01 * moved < distance(one, other)
+    assert max(distance(one, same) for same in (two, both, accumulated)) < 0.01 * moved < distance(one, other)
     losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
                if json.loads(line)["group"] == "val"][-1] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_cached_training_needs_no_vae(project, tmp_path, capsys):
-    cache = (f"scripts/cache_latents.py --data_path {project}/images --cached_path {tmp_path}/latents --vae_path "
-             f"{project}/vae.pth --img_size 16 --num_workers 0 --device cpu")
-    run(cache)
-    train(project, tmp_path / "out", f"--cached_path {tmp_path}/latents --cached_val_path {tmp_path}/latents --use_cached "
-                                     "--vae_path nowhere.pth --data_path nowhere")
-    printed = capsys.readouterr().out
-    assert "80 cached latents" in printed and "no VAE at nowhere.pth" in printed
+def test_two_processes_resume(project, tmp_path):
+    command = (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --warmup_epochs 0 --blr 1e-2 "
+               f"--num_workers 0 --device cpu --eval_freq 100 --num_step 2 --batch_size 8 --save_last_freq 1 --lr_schedule constant")
+    run(f"{command} --epochs 2 --output_dir {tmp_path}/whole", processes=2)
+    run(f"{command} --epochs 1 --output_dir {tmp_path}/parts", processes=2)
+    run(f"{command} --epochs 2 --output_dir {tmp_path}/parts --resume {tmp_path}/parts", processes=2)
+    whole, parts = (torch.load(tmp_path / name / "checkpoint-last.pth", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key][name], parts[key][name]) for key in ("model", "model_ema") for name in whole[key])
+
+
+def test_bf16_trains(project, trained, tmp_path):
+    """bf16 keeps float32 parameters and follows float32 training."""
+    bf16, moved = train(project, tmp_path, "--precision bf16"), train(project, tmp_path / "start", "--warmup_epochs 1e9")
+    assert all(value.dtype == torch.float32 for value in bf16["model"].values())
+    assert 0 < distance(trained[0], bf16) < 0.5 * distance(trained[0], moved)
+
+
+def test_no_flip(project, tmp_path, trained):
+    assert distance(train(project, tmp_path, "--no_flip"), trained[0]) > 0
+
+
+def test_weight_decay_of_the_options_holds_after_a_resume(project, tmp_path):
+    train(project, tmp_path, "--epochs 1")
+    content = train(project, tmp_path, f"--epochs 2 --weight_decay 0.5 --resume {tmp_path}")
+    assert [group["weight_decay"] for group in content["optimizer"]["param_groups"]] == [0, 0.5]
+
+
+def test_main_program_evaluates(project, trained, tmp_path):
+    run(f"main_flowar.py --evaluate --resume {trained[1]} --vae_path {project}/vae.pth --num_images 3 --num_step 2 --device cpu "
+        f"--feature_extractor efficientnet-lite0 --output_dir {tmp_path}")
+    assert json.loads((tmp_path / "results.json").read_text())["num_images"] == 3
+
+
+def test_a_gradient_that_is_not_finite_stops_training(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
+    with pytest.raises(FlowARError, match="the gradient norm is not finite between steps 0 and 1"):
+        train(project, tmp_path)
+    assert not (tmp_path / "checkpoint-last.pth").exists()
+
+
+def test_validation_classes_are_the_training_classes(project, tmp_path):
+    shutil.copytree(project / "images", tmp_path / "images")
+    shutil.copy(project / "vae.pth", tmp_path)
+    shutil.rmtree(tmp_path / "images" / "val" / "3")
+    with pytest.raises(FlowARError, match="classes of the validation set are not those of the training set .only in one of them: 3."):
+        train(tmp_path, tmp_path / "out")
+
+
+def test_ranks_that_see_other_files_are_told(project, tmp_path):
+    script = tmp_path / "disagree.py"
+    script.write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nfrom util import distributed\n"
+                      "def main():\n    distributed.init('cpu')\n    distributed.agree('the first epoch', distributed.rank() * 5)\n"
+                      "distributed.run_main(main)\n")
+    done = run(str(script), processes=2, check=False)
+    assert done.returncode != 0 and "the first epoch is 0 on rank 0 but 5 on rank 1: all hosts must see the same files" in done.stderr
+
+
+def test_without_a_cache_one_is_told_how_to_make_it(project, tmp_path, capsys):
     with pytest.raises(FlowARError, match="cached_path .*empty: no cached latents there; make them with: torchrun .*cache_latents.py"):
         train(project, tmp_path / "out", f"--cached_path {tmp_path}/empty --use_cached")
     train(project, tmp_path / "out2", f"--cached_path {tmp_path}/empty --epochs 1")
@@ -212,7 +282,8 @@ def test_cached_training_needs_no_vae(project, tmp_path, capsys):
     ("--resume nowhere.pth", "nowhere.pth: no such checkpoint"),
     ("--data_path nowhere", "nowhere/train: no such folder"),
     ("--vae_path nowhere.ckpt", "nowhere.ckpt: no such file"),
-    ("--lr 1e30 --grad_clip 0", "loss is nan"),
+    ("--lr 1e30 --grad_clip 0", "loss is nan|gradient norm is not finite"),
+    ("--online_eval --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
 ])
 def test_wrong_training_options_are_refused(project, tmp_path, extra, message):
     with pytest.raises(FlowARError, match=message):
@@ -221,7 +292,7 @@ def test_wrong_training_options_are_refused(project, tmp_path, extra, message):
 
 
 def test_a_resumed_checkpoint_of_another_size_is_refused(project, trained, tmp_path):
-    with pytest.raises(FlowARError, match="tensors do not fit the model.*diffusion|tensors do not fit"):
+    with pytest.raises(FlowARError, match="tensors do not fit the model: flownet"):
         train(project, tmp_path, f"--diffloss_w 64 --resume {trained[1]}")
 
 
@@ -230,8 +301,13 @@ def test_a_minimum_above_the_peak_rate_is_said(project, tmp_path, capsys):
     assert "--min_lr 5 is above the peak learning rate 0.000625" in capsys.readouterr().out
 
 
-def test_use_checkpoint_changes_nothing(project, trained, tmp_path):
+def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch):
+    recomputed = []
+    for module in (models.flowar, models.flow_head):
+        monkeypatch.setattr(module, "checkpoint", lambda block, *args, original=module.checkpoint, **options: (
+            recomputed.append(block), original(block, *args, **options))[1])
     again = train(project, tmp_path, "--use_checkpoint")
+    assert len(recomputed) == 10 * (2 + 3 * 3)  # 10 steps: 2 transformer blocks, 3 flow blocks at each of 3 scales
     assert distance(trained[0], again) < 1e-5
 
 

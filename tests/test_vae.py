@@ -1,10 +1,14 @@
 """The VAE: geometry, files, the latent scale that travels with it, and scripts/train_vae.py."""
+import shlex
+import sys
+
 import pytest
 import torch
 from helpers import run, small_vae, write_digits
 
 from models import AutoencoderKL, FlowARError
 from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale, load_vae, save_vae
+from scripts import train_vae
 
 
 @pytest.mark.parametrize("ch_mult,stride", [((1,), 1), ((1, 2), 2), ((1, 1, 2), 4), ((1, 1, 2, 2), 8)])
@@ -69,7 +73,7 @@ def test_bad_images_and_widths():
 
 
 def test_train_vae(tmp_path):
-    """The script learns, reports PSNR, draws, and its file loads; run in two halves it ends with the same weights."""
+    """The script learns, reports PSNR, draws, and its file loads; killed after a snapshot it ends with the same weights."""
     write_digits(tmp_path / "images", 10)
     options = (f"--data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
                "--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu")
@@ -79,3 +83,32 @@ def test_train_vae(tmp_path):
     vae, _ = load_vae(tmp_path / "vae.pth")
     assert vae.stride == 2 and vae.latent_scale.scale > 0
     assert (tmp_path / "vae.pth.png").is_file() and not (tmp_path / "vae.pth.training").exists()
+
+
+def test_train_vae_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    write_digits(tmp_path / "images", 10)
+    monkeypatch.setattr(train_vae, "SNAPSHOT_STEPS", 10)
+
+    def run_to(output, last_step=None):
+        original, steps = train_vae.autoencoder_loss, []
+
+        def loss(*args):
+            steps.append(1)
+            if len(steps) == last_step:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(sys, "argv", shlex.split(
+            f"train_vae --data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
+            f"--batch_size 16 --num_workers 0 --device cpu --steps 30 --output {output}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(train_vae, "autoencoder_loss", loss)
+            train_vae.main()
+        return len(steps)
+
+    assert run_to(tmp_path / "whole.pth") == 30
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path / "parts.pth", 17)
+    assert run_to(tmp_path / "parts.pth") == 20  # from the snapshot after step 10
+    whole, parts = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())

@@ -3,7 +3,6 @@
 A training checkpoint, checkpoint-last.pth, is {model, model_ema, optimizer, epoch, scaler, args}; a released file is a
 bare state dict of EMA weights. Random state needs no place in it: every draw follows from (seed, step, rank).
 """
-import hashlib
 import math
 from pathlib import Path
 
@@ -74,8 +73,13 @@ def load_model(model, state, path):
 
 
 def load_optimizer(optimizer, scaler, content, path):
+    decay = [group["weight_decay"] for group in optimizer.param_groups]  # the options', not the checkpoint's
     try:
         optimizer.load_state_dict(content["optimizer"])
+        for group, value in zip(optimizer.param_groups, decay):
+            group["weight_decay"] = value
+        for state in optimizer.state.values():  # nothing may stay mapped to the file, which will be replaced
+            state.update({key: value.clone() for key, value in state.items() if isinstance(value, torch.Tensor) and value.device.type == "cpu"})
         if content.get("scaler"):
             scaler.load_state_dict(content["scaler"])
         return int(content["epoch"])
@@ -128,15 +132,6 @@ def scales_of(mask):
 
 
 def read_model_file(resume):
-    """(path, content) of --resume."""
+    """(path, content) of --resume, memory-mapped: the ranks of a host share its pages."""
     path = find(resume)
-    return path, read_file(path)
-
-
-def file_hash(path):
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return path, read_file(path, mmap=True)

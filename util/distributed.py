@@ -30,6 +30,27 @@ def barrier():
         dist.barrier()
 
 
+@contextlib.contextmanager
+def first_on_host():
+    """The block runs on the first process of every host, then on its others: for files that are made once."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def agree(what, value):
+    """FlowARError unless all ranks found the same: they may see different disks."""
+    if dist.is_initialized():
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+        odd = next((r for r in range(world_size()) if values[r] != values[0]), None)
+        if odd is not None:
+            raise FlowARError(f"{what} is {values[0]} on rank 0 but {values[odd]} on rank {odd}: all hosts must see the same files")
+
+
 def log(message):
     """Print once, on rank 0."""
     if is_main():
@@ -81,7 +102,7 @@ def from_main(function):
 
 
 def gather_to_main(value):
-    """List of every rank's value on rank 0, None elsewhere. Values are picklable and small, or CPU tensors."""
+    """List of every rank's value on rank 0, None elsewhere. Values are picklable."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size() if is_main() else None

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models import FlowARError
-from models.weights import first_line, writing
-from util.files import make_directory, write_bytes, write_json
+from models.weights import writing
+from util.files import make_directory, read_json, write_bytes, write_json
 
 STAGES = ("sampling", "decoding", "features", "writing")
 SETTINGS, RESULTS = "settings.json", "results.json"
@@ -136,16 +136,6 @@ def check_settings(output, settings):
     return None
 
 
-def read_json(path):
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise FlowARError(f"{path}: expected a JSON object")
-    return content
-
-
 # ---- sweeps --------------------------------------------------------------------------------------------------
 
 
@@ -191,26 +181,31 @@ def table_row(report):
 
 
 def plot_sweep(rows, metric, path):
-    """`metric` against cfg and against seconds per image: a line for each combination of the other swept options."""
+    """`metric` against cfg (or against the NFE, if cfg was not swept) and against seconds per image.
+
+    A line for each combination of the other swept options.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    others = [name for name in SWEPT if name != "cfg" and len({row[name] for row in rows}) > 1]
+    varied = [name for name in SWEPT if len({row[name] for row in rows}) > 1]
+    x, along = ("cfg", ("cfg",)) if "cfg" in varied else ("nfe", ("num_step", "num_step_last"))
+    others = [name for name in varied if name not in along]
     lines = {}
     for row in rows:
         lines.setdefault(tuple(row[name] for name in others), []).append(row)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), dpi=100)
     for key, line in lines.items():
         label = ", ".join(f"{name} {value}" for name, value in zip(others, key)) or None
-        for axis, x in zip(axes, ("cfg", "seconds_per_image")):
-            points = sorted(line, key=lambda row: row[x])
-            axis.plot([row[x] for row in points], [row[metric] for row in points], "o-", label=label)
-    for axis, x in zip(axes, ("cfg", "seconds per image and device")):
-        axis.set(xlabel=x, ylabel=metric)
+        for axis, column in zip(axes, (x, "seconds_per_image")):
+            points = sorted(line, key=lambda row: row[column])
+            axis.plot([row[column] for row in points], [row[metric] for row in points], "o-", label=label)
+    for axis, name in zip(axes, (x, "seconds per image and device")):
+        axis.set(xlabel=name, ylabel=metric)
         axis.grid(alpha=0.3)
     if others:
-        axes[0].legend(fontsize="small")
+        axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png")

@@ -1,8 +1,9 @@
 """Directories and small files, with this project's one-line errors."""
+import hashlib
 import json
 
 from models import FlowARError
-from models.weights import writing
+from models.weights import first_line, writing
 
 
 def make_directory(path):
@@ -10,6 +11,29 @@ def make_directory(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FlowARError(f"{path}: cannot be made ({error})") from error
+
+
+def read_json(path):
+    """The JSON object of a file, or FlowARError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise FlowARError(f"{path}: expected a JSON object")
+    return content
+
+
+def file_hash(path):
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    except OSError as error:
+        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
+    return digest.hexdigest()
 
 
 def write_bytes(content, path, sync=True):

@@ -10,6 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from models import FlowARError
 from util.distributed import is_main
 from util.files import make_directory
 
@@ -31,8 +32,11 @@ class TrainingLog:
         self.writer = self.lines = None
         if is_main():
             make_directory(Path(log_dir))
-            self.writer = SummaryWriter(log_dir)
-            self.lines = open(Path(log_dir) / "log.jsonl", "a")
+            try:
+                self.writer = SummaryWriter(log_dir)
+                self.lines = open(Path(log_dir) / "log.jsonl", "a")
+            except OSError as error:
+                raise FlowARError(f"{log_dir}: the log cannot be written ({error})") from error
         self.bar = None
 
     def start_epoch(self, epoch, epochs, images):

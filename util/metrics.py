@@ -2,7 +2,6 @@
 
 Only features of torch-fidelity's Inception give a FID; distances in any other network's features carry its name.
 """
-import hashlib
 import io
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,9 +20,9 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
 from models import FlowARError
-from models.weights import first_line, read_file, writing
+from models.weights import first_line, read_file, tensors_hash, writing
 from util.data import center_crop, open_image
-from util.distributed import gather_to_main, is_main, rank, world_size
+from util.distributed import all_reduce_sum, first_on_host, gather_to_main, is_main, rank, world_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IS_SPLITS = 10
@@ -39,8 +38,8 @@ class Inception:
     batch, resize = 64, "bilinear to 299x299, as TensorFlow 1 does"
 
     def __init__(self, device, weights=None):
-        if weights is not None and not Path(weights).is_file():
-            raise FlowARError(f"--fid_weights {weights}: no such file")
+        if weights is not None:
+            read_file(weights)  # torch-fidelity unpickles anything; this refuses what is not tensors
         try:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                                        feature_extractor_weights_path=weights).to(device)
@@ -89,7 +88,7 @@ EXTRACTORS = {extractor.name: extractor for extractor in (Inception, EfficientNe
 def build_extractor(args, device):
     if args.fid_weights and args.feature_extractor != Inception.name:
         raise FlowARError(f"--fid_weights is for inception, but --feature_extractor is {args.feature_extractor}")
-    with redirect_stderr(io.StringIO()):  # the download's own progress bar
+    with first_on_host(), redirect_stderr(io.StringIO()):  # one download; without its own progress bar
         return EXTRACTORS[args.feature_extractor](device, args.fid_weights)
 
 
@@ -102,15 +101,6 @@ def extract(extractor, images):
     """(features (n, dim), logits or None) of images (n, 3, H, W) uint8, float32 on the CPU, extractor.batch at a time."""
     features, logits = zip(*(extractor.forward(part) for part in images.split(extractor.batch)))
     return torch.cat(features).float().cpu(), None if logits[0] is None else torch.cat(logits).float().cpu()
-
-
-def weights_hash(extractor):
-    """SHA-256 over the network's tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(extractor.network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---- formulas: torch-fidelity's, on features (n, dim) or logits -------------------------------------------------
@@ -162,7 +152,7 @@ def figures(features, logits, reference, extractor, device):
     if reference is not None:
         result[extractor.distance] = frechet_distance(
             statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
-    if logits is not None:
+    if logits is not None and len(logits) >= IS_SPLITS:
         result["inception_score_mean"], result["inception_score_std"] = inception_score(logits)
     if reference is not None and reference.features is not None:
         result[f"kid_mean{end}"], result[f"kid_std{end}"] = kernel_distance(features, reference.features)
@@ -177,15 +167,15 @@ def figures(features, logits, reference, extractor, device):
 
 def describe_statistics(extractor, count, img_size):
     """What a statistics file says of itself."""
-    return {"feature_extractor": extractor.name, "weights_sha256": weights_hash(extractor), "resize": extractor.resize,
+    return {"feature_extractor": extractor.name, "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize,
             "num_images": count, "img_size": img_size}
 
 
-def save_statistics(path, features, extractor, img_size, keep_features):
-    """Write mu, sigma, their description and, if asked, the features (n, dim) to an .npz."""
-    content = {**statistics(features), **describe_statistics(extractor, len(features), img_size)}
-    if keep_features:
-        content["features"] = np.asarray(features, dtype=np.float32)
+def save_statistics(path, found, extractor):
+    """Write FolderFeatures, mu, sigma and features if they were kept, with their description to an .npz."""
+    content = {**found.statistics, **describe_statistics(extractor, found.count, found.img_size)}
+    if found.features is not None:
+        content["features"] = np.asarray(found.features, dtype=np.float32)
     with writing(path) as file:
         np.savez(file, **content)
 
@@ -207,7 +197,7 @@ def load_statistics(path, extractor, img_size):
     said = {**ADM_STATISTICS, **said}
     expected = {"feature_extractor": extractor.name, "img_size": img_size}
     if "weights_sha256" in said:
-        expected["weights_sha256"] = weights_hash(extractor)
+        expected["weights_sha256"] = tensors_hash(extractor.network.state_dict())
     for key, value in expected.items():
         if said[key] != value:
             raise FlowARError(f"--fid_stats {path}: its {key} is {said[key]}, here it is {value}; "
@@ -246,14 +236,25 @@ def load_uint8(files, img_size=None):
     return torch.stack(images)
 
 
-def folder_features(folder, extractor, device, img_size=None, crop=False):
-    """(features (n, dim), pixels a side) of the images below a folder on rank 0, None elsewhere; the ranks share the work.
+class FolderFeatures(NamedTuple):
+    """What folder_features found: statistics {mu, sigma}, features (n, dim) or None, images, pixels a side."""
 
-    Images must have img_size pixels a side (any one size if None), or are centre-cropped to it with crop=True.
+    statistics: dict
+    features: torch.Tensor | None
+    count: int
+    img_size: int
+
+
+def folder_features(folder, extractor, device, img_size=None, crop=False, keep=True):
+    """FolderFeatures of the images below a folder on rank 0, None elsewhere; the ranks share the work.
+
+    Images must have img_size pixels a side (any one size if None), or are centre-cropped to it with crop=True. Sums are
+    float64; with keep=False features are not held, for folders of a million images.
     """
     files = image_files(folder)
     mine = files[rank()::world_size()]
     parts, sizes = [torch.zeros(0, extractor.dim)], set()
+    total, outer = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((extractor.dim,), (extractor.dim,) * 2))
     for first in tqdm(range(0, len(mine), extractor.batch), desc=f"features of {folder}", unit="batch",
                       disable=not is_main(), mininterval=2, leave=False):
         some = mine[first:first + extractor.batch]
@@ -262,7 +263,13 @@ def folder_features(folder, extractor, device, img_size=None, crop=False):
             raise FlowARError(f"{some[0]}: {images.shape[3]}x{images.shape[2]} pixels, expected {img_size}x{img_size}; "
                               "scripts/reference_stats.py --img_size makes statistics of centre crops")
         sizes.add(tuple(images.shape[2:]))
-        parts.append(extract(extractor, images.to(device))[0])
+        features = extract(extractor, images.to(device))[0]
+        wide = features.to(device, torch.float64)
+        total += wide.sum(dim=0)
+        outer += wide.T @ wide
+        if keep:
+            parts.append(features)
+    all_reduce_sum(total), all_reduce_sum(outer)
     gathered = gather_to_main((torch.cat(parts), sizes))
     if gathered is None:
         return None
@@ -270,7 +277,14 @@ def folder_features(folder, extractor, device, img_size=None, crop=False):
     if len(sizes) > 1:
         raise FlowARError(f"{folder}: images of several sizes, {' and '.join(f'{w}x{h}' for h, w in sorted(sizes)[:2])}; "
                           "give --img_size to centre-crop them")
-    features = torch.zeros(len(files), extractor.dim)
-    for r, (part, _) in enumerate(gathered):
-        features[r::world_size()] = part
-    return features, sizes.pop()[0]
+    n, mean = len(files), total / len(files)
+    found = {"mu": mean.cpu().numpy(), "sigma": ((outer - n * torch.outer(mean, mean)) / (n - 1)).cpu().numpy()}
+    return FolderFeatures(found, in_order([part for part, _ in gathered], n) if keep else None, n, sizes.pop()[0])
+
+
+def in_order(parts, count):
+    """Rows that ranks took in turn, put together again."""
+    whole = torch.zeros(count, *parts[0].shape[1:])
+    for r, part in enumerate(parts):
+        whole[r::len(parts)] = part
+    return whole

@@ -1,4 +1,4 @@
-"""Every option of training, evaluation and the scripts, once.
+"""The options of training, evaluation and sampling, each once.
 
 An option's default is what the release uses. None means "not given": geometry and size are then taken from the
 checkpoint (evaluation) or from the release's ImageNet-256 setting (training), see resolve_geometry.
@@ -79,6 +79,7 @@ def add_model_options(parser):
     add = group.add_argument
     add("--model", choices=MODELS, help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
     add("--img_size", type=positive, help="pixels a side; default 256, or the checkpoint's latent size x VAE stride in eval.py")
+    add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     add("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
     add("--vae_embed_dim", type=positive, help="latent channels; default 16, or the VAE's in eval.py")
     add("--vae_stride", type=positive, help="pixels a latent cell; default 16, or the VAE's in eval.py")
@@ -91,9 +92,8 @@ def add_model_options(parser):
 
 
 def add_sampling_options(parser):
-    group = parser.add_argument_group("sampling and metrics")
+    group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--num_images", type=positive, default=50000, help="images to generate")
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
     add("--num_step", type=several(at_least_two), default="25", help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
     add("--num_step_last", type=several(at_least_two), help="anneal the steps to this number at the last scale (DiSA); *")
@@ -102,6 +102,12 @@ def add_sampling_options(parser):
     add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="guidance over scales: a ramp from 1, or constant")
     add("--guidance", type=several(fraction), default="0.9", help="guidance acts only at times t <= this (t = 1 is noise); *")
     add("--temperature", type=real, default=1.0, help="factor of the starting noise")
+
+
+def add_evaluation_options(parser):
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
+    add("--num_images", type=positive, default=50000, help="images to generate")
     add("--save_images", action="store_true", help="write the images to images/ in the output directory, as PNGs")
     add("--save_npz", action="store_true", help="write the images to samples.npz in the output directory, as ADM's evaluator reads them")
     add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall); default fid_stats/adm_in256_stats.npz if it is there")
@@ -112,17 +118,20 @@ def add_sampling_options(parser):
 
 
 def add_runtime_options(parser):
-    group = parser.add_argument_group("run")
+    add_checkpoint_options(parser)
+    group = parser.add_argument_group("files")
     add = group.add_argument
     add("--output_dir", default="./output_dir", help="where everything is written")
+    add("--data_path", default="./data/imagenet", help="folder with train/ and val/, class folders of images (eval.py needs none)")
+
+
+def add_checkpoint_options(parser):
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth, a .pth or a .safetensors")
-    add("--data_path", default="./data/imagenet", help="folder with train/ and val/, class folders of images")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
     add("--seed", type=count, default=0, help="seed of everything that is drawn")
-    add("--num_workers", type=count, default=10, help="data loading processes of every rank")
-    add("--pin_mem", action="store_true", default=True, help="page-locked host memory for batches (CUDA); on by default")
-    add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")
 
 
 def add_training_options(parser):
@@ -143,6 +152,7 @@ def add_training_options(parser):
     add("--proj_dropout", type=fraction, default=0.1, help="dropout after projections and in MLPs of the transformer")
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--on_bad_image", default="error", choices=("error", "skip"), help="an image that cannot be read stops training, or the next one takes its place")
     add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
     add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
@@ -153,6 +163,9 @@ def add_training_options(parser):
     add("--online_eval", action="store_true", help="FID or the like of the EMA during training, every --eval_freq epochs")
     add("--eval_num_images", type=positive, default=10000, help="images of --online_eval")
     add("--log_dir", help="TensorBoard files; default: the output directory")
+    add("--num_workers", type=count, default=10, help="data loading processes of every rank")
+    add("--pin_mem", action="store_true", default=True, help="page-locked host memory for batches (CUDA); on by default")
+    add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")
     add("--log_freq", type=positive, default=20, help="optimizer steps between log entries")
 
 
@@ -162,14 +175,22 @@ def _parser(description):
 
 def training_parser():
     parser = _parser("Train FlowAR.")
-    for add_group in (add_model_options, add_training_options, add_sampling_options, add_runtime_options):
+    for add_group in (add_model_options, add_training_options, add_sampling_options, add_evaluation_options, add_runtime_options):
         add_group(parser)
     return parser
 
 
 def evaluation_parser():
     parser = _parser("Evaluate FlowAR: sample class-balanced images, then FID and Inception Score.")
-    for add_group in (add_model_options, add_sampling_options, add_runtime_options):
+    for add_group in (add_model_options, add_sampling_options, add_evaluation_options, add_runtime_options):
+        add_group(parser)
+    return parser
+
+
+def sampling_parser(description):
+    """For scripts that draw images of a checkpoint."""
+    parser = _parser(description)
+    for add_group in (add_model_options, add_sampling_options, add_checkpoint_options):
         add_group(parser)
     return parser
 

@@ -1,7 +1,7 @@
 """Every random draw follows from (seed, step or image), never from what was drawn before.
 
-So a resumed run continues the same stream, the number of processes changes nothing, and image 4711 is the same
-image on 1 GPU or 64.
+So a resumed run continues the same stream, the number of processes changes nothing but dropout, and image 4711 is the
+same image on 1 GPU or 64.
 """
 from typing import NamedTuple
 

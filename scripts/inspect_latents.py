@@ -1,0 +1,100 @@
+"""Look at a cache of latents: statistics, decoded samples beside their originals, and one image's pyramid.
+
+Prints mean and standard deviation of each channel of the scaled latents (about 0 and 1 if the latent scale is right), and
+writes one picture: originals, what the VAE makes of their latents, and below the latents of the first image at every
+scale, enlarged and decoded: what scale-wise generation goes through.
+
+    python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models import FlowARError  # noqa: E402
+from models.vae import DiagonalGaussian, open_vae  # noqa: E402
+from util.data import Images, to_uint8  # noqa: E402
+from util.distributed import run_main, select_device  # noqa: E402
+from util.latents import ShardedMoments, shard_names  # noqa: E402
+from util.options import default_scales, integer_list, positive  # noqa: E402
+from util.pictures import draw_table, save, stack  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--cached_path", required=True, help="cache of shards")
+    parser.add_argument("--data_path", help="the images it was made of; without them only decoded ones are drawn")
+    parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
+    parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
+    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
+    parser.add_argument("--scales", type=integer_list, help="scales of the pyramid; default: doubling up to the latent's size")
+    parser.add_argument("--images", type=positive, default=8, help="images to draw")
+    parser.add_argument("--output", required=True, help="PNG to write")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
+    return parser.parse_args()
+
+
+def print_statistics(index):
+    measured, scale = index["measured"], index["latent_scale"]
+    print(f"{index['images']} images, {index['crops']} crops of {index['img_size']} pixels, {index['dtype']}, {len(index['shards'])} shards, "
+          f"{len(index['skipped'])} skipped")
+    print(f"latent scale {scale.scale:.4f}, shift {scale.shift:.4f}; measured {measured['scale']:.4f}, {measured['shift']:.4f}")
+    print("channel   mean     std   (scaled)")
+    for channel, (mean, std) in enumerate(zip(measured["channel_mean"], measured["channel_std"])):
+        print(f"{channel:7d} {(mean - scale.shift) * scale.scale:7.3f} {std * scale.scale:7.3f}")
+
+
+def originals(data, chosen, args):
+    """The crops that were encoded, or None without --data_path."""
+    if not args.data_path:
+        return None
+    index = data.index
+    center = index["crops"] == "center"
+    images = Images(Path(args.data_path) / args.split, index["img_size"], index["seed"], train=not center, flip=False)
+    position = {Path(path).relative_to(images.folder.root).as_posix(): i for i, (path, _) in enumerate(images.folder.samples)}
+    names = [name for shard in index["shards"] for name in shard_names(data.root / shard["file"])]
+    missing = [names[i] for i in chosen if names[i] not in position]
+    if missing:
+        raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other images")
+    return to_uint8(torch.stack([images[(0, position[names[i]])][0] for i in chosen]))
+
+
+@torch.no_grad()
+def decode(vae, latent_scale, latents, device):
+    return to_uint8(vae.decode(latent_scale.restore(latents.to(device)))).cpu()
+
+
+def pyramid(latents, scales):
+    """The latent (1, C, side, side) at every scale by area, enlarged to full size by bicubic interpolation."""
+    size = latents.shape[-2:]
+    return torch.cat([F.interpolate(F.interpolate(latents, size=(s, s), mode="area"), size=size, mode="bicubic") for s in scales])
+
+
+def main():
+    args = parse_args()
+    device = select_device(args.device)
+    data = ShardedMoments(args.cached_path)
+    print_statistics(data.index)
+    vae, _ = open_vae(args.vae, args.vae_path)
+    if vae.embed_dim != data.index["channels"]:
+        raise FlowARError(f"{args.cached_path}: {data.index['channels']} channels, but the VAE has {vae.embed_dim}")
+    vae.to(device)
+    chosen = np.linspace(0, len(data) - 1, min(args.images, len(data))).astype(int)
+    scale = data.index["latent_scale"]
+    latents = scale.normalize(DiagonalGaussian(torch.stack([data[(0, int(i))][0].float() for i in chosen])).mode())
+    scales = args.scales or default_scales(latents.shape[-1])
+    rows, names = [decode(vae, scale, latents, device)], ["decoded"]
+    pictures = originals(data, chosen, args)
+    if pictures is not None:
+        rows.insert(0, pictures)
+        names.insert(0, "original")
+    growing = draw_table(decode(vae, scale, pyramid(latents[:1], scales), device)[None], ["pyramid"], [f"{s}x{s}" for s in scales])
+    save(stack(draw_table(torch.stack(rows), names), growing), args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
