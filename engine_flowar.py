@@ -243,7 +243,7 @@ def evaluate(model, vae, args, device, description, output, judge, persistent=Tr
     kept = FinishedBatches(output / PARTIAL) if persistent else None
     found.update({number: kept.load(number) for number in range(len(batches)) if number not in found})
     report = {**figures(found, batches, args, extractor, reference, device), **planned,
-              **timing(found, args), "images_per_second": sampled / seconds, **machine(device)}
+              **timing(found, args), "images_per_second": sampled / max(seconds, 1e-9), **machine(device)}
     if args.save_npz:
         labels = [image_label(i, args.num_images, model.class_num) for i in range(args.num_images)]
         write_npz(output / "samples.npz", kept, len(batches), labels)
