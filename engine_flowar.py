@@ -17,8 +17,8 @@ from models.vae import DiagonalGaussian, open_vae
 from models.weights import name_some, tensors_hash
 from util import checkpoint, metrics
 from util.data import to_uint8
-from util.distributed import (all_reduce_sum, autocast, from_main, gather_to_main, is_main, log, rank, set_precision,
-                              world_size)
+from util.distributed import (AUTOCAST, HostCopy, all_reduce_sum, autocast, check_compiler, from_main, gather_to_main, is_main,
+                              log, rank, set_precision, world_size)
 from util.evaluation import (RESULTS, STAGES, FinishedBatches, PngWriter, Stopwatch, check_settings, plot_sweep, point_name,
                              sweep_points, table_row, write_npz, write_table)
 from util.files import file_hash, make_directory, write_json
@@ -29,6 +29,7 @@ from util.randomness import DROPOUT, TRAINING, VALIDATION, derive_seed, draw, im
 
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
 GRID_IMAGES = 16
+DECODED_AT_ONCE = 32  # a batch of 256 images of 256 pixels would take tens of GiB in the VAE
 PARTIAL = "partial"
 
 
@@ -49,8 +50,8 @@ def train_one_epoch(model, ema, optimizer, scaler, loader, to_moments, latent_sc
     loader.sampler.set_epoch(epoch)
     steps = len(loader) // args.accum_iter
     batches = iter(loader)
-    running = None
     logger.start_epoch(epoch, args.epochs, steps * args.global_batch)
+    meter = TrainingMeter(network.scale, args, logger)
     for i in range(steps):
         step = epoch * steps + i
         lr = adjust_learning_rate(optimizer, epoch + i / steps, lr=args.lr, min_lr=args.min_lr, epochs=args.epochs,
@@ -76,26 +77,50 @@ def train_one_epoch(model, ema, optimizer, scaler, loader, to_moments, latent_sc
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         ema.update(network)
-        # Read on the host only every log_freq steps: no synchronisation in between.
-        # A step that the fp16 scaler skipped has no finite norm: it does not count in the mean.
-        finite = norm.isfinite()
-        values = torch.cat((torch.where(finite, norm, 0)[None], finite[None], torch.stack(losses).mean(dim=0)))
-        running = values if running is None else running + values
+        meter.add(norm, torch.stack(losses).mean(dim=0))
         logger.advance(args.global_batch)
-        done = i % args.log_freq + 1
-        if done == args.log_freq or i + 1 == steps:
-            norm_sum, norms, *sums = all_reduce_sum(running).tolist()
-            loss_mean, *scale_means = (value / (done * world_size()) for value in sums)
-            norm_mean = norm_sum / norms if norms else 0.0
-            running = None
-            if not math.isfinite(loss_mean) or (norms < done * world_size() and not scaler.is_enabled()):
-                what = "the gradient norm is not finite" if math.isfinite(loss_mean) else f"loss is {loss_mean}"
-                raise FlowARError(f"{what} between steps {step + 1 - done} and {step} (epoch {epoch}): stopped "
-                                  "before it reaches a checkpoint; lower --lr or --blr, or use --precision fp32")
-            logger.training(step + 1, epoch + (i + 1) / steps, (args.epochs - epoch) * steps - i - 1, loss_mean,
-                            norm_mean, lr, dict(zip(network.scale, scale_means)), args.global_batch)
+        if (i + 1) % args.log_freq == 0 or i + 1 == steps:
+            meter.end_period(step, epoch + (i + 1) / steps, (args.epochs - epoch) * steps - i - 1, lr, scaler.is_enabled())
+    meter.report()
     logger.end_epoch()
     return (epoch + 1) * steps
+
+
+class TrainingMeter:
+    """Sums of losses and gradient norms on the device. A period's means are read on the host when the next one ends, so
+    that no step waits for the device.
+    """
+
+    def __init__(self, scales, args, logger):
+        self.scales, self.args, self.logger = scales, args, logger
+        self.sums, self.steps, self.pending = 0, 0, None
+
+    def add(self, norm, losses):
+        """norm: gradient norm; losses: (1 + scales,), the loss and that of every scale."""
+        finite = norm.isfinite()  # a step that the fp16 scaler skipped has no finite norm: it does not count in the mean
+        self.sums = self.sums + torch.cat((torch.where(finite, norm, 0)[None], finite[None], losses))
+        self.steps += 1
+
+    def end_period(self, step, epoch, steps_left, lr, may_skip):
+        """Report the period before and start reading this one, which ends with `step`."""
+        self.report()
+        self.pending = (HostCopy(all_reduce_sum(self.sums)), self.steps, step, epoch, steps_left, lr, may_skip, self.logger.rate())
+        self.sums, self.steps = 0, 0
+
+    def report(self):
+        """Log the period that was sent to the host; FlowARError if it was not finite."""
+        if self.pending is None:
+            return
+        values, steps, step, epoch, steps_left, lr, may_skip, rate = self.pending
+        self.pending = None
+        norm_sum, norms, *sums = values.tolist()
+        loss, *scales = (value / (steps * world_size()) for value in sums)
+        if not math.isfinite(loss) or (norms < steps * world_size() and not may_skip):
+            what = "the gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
+            raise FlowARError(f"{what} between steps {step + 1 - steps} and {step} (epoch {math.ceil(epoch) - 1}): stopped "
+                              "before it reaches a checkpoint; lower --lr or --blr, or use --precision fp32")
+        left = steps_left * self.args.global_batch / rate
+        self.logger.training(step + 1, epoch, left, rate, loss, norm_sum / norms if norms else 0.0, lr, dict(zip(self.scales, scales)))
 
 
 @torch.no_grad()
@@ -143,10 +168,15 @@ def generate(model, vae, labels, indices, args, device, watch=None, calls=None):
         with watch("sampling"):
             latents = model.sample_tokens(labels, noise=noise, calls=calls, **sampling_options(args))
         with watch("decoding"):
-            images = vae.decode(vae.latent_scale.restore(latents))
-            finite = images.isfinite().flatten(1).all(dim=1)
-            images = to_uint8(images)
+            parts = [decode(vae, part) for part in latents.split(DECODED_AT_ONCE)]
+            images, finite = (torch.cat(values) for values in zip(*parts))
     return images, finite
+
+
+def decode(vae, latents):
+    """(images (n, 3, H, W) uint8, finite (n,) bool) of scaled latents."""
+    images = vae.decode(vae.latent_scale.restore(latents))
+    return to_uint8(images), images.isfinite().flatten(1).all(dim=1)
 
 
 def refuse_not_finite(bad, count, args):
@@ -200,7 +230,12 @@ def load_for_evaluation(args, device):
                    "checkpoint": str(path), "vae": args.vae if args.vae != "kl16" else str(args.vae_path)}
     if is_main():
         description.update(checkpoint_sha256=file_hash(path), vae_sha256=vae_identity(args.vae, args.vae_path, vae))
-    return model.to(device).eval(), vae.to(device), description
+    model.to(device).for_sampling(AUTOCAST.get(args.precision))
+    if args.compile:
+        check_compiler(device)
+        model.compile_sampler(args.compile)
+    log(f"attention kernel: {model.attention_kernel(AUTOCAST.get(args.precision))}")
+    return model, vae.to(device), description
 
 
 def check_vae(vae, args):

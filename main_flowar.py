@@ -220,9 +220,15 @@ def train(args, device):
     first = resume(args, network, ema, optimizer, scaler)
     first = first if args.start_epoch is None else args.start_epoch
     agree("the first epoch to train", first)
+    log(f"attention kernel: {network.attention_kernel(distributed.AUTOCAST.get(args.precision))}")
+    if args.compile:
+        distributed.check_compiler(device)
+        network.compile_blocks()
+        ema.module.compile_sampler(args.compile)
     model = network
     if world_size() > 1:
-        model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+        model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True, static_graph=args.accum_iter == 1)  # no_sync needs the other kind
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
     if first >= args.epochs:

@@ -14,8 +14,7 @@ CFG_SCHEDULES = ("linear", "constant")
 
 
 def interpolate(x, noise, t):
-    """x_t = (1 - t) x + t e. x, noise: B ...; t: (B,)."""
-    t = t.view(-1, *[1] * (x.ndim - 1))
+    """x_t = (1 - t) x + t e. x, noise: B N C; t: broadcastable to them."""
     return (1 - t) * x + t * noise
 
 
@@ -59,17 +58,17 @@ def guidance_scales(cfg, num_scales, schedule="linear"):
     return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]
 
 
-def guided_velocity(network, z, z_null, weight, interval):
+def guided_velocity(network, condition, both, weight, interval):
     """A velocity(x, t) that applies classifier-free guidance where t <= interval, and only there.
 
-    network(x, t, z) -> velocity; z and z_null: the two branches' conditions, both used at the class branch's x.
-    With weight <= 1 or z_null None the class branch alone decides.
+    network(x, t, condition) -> velocity. `both` is the condition of the images and then of their null branch, which is
+    evaluated at the class branch's x. With weight <= 1 or without `both` the class branch alone decides.
     """
 
     def velocity(x, t):
-        if z_null is None or weight <= 1 or t > interval:
-            return network(x, t, z)
-        v, v_null = network(torch.cat((x, x)), t, torch.cat((z, z_null))).chunk(2)
+        if both is None or weight <= 1 or t > interval:
+            return network(x, t, condition)
+        v, v_null = network(torch.cat((x, x)), t, both).chunk(2)
         return v_null + weight * (v - v_null)
 
     return velocity
@@ -111,10 +110,10 @@ SOLVERS = {"euler": euler, "heun": heun, "ab2": adams_bashforth2}
 
 
 def counted(network, calls):
-    """network(x, t, z), noting the images of every call in the list `calls`: its length is the NFE."""
+    """network(x, t, condition), noting the images of every call in the list `calls`: its length is the NFE."""
 
-    def count(x, t, z):
+    def count(x, t, condition):
         calls.append(len(x))
-        return network(x, t, z)
+        return network(x, t, condition)
 
     return count

@@ -12,12 +12,12 @@ flow_head.py, the sizes in MODELS at the end of this file.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend
 
 from models import flow_matching as fm
 from models.errors import FlowARError
-from models.flow_head import FlowHead
-from models.layers import KVCache, RMSNorm, SelfAttention, gated_mlp, modulate
+from models.flow_head import FlowHead, per_token
+from models.layers import GatedMLP, KVCache, RMSNorm, SelfAttention, modulate, run_block, spans
 
 
 class CausalBlock(nn.Module):
@@ -25,13 +25,13 @@ class CausalBlock(nn.Module):
 
     def __init__(self, dim, num_heads, cond_dim, mlp_ratio, attn_dropout, proj_dropout):
         super().__init__()
-        self.attn = SelfAttention(dim, num_heads, True, attn_dropout, proj_dropout)
-        self.mlp = gated_mlp(dim, mlp_ratio, proj_dropout)
+        self.attn = SelfAttention(dim, num_heads, True, attn_dropout, proj_dropout, causal=True)
+        self.mlp = GatedMLP(dim, mlp_ratio, proj_dropout)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * dim))
 
-    def forward(self, x, c, rope_table, mask=None, cache=None):
+    def forward(self, x, c, rope_table, scales=None, cache=None):
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(x, scale1, shift1), rope_table, mask, cache)
+        x = x + gate1 * self.attn(modulate(x, scale1, shift1), rope_table, scales, cache)
         return x + gate2 * self.mlp(modulate(x, scale2, shift2))
 
 
@@ -80,10 +80,8 @@ class FlowAR(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.token_channels = vae_embed_dim * patch_size ** 2
 
-        lengths = torch.tensor([s * s for s in self.scale], device="cpu")
-        ends = lengths.cumsum(0).tolist()
-        self.spans = [slice(end - s * s, end) for s, end in zip(self.scale, ends)]
-        tokens = ends[-1]
+        self.spans = spans(self.scale)
+        self.tokens = tokens = self.spans[-1].stop
 
         self.class_emb = nn.Embedding(class_num + 1, encoder_embed_dim)
         self.z_proj = nn.Linear(self.token_channels, encoder_embed_dim)
@@ -115,6 +113,45 @@ class FlowAR(nn.Module):
                       self.diffusion_pos_embed_learned):
             nn.init.normal_(table, std=0.02)
 
+    # ---- speed ----------------------------------------------------------------------------------------------
+
+    def for_sampling(self, dtype=None):
+        """Make this model one that only samples, in place: what autocast to `dtype` and the padding of narrow layers would
+        do to the weights at every call is done to them once. The results are the same; the weights are no longer to be
+        trained or saved.
+        """
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, GatedMLP):
+                module.widen()
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and dtype is not None:
+                module.to(dtype)
+        return self
+
+    def compile_blocks(self):
+        """torch.compile of every block for training: one graph a kind of block, however many there are."""
+        for block in (*self.blocks, *self.flownet.res_blocks):
+            block.compile()
+
+    def compile_sampler(self, what="blocks"):
+        """torch.compile of the flow head's steps in sampling: of its blocks, once for all scales and batch sizes, or with
+        "graphs" of the whole head with CUDA graphs, which a device needs that small batches cannot keep busy.
+        """
+        if what == "graphs":
+            self.flownet.velocity = torch.compile(self.flownet.velocity, dynamic=True, mode="reduce-overhead")
+        else:
+            for block in self.flownet.res_blocks:
+                block.step = torch.compile(block.step, dynamic=True)
+
+    def attention_kernel(self, dtype=None):
+        """Name of the kernel that attention over the finest scale runs with: torch.nn.attention.SDPBackend."""
+        attention, like = self.blocks[0].attn, self.class_emb.weight
+        tokens = self.scale[-1] ** 2
+        q = torch.empty(1, attention.num_heads, tokens, 4 * len(attention.rope.freqs), device=like.device, dtype=dtype or like.dtype)
+        dropout = attention.attn_dropout if self.training else 0.0
+        return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout)).name
+
     # ---- the pyramid ----------------------------------------------------------------------------------------
 
     def patchify(self, latents):
@@ -142,16 +179,20 @@ class FlowAR(nn.Module):
 
     # ---- the scale-wise transformer -------------------------------------------------------------------------
 
-    def _transformer(self, tokens, c, scales, span, mask=None, caches=None):
-        """Condition z of the tokens in `span`, given the class embedding c (B, D). tokens: B N D."""
-        blocks = len(self.encoder_blocks) + len(self.decoder_blocks)
-        caches = iter(caches or [None] * blocks)
-        rope_table = (*self.encoder_blocks, *self.decoder_blocks)[0].attn.rope.table(scales)
+    @property
+    def blocks(self):
+        """The blocks of both halves of the transformer."""
+        return (*self.encoder_blocks, *self.decoder_blocks)
+
+    def _transformer(self, tokens, c, span, rope_table, scales=None, caches=None):
+        """Condition z of the tokens (B, N, D) in `span`, given the class embedding c (B, D).
+
+        Either the tokens of several `scales` at once, or those of the scale that follows what is in `caches`.
+        """
+        caches = iter(caches or [None] * len(self.blocks))
 
         def run(block, x):
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                return checkpoint(block, x, c, rope_table, mask, use_reentrant=False)
-            return block(x, c, rope_table, mask, next(caches))
+            return run_block(block, self.use_checkpoint, x, c, rope_table, scales, next(caches))
 
         x = self.z_proj_ln(tokens + self.encoder_pos_embed_learned[:, span])
         for block in self.encoder_blocks:
@@ -161,13 +202,16 @@ class FlowAR(nn.Module):
             x = run(block, x)
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[:, span]
 
+    def rope_table(self, scales):
+        return self.encoder_blocks[0].attn.rope.table(scales)
+
     def _condition(self, grids, labels):
         c = self.class_emb(labels)
         inputs = [self.next_input(grid, k) for k, grid in enumerate(grids[:-1])]
         tokens = [c[:, None]]
         if inputs:
             tokens.append(self.z_proj(torch.cat([to_tokens(grid) for grid in inputs], dim=1)))
-        return self._transformer(torch.cat(tokens, dim=1), c, self.scale, slice(None), mask=self.mask)
+        return self._transformer(torch.cat(tokens, dim=1), c, slice(None), self.rope_table(self.scale), self.scale)
 
     def condition(self, latents, labels):
         """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,).
@@ -201,12 +245,10 @@ class FlowAR(nn.Module):
             noise = [torch.randn_like(x) for x in targets]
         if t is None:
             t = torch.rand(len(self.scale), len(labels), device=latents.device)
-        losses = []
-        for k, (x, e) in enumerate(zip(targets, noise)):
-            velocity = self.flownet(fm.interpolate(x, e, t[k]), t[k], z[:, self.spans[k]])
-            error = velocity.float() - fm.velocity_target(x, e).float()
-            losses.append(error.square().mean(dim=(1, 2)))
-        return torch.stack(losses)
+        x, noise = torch.cat(targets, dim=1), torch.cat(noise, dim=1)
+        velocity = self.flownet.all_scales(fm.interpolate(x, noise, per_token(t.T[..., None], self.scale)), t, z, self.scale)
+        error = (velocity - fm.velocity_target(x, noise).float()).square().mean(dim=2)
+        return torch.stack([error[:, span].mean(dim=1) for span in self.spans])
 
     def scale_weights(self, device=None):
         """Factor s^2 / S^2 of every scale in the loss, (scales,)."""
@@ -218,7 +260,7 @@ class FlowAR(nn.Module):
         With return_scales also the batch mean of every scale, (scales,), unweighted and detached.
         """
         per_scale = self.scale_losses(latents, labels, t=t, noise=noise, drop=drop).mean(dim=1)
-        loss = (per_scale * self.scale_weights(per_scale.device)).sum()
+        loss = sum(loss * (s / self.scale[-1]) ** 2 for loss, s in zip(per_scale, self.scale))
         return (loss, per_scale.detach()) if return_scales else loss
 
     # ---- sampling -------------------------------------------------------------------------------------------
@@ -267,15 +309,13 @@ class FlowAR(nn.Module):
         if guided:  # the null branch follows the class branch's latents with a cache of its own
             labels = torch.cat((labels, torch.full_like(labels, self.class_num)))
         c = self.class_emb(labels)
-        caches = [KVCache() for _ in (*self.encoder_blocks, *self.decoder_blocks)]
+        caches = [KVCache(self.tokens) for _ in self.blocks]
+        rope_table = self.rope_table(self.scale)
         tokens, latents = c[:, None], []
         for k, s in enumerate(self.scale):
-            z = self._transformer(tokens, c, [s], self.spans[k], caches=caches)
-            network = self._velocity
-            if calls is not None:
-                calls.append([])
-                network = fm.counted(network, calls[-1])
-            velocity = fm.guided_velocity(network, z[:batch], z[batch:] if guided else None, weights[k], guidance)
+            z = self._transformer(tokens, c, self.spans[k], tuple(part[self.spans[k]] for part in rope_table),
+                                  caches=caches)
+            velocity = self._velocity(z, batch, grids[k], s, weights[k], guidance, calls)
             x = fm.SOLVERS[solver](velocity, noise[k] * temperature, grids[k])
             latents.append(to_grid(x.to(c.dtype), s))
             if k + 1 < len(self.scale):
@@ -283,9 +323,21 @@ class FlowAR(nn.Module):
                 tokens = tokens.repeat(2, 1, 1) if guided else tokens
         return latents
 
-    def _velocity(self, x, t, z):
-        t = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-        return self.flownet(x.to(self.class_emb.weight.dtype), t, z)
+    def _velocity(self, z, batch, grid, s, weight, guidance, calls):
+        """velocity(x, t) of one scale for the solver, at the times of `grid`; z: of `batch` images, then of their null branch."""
+        number = {t: i for i, t in enumerate(grid.tolist())}
+        if weight <= 1:
+            z = z[:batch]
+        both = self.flownet.prepare(z, grid.to(z.device, torch.float32), self.flownet.rope_table([s]))
+
+        def network(x, t, prepared):
+            step = torch.full((1,), number[t], device=x.device)  # on the device: another number is no other graph
+            return self.flownet.velocity(x.to(self.class_emb.weight.dtype), step, prepared)
+
+        if calls is not None:
+            calls.append([])
+            network = fm.counted(network, calls[-1])
+        return fm.guided_velocity(network, both.first(batch), both if weight > 1 else None, weight, guidance)
 
     def _starting_noise(self, batch, noise, generator):
         shapes = [(batch, s * s, self.token_channels) for s in self.scale]

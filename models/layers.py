@@ -2,10 +2,14 @@
 
 Norms, rotary angles and softmax are computed in float32 whatever the autocast dtype.
 """
+import functools
+import itertools
+
 import torch
 import torch.nn.functional as F
 from timm.layers import SwiGLU
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
@@ -30,13 +34,45 @@ class RMSNorm(nn.Module):
 
 
 def modulate(x, scale, shift):
-    """adaLN: normalise without weight, then scale by (1 + scale) and shift."""
-    return rms_norm(x) * (1 + scale) + shift
+    """adaLN in float32: normalise without weight, then scale by (1 + scale) and shift."""
+    return rms_norm(x.float()) * (1 + scale.float()) + shift
 
 
-def gated_mlp(dim, mlp_ratio=4.0, dropout=0.0):
-    """fc2(GELU(fc1_g x) * fc1_x x), hidden width int(dim * mlp_ratio * 2/3). The gate is exact GELU."""
-    return SwiGLU(dim, int(dim * mlp_ratio * 2 / 3), act_layer=nn.GELU, drop=dropout)
+ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
+
+
+class GatedMLP(SwiGLU):
+    """fc2(GELU(fc1_g x) * fc1_x x), hidden width int(dim * mlp_ratio * 2/3). The gate is exact GELU.
+
+    A hidden width of 2,730 is slow on tensor cores: it is padded with zeros to a multiple of 64 when the layer runs. A
+    padded unit is GELU(0) * 0 = 0, so output and gradients are those of the weights, which keep their size.
+    """
+
+    def __init__(self, dim, mlp_ratio=4.0, dropout=0.0):
+        super().__init__(dim, int(dim * mlp_ratio * 2 / 3), act_layer=nn.GELU, drop=dropout)
+
+    def forward(self, x):
+        missing = -self.fc1_g.out_features % ALIGNMENT
+        if not missing:
+            return super().forward(x)
+        hidden = self.drop1(self.act(_widened(self.fc1_g, x, missing)) * _widened(self.fc1_x, x, missing))
+        return self.drop2(F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias))
+
+    @torch.no_grad()
+    def widen(self):
+        """Pad the weights themselves, for a copy of the model that only samples."""
+        missing = -self.fc1_g.out_features % ALIGNMENT
+        for layer in (self.fc1_g, self.fc1_x):
+            layer.weight, layer.bias = (nn.Parameter(F.pad(p, padding), requires_grad=False) for p, padding in
+                                        ((layer.weight, (0, 0, 0, missing)), (layer.bias, (0, missing))))
+            layer.out_features += missing
+        self.fc2.weight = nn.Parameter(F.pad(self.fc2.weight, (0, missing)), requires_grad=False)
+        self.fc2.in_features += missing
+
+
+def _widened(layer, x, missing):
+    """layer(x) with `missing` more outputs, all zero."""
+    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)), F.pad(layer.bias, (0, missing)))
 
 
 class RotaryEmbedding(nn.Module):
@@ -71,19 +107,46 @@ def rotate(x, table):
 
 
 class KVCache:
-    """Keys (rotated) and values of one attention layer for the scales generated so far.
+    """Keys (rotated) and values of one attention layer for the scales generated so far, of `tokens` tokens in all.
 
     Made, owned and dropped by the sampler: the modules hold no state.
     """
 
-    def __init__(self):
+    def __init__(self, tokens):
+        self.tokens, self.length = tokens, 0
         self.k = self.v = None
 
     def extend(self, k, v):
-        """Append along the token dimension and return everything held. k, v: B heads N head_dim."""
-        self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
-        self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
-        return self.k, self.v
+        """Write behind what is there and return everything held. k, v: B heads N head_dim."""
+        if self.k is None:
+            size = (*k.shape[:2], self.tokens, k.shape[3])
+            self.k, self.v = k.new_empty(size), v.new_empty(size)
+        new = slice(self.length, self.length + k.shape[2])
+        self.k[:, :, new], self.v[:, :, new] = k, v
+        self.length = new.stop
+        return self.k[:, :, :new.stop], self.v[:, :, :new.stop]
+
+
+def spans(scales):
+    """The tokens of each scale in a sequence of all of them, as slices."""
+    ends = list(itertools.accumulate(s * s for s in scales))
+    return [slice(end - s * s, end) for s, end in zip(scales, ends)]
+
+
+def attend(q, k, v, scales=None, causal=False, dropout=0.0):
+    """Attention of B heads N head_dim -> B N (heads head_dim).
+
+    With `scales`, a token sees those of its own scale, and with causal=True those of all coarser ones too. Each scale
+    sees a contiguous piece of the keys, so no mask is needed and the flash and memory-efficient kernels apply.
+    """
+    if scales is None or len(scales) == 1:
+        return _merge_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
+    parts = []
+    for rows in spans(scales):
+        keys = slice(0, rows.stop) if causal else rows
+        parts.append(_merge_heads(F.scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], dropout_p=dropout)))
+    return torch.cat(parts, dim=1)
 
 
 def _split_heads(x, num_heads):
@@ -95,32 +158,29 @@ def _merge_heads(x):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with RoPE. x: B N dim; mask: additive, broadcastable to B heads N N."""
+    """Multi-head self-attention with RoPE. x: B N dim, the tokens of `scales`; see attend."""
 
-    def __init__(self, dim, num_heads, qkv_bias, attn_dropout=0.0, proj_dropout=0.0):
+    def __init__(self, dim, num_heads, qkv_bias, attn_dropout=0.0, proj_dropout=0.0, causal=False):
         super().__init__()
         self.num_heads = num_heads
         self.attn_dropout = attn_dropout
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
         self.rope = RotaryEmbedding(dim // num_heads)
 
-    def forward(self, x, rope_table, mask=None, cache=None):
+    def forward(self, x, rope_table, scales=None, cache=None):
         q, k, v = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = rotate(q, rope_table), rotate(k, rope_table)
         if cache is not None:
             k, v = cache.extend(k, v)
-        x = F.scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=None if mask is None else mask.to(q.dtype),
-            dropout_p=self.attn_dropout if self.training else 0.0,
-        )
-        return self.proj_drop(self.proj(_merge_heads(x)))
+        dropout = self.attn_dropout if self.training else 0.0
+        return self.proj_drop(self.proj(attend(q, k, v, scales, self.causal, dropout)))
 
 
 class CrossAttention(nn.Module):
-    """Queries from x (B N dim), keys and values from context (B N context_dim), RoPE on q and k."""
+    """Queries from x (B N dim), keys and values from context (B N context_dim) of the same scale, RoPE on q and k."""
 
     def __init__(self, dim, context_dim, num_heads):
         super().__init__()
@@ -130,8 +190,26 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.rope = RotaryEmbedding(dim // num_heads)
 
-    def forward(self, x, context, rope_table):
-        q = _split_heads(self.q(x), self.num_heads)
+    def keys_and_values(self, context, rope_table):
+        """(rotated keys, values), each B heads N head_dim."""
         k, v = (_split_heads(part, self.num_heads) for part in self.kv(context).chunk(2, dim=-1))
-        x = F.scaled_dot_product_attention(rotate(q, rope_table), rotate(k, rope_table), v)
-        return self.proj(_merge_heads(x))
+        return rotate(k, rope_table), v
+
+    def forward(self, x, keys_and_values, rope_table, scales=None):
+        q = rotate(_split_heads(self.q(x), self.num_heads), rope_table)
+        return self.proj(attend(q, *keys_and_values, scales))
+
+
+# ---- recomputation -------------------------------------------------------------------------------------------
+
+ATTENTION_KERNELS = [getattr(torch.ops.aten, name).default for name in (
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")]
+
+
+def run_block(block, recompute, *inputs):
+    """block(*inputs); with recompute, its activations but for the attention's output are computed again for the gradient."""
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*inputs)
+    keep_attention = functools.partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep_attention)

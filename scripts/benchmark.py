@@ -1,5 +1,17 @@
 """Measure this code on this machine. Every run times the plain way beside the fast one and prints the ratio.
 
+    python scripts/benchmark.py train --model flowar_small --batch_size 64 --precision bf16 --compile
+    python scripts/benchmark.py sample --model flowar_small --eval_bsz 256 --cfg 4.3 --precision bf16 --compile
+
+`train`: whole optimizer steps of the recipe. `sample`: latents of a batch. Both report images and floating-point operations a second
+(counted by util/flops.py), the share of what a large matrix product reaches between their turns, memory, and operations; the plain
+way is tests/plain.py, eager, on the same weights.
+
+    python scripts/benchmark.py parts --model flowar_large --batch_size 8
+    python scripts/benchmark.py memory --model flowar_large --batch_size 64 --precision bf16 --use_checkpoint
+
+`parts`: each step that makes it fast, alone. `memory`: bytes that a training step holds, counted, on a CPU, for a batch of any size.
+
     python scripts/benchmark.py evaluate --model flowar_small --num_images 1000 --eval_bsz 100 --device cuda
 
 `evaluate`: sampling, decoding and features of N images in memory, against writing PNGs one by one and reading them again
@@ -11,6 +23,7 @@ for the features, as the release does. Weights are random: time does not depend 
 and 4 workers, cold (files dropped from the page cache) and warm. Latents are synthetic, in --scratch, and kept there.
 """
 import argparse
+import copy
 import json
 import os
 import sys
@@ -23,22 +36,37 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import plain  # noqa: E402
 from engine_flowar import evaluate, generate, image_label, machine  # noqa: E402
-from models import AutoencoderKL, build_model  # noqa: E402
-from util import latents, metrics  # noqa: E402
+from models import AutoencoderKL, FlowARError, build_model  # noqa: E402
+from models.layers import GatedMLP, attend  # noqa: E402
+from util import flops, latents, metrics  # noqa: E402
 from util.data import Images, build_loader  # noqa: E402
-from util.distributed import run_main, select_device, set_precision  # noqa: E402
+from util.distributed import AUTOCAST, autocast, check_compiler, run_main, select_device, set_precision  # noqa: E402
 from util.evaluation import single_point  # noqa: E402
 from util.files import file_hash, make_directory, write_bytes, write_json  # noqa: E402
 from util.latents import NpzMoments, ShardedMoments  # noqa: E402
-from util.options import evaluation_parser, integer_list, model_options, positive, resolve_geometry  # noqa: E402
+from util.logging import memory_gib  # noqa: E402
+from util.measure import alternate, count_kernels, count_work, matmul  # noqa: E402
+from util.optimization import EMA, build_optimizer  # noqa: E402
+from util.options import (evaluation_parser, fraction, integer_list, model_options, positive, resolve_geometry,  # noqa: E402
+                          sampling_options)
+from util.randomness import draw, image_noise  # noqa: E402
+
+GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
 
 
 def parse_args():
     parser = evaluation_parser()
     parser.description = __doc__.splitlines()[0]
-    parser.add_argument("what", choices=("evaluate", "data"), help="what to measure")
+    parser.add_argument("what", choices=sorted(BENCHMARKS), help="what to measure")
+    parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory: images")
+    parser.add_argument("--use_checkpoint", action="store_true", help="train, memory: recompute activations")
+    parser.add_argument("--attn_dropout", type=fraction, default=0.1, help="train, memory: as in training")
+    parser.add_argument("--proj_dropout", type=fraction, default=0.1, help="train, memory: as in training")
+    parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts: timings, whose median counts")
     parser.add_argument("--latents", type=positive, default=200000, help="data: synthetic latents of each layout")
     parser.add_argument("--scratch", default="output/benchmark", help="data: folder for them (3 MiB a hundred in shards, 6 in npz)")
     parser.add_argument("--workers", type=integer_list, default=(1, 2, 4), help="data: numbers of loader workers")
@@ -54,6 +82,210 @@ def build(args, device):
     resolve_geometry(args)
     vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult)
     return build_model(args.model, **model_options(args)).to(device).eval(), vae.to(device).eval().requires_grad_(False)
+
+
+# ---- training and sampling -----------------------------------------------------------------------------------
+
+
+def training_inputs(model, batch, device):
+    """(latents, labels, t, noise) at random."""
+    draws = draw(model, batch, 0, device)
+    return draws.posterior, torch.arange(batch, device=device) % model.class_num, draws.t, draws.noise
+
+
+def benchmark_train(args, device):
+    """Optimizer steps: forward, backward, clipping, fused AdamW, EMA."""
+    model = build_network(args, device).train()
+    optimizer, ema = build_optimizer(model, LR, WEIGHT_DECAY), EMA(model, EMA_RATE)
+    latents_, labels, t, noise = training_inputs(model, args.batch_size, device)
+
+    def step(loss):
+        with autocast(device, args.precision):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+
+    ways = {"fast": lambda: step(lambda: model(latents_, labels, t=t, noise=noise)),
+            "plain": lambda: step(lambda: plain.loss(model, latents_, labels, t, noise)[0])}
+    work = count(ways, args, device)  # before anything is compiled
+    if args.compile:
+        model.compile_blocks()
+    return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout,
+            "attention_kernel": model.attention_kernel(AUTOCAST.get(args.precision)), **work,
+            **compare(ways, args.batch_size, flops.training_flops(model), args, device)}
+
+
+@torch.no_grad()
+def benchmark_sample(args, device):
+    """Latents of a batch of args.eval_bsz images; decoding is not among it."""
+    slow = build_network(args, device).eval()
+    model = copy.deepcopy(slow).for_sampling(AUTOCAST.get(args.precision))
+    labels = torch.arange(args.eval_bsz, device=device) % model.class_num
+    noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
+    options, latents_ = sampling_options(args), {}
+    if args.solver != "euler" or args.num_step_last is not None or args.temperature != 1:
+        raise FlowARError("benchmark.py sample compares with the plain Euler sampler: leave out --solver, --num_step_last, --temperature")
+    counted = dict(cfg=args.cfg, guidance=args.guidance, num_steps=args.num_step, cfg_schedule=args.cfg_schedule)
+
+    def fast():
+        with autocast(device, args.precision):
+            latents_["fast"] = model.sample_tokens(labels, noise=noise, **options)
+
+    def plainly():
+        with autocast(device, args.precision):
+            latents_["plain"] = plain.sample(slow, labels, noise, **counted)
+
+    ways = {"fast": fast, "plain": plainly}
+    work = count(ways, args, device)
+    if args.compile:
+        model.compile_sampler(args.compile)
+    result = compare(ways, args.eval_bsz, sum(flops.sampling_flops(model, args.eval_bsz, **counted).values()), args, device)
+    difference = (latents_["fast"] - latents_["plain"]).norm() / latents_["plain"].norm()
+    return {"eval_bsz": args.eval_bsz, **counted, "attention_kernel": model.attention_kernel(AUTOCAST.get(args.precision)), **work,
+            "difference": difference.item(), **result}
+
+
+def build_network(args, device):
+    torch.manual_seed(args.seed)
+    resolve_geometry(args)
+    if args.compile:
+        check_compiler(device)
+    return build_model(args.model, **model_options(args)).to(device)
+
+
+def count(ways, args, device):
+    """What each way asks of the machine, eager: operations, gigabytes they read and write, CUDA kernels where there are any."""
+    found = {}
+    for name, way in ways.items():
+        operations, size = count_work(way)
+        found[name] = {"operations": operations, "gigabytes": size / 1e9}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            found[name]["kernels"] = count_kernels(way)
+            found[name]["memory_gib"] = memory_gib(device)
+    return {"work": found} if device.type == "cuda" else {"work": found, "process_memory_gib": memory_gib(device)}
+
+
+def compare(ways, images, operations, args, device):
+    """Timings of the ways and of a large matrix product in turns. operations: floating-point, of an image."""
+    product, product_operations = matmul(device, AUTOCAST.get(args.precision, torch.float32))
+    taken = alternate({**ways, "matmul": product}, device, args.repeats)
+    peak, reached = product_operations / taken["matmul"], images * operations / taken["fast"]
+    result = {"seconds": taken, "images_per_second": images / taken["fast"], "gigaflop_per_image": operations / 1e9,
+              "gigaflops": reached / 1e9, "matmul_gigaflops": peak / 1e9, "share_of_peak": reached / peak, "ratio": taken["plain"] / taken["fast"]}
+    print(f"{args.what} {args.model}, {images} images of {args.img_size}, {args.precision}, compile {args.compile}: "
+          f"{1000 * taken['fast']:.0f} ms, {result['images_per_second']:.3f} images/s, {reached / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
+          f"{100 * result['share_of_peak']:.0f} %; plain {1000 * taken['plain']:.0f} ms, ratio {result['ratio']:.2f}", flush=True)
+    return result
+
+
+# ---- each step alone -----------------------------------------------------------------------------------------
+
+
+def benchmark_parts(args, device):
+    """Seconds of what each step changes, with and without it, forward and backward where it is of training."""
+    model = build_network(args, device).train()
+    latents_, labels, t, noise = training_inputs(model, args.batch_size, device)
+    sizes, head = [s * s for s in model.scale], model.flownet
+    x, z = torch.cat(noise, dim=1), torch.randn(args.batch_size, model.tokens, head.cond_embed.in_features, device=device)
+    block, dtype = model.blocks[0], AUTOCAST.get(args.precision, torch.float32)
+    width = head.cond_embed.out_features
+    mlp = GatedMLP(width).to(device)
+    q, k, v = torch.randn(3, args.batch_size, block.attn.num_heads, model.tokens, 4 * len(block.attn.rope.freqs), device=device,
+                          dtype=dtype, requires_grad=True).unbind(0)
+    rows = torch.randn(args.batch_size * model.tokens, width, device=device)
+    times = torch.linspace(1, 0, args.num_step + 1, device=device)
+    rope_table = head.rope_table(model.scale[-1:])
+    last = z[:, -sizes[-1]:]
+    prepared = head.prepare(last, times, rope_table)
+    step, now = torch.zeros(1, dtype=torch.long, device=device), times[:1].expand(args.batch_size)
+    parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizers = {fused: torch.optim.AdamW(parameters, lr=0.0, fused=fused) for fused in (True, None)}
+    average = [p.detach().clone() for p in parameters]
+
+    def backward(function):
+        def run():
+            with autocast(device, args.precision):
+                result = function()
+            result.float().sum().backward()
+        return run
+
+    def forward(function):
+        def run():
+            with torch.no_grad(), autocast(device, args.precision):
+                function()
+        return run
+
+    @torch.no_grad()
+    def one_by_one():
+        for a, p in zip(average, parameters):
+            a.mul_(EMA_RATE).add_(p, alpha=1 - EMA_RATE)
+
+    parts = {
+        "one pass of the flow head (training)": (
+            backward(lambda: head.all_scales(x, t, z, model.scale)),
+            backward(lambda: torch.cat([plain.velocity(head, noise[i], t[i], z[:, model.spans[i]]) for i in range(len(sizes))], dim=1))),
+        "attention by prefixes, no mask (training)": (
+            backward(lambda: attend(q, k, v, model.scale, causal=True)),
+            backward(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, model.mask.to(dtype)))),
+        "hoisting out of the Euler loop (sampling)": (
+            forward(lambda: head.velocity(noise[-1], step, prepared)), forward(lambda: plain.velocity(head, noise[-1], now, last))),
+        f"MLP of {mlp.fc1_g.out_features} padded to a multiple of 64 (training)": (
+            backward(lambda: mlp(rows)), backward(lambda: plain.mlp(mlp, rows))),
+        "fused AdamW (training)": (optimizers[True].step, optimizers[None].step),
+        "EMA in one update (training)": (lambda: torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - EMA_RATE), one_by_one),
+    }
+    rows_ = []
+    for name, (fast, slow) in parts.items():
+        taken = alternate({"fast": fast, "plain": slow}, device, args.repeats)
+        work = {way: count_work(function) for way, function in (("fast", fast), ("plain", slow))}
+        rows_.append({"part": name, "seconds": taken, "ratio": taken["plain"] / taken["fast"],
+                      "operations": {way: found[0] for way, found in work.items()},
+                      "gigabytes": {way: found[1] / 1e9 for way, found in work.items()}})
+        print(f"{name:50s} {1000 * taken['plain']:9.1f} -> {1000 * taken['fast']:9.1f} ms, ratio {rows_[-1]['ratio']:.2f}; operations "
+              f"{work['plain'][0]} -> {work['fast'][0]}, {work['plain'][1] / 1e9:.2f} -> {work['fast'][1] / 1e9:.2f} GB", flush=True)
+    return {"batch_size": args.batch_size, "num_step": args.num_step, "parts": rows_}
+
+
+# ---- memory --------------------------------------------------------------------------------------------------
+
+
+def held_bytes(model, batch, args, device):
+    """Bytes that the backward pass of a batch needs, weights and their low-precision copies apart."""
+    latents_, labels, t, noise = training_inputs(model, batch, device)
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, args.precision):
+        loss = model(latents_, labels, t=t, noise=noise)
+    del loss
+    return sum(held.values())
+
+
+def benchmark_memory(args, device):
+    """Counted on one and on two images: everything grows in proportion to the batch but the weights."""
+    model = build_network(args, device).train()
+    one, two = (held_bytes(model, batch, args, device) for batch in (1, 2))
+    parameters = sum(p.numel() for p in model.parameters())
+    fixed = parameters * 4 * 5  # weights, gradients, two moments of AdamW, EMA, all float32
+    activations = (two - one) * args.batch_size
+    low = parameters * 2 if args.precision in AUTOCAST else 0
+    print(f"memory {args.model}, batch {args.batch_size}, {args.precision}, recomputing {args.use_checkpoint}: weights, gradients, AdamW, EMA "
+          f"{fixed / 2**30:.1f} GiB; activations {activations / 2**30:.1f} GiB ({(two - one) / 2**20:.0f} MiB an image)", flush=True)
+    return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout, "fixed_gib": fixed / 2**30,
+            "low_precision_weights_gib": low / 2**30, "activations_gib": activations / 2**30, "mib_per_image": (two - one) / 2**20}
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------
 
 
 def in_memory(model, vae, args, device, extractor, folder):
@@ -83,12 +315,11 @@ def benchmark_evaluate(args, device):
                 result = way(model, vae, run, device, extractor, Path(folder))
                 seconds[way.__name__] = time.perf_counter() - start
                 report = result if way is in_memory else report
-    return {"model": args.model, "num_images": args.num_images, "eval_bsz": args.eval_bsz, "num_step": args.num_step,
-            "cfg": args.cfg, "precision": args.precision, "feature_extractor": extractor.name,
+    return {"num_images": args.num_images, "eval_bsz": args.eval_bsz, "num_step": args.num_step,
+            "cfg": args.cfg, "feature_extractor": extractor.name,
             **{f"seconds_{way}": value for way, value in seconds.items()},
             "images_per_second": args.num_images / seconds["in_memory"],
-            "ratio": seconds["through_files"] / seconds["in_memory"], "seconds_per_image": report["seconds_per_image"],
-            **machine(device)}
+            "ratio": seconds["through_files"] / seconds["in_memory"], "seconds_per_image": report["seconds_per_image"]}
 
 
 # ---- data ----------------------------------------------------------------------------------------------------
@@ -195,15 +426,19 @@ def benchmark_data(args, device):
                   flush=True)
     rate = {(row["kind"], row["workers"]): row["warm"] for row in rows}
     return {"latents": args.latents, "rows": rows, "vae_images_per_second": encoding_rate(args, device),
-            "ratio_shards_npz": {str(workers): rate["shards", workers] / rate["npz", workers] for workers in args.workers},
-            **machine(device)}
+            "ratio_shards_npz": {str(workers): rate["shards", workers] / rate["npz", workers] for workers in args.workers}}
+
+
+BENCHMARKS = {"train": benchmark_train, "sample": benchmark_sample, "parts": benchmark_parts, "memory": benchmark_memory,
+              "evaluate": benchmark_evaluate, "data": benchmark_data}
 
 
 def main():
     args = single_point(parse_args())
     device = select_device(args.device)
     args.precision = set_precision(args.precision, device)
-    result = {"evaluate": benchmark_evaluate, "data": benchmark_data}[args.what](args, device)
+    result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile,
+              **BENCHMARKS[args.what](args, device), **machine(device)}
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:

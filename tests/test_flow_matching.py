@@ -9,7 +9,7 @@ from models import flow_matching as fm
 
 
 def test_path_and_target():
-    x, e, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0.0, 1.0])
+    x, e, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0.0, 1.0])[:, None, None]
     path = fm.interpolate(x, e, t)
     assert torch.equal(path[0], x[0]) and torch.equal(path[1], e[1])
     small = 1e-3
@@ -57,7 +57,7 @@ def test_guidance_acts_only_inside_its_interval(interval, doubled):
         calls.append(len(x))
         return z.expand_as(x)
 
-    velocity = fm.guided_velocity(network, torch.ones(2, 1), torch.zeros(2, 1), 3.0, interval)
+    velocity = fm.guided_velocity(network, torch.ones(2, 1), torch.tensor([[1.0], [1.0], [0.0], [0.0]]), 3.0, interval)
     values = [velocity(torch.zeros(2, 1), t)[0].item() for t in fm.time_grid(50).tolist()]
     assert calls.count(4) == doubled == values.count(3.0)
     assert values.count(1.0) == 51 - doubled
@@ -85,7 +85,7 @@ def test_order_of_the_solvers(solver, order):
 def test_evaluations_are_counted(solver, nfe):
     calls = []
     network = fm.counted(lambda x, t, z: z, calls)
-    velocity = fm.guided_velocity(network, torch.ones(3, 1), torch.zeros(3, 1), 2.0, 0.28)
+    velocity = fm.guided_velocity(network, torch.ones(3, 1), torch.ones(6, 1), 2.0, 0.28)
     fm.SOLVERS[solver](velocity, torch.zeros(3, 1), fm.time_grid(25))
     assert len(calls) == nfe and set(calls) == {3, 6}
     late = 12 if solver != "heun" else 12 + 13  # Heun also looks at the end of the last early step, t = 0.25

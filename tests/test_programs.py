@@ -12,7 +12,7 @@ from helpers import GEOMETRY, ROOT, inputs, make_project, run, small_model, trai
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import models.flow_head
+import models.layers
 import models.flowar
 from models import FlowARError
 from util.evaluation import single_point
@@ -303,11 +303,11 @@ def test_a_minimum_above_the_peak_rate_is_said(project, tmp_path, capsys):
 
 def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch):
     recomputed = []
-    for module in (models.flowar, models.flow_head):
-        monkeypatch.setattr(module, "checkpoint", lambda block, *args, original=module.checkpoint, **options: (
-            recomputed.append(block), original(block, *args, **options))[1])
+    original = models.layers.checkpoint
+    monkeypatch.setattr(models.layers, "checkpoint", lambda block, *args, **options: (
+        recomputed.append(block), original(block, *args, **options))[1])
     again = train(project, tmp_path, "--use_checkpoint")
-    assert len(recomputed) == 10 * (2 + 3 * 3)  # 10 steps: 2 transformer blocks, 3 flow blocks at each of 3 scales
+    assert len(recomputed) == 10 * (2 + 3)  # 10 steps: 2 transformer blocks, 3 flow blocks
     assert distance(trained[0], again) < 1e-5
 
 

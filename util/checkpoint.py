@@ -73,11 +73,11 @@ def load_model(model, state, path):
 
 
 def load_optimizer(optimizer, scaler, content, path):
-    decay = [group["weight_decay"] for group in optimizer.param_groups]  # the options', not the checkpoint's
     try:
-        optimizer.load_state_dict(content["optimizer"])
-        for group, value in zip(optimizer.param_groups, decay):
-            group["weight_decay"] = value
+        saved = content["optimizer"]
+        groups = [{**group, "weight_decay": own["weight_decay"], "fused": own["fused"]}  # the options', not the checkpoint's
+                  for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
+        optimizer.load_state_dict({**saved, "param_groups": groups})
         for state in optimizer.state.values():  # nothing may stay mapped to the file, which will be replaced
             state.update({key: value.clone() for key, value in state.items() if isinstance(value, torch.Tensor) and value.device.type == "cpu"})
         if content.get("scaler"):

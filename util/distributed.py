@@ -1,6 +1,7 @@
 """Processes, devices and precision: torchrun on nccl or gloo, or one process without it."""
 import contextlib
 import os
+import shutil
 import sys
 from datetime import timedelta
 
@@ -93,6 +94,25 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+class HostCopy:
+    """A small tensor on its way to the host. tolist() waits for what came before it on the device, and for no more."""
+
+    def __init__(self, tensor):
+        self.copied = None
+        if tensor.device.type == "cuda":
+            self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.values.copy_(tensor, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.values = tensor
+
+    def tolist(self):
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.tolist()
+
+
 def from_main(function):
     """What function() returns on rank 0, on every rank; it is called there alone. The value is picklable."""
     value = [function() if is_main() else None]
@@ -127,6 +147,13 @@ def autocast(device, precision):
     if precision in AUTOCAST:
         return torch.autocast(device.type, AUTOCAST[precision])
     return contextlib.nullcontext()
+
+
+def check_compiler(device):
+    """FlowARError if --compile would find no C++ compiler: on a CPU for its kernels, on CUDA for what launches them."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(map(shutil.which, names)):
+        raise FlowARError(f"--compile needs a C++ compiler on {device.type}, and {' or '.join(names)} is not on PATH")
 
 
 def run_main(main):

@@ -53,13 +53,16 @@ class TrainingLog:
     def end_epoch(self):
         self.bar.close()
 
-    def training(self, step, epoch, steps_left, loss, grad_norm, lr, scales, images_per_step):
-        """scales: {scale: loss}."""
-        elapsed = time.time() - self.since
-        rate = self.images / max(elapsed, 1e-9)
+    def rate(self):
+        """Images per second over all ranks since it was last asked for."""
+        images, since = self.images, self.since
         self.since, self.images = time.time(), 0
+        return images / max(self.since - since, 1e-9)
+
+    def training(self, step, epoch, seconds_left, rate, loss, grad_norm, lr, scales):
+        """scales: {scale: loss}."""
         memory = memory_gib(self.device)
-        left = timedelta(seconds=int(steps_left * images_per_step / max(rate, 1e-9)))
+        left = timedelta(seconds=int(seconds_left))
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, grad {grad_norm:.2f}, lr {lr:.2e}, {memory:.1f} GiB, {left} left", refresh=False)
         self.scalars("train", step, epoch, {

@@ -17,13 +17,13 @@ def peak_learning_rate(blr, global_batch):
 
 
 def build_optimizer(model, lr, weight_decay, betas=BETAS):
-    """AdamW; weight decay on every parameter with two or more dimensions, none on the others."""
+    """Fused AdamW; weight decay on every parameter with two or more dimensions, none on the others."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate(epoch, *, lr, min_lr, epochs, warmup_epochs, schedule="cosine"):

@@ -131,6 +131,7 @@ def add_checkpoint_options(parser):
     add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth, a .pth or a .safetensors")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
+    add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"), help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small batches of samples")
     add("--seed", type=count, default=0, help="seed of everything that is drawn")
 
 
@@ -236,5 +237,7 @@ def resolve_training(args, world_size):
     if args.lr_schedule == "cosine" and args.min_lr > args.lr:
         log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global batch / "
             "256): the cosine will rise")
+    if args.compile == "graphs":
+        raise FlowARError("--compile graphs is for sampling: in training use --compile")
     if args.use_cached and not args.cached_path:
         raise FlowARError("--use_cached needs --cached_path")

@@ -1,0 +1,279 @@
+"""What makes it fast changes nothing: against the plain way, padded, compiled, recomputed, prepared for sampling."""
+import copy
+
+import golden
+import plain
+import pytest
+import torch
+from helpers import inputs, small_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import build_model
+from models.layers import GatedMLP, attend
+from util import flops
+from util.optimization import EMA, build_optimizer
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(found, expected):
+    for name, gradient in expected.items():
+        golden.assert_close(found[name], gradient, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(cross=True), dict(scale=(1, 4)), dict(scale=(1, 2, 4, 8), img_size=32)])
+def test_one_pass_of_all_scales_equals_one_pass_a_scale(options):
+    model = small_model(**options)
+    latents, labels, t, noise = inputs(model, batch=3)
+    expected, per_scale = plain.loss(model, latents, labels, t, noise)
+    golden.assert_close(model.scale_losses(latents, labels, t=t, noise=noise), per_scale.detach())
+    loss = model(latents, labels, t=t, noise=noise)
+    golden.assert_close(loss, expected.detach())
+    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+
+
+def test_attention_needs_no_mask():
+    scales = (1, 2, 3)
+    q, k, v = torch.randn(3, 2, 4, 14, 8).unbind(0)
+    level = torch.cat([torch.full((s * s,), i) for i, s in enumerate(scales)])
+    for causal, sees in ((True, level[:, None] >= level[None]), (False, level[:, None] == level[None])):
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, sees)
+        golden.assert_close(attend(q, k, v, scales, causal), dense.transpose(1, 2).flatten(2))
+
+
+# ---- padded matrices -----------------------------------------------------------------------------------------
+
+
+def test_the_released_width_is_padded_to_a_multiple_of_64():
+    mlp = GatedMLP(1024)
+    assert mlp.fc1_g.out_features == 2730 and tuple(mlp.fc2.weight.shape) == (1024, 2730)
+    x = torch.randn(3, 1024, requires_grad=True)
+    expected = plain.mlp(mlp, x)
+    golden.assert_close(mlp(x), expected.detach())
+    found, wanted = (torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()]) for y in (mlp(x), expected))
+    for a, b in zip(found, wanted):
+        golden.assert_close(a, b)
+    names, shapes = zip(*((name, p.shape) for name, p in mlp.named_parameters()))
+    mlp.widen()
+    assert mlp.fc1_g.weight.shape == (2752, 1024) and mlp.fc2.weight.shape == (1024, 2752)
+    golden.assert_close(mlp(x), expected.detach())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_padding_stays_zero_under_training(dropout):
+    """A layer whose weights are padded themselves learns the same, and its padding stays zero, decay and all."""
+    torch.manual_seed(0)
+    narrow = GatedMLP(32, dropout=dropout)  # 85 wide
+    wide = copy.deepcopy(narrow)
+    wide.widen()
+    wide.requires_grad_(True)
+    assert wide.fc1_g.out_features == 128
+    optimizers = [build_optimizer(mlp, 1e-2, 0.1) for mlp in (narrow, wide)]
+    for step in range(5):
+        x = torch.randn(16, 32)
+        for mlp, optimizer in zip((narrow, wide), optimizers):
+            torch.manual_seed(step)
+            mlp(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for weight, dim in ((wide.fc1_g.weight, 0), (wide.fc1_x.weight, 0), (wide.fc1_g.bias, 0), (wide.fc1_x.bias, 0), (wide.fc2.weight, 1)):
+        assert not weight.narrow(dim, 85, 128 - 85).any() and weight.narrow(dim, 0, 85).all()
+    if not dropout:
+        golden.assert_close(wide.fc2.weight[:, :85], narrow.fc2.weight.detach())
+
+
+# ---- prepared for sampling -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_prepared_for_sampling_it_gives_the_same_bits(cross, dtype):
+    model = small_model(cross=cross)
+    _, labels, _, noise = inputs(model)
+
+    def sample(model):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            return model.sample_tokens(labels, noise=noise, cfg=3.0, num_steps=6)
+
+    prepared = copy.deepcopy(model).for_sampling(dtype)
+    assert torch.equal(sample(prepared), sample(model))
+    assert prepared.flownet.res_blocks[0].mlp.fc1_g.out_features % 64 == 0
+    assert not any(p.requires_grad for p in prepared.parameters())
+
+
+def test_guidance_work_runs_only_where_it_acts():
+    """Tokens through the flow head's first layer: two branches in the late steps of the finer scales, else one."""
+    model = small_model()
+    _, labels, _, noise = inputs(model)
+    batches = []
+    model.flownet.input_proj.register_forward_hook(lambda module, args, output: batches.append((args[0].shape[1], len(args[0]))))
+    model.sample_tokens(labels, noise=noise, cfg=3.0, guidance=0.28, num_steps=10)
+    assert batches == [(1, 2)] * 10 + ([(4, 2)] * 5 + [(4, 4)] * 5) + ([(16, 2)] * 5 + [(16, 4)] * 5)
+
+
+def test_what_steps_share_is_computed_once_a_scale():
+    model = small_model(cross=True)
+    _, labels, _, noise = inputs(model)
+    head, block = model.flownet, model.flownet.res_blocks[0]
+    calls = {}
+    for name, module in (("condition", head.cond_embed), ("time", head.time_embed), ("keys", block.crossattn.kv),
+                         ("adaLN of time", block.ada_lin_attn), ("adaLN of tokens", block.ada_lin_mlp)):
+        module.register_forward_hook(lambda module, args, output, name=name: calls.setdefault(name, []).append(tuple(output.shape)))
+    model.sample_tokens(labels, noise=noise, cfg=3.0, guidance=0.9, num_steps=10)
+    assert {name: len(found) for name, found in calls.items()} == {
+        "condition": 3, "time": 3, "keys": 3, "adaLN of time": 3, "adaLN of tokens": 30}
+    assert calls["adaLN of time"][0] == (11, 192)  # one a time, not one an image
+
+
+# ---- recomputation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # of saved_bytes
+@pytest.mark.parametrize("cross", [False, True])
+def test_recomputing_keeps_gradients_and_attention_outputs(cross):
+    model = small_model(cross=cross)
+    latents, labels, t, noise = inputs(model)
+    expected = gradients(model, model(latents, labels, t=t, noise=noise))
+    once = step_flops(model, latents, labels, t, noise)
+    held = saved_bytes(model, latents, labels, t, noise)
+    model.use_checkpoint = model.flownet.use_checkpoint = True
+    assert_same_gradients(gradients(model, model(latents, labels, t=t, noise=noise)), expected)
+    again = step_flops(model, latents, labels, t, noise)
+    assert again["attention"] == once["attention"] > 0 and again["linear"] > 1.2 * once["linear"]
+    assert saved_bytes(model, latents, labels, t, noise) < 0.5 * held
+
+
+def step_flops(model, latents, labels, t, noise):
+    """{attention, linear}: what a training step computes, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        model(latents, labels, t=t, noise=noise).backward()
+    total = counter.get_flop_counts()["Global"]
+    attention = sum(count for op, count in total.items() if "attention" in str(op))
+    return {"attention": attention, "linear": sum(total.values()) - attention}
+
+
+def saved_bytes(model, latents, labels, t, noise):
+    """Bytes of activations that the backward pass holds."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(latents, labels, t=t, noise=noise)
+    del loss
+    return sum(held.values())
+
+
+# ---- torch.compile -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs():
+    """The number of graphs that dynamo has compiled so far."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_codegen(monkeypatch):
+    """torch.compile without a C++ compiler: dynamo and AOTAutograd as ever, their graphs run by PyTorch itself."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, mode=None, **options: real(*args, **options, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("what,limit", [("blocks", 2), ("graphs", 4)])
+def test_sampling_compiles_once_for_all_scales_steps_and_batches(cross, what, limit, graphs, no_codegen):
+    model = small_model(cross=cross, diffloss_d=2, scale=(1, 2, 4, 8), img_size=32)
+    _, labels, _, noise = inputs(model, batch=3)
+    options = dict(cfg=3.0, guidance=0.5, num_steps=6)
+    expected = model.sample_tokens(labels, noise=noise, **options)
+    model.compile_sampler(what)
+    golden.assert_close(model.sample_tokens(labels, noise=noise, **options), expected)
+    first = graphs()
+    assert 1 <= first <= limit  # the 1x1 scale has a graph of its own; views of the doubled batch may
+    for batch, num_steps in ((3, 10), (4, 6), (7, 8)):
+        _, labels, _, noise = inputs(model, batch=batch)
+        model.sample_tokens(labels, noise=noise, cfg=2.0, num_steps=num_steps)
+    assert graphs() == first
+
+
+@pytest.mark.parametrize("cross,recompute", [(False, False), (True, False), (True, True)])
+def test_training_compiles_one_graph_a_kind_of_block(cross, recompute, graphs, no_codegen):
+    model = small_model(cross=cross, diffloss_d=3, encoder_depth=3, decoder_depth=2, use_checkpoint=recompute).train()
+    latents, labels, t, noise = inputs(model)
+    drop = torch.zeros(2, dtype=torch.bool)
+    step = lambda: gradients(model, model(latents, labels, t=t, noise=noise, drop=drop))  # noqa: E731
+    expected = step()
+    model.compile_blocks()
+    assert_same_gradients(step(), expected)
+    assert graphs() == 2  # the transformer's block and the flow head's
+    assert list(model.state_dict()) == list(small_model(cross=cross, diffloss_d=3, encoder_depth=3, decoder_depth=2).state_dict())
+    step()
+    assert graphs() == 2
+
+
+# ---- the optimizer -------------------------------------------------------------------------------------------
+
+
+def test_optimizer_and_ema_are_fused():
+    model = small_model()
+    assert all(group["fused"] for group in build_optimizer(model, 1e-3, 0.02).param_groups)
+    ema = EMA(model, 0.9)
+    with torch.profiler.profile() as profile:
+        ema.update(model)
+    assert [event.count for event in profile.key_averages() if "lerp" in event.key and "foreach" in event.key] == [1]
+
+
+# ---- counted operations --------------------------------------------------------------------------------------
+
+
+def counted(function):
+    """(all, attention's) operations that PyTorch counts in function()."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    total = counter.get_flop_counts()["Global"]
+    return sum(total.values()), sum(count for op, count in total.items() if "attention" in str(op))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_flop_formula_of_training(cross):
+    model = small_model(cross=cross, encoder_embed_dim=96, decoder_embed_dim=96, diffloss_w=192, diffloss_d=2)  # nothing padded
+    latents, labels, t, noise = inputs(model, batch=3)
+    loss = lambda: model(latents, labels, t=t, noise=noise)  # noqa: E731
+    forward, attention = counted(loss)
+    assert forward == 3 * sum(flops.forward_flops(model).values())
+    # Attention's backward pass computes the scores again: 5 products for 2. The gradient of the inputs is not needed.
+    inputs_ = 3 * ((model.tokens - 1) * flops.linear(model.z_proj) + model.tokens * flops.linear(model.flownet.input_proj)
+                   + 3 * flops.linear(model.flownet.time_embed.mlp[0]))
+    assert counted(lambda: loss().backward())[0] == 3 * flops.training_flops(model) + attention / 2 - inputs_
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("options", [dict(cfg=3.0, guidance=0.28, num_steps=10), dict(num_steps=7), dict(
+    cfg=2.0, cfg_schedule="constant", num_steps=8, num_steps_last=4)])
+def test_flop_formula_of_sampling(cross, options):
+    model = small_model(cross=cross, encoder_embed_dim=96, decoder_embed_dim=96, diffloss_w=192, diffloss_d=2)
+    _, labels, _, noise = inputs(model, batch=3)
+    found, _ = counted(lambda: model.sample_tokens(labels, noise=noise, **options))
+    assert found == pytest.approx(3 * sum(flops.sampling_flops(model, 3, **options).values()), rel=1e-12)
+
+
+@pytest.mark.parametrize("name,options,tera", [
+    ("flowar_small", dict(cfg=4.3), 1.401), ("flowar_large", dict(cfg=2.4), 7.409),
+    ("flowar_huge", dict(cfg=2.4, num_steps=50, guidance=0.7), 30.304)])
+def test_flops_of_an_image_at_the_published_settings(name, options, tera):
+    with torch.device("meta"):
+        model = build_model(name)
+    assert sum(flops.sampling_flops(model, 256, **options).values()) == pytest.approx(tera * 1e12, rel=1e-3)
