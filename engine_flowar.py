@@ -20,7 +20,7 @@ from util.data import to_uint8
 from util.distributed import (AUTOCAST, HostCopy, all_reduce_sum, autocast, check_compiler, from_main, gather_to_main, is_main,
                               log, rank, set_precision, world_size)
 from util.evaluation import (RESULTS, STAGES, FinishedBatches, PngWriter, Stopwatch, check_settings, plot_sweep, point_name,
-                             sweep_points, table_row, write_npz, write_table)
+                             sweep_points, sweep_rows, write_npz, write_table)
 from util.files import file_hash, make_directory, write_json
 from util.optimization import adjust_learning_rate
 from util.latents import vae_identity
@@ -183,7 +183,7 @@ def refuse_not_finite(bad, count, args):
     """FlowARError that names images whose pixels are not finite, if there are any."""
     if bad:
         raise FlowARError(f"{len(bad)} of {count} images are not finite: {name_some(map(str, sorted(bad)), 8)}; the weights "
-                          f"may be damaged, or --precision {args.precision} overflows (try fp32)")
+                          f"of {args.resume or 'the EMA'} may be damaged" + ("" if args.precision == "fp32" else f", or --precision {args.precision} overflows (try fp32)"))
 
 
 def generate_all(model, vae, labels, args, device):
@@ -217,8 +217,9 @@ def load_for_evaluation(args, device):
     vae, extra = open_vae(args.vae, args.vae_path)
     if extra:
         log(f"{args.vae_path}: {len(extra)} tensors are not the VAE's and were left out")
-    known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride,
-             **checkpoint.recognise_geometry(state, path, vae.embed_dim)}
+    geometry = checkpoint.recognise_geometry(state, path, vae.embed_dim)
+    checkpoint.check_geometry(args, geometry, path)
+    known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
     known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
     if args.model is None:
         known.update(checkpoint.recognise_size(state, path))
@@ -438,7 +439,6 @@ def evaluate_checkpoint(args, device):
     log(f"{description['model']}: {description['parameters']:,} parameters from {description['checkpoint']}")
     judge = build_judge(args, device)
     points = list(sweep_points(args))
-    rows = []
     for point in points:
         output = Path(args.output_dir) / point_name(args, point)
         report = evaluate(model, vae, point, device, description, output, judge)
@@ -446,10 +446,10 @@ def evaluate_checkpoint(args, device):
             continue
         print_report(report, judge[0], output)
         if len(points) > 1:
-            rows.append(table_row(report))
+            rows = sweep_rows(args.output_dir)  # with those of earlier sweeps into the same folder
             write_table(rows, Path(args.output_dir) / "results.csv")
             metric = judge[0].distance if judge[1] else "inception_score_mean"
-            if metric in rows[0]:
+            if all(metric in row for row in rows):
                 plot_sweep(rows, metric, Path(args.output_dir) / "sweep.png")
 
 

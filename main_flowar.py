@@ -20,7 +20,7 @@ from models.vae import open_vae
 from models.weights import name_some
 from util import checkpoint, distributed
 from util.data import Images, build_loader, check_classes
-from util.distributed import agree, all_reduce_sum, is_main, log, rank, world_size
+from util.distributed import agree, all_reduce_sum, from_main, is_main, log, rank, world_size
 from util.evaluation import single_point, write_png
 from util.files import make_directory
 from util.latents import (NpzMoments, ShardedMoments, check_index, kind_of_cache, npz_latent_scale, read_index, vae_identity,
@@ -150,6 +150,15 @@ class Data:
         return build_loader(data, args.batch_size, **self.workers), to_moments
 
 
+def refuse_overwriting(args):
+    """FlowARError if --output_dir holds a checkpoint that this run does not go on from."""
+    last = Path(args.output_dir) / checkpoint.LAST
+    resumed = args.resume and (Path(args.resume) / checkpoint.LAST if Path(args.resume).is_dir() else Path(args.resume))
+    if last.is_file() and not (resumed and resumed.is_file() and resumed.samefile(last)):
+        raise FlowARError(f"--output_dir {args.output_dir} holds a {checkpoint.LAST} that this run would overwrite: go on from it with "
+                          f"--resume {args.output_dir}, or choose another --output_dir")
+
+
 def resume(args, network, ema, optimizer, scaler):
     """Load --resume if it is there; the first epoch to train."""
     if not args.resume:
@@ -165,7 +174,8 @@ def resume(args, network, ema, optimizer, scaler):
         log(f"{path}: weights alone; the optimizer starts fresh")
         return 0
     epoch = checkpoint.load_optimizer(optimizer, scaler, content, path)
-    log(f"{path}: going on after epoch {epoch + 1}")
+    changed = checkpoint.changed_options(content, args)
+    log(f"{path}: going on after epoch {epoch + 1}" + (f", with other options than before: {changed}" if changed else ""))
     return epoch + 1
 
 
@@ -200,7 +210,7 @@ def train(args, device):
     args.precision = distributed.set_precision(args.precision, device)
     if is_main():
         make_directory(Path(args.output_dir))
-    distributed.barrier()
+    from_main(lambda: refuse_overwriting(args))
     data = Data(args, device)
     validation = data.validation()
     agree("whether there are cached latents, a validation set and a VAE", (data.kind, validation is not None, data.has_vae()))
@@ -232,7 +242,7 @@ def train(args, device):
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
     if first >= args.epochs:
-        log(f"all {args.epochs} epochs are trained already")
+        log(f"nothing to train: the first epoch would be number {first + 1} of --epochs {args.epochs}")
         return
 
     logger = TrainingLog(args.log_dir or args.output_dir, device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.errors import FlowARError
-from models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention, modulate, run_block
+from models.layers import CrossAttention, GatedMLP, Linear, RMSNorm, SelfAttention, modulate, run_block
 
 HEAD_DIM = 64
 FREQUENCIES = 128
@@ -19,7 +19,7 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t):
         step = (t.float() * TIME_STEPS).floor()
@@ -54,7 +54,7 @@ class AttnMLPBlock(FlowBlock):
         super().__init__()
         self.attn = SelfAttention(width, width // HEAD_DIM, qkv_bias=False)
         self.mlp = GatedMLP(width, mlp_ratio)
-        self.ada_lin = nn.Linear(width, 6 * width)
+        self.ada_lin = Linear(width, 6 * width)
 
     def step(self, h, a, time, context, rope_table, scales):
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(a).chunk(6, dim=-1)
@@ -72,8 +72,8 @@ class AttnCrossAttnMLPBlock(FlowBlock):
         self.norm2_1 = RMSNorm(width)
         self.norm2_2 = RMSNorm(cond_dim)
         self.mlp = GatedMLP(width, mlp_ratio)
-        self.ada_lin_attn = nn.Linear(width, 3 * width)
-        self.ada_lin_mlp = nn.Linear(width, 3 * width)
+        self.ada_lin_attn = Linear(width, 3 * width)
+        self.ada_lin_mlp = Linear(width, 3 * width)
 
     def time_modulation(self, silu_t):
         return self.ada_lin_attn(silu_t)
@@ -94,8 +94,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width, out_channels):
         super().__init__()
-        self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, h, a):
         shift, scale = self.adaLN_modulation[1](a).chunk(2, dim=-1)
@@ -143,8 +143,8 @@ class FlowHead(nn.Module):
             raise FlowARError(f"diffloss_d is {depth}: the flow head needs at least one block")
         self.use_checkpoint = use_checkpoint
         self.time_embed = TimeEmbedder(width)
-        self.cond_embed = nn.Linear(cond_dim, width)
-        self.input_proj = nn.Linear(channels, width)
+        self.cond_embed = Linear(cond_dim, width)
+        self.input_proj = Linear(channels, width)
         block = AttnCrossAttnMLPBlock if cross else AttnMLPBlock
         self.res_blocks = nn.ModuleList([block(width, cond_dim, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(width, channels)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 from models import flow_matching as fm
 from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
-from models.layers import GatedMLP, KVCache, RMSNorm, SelfAttention, modulate, run_block, spans
+from models.layers import GatedMLP, KVCache, Linear, RMSNorm, SelfAttention, modulate, run_block, spans
 
 
 class CausalBlock(nn.Module):
@@ -27,7 +27,7 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.attn = SelfAttention(dim, num_heads, True, attn_dropout, proj_dropout, causal=True)
         self.mlp = GatedMLP(dim, mlp_ratio, proj_dropout)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * dim))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(cond_dim, 6 * dim))
 
     def forward(self, x, c, rope_table, scales=None, cache=None):
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(c)[:, None].chunk(6, dim=-1)
@@ -84,14 +84,14 @@ class FlowAR(nn.Module):
         self.tokens = tokens = self.spans[-1].stop
 
         self.class_emb = nn.Embedding(class_num + 1, encoder_embed_dim)
-        self.z_proj = nn.Linear(self.token_channels, encoder_embed_dim)
+        self.z_proj = Linear(self.token_channels, encoder_embed_dim)
         self.z_proj_ln = RMSNorm(encoder_embed_dim)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, tokens, encoder_embed_dim))
         self.encoder_blocks = nn.ModuleList([
             CausalBlock(encoder_embed_dim, encoder_num_heads, encoder_embed_dim, mlp_ratio, attn_dropout, proj_dropout)
             for _ in range(encoder_depth)])
         self.encoder_norm = RMSNorm(encoder_embed_dim)
-        self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
+        self.decoder_embed = Linear(encoder_embed_dim, decoder_embed_dim)
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList([
             CausalBlock(decoder_embed_dim, decoder_num_heads, encoder_embed_dim, mlp_ratio, attn_dropout, proj_dropout)

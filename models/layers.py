@@ -34,8 +34,25 @@ class RMSNorm(nn.Module):
 
 
 def modulate(x, scale, shift):
-    """adaLN in float32: normalise without weight, then scale by (1 + scale) and shift."""
-    return rms_norm(x.float()) * (1 + scale.float()) + shift
+    """adaLN in float32: normalise without weight, then scale by (1 + scale) and shift. The result has the dtype of scale, a
+    linear layer's output, as the linear layers that follow would cast it.
+    """
+    return torch.addcmul(shift.float(), rms_norm(x.float()), 1 + scale.float()).to(scale.dtype)
+
+
+def linear(x, weight, bias=None):
+    """F.linear. Compiled, the bias is added apart, where it fuses with what follows: a CPU writes it out before the product."""
+    if bias is None or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight)
+    return y + bias.to(y.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear through linear()."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
@@ -51,28 +68,26 @@ class GatedMLP(SwiGLU):
     def __init__(self, dim, mlp_ratio=4.0, dropout=0.0):
         super().__init__(dim, int(dim * mlp_ratio * 2 / 3), act_layer=nn.GELU, drop=dropout)
 
-    def forward(self, x):
+    def padded(self):
+        """(weight, bias) of fc1_g and fc1_x, and fc2's weight, at the padded width."""
         missing = -self.fc1_g.out_features % ALIGNMENT
         if not missing:
-            return super().forward(x)
-        hidden = self.drop1(self.act(_widened(self.fc1_g, x, missing)) * _widened(self.fc1_x, x, missing))
-        return self.drop2(F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias))
+            return (self.fc1_g.weight, self.fc1_g.bias), (self.fc1_x.weight, self.fc1_x.bias), self.fc2.weight
+        rows = [(F.pad(layer.weight, (0, 0, 0, missing)), F.pad(layer.bias, (0, missing))) for layer in (self.fc1_g, self.fc1_x)]
+        return (*rows, F.pad(self.fc2.weight, (0, missing)))
+
+    def forward(self, x):
+        gate, value, out = self.padded()
+        hidden = self.drop1(self.act(linear(x, *gate)) * linear(x, *value))
+        return self.drop2(linear(hidden, out, self.fc2.bias))
 
     @torch.no_grad()
     def widen(self):
         """Pad the weights themselves, for a copy of the model that only samples."""
-        missing = -self.fc1_g.out_features % ALIGNMENT
-        for layer in (self.fc1_g, self.fc1_x):
-            layer.weight, layer.bias = (nn.Parameter(F.pad(p, padding), requires_grad=False) for p, padding in
-                                        ((layer.weight, (0, 0, 0, missing)), (layer.bias, (0, missing))))
-            layer.out_features += missing
-        self.fc2.weight = nn.Parameter(F.pad(self.fc2.weight, (0, missing)), requires_grad=False)
-        self.fc2.in_features += missing
-
-
-def _widened(layer, x, missing):
-    """layer(x) with `missing` more outputs, all zero."""
-    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)), F.pad(layer.bias, (0, missing)))
+        gate, value, out = self.padded()
+        for layer, (weight, bias) in ((self.fc1_g, gate), (self.fc1_x, value), (self.fc2, (out, self.fc2.bias))):
+            layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+            layer.out_features, layer.in_features = weight.shape
 
 
 class RotaryEmbedding(nn.Module):
@@ -101,9 +116,13 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x, table):
     """Turn each pair (u, v) of neighbouring channels: (u cos - v sin, v cos + u sin). x: B heads N head_dim."""
-    cos, sin = table
-    u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((u * cos - v * sin, v * cos + u * sin), dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # fused; the compiler knows no complex numbers
+        (u, v), (cos, sin) = pairs.unbind(-1), table
+        turned = torch.stack((u * cos - v * sin, v * cos + u * sin), dim=-1)
+    else:  # the same product in one pass
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*table))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class KVCache:
@@ -141,12 +160,18 @@ def attend(q, k, v, scales=None, causal=False, dropout=0.0):
     """
     if scales is None or len(scales) == 1:
         return _merge_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
-    parts = []
-    for rows in spans(scales):
-        keys = slice(0, rows.stop) if causal else rows
-        parts.append(_merge_heads(F.scaled_dot_product_attention(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], dropout_p=dropout)))
-    return torch.cat(parts, dim=1)
+    sizes = [s * s for s in scales]
+    pieces = _prefixes if causal else torch.split
+    parts = zip(q.split(sizes, dim=2), pieces(k, sizes, dim=2), pieces(v, sizes, dim=2))
+    return torch.cat([_merge_heads(F.scaled_dot_product_attention(*part, dropout_p=dropout)) for part in parts], dim=1)
+
+
+def _prefixes(x, sizes, dim):
+    """x up to the end of each size. Each is cut from the next longer one: then the gradient of the short ones is short."""
+    pieces = [x]
+    for size in reversed(sizes[1:]):
+        pieces.append(pieces[-1].narrow(dim, 0, pieces[-1].shape[dim] - size))
+    return pieces[::-1]
 
 
 def _split_heads(x, num_heads):
@@ -165,8 +190,8 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.attn_dropout = attn_dropout
         self.causal = causal
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
         self.rope = RotaryEmbedding(dim // num_heads)
 
@@ -185,9 +210,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, context_dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=False)
+        self.kv = Linear(context_dim, 2 * dim, bias=False)
+        self.proj = Linear(dim, dim)
         self.rope = RotaryEmbedding(dim // num_heads)
 
     def keys_and_values(self, context, rope_table):

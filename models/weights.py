@@ -22,7 +22,7 @@ def read_file(path, mmap=False):
     """
     path = Path(path)
     if not path.is_file():
-        raise FlowARError(f"{path}: no such file")
+        raise FlowARError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -199,7 +199,7 @@ def begin(folder, name, settings):
 
 def check_same(folder, found, settings):
     for key, value in settings.items():
-        if found.get(key) != value and key != "complete":
+        if found.get(key) != value and key not in ("complete", "on_bad_image"):  # skipping may begin when a bad image is met
             raise FlowARError(f"{folder}: this cache was made with {key} {found.get(key)}, now it is {value}; choose another "
                               "--cached_path or remove it")
 

@@ -19,6 +19,7 @@ from models import FlowARError  # noqa: E402
 from models.vae import DiagonalGaussian, open_vae  # noqa: E402
 from util.data import Images, to_uint8  # noqa: E402
 from util.distributed import run_main, select_device  # noqa: E402
+from util.files import check_output  # noqa: E402
 from util.latents import ShardedMoments, shard_names  # noqa: E402
 from util.options import default_scales, integer_list, positive  # noqa: E402
 from util.pictures import draw_table, save, stack  # noqa: E402
@@ -77,6 +78,7 @@ def pyramid(latents, scales):
 def main():
     args = parse_args()
     device = select_device(args.device)
+    check_output(args.output)
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
     vae, _ = open_vae(args.vae, args.vae_path)

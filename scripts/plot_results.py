@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import FlowARError  # noqa: E402
+from models.weights import name_some  # noqa: E402
 from util.distributed import run_main  # noqa: E402
 
 
@@ -42,13 +43,15 @@ def read_table(path):
 def lines_of(path, x, y, by):
     """{name: [(x, y), ...]} of one table."""
     rows = read_table(path)
-    y = y or next(key for key in rows[0] if "distance" in key or key == "fid")
+    y = y or next((str(key) for key in rows[0] if "distance" in str(key) or key == "fid"), "fid")
     lines = {}
     for row in rows:
         try:
             lines.setdefault(f"{row[by]}, {Path(path).parent.name}", []).append((float(row[x]), float(row[y])))
         except KeyError as error:
-            raise FlowARError(f"{path}: no column {error}; it has {', '.join(row)}") from error
+            raise FlowARError(f"{path}: no column {error}; it has {name_some(row, 12)}") from error
+        except (TypeError, ValueError) as error:
+            raise FlowARError(f"{path}: {x} {row[x]!r} and {y} {row[y]!r} are not numbers") from error
     return y, lines
 
 

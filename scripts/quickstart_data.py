@@ -88,6 +88,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", required=True, help="folder to make")
     output = Path(parser.parse_args().output)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
     if output.is_dir():
         print(f"{output} is there already")
         return

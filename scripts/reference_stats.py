@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from util.files import check_output  # noqa: E402
 from util import distributed, metrics  # noqa: E402
 from util.options import positive  # noqa: E402
 
@@ -28,6 +29,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = distributed.init(args.device)
+    check_output(args.output)
     extractor = metrics.build_extractor(args, device)
     found = metrics.folder_features(args.ref_images, extractor, device, args.img_size, crop=True,
                                     keep=args.keep_features)

@@ -26,7 +26,7 @@ from models.weights import name_some, read_file, write_file  # noqa: E402
 from util.data import Images, build_loader, to_uint8  # noqa: E402
 from util.distributed import autocast, run_main, select_device, set_precision  # noqa: E402
 from util.evaluation import write_png  # noqa: E402
-from util.files import make_directory  # noqa: E402
+from util.files import check_output  # noqa: E402
 from util.options import count, integer_list, positive, real  # noqa: E402
 
 SNAPSHOT_STEPS = 200
@@ -157,7 +157,7 @@ def main():
     device = select_device(args.device)
     precision = set_precision(args.precision, device)
     output = Path(args.output)
-    make_directory(output.parent)
+    check_output(output)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
     if args.img_size % vae.stride:

@@ -311,6 +311,27 @@ def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch)
     assert distance(trained[0], again) < 1e-5
 
 
+def test_compile_changes_nothing(project, trained, tmp_path, monkeypatch):
+    """Training and the EMA's sample grid through torch.compile, without code generation (and so without a compiler)."""
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (
+        compiled.append(function), real(function, **options, backend="aot_eager"))[1])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    again = train(project, tmp_path, "--compile --eval_freq 2")
+    torch._dynamo.reset()
+    assert len(compiled) == 2 + 3 + 3  # 2 transformer and 3 flow blocks of the network, 3 flow blocks of the EMA
+    assert distance(trained[0], again) < 1e-5
+
+
+def test_compile_is_refused_where_it_cannot_work(project, tmp_path, monkeypatch):
+    with pytest.raises(FlowARError, match="--compile graphs is for sampling"):
+        train(project, tmp_path, "--compile graphs")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(FlowARError, match=r"--compile needs a C\+\+ compiler on cpu, and g\+\+ or clang\+\+ is not on PATH"):
+        train(project, tmp_path, "--compile")
+
+
 def test_learns_real_images():
     """Half a minute of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
     data = torch.from_numpy(load_digits().images).float()[:, None]

@@ -87,6 +87,26 @@ def load_optimizer(optimizer, scaler, content, path):
         raise FlowARError(f"{path}: optimizer state cannot be used ({error})") from error
 
 
+LEARNING = ("batch_size", "accum_iter", "global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
+            "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
+
+
+def changed_options(content, args):
+    """'lr 0.001 -> 0.002, ...': options that decide what is learned and differ from those of a checkpoint."""
+    before = content.get("args") or {}
+    before = before if isinstance(before, dict) else vars(before)
+    return ", ".join(f"{name} {before[name]} -> {getattr(args, name)}" for name in LEARNING
+                     if name in before and before[name] != getattr(args, name))
+
+
+def check_geometry(args, known, path):
+    """FlowARError that names the first option that contradicts what a checkpoint's tensors say."""
+    for option, value in known.items():
+        given = getattr(args, option)
+        if given is not None and given != value:
+            raise FlowARError(f"--{option} is {given}, but {path} was trained with {value}")
+
+
 def recognise_size(state, path):
     """The registry's name and the flow head's size that a state dict's tensors tell."""
     try:
@@ -113,7 +133,7 @@ def recognise_geometry(state, path, vae_embed_dim):
         channels, class_num = state["z_proj.weight"].shape[1], len(state["class_emb.weight"]) - 1
         scales = scales_of(state["mask"])
     except (KeyError, IndexError) as error:
-        raise FlowARError(f"{path}: the geometry cannot be recognised ({error})") from error
+        raise FlowARError(f"{path}: the geometry cannot be recognised: {error} is missing") from error
     patch_size = math.isqrt(channels // vae_embed_dim)
     if patch_size ** 2 * vae_embed_dim != channels:
         raise FlowARError(f"{path}: tokens have {channels} channels, which {vae_embed_dim} latent channels of the VAE do "

@@ -168,4 +168,9 @@ def run_main(main):
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(2)  # the other ranks may be waiting in a collective: leave without joining them
+    except KeyboardInterrupt:
+        if is_main():
+            sys.stderr.write("\ninterrupted: the same command goes on from what was saved\n")
+            sys.stderr.flush()
+        os._exit(130)
     shutdown()

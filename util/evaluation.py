@@ -174,6 +174,11 @@ def write_table(rows, path):
     write_bytes(text.getvalue().encode(), Path(path))
 
 
+def sweep_rows(folder):
+    """A row for every combination of options evaluated so far into sub-folders of a sweep's folder."""
+    return [table_row(read_json(path)) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))]
+
+
 def table_row(report):
     """The figures and settings of a report that fit a table."""
     return {"nfe": sum(report["nfe"]), "seconds_per_image": sum(report["seconds_per_image"].values()),

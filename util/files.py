@@ -1,6 +1,8 @@
 """Directories and small files, with this project's one-line errors."""
 import hashlib
 import json
+import os
+from pathlib import Path
 
 from models import FlowARError
 from models.weights import first_line, writing
@@ -11,6 +13,16 @@ def make_directory(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FlowARError(f"{path}: cannot be made ({error})") from error
+
+
+def check_output(path):
+    """FlowARError unless a file can be written at `path`: said before the work, not after it."""
+    path = Path(path)
+    make_directory(path.parent)
+    if path.is_dir():
+        raise FlowARError(f"{path}: is a directory, expected a file to write")
+    if not os.access(path.parent, os.W_OK):
+        raise FlowARError(f"{path}: cannot be written (no permission to write in {path.parent})")
 
 
 def read_json(path):

@@ -43,6 +43,8 @@ def kind_of_cache(path):
         return "shards"
     if (path / UNFINISHED).is_file():
         raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
+    if next(path.glob("shard-*.safetensors"), None) is not None:
+        raise FlowARError(f"{path}: shards of latents without {INDEX}; run scripts/cache_latents.py again to make it")
     if (path / NPZ_INFO).is_file() or next(path.glob("*/*.npz"), None) is not None:
         return "npz"
     return None

@@ -193,7 +193,7 @@ def load_statistics(path, extractor, img_size):
     except FileNotFoundError as error:
         raise FlowARError(f"--fid_stats {path}: no such file") from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise FlowARError(f"--fid_stats {path}: cannot read mu and sigma ({error})") from error
+        raise FlowARError(f"--fid_stats {path}: not an .npz with mu and sigma ({type(error).__name__})") from error
     said = {**ADM_STATISTICS, **said}
     expected = {"feature_extractor": extractor.name, "img_size": img_size}
     if "weights_sha256" in said:

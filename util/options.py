@@ -30,7 +30,9 @@ def _number(kind, low, high, text):
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-    if not (low <= value <= high and math.isfinite(value)):
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    if not low <= value <= high:
         limit = f"{low} or more" if high == math.inf else f"between {low} and {high}"
         raise argparse.ArgumentTypeError(f"{text} is out of range: expected {limit}")
     return value
@@ -62,7 +64,7 @@ def at_least_two(text):
 
 def several(kind):
     """A type for one value of `kind` or a comma-separated list of them: a tuple."""
-    return lambda text: tuple(kind(part) for part in text.split(","))
+    return lambda text: tuple(dict.fromkeys(kind(part) for part in text.split(",")))
 
 
 def solver(text):

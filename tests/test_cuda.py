@@ -1,0 +1,70 @@
+"""What only a GPU can show; skipped without one."""
+import copy
+
+import golden
+import pytest
+import torch
+from helpers import inputs, small_model
+from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
+
+from models import build_model
+from util.optimization import EMA, build_optimizer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", TEACHER_FORCED)
+def test_goldens_in_float32(name):
+    torch.set_float32_matmul_precision("highest")
+    arrays, meta = golden.load(name)
+    model = build(meta)
+    latents, labels, t, noise = teacher_forcing_inputs(arrays, meta, model)
+    model, noise = model.to(CUDA), [e.to(CUDA) for e in noise]
+    losses = model.scale_losses(latents.to(CUDA), labels.to(CUDA), t=t.to(CUDA), noise=noise)
+    golden.assert_close(losses.cpu(), arrays["loss_per_scale"])
+
+
+@pytest.mark.parametrize("precision,kernel", [(torch.bfloat16, "FLASH_ATTENTION"), (None, "EFFICIENT_ATTENTION")])
+def test_training_attention_runs_in_a_fused_kernel(precision, kernel):
+    model = build_model("flowar_tiny", attn_dropout=0.1).to(CUDA).train()
+    assert model.attention_kernel(precision) in (kernel, "CUDNN_ATTENTION")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_does_not_wait_for_the_device(precision):
+    model = small_model(attn_dropout=0.1, proj_dropout=0.1).to(CUDA).train()
+    optimizer, ema = build_optimizer(model, 1e-3, 0.02), EMA(model, 0.99)
+    latents, labels, t, noise = inputs(model.cpu())
+    model.to(CUDA)
+    latents, labels, t, noise = latents.to(CUDA), labels.to(CUDA), t.to(CUDA), [e.to(CUDA) for e in noise]
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(latents, labels, t=t, noise=noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("what", ["blocks", "graphs"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_compiled_sampling_equals_eager(what, cross):
+    model = small_model(cross=cross, diffloss_d=2).to(CUDA)
+    _, labels, _, noise = inputs(model.cpu())
+    model, labels = model.to(CUDA), labels.to(CUDA)
+    options = dict(noise=noise, cfg=3.0, guidance=0.5, num_steps=10)
+    expected = model.sample_tokens(labels, **options)
+    compiled = copy.deepcopy(model)
+    compiled.compile_sampler(what)
+    for _ in range(3):  # eager warm-up, capture, replay
+        golden.assert_close(compiled.sample_tokens(labels, **options).cpu(), expected.cpu(), tolerance=1e-4)
