@@ -11,6 +11,8 @@ from timm.layers import SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from models.dropout import Dropout, attention
+
 NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
 ROPE_EXTENT = 16.0  # every scale spans the same coordinate range, whatever its resolution
@@ -66,7 +68,8 @@ class GatedMLP(SwiGLU):
     """
 
     def __init__(self, dim, mlp_ratio=4.0, dropout=0.0):
-        super().__init__(dim, int(dim * mlp_ratio * 2 / 3), act_layer=nn.GELU, drop=dropout)
+        super().__init__(dim, int(dim * mlp_ratio * 2 / 3), act_layer=nn.GELU)
+        self.drop1, self.drop2 = Dropout(dropout), Dropout(dropout)
 
     def padded(self):
         """(weight, bias) of fc1_g and fc1_x, and fc2's weight, at the padded width."""
@@ -159,11 +162,11 @@ def attend(q, k, v, scales=None, causal=False, dropout=0.0):
     sees a contiguous piece of the keys, so no mask is needed and the flash and memory-efficient kernels apply.
     """
     if scales is None or len(scales) == 1:
-        return _merge_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
+        return _merge_heads(attention(q, k, v, dropout))
     sizes = [s * s for s in scales]
     pieces = _prefixes if causal else torch.split
     parts = zip(q.split(sizes, dim=2), pieces(k, sizes, dim=2), pieces(v, sizes, dim=2))
-    return torch.cat([_merge_heads(F.scaled_dot_product_attention(*part, dropout_p=dropout)) for part in parts], dim=1)
+    return torch.cat([_merge_heads(attention(*part, dropout)) for part in parts], dim=1)
 
 
 def _prefixes(x, sizes, dim):
@@ -192,7 +195,7 @@ class SelfAttention(nn.Module):
         self.causal = causal
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.proj_drop = Dropout(proj_dropout)
         self.rope = RotaryEmbedding(dim // num_heads)
 
     def forward(self, x, rope_table, scales=None, cache=None):

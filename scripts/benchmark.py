@@ -437,8 +437,8 @@ def main():
     args = single_point(parse_args())
     device = select_device(args.device)
     args.precision = set_precision(args.precision, device)
-    result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile,
-              **BENCHMARKS[args.what](args, device), **machine(device)}
+    measured = BENCHMARKS[args.what](args, device)  # fills in --model
+    result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **machine(device)}
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:

@@ -43,7 +43,7 @@ def attention(module, x, scales, mask=None, cache=None):
         cache.update(k=k, v=v)
     mask = None if mask is None else mask.to(q.dtype)
     x = F.scaled_dot_product_attention(q, k, v, mask, module.attn_dropout if module.training else 0.0)
-    return module.proj_drop(module.proj(x.transpose(1, 2).flatten(2)))
+    return F.dropout(module.proj(x.transpose(1, 2).flatten(2)), module.proj_drop.p, module.training)
 
 
 def cross_attention(module, x, z, scales):
@@ -54,7 +54,9 @@ def cross_attention(module, x, z, scales):
 
 
 def mlp(module, x):
-    return module.drop2(module.fc2(module.drop1(F.gelu(module.fc1_g(x)) * module.fc1_x(x))))
+    p, training = module.drop1.p, module.training
+    hidden = F.dropout(F.gelu(module.fc1_g(x)) * module.fc1_x(x), p, training)
+    return F.dropout(module.fc2(hidden), p, training)
 
 
 def transformer(model, tokens, c, scales, span, mask=None, caches=None):

@@ -9,6 +9,7 @@ from helpers import inputs, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
+from models.dropout import attention, dropout
 from models.layers import GatedMLP, attend
 from util import flops
 from util.optimization import EMA, build_optimizer
@@ -43,6 +44,40 @@ def test_attention_needs_no_mask():
     for causal, sees in ((True, level[:, None] >= level[None]), (False, level[:, None] == level[None])):
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, sees)
         golden.assert_close(attend(q, k, v, scales, causal), dense.transpose(1, 2).flatten(2))
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_and_scales_as_many_as_it_says(p):
+    torch.manual_seed(0)
+    y = dropout(torch.full((999, 1001), 2.0), p)
+    assert (y == 0).double().mean().item() == pytest.approx(p, abs=2e-3)
+    assert y.mean().item() == pytest.approx(2.0, rel=3e-3)
+    assert y.unique().tolist() == [0.0, pytest.approx(2 / (1 - p))]
+    columns, rows = (y == 0).double().mean(dim=0), (y == 0).double().mean(dim=1)  # independent from place to place
+    assert columns.std().item() == pytest.approx((p * (1 - p) / 999) ** 0.5, rel=0.1)
+    assert rows.std().item() == pytest.approx((p * (1 - p) / 1001) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_sees_the_dropout_of_the_forward_pass(compiled):
+    def function(x):
+        return dropout(x.sin(), 0.3) + dropout(x.sin(), 0.3)  # two calls, two draws
+
+    x = torch.linspace(0.1, 1, 999, requires_grad=True)
+    y = (torch.compile(function, backend="aot_eager") if compiled else function)(x)
+    gradient, = torch.autograd.grad(y.sum(), x)
+    golden.assert_close(gradient, x.detach().cos() * (y / x.sin()).detach())
+    assert len((y / x.sin()).detach().round(decimals=3).unique()) == 3
+
+
+def test_attention_with_dropout_is_attention_on_average():
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    several = [part.expand(4000, -1, -1, -1) for part in (q, k, v)]
+    mean = attention(*several, 0.2).mean(dim=0, keepdim=True)
+    assert (mean - attention(q, k, v, 0.0)).abs().max() < 0.06
 
 
 # ---- padded matrices -----------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""Dropout that does not hold up a CPU: PyTorch's draws there number by number, on one core, which costs a third of a training step."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LEVELS = 1 << 16  # a random int16 an element: the probability is met within 1 / 65,536
+
+
+@torch.library.custom_op("flowar::dropout_factors", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
+    """0 with probability p, else 1 / (1 - p), for each element of x and in its dtype; drawn four at a time."""
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()]
+    return (draws >= round(p * LEVELS) - LEVELS // 2).to(x.dtype).mul_(1 / (1 - p)).view(x.shape)
+
+
+@dropout_factors.register_fake
+def _(x, p):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def dropout(x, p):
+    """F.dropout(x, p) in training."""
+    if p == 0 or p == 1 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    return x * dropout_factors(x.detach(), p)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout through dropout()."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+def attention(q, k, v, p):
+    """Attention of B heads N head_dim with dropout p on its weights; the fused kernels do that on a GPU but not on a CPU."""
+    if p == 0 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+    return dropout(weights.to(v.dtype), p) @ v
