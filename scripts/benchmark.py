@@ -49,7 +49,7 @@ from util.evaluation import single_point  # noqa: E402
 from util.files import file_hash, make_directory, write_bytes, write_json  # noqa: E402
 from util.latents import NpzMoments, ShardedMoments  # noqa: E402
 from util.logging import memory_gib  # noqa: E402
-from util.measure import alternate, count_kernels, count_work, matmul  # noqa: E402
+from util.measure import Peak, alternate, count_kernels, count_work  # noqa: E402
 from util.optimization import EMA, build_optimizer  # noqa: E402
 from util.options import (evaluation_parser, fraction, integer_list, model_options, positive, resolve_geometry,  # noqa: E402
                           sampling_options)
@@ -171,9 +171,10 @@ def count(ways, args, device):
 
 def compare(ways, images, operations, args, device):
     """Timings of the ways and of a large matrix product in turns. operations: floating-point, of an image."""
-    product, product_operations = matmul(device, AUTOCAST.get(args.precision, torch.float32))
-    taken = alternate({**ways, "matmul": product}, device, args.repeats)
-    peak, reached = product_operations / taken["matmul"], images * operations / taken["fast"]
+    matmul = Peak(device, AUTOCAST.get(args.precision, torch.float32))
+    taken = alternate({**ways, "matmul": matmul}, device, args.repeats)
+    del taken["matmul"]
+    peak, reached = matmul.reached, images * operations / taken["fast"]
     result = {"seconds": taken, "images_per_second": images / taken["fast"], "gigaflop_per_image": operations / 1e9,
               "gigaflops": reached / 1e9, "matmul_gigaflops": peak / 1e9, "share_of_peak": reached / peak, "ratio": taken["plain"] / taken["fast"]}
     print(f"{args.what} {args.model}, {images} images of {args.img_size}, {args.precision}, compile {args.compile}: "

@@ -1,5 +1,6 @@
 """Processes, devices and precision: torchrun on nccl or gloo, or one process without it."""
 import contextlib
+import ctypes
 import os
 import shutil
 import sys
@@ -66,7 +67,19 @@ def select_device(name):
         if not torch.cuda.is_available():
             raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    keep_freed_memory()
     return torch.device(name)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_freed_memory():
+    """Tell glibc, where it is the C library, to keep freed memory for the next step: the kernel would clear it page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def init(device_name):
