@@ -80,7 +80,7 @@ def add_model_options(parser):
     group = parser.add_argument_group("model and VAE")
     add = group.add_argument
     add("--model", choices=MODELS, help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
-    add("--img_size", type=positive, help="pixels a side; default 256, or the checkpoint's latent size x VAE stride in eval.py")
+    add("--img_size", type=positive, help="pixels a side; default 256, the cache's in training, or the checkpoint's latent size x VAE stride in eval.py")
     add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     add("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
     add("--vae_embed_dim", type=positive, help="latent channels; default 16, or the VAE's in eval.py")
@@ -130,7 +130,7 @@ def add_runtime_options(parser):
 def add_checkpoint_options(parser):
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth, a .pth or a .safetensors")
+    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training one without starts from scratch), a .pth or a .safetensors")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
     add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"), help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small batches of samples")
