@@ -1,9 +1,13 @@
 """The loops: train_one_epoch, validate, and evaluate (sample, measure, report)."""
+import argparse
 import contextlib
+import functools
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +18,20 @@ from tqdm import tqdm
 from models import FlowARError, build_model
 from models import flow_matching as fm
 from models.vae import DiagonalGaussian, open_vae
-from models.weights import name_some, tensors_hash
+from models.weights import first_line, name_some, tensors_hash
 from util import checkpoint, metrics
-from util.data import to_uint8
-from util.distributed import (AUTOCAST, HostCopy, all_reduce_sum, autocast, check_compiler, from_main, gather_to_main, is_main,
-                              log, rank, set_precision, world_size)
+from util.data import EpochSampler, to_uint8
+from util.diagnosis import first_not_finite
+from util.distributed import (AUTOCAST, RESTART, HostCopy, Preempted, all_reduce_sum, autocast, barrier, check_compiler, from_main,
+                              gather_to_main, is_main, log, rank, set_precision, world_size)
 from util.evaluation import (RESULTS, STAGES, FinishedBatches, PngWriter, Stopwatch, check_settings, plot_sweep, point_name,
                              sweep_points, sweep_rows, write_npz, write_table)
 from util.files import file_hash, make_directory, write_json
-from util.optimization import adjust_learning_rate
 from util.latents import vae_identity
+from util.logging import TrainingLog
+from util.optimization import EMA, adjust_learning_rate
 from util.options import model_options, resolve_geometry, sampling_options
+from util.progress import Progress
 from util.randomness import DROPOUT, TRAINING, VALIDATION, derive_seed, draw, image_noise
 
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
@@ -36,91 +43,215 @@ PARTIAL = "partial"
 # ---- training ------------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model, ema, optimizer, scaler, loader, to_moments, latent_scale, args, epoch, device, logger):
-    """One epoch of optimizer steps; returns the number of steps taken since the start of training.
+class Run(NamedTuple):
+    """What a training run consists of."""
+
+    model: torch.nn.Module  # the network, or DDP around it
+    network: torch.nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    keeper: checkpoint.Keeper | None  # on rank 0
+    logger: TrainingLog
+    args: argparse.Namespace
+    device: torch.device
+    images: int  # of the training set
+    sampler: EpochSampler
+    asked_to_leave: Callable[[], bool]
+
+    @property
+    def steps(self):
+        """Optimizer steps of an epoch: whole global batches."""
+        return self.images // self.args.global_batch
+
+
+class Step(NamedTuple):
+    """An optimizer step that the device may still be working on."""
+
+    number: int  # since the start of training
+    index: int  # in its epoch
+    lr: float
+    batches: list  # of (latents, labels, draws), one a forward pass
+    scale: torch.Tensor  # that the loss was multiplied with
+    result: HostCopy  # see step_result
+
+
+def train_one_epoch(run, loader, to_moments, latent_scale):
+    """Optimizer steps from where run.progress is to the end of its epoch.
+
+    The host reads what came of a step when it has queued the next one's passes: neither it nor the device waits, and yet
+    the weights are still those that the step left. That is where a step is counted, logged, averaged into the EMA, saved.
 
     Args:
-        model: the network, or DDP around it; ema: util.optimization.EMA of the network.
         loader: batches (images or moments, labels) of this rank, see util.data.build_loader.
         to_moments: maps a batch on the device to posterior moments (B, 2C, H, W).
         latent_scale: models.vae.LatentScale.
     """
-    network = getattr(model, "module", model)
-    model.train()
-    loader.sampler.set_epoch(epoch)
-    steps = len(loader) // args.accum_iter
+    args, progress, network = run.args, run.progress, run.network
+    run.model.train()
+    loader.sampler.set_epoch(progress.epoch, start=progress.done * args.global_batch)
     batches = iter(loader)
-    logger.start_epoch(epoch, args.epochs, steps * args.global_batch)
-    meter = TrainingMeter(network.scale, args, logger)
-    for i in range(steps):
-        step = epoch * steps + i
-        lr = adjust_learning_rate(optimizer, epoch + i / steps, lr=args.lr, min_lr=args.min_lr, epochs=args.epochs,
+    run.logger.start_epoch(progress.epoch, args.epochs, run.steps * args.global_batch, progress.done * args.global_batch)
+    epoch, first, number, last = progress.epoch, progress.done, progress.step, None
+    for index in range(first, run.steps):
+        lr = adjust_learning_rate(run.optimizer, epoch + index / run.steps, lr=args.lr, min_lr=args.min_lr, epochs=args.epochs,
                                   warmup_epochs=args.warmup_epochs, schedule=args.lr_schedule)
-        torch.manual_seed(derive_seed(args.seed, DROPOUT, step, rank()))
-        draws = draw(network, args.global_batch, derive_seed(args.seed, TRAINING, step), device)
-        losses = []
-        for part in range(args.accum_iter):
-            batch, labels = (value.to(device, non_blocking=True) for value in next(batches))
-            first = part * args.batch_size * world_size()
-            mine = draws.take(slice(first + rank(), first + args.batch_size * world_size(), world_size()))
-            latents = latent_scale.normalize(DiagonalGaussian(to_moments(batch)).sample(noise=mine.posterior))
-            last = part + 1 == args.accum_iter
-            with contextlib.nullcontext() if last or model is network else model.no_sync():
-                with autocast(device, args.precision):
-                    loss, scales = model(latents, labels, t=mine.t, noise=mine.noise, drop=mine.drop,
-                                         return_scales=True)
-                scaler.scale(loss / args.accum_iter).backward()
-            losses.append(torch.cat((loss.detach()[None], scales)))
-        scaler.unscale_(optimizer)
+        draws = draw(network, args.global_batch, derive_seed(args.seed, TRAINING, number), run.device)
+        parts = [prepare_batch(run, next_batch(batches), draws, part, to_moments, latent_scale) for part in range(args.accum_iter)]
+        losses = forward_and_backward(run, parts, number)
+        if last is not None:
+            finish_step(run, last)
+        scale = run.scaler.scale(torch.ones((), device=run.device))
+        run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(network)
-        meter.add(norm, torch.stack(losses).mean(dim=0))
-        logger.advance(args.global_batch)
-        if (i + 1) % args.log_freq == 0 or i + 1 == steps:
-            meter.end_period(step, epoch + (i + 1) / steps, (args.epochs - epoch) * steps - i - 1, lr, scaler.is_enabled())
-    meter.report()
-    logger.end_epoch()
-    return (epoch + 1) * steps
+        result = step_result(run, norm, losses)
+        run.optimizer.found_inf = (~result[:2].isfinite().all()).float()  # fused AdamW then leaves weights and moments alone
+        run.optimizer.step()
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        last = Step(number, index, lr, parts, scale, HostCopy(result))
+        number += 1
+    finish_step(run, last)
+    run.logger.end_epoch()
 
 
-class TrainingMeter:
-    """Sums of losses and gradient norms on the device. A period's means are read on the host when the next one ends, so
-    that no step waits for the device.
+def prepare_batch(run, batch, draws, part, to_moments, latent_scale):
+    """(latents, labels, draws) of forward pass `part` of a step, on the device, given the draws of its global batch."""
+    count = run.args.batch_size * world_size()
+    inputs, labels = (value.to(run.device, non_blocking=True) for value in batch)
+    mine = draws.take(slice(part * count + rank(), (part + 1) * count, world_size()))
+    return latent_scale.normalize(DiagonalGaussian(to_moments(inputs)).sample(noise=mine.posterior)), labels, mine
+
+
+def next_batch(batches):
+    """The loader's next batch; FlowARError if a process of it died or hangs."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise FlowARError(f"the training data cannot be read: {first_line(error)}; is its disk there, and fast enough for --timeout?") from error
+
+
+def forward_and_backward(run, parts, number):
+    """Gradients of the mean loss over the forward passes; returns (1 + scales,), the loss and that of every scale."""
+    seed_dropout(run, number)
+    losses = []
+    for part, (latents, labels, draws) in enumerate(parts):
+        last = part + 1 == len(parts)
+        with contextlib.nullcontext() if last or run.model is run.network else run.model.no_sync():
+            with autocast(run.device, run.args.precision):
+                loss, scales = run.model(latents, labels, t=draws.t, noise=draws.noise, drop=draws.drop, return_scales=True)
+            run.scaler.scale(loss / len(parts)).backward()
+        losses.append(torch.cat((loss.detach()[None], scales)))
+    return torch.stack(losses).mean(dim=0)
+
+
+def seed_dropout(run, number):
+    torch.manual_seed(derive_seed(run.args.seed, DROPOUT, number, rank()))
+
+
+def step_result(run, norm, losses):
+    """What the host will read of a step: [gradient norm, loss, losses of scales, leave, save, this rank's loss].
+
+    All but the norm, which DDP made equal everywhere, and the last are means over the ranks, by one small collective a step:
+    so all ranks agree at every step on whether it was finite and whether to leave or save, without waiting for each other.
     """
+    asked = [losses.new_full((1,), float(wish)) for wish in (run.asked_to_leave(), run.keeper is not None and run.keeper.is_due())]
+    shared = all_reduce_sum(torch.cat((losses, *asked))) / world_size()
+    return torch.cat((norm.detach()[None], shared, losses[:1]))
 
-    def __init__(self, scales, args, logger):
-        self.scales, self.args, self.logger = scales, args, logger
-        self.sums, self.steps, self.pending = 0, 0, None
 
-    def add(self, norm, losses):
-        """norm: gradient norm; losses: (1 + scales,), the loss and that of every scale."""
-        finite = norm.isfinite()  # a step that the fp16 scaler skipped has no finite norm: it does not count in the mean
-        self.sums = self.sums + torch.cat((torch.where(finite, norm, 0)[None], finite[None], losses))
-        self.steps += 1
+def finish_step(run, step):
+    """What follows from a step's result: EMA, log, checkpoint. Raises FlowARError or Preempted to end the training."""
+    args, progress = run.args, run.progress
+    norm, loss, *scales, leave, save, own_loss = step.result.tolist()
+    if math.isfinite(norm) and math.isfinite(loss):
+        run.ema.update(run.network)
+        progress.bad_in_a_row = 0
+        usual = progress.usual
+        if progress.add([norm, loss, *scales]):
+            log_spike(run, step, loss, usual, own_loss)
+    else:
+        log_bad_step(run, step, norm, loss)
+    epoch = progress.epoch
+    progress.advance(run.steps)
+    run.logger.advance(args.global_batch)
+    if (step.index + 1) % args.log_freq == 0 or progress.done == 0:
+        log_period(run, epoch + (step.index + 1) / run.steps, step.lr)
+    if run.keeper is not None:
+        run.keeper.check()
+    if leave or save or args.save_every.steps and progress.step % args.save_every.steps == 0:
+        save_checkpoint(run)
+    if leave:
+        leave_saved(run)
 
-    def end_period(self, step, epoch, steps_left, lr, may_skip):
-        """Report the period before and start reading this one, which ends with `step`."""
-        self.report()
-        self.pending = (HostCopy(all_reduce_sum(self.sums)), self.steps, step, epoch, steps_left, lr, may_skip, self.logger.rate())
-        self.sums, self.steps = 0, 0
 
-    def report(self):
-        """Log the period that was sent to the host; FlowARError if it was not finite."""
-        if self.pending is None:
-            return
-        values, steps, step, epoch, steps_left, lr, may_skip, rate = self.pending
-        self.pending = None
-        norm_sum, norms, *sums = values.tolist()
-        loss, *scales = (value / (steps * world_size()) for value in sums)
-        if not math.isfinite(loss) or (norms < steps * world_size() and not may_skip):
-            what = "the gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
-            raise FlowARError(f"{what} between steps {step + 1 - steps} and {step} (epoch {math.ceil(epoch) - 1}): stopped "
-                              "before it reaches a checkpoint; lower --lr or --blr, or use --precision fp32")
-        left = steps_left * self.args.global_batch / rate
-        self.logger.training(step + 1, epoch, left, rate, loss, norm_sum / norms if norms else 0.0, lr, dict(zip(self.scales, scales)))
+def save_checkpoint(run):
+    """Begin to write a checkpoint of the last finished step, unless there is one."""
+    if run.keeper is not None and run.keeper.saved != run.progress.step:
+        run.logger.flush()
+        run.keeper.save(checkpoint.content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.images, run.args), run.progress.step)
+
+
+def leave_saved(run):
+    """Wait for the checkpoint and end with Preempted."""
+    if run.keeper is not None:
+        run.keeper.wait()
+    barrier()
+    raise Preempted(f"asked to leave: saved after step {run.progress.step}; the same command goes on (exit status {RESTART})")
+
+
+def log_period(run, epoch, lr):
+    means = run.progress.take_means()
+    if means is None:
+        return
+    rate, left = run.logger.rate(), (run.args.epochs - epoch) * run.steps * run.args.global_batch
+    run.logger.training(run.progress.step, epoch, left / rate, rate, means[1], means[0], lr, dict(zip(run.network.scale, means[2:])),
+                        run.progress.bad_steps)
+
+
+def log_spike(run, step, loss, usual, own_loss):
+    """Name the rank with the largest loss, and its images."""
+    of_ranks = gather_to_main((own_loss, images_of(run, step)))
+    if of_ranks is not None:
+        worst = max(range(len(of_ranks)), key=lambda r: of_ranks[r][0])
+        run.logger.event("spike", step.number + 1, f"loss {loss:.4f}, usually {usual:.4f}; {of_ranks[worst][0]:.4f} on rank {worst}",
+                         loss=loss, usual=usual, rank=worst, loss_rank=of_ranks[worst][0], images=of_ranks[worst][1])
+
+
+def log_bad_step(run, step, norm, loss):
+    """Count a step that was skipped and name what was not finite first; FlowARError after --max_bad_steps in a row."""
+    progress, args = run.progress, run.args
+    progress.bad_steps += 1
+    progress.bad_in_a_row += 1
+    of_ranks = gather_to_main((diagnose(run, step), images_of(run, step)))
+    if of_ranks is not None:
+        guilty = next((r for r, (what, _) in enumerate(of_ranks) if what), None)
+        what = f"{of_ranks[guilty][0]} on rank {guilty}" if guilty is not None else "no module's output or gradient, but their sum over all"
+        run.logger.event("bad_step", step.number + 1, f"skipped: not finite: first {what} (gradient norm {norm}, loss {loss})",
+                         first=what, rank=guilty, images=of_ranks[guilty or 0][1], in_a_row=progress.bad_in_a_row)
+    if progress.bad_in_a_row >= args.max_bad_steps:
+        raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {step.number + 1} (--max_bad_steps "
+                          f"{args.max_bad_steps}): stopped, the last checkpoint is as it was; lower --lr or --blr, or use --precision fp32")
+
+
+def diagnose(run, step):
+    """See util.diagnosis: the step's passes again, with the weights, draws and dropout that they had."""
+    def loss_of(latents, labels, draws):
+        with autocast(run.device, run.args.precision):
+            loss = run.network(latents, labels, t=draws.t, noise=draws.noise, drop=draws.drop)
+        return loss / len(step.batches) * step.scale
+
+    seed_dropout(run, step.number)
+    return first_not_finite(run.network, [functools.partial(loss_of, *batch) for batch in step.batches], [batch[0] for batch in step.batches])
+
+
+def images_of(run, step):
+    """Indices in the training set of this rank's images of a step."""
+    first = step.index * run.args.global_batch
+    return run.sampler.indices(first, first + run.args.global_batch)
 
 
 @torch.no_grad()
@@ -225,6 +356,8 @@ def load_for_evaluation(args, device):
         known.update(checkpoint.recognise_size(state, path))
     resolve_geometry(args, known)
     check_vae(vae, args)
+    with torch.device("meta"):  # sizes that a file claims are compared with its tensors before memory is taken
+        checkpoint.check_fits(build_model(args.model, **model_options(args)), state, path)
     model = build_model(args.model, **model_options(args))
     checkpoint.load_model(model, state, path)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),

@@ -13,7 +13,7 @@ from util.options import evaluation_parser
 
 def main():
     args = evaluation_parser().parse_args()
-    evaluate_checkpoint(args, distributed.init(args.device))
+    evaluate_checkpoint(args, distributed.init(args.device, args.timeout))
 
 
 if __name__ == "__main__":

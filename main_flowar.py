@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from engine_flowar import build_judge, check_vae, evaluate, evaluate_checkpoint, sample_grid, train_one_epoch, validate
+from engine_flowar import (Run, build_judge, check_vae, evaluate, evaluate_checkpoint, sample_grid, save_checkpoint, train_one_epoch,
+                           validate)
 from models import FlowARError, build_model
 from models.vae import open_vae
 from models.weights import name_some
@@ -27,8 +28,8 @@ from util.latents import (NpzMoments, ShardedMoments, check_index, kind_of_cache
                           verify_checksums)
 from util.logging import TrainingLog
 from util.optimization import EMA, build_optimizer
-from util.options import model_options, resolve_geometry, resolve_training, training_parser
-
+from util.options import check_training, model_options, resolve_geometry, resolve_training, training_parser
+from util.progress import Progress
 
 FIGURES = ("fid", "frechet", "inception_score", "kid", "precision_k3", "recall_k3")  # of a report, for TensorBoard
 
@@ -58,7 +59,7 @@ class Data:
         self.kind = find_cache(args)
         self.resolve_geometry(args)
         self.workers = dict(rank=rank(), world_size=world_size(), num_workers=args.num_workers,
-                            pin_memory=args.pin_mem and device.type == "cuda")
+                            pin_memory=args.pin_mem and device.type == "cuda", timeout=args.timeout)
         if self.kind:
             train, self.latent_scale = self.open_cache(args.cached_path, self.kind, train=True)
             log(f"{len(train)} cached latents in {args.cached_path}")
@@ -151,43 +152,65 @@ class Data:
 
 
 def refuse_overwriting(args):
-    """FlowARError if --output_dir holds a checkpoint that this run does not go on from."""
-    last = Path(args.output_dir) / checkpoint.LAST
-    resumed = args.resume and (Path(args.resume) / checkpoint.LAST if Path(args.resume).is_dir() else Path(args.resume))
-    if last.is_file() and not (resumed and resumed.is_file() and resumed.samefile(last)):
-        raise FlowARError(f"--output_dir {args.output_dir} holds a {checkpoint.LAST} that this run would overwrite: go on from it with "
+    """FlowARError if --output_dir holds checkpoints of a run that this one does not go on from."""
+    output, resumed = Path(args.output_dir), Path(args.resume)
+    folder = resumed.parent if resumed.is_file() else resumed
+    if checkpoint.any_in(output) and not (args.resume and folder.is_dir() and folder.samefile(output)):
+        raise FlowARError(f"--output_dir {args.output_dir} holds checkpoints that this run would overwrite: go on from them with "
                           f"--resume {args.output_dir}, or choose another --output_dir")
 
 
-def resume(args, network, ema, optimizer, scaler):
-    """Load --resume if it is there; the first epoch to train."""
-    if not args.resume:
-        return 0
+def find_start(args):
+    """(path, content) of the checkpoint that --resume means, or (None, {}) to start from scratch."""
     directory = Path(args.resume)  # train() has made --output_dir, so the published first run finds it empty
-    if directory.is_dir() and not (directory / checkpoint.LAST).is_file():
+    if args.resume and directory.is_dir() and not from_main(lambda: checkpoint.any_in(directory)):
         log(f"no {checkpoint.LAST} in {args.resume}: starting from scratch")
-        return 0
-    path, content = checkpoint.read_model_file(args.resume)
+    elif args.resume:
+        return checkpoint.read_model_file(args.resume)
+    return None, {}
+
+
+def resume(args, path, content, network, ema, optimizer, scaler, images):
+    """Load a checkpoint's content; returns the progress to go on from."""
+    steps = images // args.global_batch
+    if path is None:
+        return Progress()
     checkpoint.load_model(network, checkpoint.model_state(content, path, "model"), path)
     checkpoint.load_model(ema.module, checkpoint.model_state(content, path, "model_ema"), path)
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
-        return 0
-    epoch = checkpoint.load_optimizer(optimizer, scaler, content, path)
+        return Progress()
+    checkpoint.load_optimizer(optimizer, scaler, content, path)
+    progress = checkpoint.load_progress(content, path, steps)
+    before = {"images": content.get("images"), "global batch": checkpoint.saved_options(content).get("global_batch")}
+    if progress.done and args.start_epoch is None:
+        for what, now in (("images", images), ("global batch", args.global_batch)):
+            if before[what] not in (None, now):
+                raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {before[what]}, now {what} is {now}: go on with the "
+                                  "same until the epoch ends, or give --start_epoch")
     changed = checkpoint.changed_options(content, args)
-    log(f"{path}: going on after epoch {epoch + 1}" + (f", with other options than before: {changed}" if changed else ""))
-    return epoch + 1
+    log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
+        + (f", with other options than before: {changed}" if changed else ""))
+    return progress
 
 
-def report(network, ema, data, validation, judge, args, epoch, step, device, logger):
-    """Validation loss of raw and EMA weights, a sample grid, --online_eval."""
+def report(run, data, validation, judge):
+    """Validation loss of raw and EMA weights, a sample grid, --online_eval, all after the last finished epoch."""
+    network, ema, args, device, logger = run.network, run.ema, run.args, run.device, run.logger
+    epoch, step = run.progress.epoch - 1, run.progress.step
     if validation is not None:
         for name, module in (("val", network), ("val_ema", ema.module)):
             loss, scales = validate(module, *validation, data.latent_scale, args, device)
             logger.scalars(name, step, epoch + 1, {"loss": loss, **{f"loss_scale_{s}": v for s, v in scales.items()}})
             log(f"epoch {epoch + 1}: {name} loss {loss:.4f}")
-    if not data.has_vae():
-        return
+    if data.has_vae():
+        sample_report(run, data, judge, epoch, step)
+    logger.report_done(step, epoch + 1)
+    distributed.barrier()
+
+
+def sample_report(run, data, judge, epoch, step):
+    ema, args, device, logger = run.ema, run.args, run.device, run.logger
     if is_main():
         grid = sample_grid(ema.module, data.vae(), args, device)
         logger.image("samples/ema", grid, step)
@@ -201,16 +224,17 @@ def report(network, ema, data, validation, judge, args, epoch, step, device, log
             figures = {key: value for key, value in result.items() if key.startswith(FIGURES)}
             logger.scalars("eval", step, epoch + 1, figures)
             log(f"epoch {epoch + 1}: {figures}")
-    distributed.barrier()
 
 
 def train(args, device):
     args = single_point(args)
-    resolve_training(args, world_size())
+    check_training(args)
     args.precision = distributed.set_precision(args.precision, device)
     if is_main():
         make_directory(Path(args.output_dir))
     from_main(lambda: refuse_overwriting(args))
+    path, content = find_start(args)
+    resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
     data = Data(args, device)
     validation = data.validation()
     agree("whether there are cached latents, a validation set and a VAE", (data.kind, validation is not None, data.has_vae()))
@@ -227,9 +251,12 @@ def train(args, device):
     ema = EMA(network, args.ema_rate)
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    first = resume(args, network, ema, optimizer, scaler)
-    first = first if args.start_epoch is None else args.start_epoch
-    agree("the first epoch to train", first)
+    images = len(data.train.dataset)
+    progress = resume(args, path, content, network, ema, optimizer, scaler, images)
+    del content
+    if args.start_epoch is not None:
+        progress = Progress(epoch=args.start_epoch, step=args.start_epoch * (images // args.global_batch))
+    agree("where to go on", (progress.epoch, progress.step))
     log(f"attention kernel: {network.attention_kernel(distributed.AUTOCAST.get(args.precision))}")
     if args.compile:
         distributed.check_compiler(device)
@@ -241,26 +268,38 @@ def train(args, device):
                                         gradient_as_bucket_view=True, static_graph=args.accum_iter == 1)  # no_sync needs the other kind
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
-    if first >= args.epochs:
-        log(f"nothing to train: the first epoch would be number {first + 1} of --epochs {args.epochs}")
-        return
-
-    logger = TrainingLog(args.log_dir or args.output_dir, device)
-    for epoch in range(first, args.epochs):
-        step = train_one_epoch(model, ema, optimizer, scaler, data.train, data.training_moments, data.latent_scale,
-                               args, epoch, device, logger)
-        data.report_skipped()
-        last = epoch + 1 == args.epochs
-        if is_main() and (last or (epoch + 1) % args.save_last_freq == 0):
-            checkpoint.save_training(Path(args.output_dir) / checkpoint.LAST, network, ema, optimizer, scaler, epoch, args)
-        if last or (epoch + 1) % args.eval_freq == 0:
-            report(network, ema, data, validation, judge, args, epoch, step, device, logger)
+    finished = progress.epoch >= args.epochs
+    if finished:
+        log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {args.epochs}")
+    keeper = checkpoint.Keeper(args.output_dir, args.keep, args.save_every.minutes, progress.step) if is_main() else None
+    logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)
+    with distributed.leaving_on_signals() as asked:
+        run = Run(model, network, ema, optimizer, scaler, progress, keeper, logger, args, device, images, data.train.sampler, asked)
+        if progress.done == 0 and is_report_epoch(args, progress.epoch) and not from_main(lambda: progress.step in logger.reported):
+            report(run, data, validation, judge)  # the run before was killed while it made this one
+        while progress.epoch < args.epochs:
+            train_one_epoch(run, data.train, data.training_moments, data.latent_scale)
+            data.report_skipped()
+            if progress.epoch % args.save_last_freq == 0 or progress.epoch == args.epochs:
+                save_checkpoint(run)
+            if is_report_epoch(args, progress.epoch):
+                report(run, data, validation, judge)
+    if keeper is not None:
+        keeper.wait()
+    distributed.barrier()
     logger.close()
+
+
+def is_report_epoch(args, finished):
+    """Whether a report follows when `finished` epochs are done."""
+    return finished > 0 and (finished % args.eval_freq == 0 or finished == args.epochs)
 
 
 def main():
     args = training_parser().parse_args()
-    device = distributed.init(args.device)
+    if args.deterministic:
+        distributed.set_deterministic()
+    device = distributed.init(args.device, args.timeout)
     if args.evaluate:
         evaluate_checkpoint(args, device)
     else:

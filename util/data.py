@@ -3,7 +3,10 @@
 A dataset's key is (epoch, index): crop and flip of an image follow from (seed, epoch, index), whoever loads it.
 """
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
 from models import FlowARError
+from models.weights import first_line
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # whatever a file is called; others start programs, such as Ghostscript
+LONGEST_SIDES = 100
 RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
+MOST_UNREADABLE = 100  # images one after the other: more are not damaged, they are gone
 
 
 # ---- pixels and crops ----------------------------------------------------------------------------------------
@@ -55,10 +62,12 @@ def center_crop(image, size):
 def open_image(path):
     """RGB image, or FlowARError with the path."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > LONGEST_SIDES * min(image.size):  # resized to a crop's size it would take gigabytes
+                raise ValueError(f"{image.width}x{image.height} pixels, expected sides within a factor of {LONGEST_SIDES}")
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FlowARError(f"{path}: cannot be read as an image ({error})") from error
+    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
+        raise FlowARError(f"{path}: cannot be read as an image ({first_line(error)})") from error
 
 
 class Images(Dataset):
@@ -90,6 +99,8 @@ class Images(Dataset):
             except FlowARError as error:
                 if self.on_bad != "skip":
                     raise
+                if offset >= MOST_UNREADABLE:
+                    raise FlowARError(f"{path}: neither this image nor the {offset} before it can be read: is the disk there?") from error
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 with self.skipped.get_lock():
                     self.skipped.value += 1
@@ -145,17 +156,41 @@ class EpochSampler(Sampler):
     def set_epoch(self, epoch, start=0):
         self.epoch, self.start = epoch, start
 
-    def __iter__(self):
+    def indices(self, first, last):
+        """This rank's images among first..last - 1 of the epoch's order; first is a multiple of the world size."""
         order = self.order(self.seed, self.epoch) if self.shuffle else np.arange(self.total)
-        return ((self.epoch, int(index)) for index in order[self.start + self.rank:self.length:self.world_size])
+        return order[first + self.rank:last:self.world_size].tolist()
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in self.indices(self.start, self.length))
 
     def __len__(self):
         return len(range(self.start + self.rank, self.length, self.world_size))
 
 
-def build_loader(dataset, batch_size, *, rank=0, world_size=1, seed=0, train=False, num_workers=0, pin_memory=False):
-    """Loader of one rank. In training only whole global batches, in an order drawn anew for every epoch."""
+def build_loader(dataset, batch_size, *, rank=0, world_size=1, seed=0, train=False, num_workers=0, pin_memory=False, timeout=0):
+    """Loader of one rank. In training only whole global batches, in an order drawn anew for every epoch.
+
+    timeout: seconds to wait for a batch of the workers; 0 waits for ever.
+    """
     sampler = EpochSampler(len(dataset), rank=rank, world_size=world_size, seed=seed, shuffle=train, drop_last=train,
                            order=getattr(dataset, "order", None))
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
-                      drop_last=train, persistent_workers=train and num_workers > 0)
+                      drop_last=train, persistent_workers=train and num_workers > 0, timeout=timeout if num_workers else 0,
+                      worker_init_fn=obey_the_rank_alone)
+
+
+def obey_the_rank_alone(worker):
+    """A signal to the whole job must not kill the workers under a rank that is about to save: only the rank itself ends them."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signals, parent = {signal.SIGTERM, signal.SIGUSR1}, os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait():
+        while True:
+            found = signal.sigwaitinfo(signals)
+            if found.si_signo == signal.SIGTERM and found.si_pid == parent:
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import sys
 from datetime import timedelta
 
@@ -10,9 +11,14 @@ import torch
 import torch.distributed as dist
 
 from models import FlowARError
+from util.watch import LOST, Watch, say
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TIMEOUT = 120  # seconds of silence after which a process counts as dead
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait this long where rank 0 works alone
+RESTART = 75  # exit status of a run that was asked to leave and has saved: start it again (EX_TEMPFAIL of sysexits.h)
+_watch = None  # of this process, while it is one of several
 
 
 def rank():
@@ -82,8 +88,12 @@ def keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def init(device_name):
-    """Join the process group that torchrun described, if any, and return this process's device."""
+def init(device_name, timeout=TIMEOUT):
+    """Join the process group that torchrun described, if any, and return this process's device.
+
+    timeout: seconds after which a process that shows no sign of life ends the job, see util.watch.
+    """
+    global _watch
     device = select_device(device_name)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
@@ -91,11 +101,22 @@ def init(device_name):
                               "lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        store, number, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size,
+                                timeout=COLLECTIVE_TIMEOUT)
+        _watch = Watch(store, number, size, timeout) if size > 1 else None
+        if _watch:
+            _watch.start()
+            barrier()  # every heart beats before anyone looks
     return device
 
 
 def shutdown():
+    global _watch
+    if _watch:
+        barrier()  # rank 0 may hold the store: nobody leaves before the others are done
+        _watch.stop()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -155,6 +176,12 @@ def set_precision(precision, device):
     return precision
 
 
+def set_deterministic():
+    """The same bits on every run on one kind of machine; call it before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def autocast(device, precision):
     """Context in which the network runs: autocast for bf16 and fp16, nothing for fp32 and tf32."""
     if precision in AUTOCAST:
@@ -169,21 +196,59 @@ def check_compiler(device):
         raise FlowARError(f"--compile needs a C++ compiler on {device.type}, and {' or '.join(names)} is not on PATH")
 
 
+class Preempted(Exception):
+    """The run was asked to leave, and has saved."""
+
+
+@contextlib.contextmanager
+def leaving_on_signals():
+    """Inside, SIGTERM and SIGUSR1 (SLURM's warning) do not end the process: the function that it yields tells whether one came."""
+    came = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_main(main):
-    """Run a program's main(); a FlowARError becomes one line on stderr and exit status 2."""
+    """Run a program's main(). What a user can put right becomes one line on stderr and exit status 2, a lost process status 1,
+    a run that left on a signal status 75.
+    """
     try:
         main()
+        shutdown()
     except FlowARError as error:
         # A data loader's worker wraps the message in its traceback: the last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("models.errors.FlowARError: ")
-        who = f" (rank {rank()})" if world_size() > 1 else ""
-        sys.stderr.write(f"\nerror{who}: {message}\n")  # one write, on a line of its own: ranks and bars share the terminal
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(2)  # the other ranks may be waiting in a collective: leave without joining them
+        leave(str(error).strip().splitlines()[-1].removeprefix("models.errors.FlowARError: "), 2)
+    except OSError as error:
+        leave(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except Preempted as left:
+        if is_main():
+            print(left, flush=True)
+        shutdown()
+        sys.exit(RESTART)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes before there is a name to tell
+        names = " and ".join(_watch.silent_ranks())
+        leave(f"lost {names or 'the connection to another rank'}: {str(error).splitlines()[0]}; the same command goes on from the last checkpoint", LOST)
     except KeyboardInterrupt:
         if is_main():
             sys.stderr.write("\ninterrupted: the same command goes on from what was saved\n")
             sys.stderr.flush()
         os._exit(130)
-    shutdown()
+
+
+def leave(message, status):
+    """Say why, if no other rank has, and end this process without joining the others, which may be waiting in a collective."""
+    if _watch is None or _watch.claim(message):
+        say(f"rank {rank()}" if world_size() > 1 else "", message)
+    os._exit(status)
+
+
+def lost_connection(error):
+    """Whether an exception of a collective means that another process is gone."""
+    return _watch is not None and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))

@@ -1,5 +1,8 @@
 """What a person sees of a training run: progress bar, TensorBoard and log.jsonl (one JSON object a line)."""
+import contextlib
+import itertools
 import json
+import os
 import resource
 import sys
 import time
@@ -11,9 +14,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import FlowARError
-from util.distributed import is_main
-from util.files import make_directory
+from util.distributed import is_main, log
+from util.files import make_directory, write_bytes
 
+REPORT = "report"  # the group of the line that ends a report
+EACH_STEP = ("train", "spike", "bad_step")  # groups that belong to a step, not to the report after it
 QUIET_INTERVAL = 30  # seconds between lines of the bar when nobody watches a terminal
 
 
@@ -25,24 +30,48 @@ def memory_gib(device):
 
 
 class TrainingLog:
-    """Writes on rank 0 and does nothing elsewhere."""
+    """Writes on rank 0 and does nothing elsewhere.
 
-    def __init__(self, log_dir, device):
-        self.device = device
+    A run that goes on after `step` takes back what was logged later: the file then reads as if nothing had happened.
+    """
+
+    def __init__(self, log_dir, device, step=0):
+        self.device, self.bar = device, None
         self.writer = self.lines = None
-        if is_main():
-            make_directory(Path(log_dir))
-            try:
-                self.writer = SummaryWriter(log_dir)
-                self.lines = open(Path(log_dir) / "log.jsonl", "a")
-            except OSError as error:
-                raise FlowARError(f"{log_dir}: the log cannot be written ({error})") from error
-        self.bar = None
+        self.reported = set()  # steps whose report is complete
+        if not is_main():
+            return
+        self.path = Path(log_dir) / "log.jsonl"
+        make_directory(self.path.parent)
+        with self._one_line():
+            self._take_back(step) if step else self._set_aside()
+            self.writer = SummaryWriter(log_dir, purge_step=step + 1)
+            self.lines = open(self.path, "a")
 
-    def start_epoch(self, epoch, epochs, images):
-        """A bar over the images of one epoch; its rate is images per second over all ranks."""
+    def _set_aside(self):
+        """A run from scratch begins a file of its own; that of another run, or of one killed before its first checkpoint, stays."""
+        if self.path.is_file() and self.path.stat().st_size:
+            number = next(n for n in itertools.count(1) if not self.path.with_name(f"log.{n}.jsonl").exists())
+            self.path.rename(self.path.with_name(f"log.{number}.jsonl"))
+
+    def _take_back(self, step):
+        """Drop lines after `step`, those of a report that was not finished, and what was torn."""
+        lines = list(read_lines(self.path)) if self.path.is_file() else []
+        self.reported = {line["step"] for line in lines if line["group"] == REPORT and line["step"] <= step}
+        kept = [line for line in lines if line["step"] < step or line["step"] == step and (line["group"] in EACH_STEP or step in self.reported)]
+        write_bytes("".join(json.dumps(line) + "\n" for line in kept).encode(), self.path)
+
+    @contextlib.contextmanager
+    def _one_line(self):
+        try:
+            yield
+        except OSError as error:
+            raise FlowARError(f"{self.path.parent}: the log cannot be written ({error})") from error
+
+    def start_epoch(self, epoch, epochs, images, done=0):
+        """A bar over the images of one epoch, `done` of which are behind; its rate is images per second over all ranks."""
         interval = 0.5 if sys.stderr.isatty() else QUIET_INTERVAL
-        self.bar = tqdm(total=images, desc=f"epoch {epoch + 1}/{epochs}", unit="img", disable=not is_main(),
+        self.bar = tqdm(total=images, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="img", disable=not is_main(),
                         mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True)
         self.since, self.images = time.time(), 0
 
@@ -59,22 +88,40 @@ class TrainingLog:
         self.since, self.images = time.time(), 0
         return images / max(self.since - since, 1e-9)
 
-    def training(self, step, epoch, seconds_left, rate, loss, grad_norm, lr, scales):
-        """scales: {scale: loss}."""
+    def training(self, step, epoch, seconds_left, rate, loss, grad_norm, lr, scales, bad_steps):
+        """scales: {scale: loss}; bad_steps: skipped since the start of training."""
         memory = memory_gib(self.device)
         left = timedelta(seconds=int(seconds_left))
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, grad {grad_norm:.2f}, lr {lr:.2e}, {memory:.1f} GiB, {left} left", refresh=False)
         self.scalars("train", step, epoch, {
-            "loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": rate, "memory_gib": memory,
+            "loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": rate, "memory_gib": memory, "bad_steps": bad_steps,
             **{f"loss_scale_{s}": value for s, value in scales.items()}})
 
     def scalars(self, group, step, epoch, values):
         if self.writer is None:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.lines.write(json.dumps({"group": group, "step": step, "epoch": epoch, **values}) + "\n")
+        with self._one_line():
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+            self._write({"group": group, "step": step, "epoch": epoch, **values})
+
+    def event(self, group, step, message, **details):
+        """Something that happened at a step: a line for people and one for programs."""
+        log(f"step {step}: {group.replace('_', ' ')}: {message}")
+        if self.writer is not None:
+            with self._one_line():
+                self._write({"group": group, "step": step, "message": message, **details})
+
+    def report_done(self, step, epoch):
+        """Remember that the report at a step is complete: a run that is killed before repeats it."""
+        self.reported.add(step)
+        if self.writer is not None:
+            with self._one_line():
+                self._write({"group": REPORT, "step": step, "epoch": epoch})
+
+    def _write(self, line):
+        self.lines.write(json.dumps(line) + "\n")
         self.lines.flush()
 
     def image(self, name, image, step):
@@ -82,7 +129,22 @@ class TrainingLog:
         if self.writer is not None:
             self.writer.add_image(name, image, step)
 
+    def flush(self):
+        """Bring the lines to the disk."""
+        if self.writer is not None:
+            with self._one_line():
+                os.fsync(self.lines.fileno())
+
     def close(self):
         if self.writer is not None:
             self.writer.close()
             self.lines.close()
+
+
+def read_lines(path):
+    """The lines of a log.jsonl as dicts; what is torn or of another kind is left out."""
+    for text in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("group"), str):
+                yield line

@@ -5,10 +5,11 @@ checkpoint (evaluation) or from the release's ImageNet-256 setting (training), s
 """
 import argparse
 import math
+from typing import NamedTuple
 
 from models import MODELS, FlowARError
 from models.flow_matching import CFG_SCHEDULES, SOLVERS
-from util.distributed import PRECISIONS, log
+from util.distributed import PRECISIONS, TIMEOUT, log
 from util.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
@@ -60,6 +61,24 @@ def at_least_one(text):
 
 def at_least_two(text):
     return _number(int, 2, math.inf, text)
+
+
+class SaveEvery(NamedTuple):
+    """How often to save a checkpoint: after so many steps, or after so many minutes, or neither."""
+
+    steps: int | None = None
+    minutes: float | None = None
+
+
+def save_every(text):
+    """'500' steps, '30m' minutes, '0' never."""
+    if text.endswith("m"):
+        return SaveEvery(minutes=_number(float, 0.0, math.inf, text[:-1]))
+    return SaveEvery(steps=count(text) or None)
+
+
+def seconds(text):
+    return _number(float, 1.0, math.inf, text)
 
 
 def several(kind):
@@ -125,6 +144,7 @@ def add_runtime_options(parser):
     add = group.add_argument
     add("--output_dir", default="./output_dir", help="where everything is written")
     add("--data_path", default="./data/imagenet", help="folder with train/ and val/, class folders of images (eval.py needs none)")
+    add("--timeout", type=seconds, default=TIMEOUT, help="seconds without a sign of life after which a process, or the data, counts as dead")
 
 
 def add_checkpoint_options(parser):
@@ -161,7 +181,12 @@ def add_training_options(parser):
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
     add("--cached_val_path", default="", help="cached latents of val/ for the validation loss; default: encode data_path/val")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
+    add("--global_batch", type=positive, help="images an optimizer step; default: the checkpoint's, or batch_size x processes x accum_iter")
     add("--save_last_freq", type=positive, default=5, help="epochs between checkpoints")
+    add("--save_every", type=save_every, default="30m", help="checkpoints between them: after this many steps, or minutes (30m); 0: none")
+    add("--keep", type=positive, default=2, help="checkpoints to keep")
+    add("--max_bad_steps", type=positive, default=20, help="steps in a row that are not finite, and skipped, before training stops")
+    add("--deterministic", action="store_true", help="deterministic algorithms on CUDA too, where they are slower")
     add("--eval_freq", type=positive, default=40, help="epochs between validation loss, sample grid and --online_eval")
     add("--online_eval", action="store_true", help="FID or the like of the EMA during training, every --eval_freq epochs")
     add("--eval_num_images", type=positive, default=10000, help="images of --online_eval")
@@ -231,15 +256,35 @@ def sampling_options(args):
                 cfg_schedule=args.cfg_schedule, temperature=args.temperature, solver=args.solver)
 
 
-def resolve_training(args, world_size):
-    """Fill in peak learning rate and global batch; FlowARError for options that contradict each other."""
-    args.global_batch = args.batch_size * world_size * args.accum_iter
+def check_training(args):
+    """FlowARError for options that contradict each other."""
+    if args.compile == "graphs":
+        raise FlowARError("--compile graphs is for sampling: in training use --compile")
+    if args.use_cached and not args.cached_path:
+        raise FlowARError("--use_cached needs --cached_path")
+
+
+def resolve_training(args, world_size, saved_batch=None):
+    """Fill in global batch, forward passes and peak learning rate. saved_batch: the global batch of the run that goes on."""
+    asked = args.batch_size * world_size * args.accum_iter
+    if args.global_batch and args.accum_iter > 1 and args.global_batch != asked:
+        raise FlowARError(f"--global_batch is {args.global_batch}, but --batch_size {args.batch_size} x {world_size} processes x --accum_iter "
+                          f"{args.accum_iter} is {asked}: leave out --accum_iter, which follows from the others")
+    args.global_batch = args.global_batch or saved_batch or asked
+    if args.global_batch != asked:
+        deal_global_batch(args, world_size)
     if args.lr is None:
         args.lr = peak_learning_rate(args.blr, args.global_batch)
     if args.lr_schedule == "cosine" and args.min_lr > args.lr:
         log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global batch / "
             "256): the cosine will rise")
-    if args.compile == "graphs":
-        raise FlowARError("--compile graphs is for sampling: in training use --compile")
-    if args.use_cached and not args.cached_path:
-        raise FlowARError("--use_cached needs --cached_path")
+
+
+def deal_global_batch(args, world_size):
+    """Choose --batch_size, at most the one given, and --accum_iter that make the global batch."""
+    each, rest = divmod(args.global_batch, world_size)
+    if rest:
+        raise FlowARError(f"a global batch of {args.global_batch} cannot be dealt to {world_size} processes: use a divisor of it, or --global_batch")
+    batch = max(size for size in range(1, min(args.batch_size, each) + 1) if each % size == 0)
+    log(f"global batch {args.global_batch}: {batch} images x {world_size} processes x {each // batch} forward passes")
+    args.batch_size, args.accum_iter = batch, each // batch
