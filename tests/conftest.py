@@ -4,3 +4,18 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="the slow tests too: two hosts, small disks, a batch system")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=slow)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: only with --slow")

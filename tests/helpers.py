@@ -96,12 +96,12 @@ def evaluate(project, checkpoint, output, extra=""):
     return json.loads(results.read_text()) if results.is_file() else None
 
 
-def run(command, processes=0, check=True):
+def run(command, processes=0, check=True, timeout=300):
     """Run a program of the project, under torchrun for processes > 0, one thread each. Returns the process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = (launcher if processes else [sys.executable]) + shlex.split(command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

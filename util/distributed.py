@@ -17,6 +17,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT = 120  # seconds of silence after which a process counts as dead
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait this long where rank 0 works alone
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # the first host waits this long for the last one
 RESTART = 75  # exit status of a run that was asked to leave and has saved: start it again (EX_TEMPFAIL of sysexits.h)
 _watch = None  # of this process, while it is one of several
 
@@ -101,7 +102,7 @@ def init(device_name, timeout=TIMEOUT):
                               "lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, number, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store, number, size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size,
                                 timeout=COLLECTIVE_TIMEOUT)
         _watch = Watch(store, number, size, timeout) if size > 1 else None

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# FlowAR-H on a SLURM cluster, as jobs of a day until it is done: sbatch scripts/slurm.sh [options of main_flowar.py]
+#
+# Five minutes before the time limit, and when it is preempted, SLURM signals every rank: all save together and leave with status
+# 75, and the job goes back into the queue, where the same command goes on from the last checkpoint. A dead process or node ends the job
+# within --timeout and it is queued again too, up to MAX_RESTARTS times; wrong options and damaged files (status 2) end it for good.
+#SBATCH --job-name=flowar
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=flowar-%j.log
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+OUTPUT=${OUTPUT:-./output_dir/}
+
+# One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back.
+srun --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
+    "${PYTHON:-python}" main_flowar.py --model flowar_huge --diffloss_d 12 --diffloss_w 1536 \
+    --img_size 256 --vae_path "${VAE:-pretrained_models/vae/kl16.ckpt}" --vae_embed_dim 16 --vae_stride 16 --patch_size 1 \
+    --epochs 400 --warmup_epochs 100 --batch_size 32 --global_batch 2048 --blr 5e-5 --use_checkpoint --precision bf16 \
+    --output_dir "$OUTPUT" --resume "$OUTPUT" \
+    --data_path "${IMAGENET:-/path/to/imagenet/}" --cached_path "${CACHE:-/path/to/imagenet_feature/}" "$@"
+status=$?
+
+case "$status" in
+    0 | 2) ;;
+    75) scontrol requeue "$SLURM_JOB_ID" ;;
+    *) [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-10}" ] && scontrol requeue "$SLURM_JOB_ID" ;;
+esac
+exit "$status"
