@@ -18,7 +18,7 @@ from tqdm import tqdm
 from models import FlowARError, build_model
 from models import flow_matching as fm
 from models.vae import DiagonalGaussian, open_vae
-from models.weights import first_line, name_some, tensors_hash
+from models.weights import name_some, tensors_hash
 from util import checkpoint, metrics
 from util.data import EpochSampler, to_uint8
 from util.diagnosis import first_not_finite
@@ -98,7 +98,7 @@ def train_one_epoch(run, loader, to_moments, latent_scale):
         lr = adjust_learning_rate(run.optimizer, epoch + index / run.steps, lr=args.lr, min_lr=args.min_lr, epochs=args.epochs,
                                   warmup_epochs=args.warmup_epochs, schedule=args.lr_schedule)
         draws = draw(network, args.global_batch, derive_seed(args.seed, TRAINING, number), run.device)
-        parts = [prepare_batch(run, next_batch(batches), draws, part, to_moments, latent_scale) for part in range(args.accum_iter)]
+        parts = [prepare_batch(run, next(batches), draws, part, to_moments, latent_scale) for part in range(args.accum_iter)]
         losses = forward_and_backward(run, parts, number)
         if last is not None:
             finish_step(run, last)
@@ -122,16 +122,6 @@ def prepare_batch(run, batch, draws, part, to_moments, latent_scale):
     inputs, labels = (value.to(run.device, non_blocking=True) for value in batch)
     mine = draws.take(slice(part * count + rank(), (part + 1) * count, world_size()))
     return latent_scale.normalize(DiagonalGaussian(to_moments(inputs)).sample(noise=mine.posterior)), labels, mine
-
-
-def next_batch(batches):
-    """The loader's next batch; FlowARError if a process of it died or hangs."""
-    try:
-        return next(batches)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise FlowARError(f"the training data cannot be read: {first_line(error)}; is its disk there, and fast enough for --timeout?") from error
 
 
 def forward_and_backward(run, parts, number):

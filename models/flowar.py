@@ -20,6 +20,9 @@ from models.flow_head import FlowHead, per_token
 from models.layers import GatedMLP, KVCache, Linear, RMSNorm, SelfAttention, modulate, run_block, spans
 
 
+MOST_TOKENS = 32768  # of all scales together; 512 pixels have 1,365
+
+
 class CausalBlock(nn.Module):
     """Transformer block modulated by the class embedding c (B, cond_dim)."""
 
@@ -391,6 +394,8 @@ def check_geometry(img_size, vae_stride, patch_size, scale):
     if scale[-1] != side:
         raise FlowARError(f"scale ends with {scale[-1]}: expected {side}, the latent's size in tokens (img_size "
                           f"{img_size} / vae_stride {vae_stride} / patch_size {patch_size})")
+    if sum(s * s for s in scale) > MOST_TOKENS:
+        raise FlowARError(f"scale {text} makes {sum(s * s for s in scale)} tokens: expected at most {MOST_TOKENS}, whose mask takes 4 GiB")
 
 
 def check_heads(name, dim, num_heads):

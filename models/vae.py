@@ -3,6 +3,7 @@
 Anything with the attributes embed_dim, stride, latent_scale and the methods encode and decode can stand in its place:
 give VAES a function that opens it, and --vae takes it.
 """
+import reprlib
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.errors import FlowARError
-from models.weights import name_some, read_file, tensors_hash, write_file
+from models.weights import first_line, name_some, read_file, reading, tensors_hash, write_file
 
 GROUPS = 32
 MIN_GROUP = 4  # channels
+LARGEST_SCALE = 1e6
+# What a file may ask for: beyond, even the names of the layers would take memory.
+WIDEST, DEEPEST, MOST_LEVELS = 8192, 32, 12
 
 
 class LatentScale(NamedTuple):
@@ -30,6 +34,14 @@ class LatentScale(NamedTuple):
 
 
 KL16_LATENT_SCALE = LatentScale(0.2325)
+
+
+def read_latent_scale(value, path):
+    """LatentScale of what a file says, a sequence (scale, shift) or (scale,); FlowARError if it says something else."""
+    numbers = isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(type(x) in (int, float) for x in value)
+    if not numbers or not all(abs(x) < LARGEST_SCALE for x in value) or value[0] <= 0:
+        raise FlowARError(f"{path}: latent_scale is {reprlib.repr(value)}, expected [scale, shift], two numbers, the scale above 0")
+    return LatentScale(*map(float, value))
 
 
 class DiagonalGaussian:
@@ -225,8 +237,8 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-def load_state(vae, state, path):
-    """Load `state` into the VAE. Raises FlowARError naming missing or misshapen tensors; returns the extra names."""
+def check_state(vae, state, path):
+    """Raises FlowARError naming tensors of the VAE (it may be on the meta device) that `state` lacks or has misshapen."""
     own = vae.state_dict()
     missing = [name for name in own if name not in state]
     if missing:
@@ -235,13 +247,20 @@ def load_state(vae, state, path):
              if state[name].shape != own[name].shape]
     if wrong:
         raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
-    vae.load_state_dict({name: state[name] for name in own})
-    return [name for name in state if name not in own]
+
+
+def load_state(vae, state, path):
+    """Load `state` into the VAE. Raises FlowARError, see check_state; returns the extra names."""
+    check_state(vae, state, path)
+    with reading(path):
+        vae.load_state_dict({name: state[name] for name in vae.state_dict()})
+    return [name for name in state if name not in vae.state_dict()]
 
 
 def vae_tensors(content, path):
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                              for name, value in state.items()):
         raise FlowARError(f"{path}: expected the state dict of a VAE, or a dict with one under 'model'")
     return state
 
@@ -249,21 +268,39 @@ def vae_tensors(content, path):
 def load_vae(path):
     """The VAE of a file: KL-16 (`kl16.ckpt`), or what scripts/train_vae.py wrote with its configuration inside.
 
-    Returns (vae in eval mode without gradients, names of tensors in the file that it does not use).
+    Returns (vae in eval mode without gradients, names of tensors in the file that it does not use). The configuration is
+    the file's word: nothing is allocated before the file's tensors are found to be of the sizes that it asks for.
     """
     content = read_file(path)
-    state = vae_tensors(content, path)
+    state, config = vae_tensors(content, path), vae_config(content, path)
     try:
-        vae = AutoencoderKL(**vae_config(content))
-    except TypeError as error:
-        raise FlowARError(f"{path}: bad VAE configuration ({error})") from error
-    extra = load_state(vae, state, path)
+        with torch.device("meta"):
+            vae = AutoencoderKL(**config)
+    except (FlowARError, RuntimeError) as error:
+        raise FlowARError(f"{path}: bad VAE configuration ({first_line(error)})") from error
+    check_state(vae, state, path)
+    extra = load_state(vae.to_empty(device="cpu"), state, path)
     return vae.eval().requires_grad_(False), extra
 
 
-def vae_config(content):
-    config = content.get("config") if isinstance(content, dict) else None
-    return config if isinstance(config, dict) else {}
+def vae_config(content, path):
+    """AutoencoderKL's arguments that a VAE file holds beside its tensors, {} if none; FlowARError for what none can be."""
+    config = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
+    if "latent_scale" in config:
+        config["latent_scale"] = read_latent_scale(config["latent_scale"], path)
+    ranges = {"embed_dim": (1, WIDEST), "ch": (1, WIDEST), "num_res_blocks": (0, DEEPEST)}
+    for name, value in config.items():
+        if name == "ch_mult":
+            good = isinstance(value, (list, tuple)) and 0 < len(value) <= MOST_LEVELS and all(within(x, 1, WIDEST) for x in value)
+        else:
+            good = name == "latent_scale" or name in ranges and within(value, *ranges[name])
+        if not good:
+            raise FlowARError(f"{path}: bad VAE configuration ({reprlib.repr(name)}: {reprlib.repr(value)})")
+    return config
+
+
+def within(value, low, high):
+    return type(value) is int and low <= value <= high
 
 
 def open_kl16(spec, path):
@@ -275,8 +312,9 @@ def open_diffusers(spec, path):
     """--vae diffusers:<path or repository>[:subfolder]."""
     from models.diffusers_vae import DiffusersVAE, open_network
     network = open_network(spec)
-    scale = LatentScale(network.config.scaling_factor, network.config.get("shift_factor") or 0.0)
-    return DiffusersVAE(network, scale, DiagonalGaussian).eval().requires_grad_(False), []
+    with reading(f"--vae diffusers:{spec}"):
+        scale = read_latent_scale((network.config.scaling_factor, network.config.get("shift_factor") or 0.0), f"--vae diffusers:{spec}")
+        return DiffusersVAE(network, scale, DiagonalGaussian).eval().requires_grad_(False), []
 
 
 # Name before the colon of --vae -> function of (what follows the colon, --vae_path) -> (vae, unused tensor names).

@@ -1,37 +1,85 @@
 """Tensor files: read without running code from them, written whole or not at all."""
 import argparse
 import contextlib
+import copy
 import hashlib
 import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from models.archives import DEEPEST, check_torch_file
 from models.errors import FlowARError
 
 
-def read_file(path, mmap=False):
+def read_file(path, mmap=False, legacy=False):
     """Contents of a .safetensors or torch file on the CPU. Nothing but tensors and plain values is unpickled.
 
-    With mmap=True the tensors of a zip-format torch file stay on disk until they are copied.
+    With mmap=True the tensors of a zip-format torch file stay on disk until they are copied. Files of PyTorch before 1.6
+    are read only with legacy=True: published feature networks are such, and torch allocates what they claim.
     argparse.Namespace is let through: training checkpoints of the release carry their options as one.
+    Raises FlowARError, whatever is in the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FlowARError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        return load_file(path) if path.suffix == ".safetensors" else read_torch_file(path, mmap, legacy)
+    except FlowARError:
+        raise
     except pickle.UnpicklingError as error:
         raise FlowARError(f"{path}: not a file of tensors ({first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes torch, zipfile and safetensors raise almost anything
         raise FlowARError(f"{path}: cannot be read, truncated or not a weights file ({first_line(error)})") from error
+
+
+def read_torch_file(path, mmap, legacy):
+    length, zipped = check_torch_file(path, legacy)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        # Always mapped: a storage that claims to be longer than its member then ends with the file, not in foreign memory.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    check_claims(content, path, 8 * length)
+    return content if mmap or not zipped else copy.deepcopy(content)
+
+
+def check_claims(content, path, limit):
+    """FlowARError for tensors of more bytes than their file (views that repeat a number, storages that overlap), and for
+    containers that hold themselves, or each other many times: more than `limit` values, or deeper than DEEPEST.
+    """
+    size, waiting, visited, storages, stored = path.stat().st_size, [([content], 0)], 0, set(), 0
+    while waiting:
+        values, depth = waiting.pop()
+        visited += len(values)
+        if visited > limit or depth > DEEPEST:
+            raise FlowARError(f"{path}: not a file of tensors (containers in containers without end)")
+        claimed = 0
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                claimed += value.numel() * value.element_size()
+                stored += 0 if storage._cdata in storages else storage.nbytes()
+                storages.add(storage._cdata)
+            elif isinstance(value, dict):
+                waiting.append(([*value, *value.values()], depth + 1))
+            elif isinstance(value, (list, tuple)):
+                waiting.append((value, depth + 1))
+            elif isinstance(value, argparse.Namespace):
+                waiting.append(([vars(value)], depth + 1))
+        if max(claimed, stored) > size:
+            raise FlowARError(f"{path}: its tensors claim {max(claimed, stored)} bytes, but the file has {size}")
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged or hostile file makes a library raise in this block becomes a FlowARError that names it."""
+    try:
+        yield
+    except FlowARError:
+        raise
+    except Exception as error:
+        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -52,7 +100,8 @@ def writing(path, sync=True):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise FlowARError(f"{path}: cannot be written ({first_line(error)})") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save says less than the system
+        raise FlowARError(f"{path}: cannot be written ({first_line(cause)})") from error
 
 
 def write_file(content, path):

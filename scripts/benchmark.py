@@ -46,16 +46,17 @@ from util import flops, latents, metrics  # noqa: E402
 from util.data import Images, build_loader  # noqa: E402
 from util.distributed import AUTOCAST, autocast, check_compiler, run_main, select_device, set_precision  # noqa: E402
 from util.evaluation import single_point  # noqa: E402
-from util.files import file_hash, make_directory, write_bytes, write_json  # noqa: E402
+from util.files import check_output, file_hash, make_directory, write_bytes, write_json  # noqa: E402
 from util.latents import NpzMoments, ShardedMoments  # noqa: E402
 from util.logging import memory_gib  # noqa: E402
 from util.measure import Peak, alternate, count_kernels, count_work  # noqa: E402
 from util.optimization import EMA, build_optimizer  # noqa: E402
-from util.options import (evaluation_parser, fraction, integer_list, model_options, positive, resolve_geometry,  # noqa: E402
-                          sampling_options)
+from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,  # noqa: E402
+                          sampling_options, several, some_path, workers)
 from util.randomness import draw, image_noise  # noqa: E402
 
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
+LOADER_BATCH = 64
 
 
 def parse_args():
@@ -64,12 +65,12 @@ def parse_args():
     parser.add_argument("what", choices=sorted(BENCHMARKS), help="what to measure")
     parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory: images")
     parser.add_argument("--use_checkpoint", action="store_true", help="train, memory: recompute activations")
-    parser.add_argument("--attn_dropout", type=fraction, default=0.1, help="train, memory: as in training")
-    parser.add_argument("--proj_dropout", type=fraction, default=0.1, help="train, memory: as in training")
+    parser.add_argument("--attn_dropout", type=below_one, default=0.1, help="train, memory: as in training")
+    parser.add_argument("--proj_dropout", type=below_one, default=0.1, help="train, memory: as in training")
     parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts: timings, whose median counts")
-    parser.add_argument("--latents", type=positive, default=200000, help="data: synthetic latents of each layout")
-    parser.add_argument("--scratch", default="output/benchmark", help="data: folder for them (3 MiB a hundred in shards, 6 in npz)")
-    parser.add_argument("--workers", type=integer_list, default=(1, 2, 4), help="data: numbers of loader workers")
+    parser.add_argument("--latents", type=between(int, LOADER_BATCH, 10**8), default=200000, help="data: synthetic latents of each layout")
+    parser.add_argument("--scratch", type=some_path, default="output/benchmark", help="data: folder for them (3 MiB a hundred in shards, 6 in npz)")
+    parser.add_argument("--workers", type=several(workers), default=(1, 2, 4), help="data: numbers of loader workers")
     parser.add_argument("--seconds", type=positive, default=10, help="data: length of each measurement")
     parser.add_argument("--vae_ch", type=positive, default=128, help="base width of the VAE (KL-16 has 128)")
     parser.add_argument("--vae_ch_mult", type=integer_list, default=(1, 1, 2, 2, 4), help="its levels")
@@ -81,6 +82,8 @@ def build(args, device):
     torch.manual_seed(args.seed)
     resolve_geometry(args)
     vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult)
+    if vae.stride != args.vae_stride:
+        raise FlowARError(f"--vae_stride is {args.vae_stride}, but the {len(args.vae_ch_mult)} levels of --vae_ch_mult make {vae.stride}")
     return build_model(args.model, **model_options(args)).to(device).eval(), vae.to(device).eval().requires_grad_(False)
 
 
@@ -95,6 +98,8 @@ def training_inputs(model, batch, device):
 
 def benchmark_train(args, device):
     """Optimizer steps: forward, backward, clipping, fused AdamW, EMA."""
+    if args.compile == "graphs":
+        raise FlowARError("--compile graphs is for sampling: for train use --compile")
     model = build_network(args, device).train()
     optimizer, ema = build_optimizer(model, LR, WEIGHT_DECAY), EMA(model, EMA_RATE)
     latents_, labels, t, noise = training_inputs(model, args.batch_size, device)
@@ -326,7 +331,7 @@ def benchmark_evaluate(args, device):
 # ---- data ----------------------------------------------------------------------------------------------------
 
 
-def make_shards(folder, count, shape, shard_size=10000):
+def make_shards(folder, count, shape, stride, shard_size=10000):
     """Synthetic float16 moments in shards with an index, as cache_latents.py writes them."""
     if (folder / latents.INDEX).is_file():
         return
@@ -338,8 +343,10 @@ def make_shards(folder, count, shape, shard_size=10000):
         write_bytes(save({"moments": torch.randn(size, 2, *shape).half(), "labels": torch.randint(1000, (size,)),
                           "names": torch.zeros(1, dtype=torch.uint8)}), file, sync=False)
         shards.append({"file": file.name, "images": size, "bytes": file.stat().st_size, "sha256": file_hash(file)})
-    write_json({"format": latents.FORMAT, "images": count, "classes": [str(i) for i in range(1000)], "variants": 2,
-                "latent_scale": [0.2325, 0.0], "shards": shards}, folder / latents.INDEX)
+    unknown = {"seed": 0, "skipped": [], "vae_sha256": None, "measured": {"scale": 1, "shift": 0, "channel_mean": [], "channel_std": []}}
+    write_json({"format": latents.FORMAT, "images": count, "classes": [str(i) for i in range(1000)], "variants": 2, "crops": "center",
+                "img_size": shape[2] * stride, "stride": stride, "channels": shape[0] // 2, "dtype": "float16",
+                "latent_scale": [0.2325, 0.0], "shards": shards, **unknown}, folder / latents.INDEX)
 
 
 def make_npz(folder, count, shape, classes=1000):
@@ -380,7 +387,7 @@ def forget(folder):
 
 def loader_rate(dataset, workers, seconds):
     """Images a second after the first batch."""
-    loader = build_loader(dataset, 64, train=True, num_workers=workers)
+    loader = build_loader(dataset, LOADER_BATCH, train=True, num_workers=workers)
     batches = iter(loader)
     next(batches)
     start, count = time.perf_counter(), 0
@@ -408,7 +415,7 @@ def benchmark_data(args, device):
     resolve_geometry(args)
     side = args.img_size // args.vae_stride
     shape = (2 * args.vae_embed_dim, side, side)
-    make_shards(scratch / "shards", args.latents, shape)
+    make_shards(scratch / "shards", args.latents, shape, args.vae_stride)
     make_npz(scratch / "npz", args.latents, shape)
     make_jpegs(scratch / "jpeg")
     os.sync()  # pages that are not written yet cannot be dropped
@@ -438,12 +445,14 @@ def main():
     args = single_point(parse_args())
     device = select_device(args.device)
     args.precision = set_precision(args.precision, device)
+    if args.json:
+        check_output(args.json)
     measured = BENCHMARKS[args.what](args, device)  # fills in --model
     result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **machine(device)}
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:
-        Path(args.json).write_text(text + "\n")
+        write_bytes(f"{text}\n".encode(), args.json)
 
 
 if __name__ == "__main__":

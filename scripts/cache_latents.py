@@ -25,32 +25,33 @@ from models.weights import writing  # noqa: E402
 from util import distributed, latents  # noqa: E402
 from util.data import RESIZE_MARGIN, Images  # noqa: E402
 from util.files import file_hash, make_directory, read_json, write_bytes, write_json  # noqa: E402
-from util.options import count, positive  # noqa: E402
+from util.options import between, pixels, positive, seed, some_path, workers  # noqa: E402
 
+MOST_CROPS = 1000
 SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
 
 
 def crops_option(text):
-    return text if text == "center" else positive(text)
+    return text if text == "center" else between(int, 1, MOST_CROPS)(text)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", required=True, help="folder with train/ (and val/), class folders of images")
-    parser.add_argument("--cached_path", required=True, help="folder to write")
+    parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ (and val/), class folders of images")
+    parser.add_argument("--cached_path", type=some_path, required=True, help="folder to write")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
-    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
+    parser.add_argument("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
-    parser.add_argument("--img_size", type=positive, default=256, help="pixels a side of a crop")
+    parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side of a crop")
     parser.add_argument("--crops", type=crops_option, default="center", help="center, or a number of random crops an image")
     parser.add_argument("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
     parser.add_argument("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
     parser.add_argument("--shard_size", type=positive, default=10000, help="images a shard")
     parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
     parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
-    parser.add_argument("--num_workers", type=count, default=8, help="data loading processes of every rank")
-    parser.add_argument("--seed", type=count, default=0, help="seed of the crops and of the images' order")
+    parser.add_argument("--num_workers", type=workers, default=8, help="data loading processes of every rank")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
 
@@ -110,15 +111,15 @@ def shard_file(number):
     return f"shard-{number:05d}.safetensors"
 
 
-def is_good(path, sha256):
+def is_good(path, settings, sha256):
     """Whether a shard is there and whole, and, if a finished index knew it, unchanged."""
-    return latents.is_whole(path) and (sha256 is None or file_hash(path) == sha256)
+    return latents.is_whole(path, settings) and (sha256 is None or file_hash(path) == sha256)
 
 
-def write_shards(data, groups, vae, args, device, folder, known):
+def write_shards(data, groups, vae, args, device, folder, settings, known):
     """Write this rank's missing or damaged shards, one for each group of images."""
     mine = range(distributed.rank(), len(groups), distributed.world_size())
-    missing = [number for number in mine if not is_good(folder / shard_file(number), known.get(shard_file(number)))]
+    missing = [number for number in mine if not is_good(folder / shard_file(number), settings, known.get(shard_file(number)))]
     progress = progress_bar(args, sum(len(groups[number]) for number in missing))
     root = Path(data.images.folder.root)
     for number, (indices, labels, moments, bad) in zip(
@@ -130,21 +131,20 @@ def write_shards(data, groups, vae, args, device, folder, known):
             "skipped": torch.frombuffer(bytearray(("\n".join(bad) or "\n").encode()), dtype=torch.uint8),
         }), folder / shard_file(number))
     progress.close()
-    return summarise(folder, [shard_file(number) for number in mine])
+    return summarise(folder, [shard_file(number) for number in mine], settings)
 
 
-def summarise(folder, files):
+def summarise(folder, files, settings):
     """What the index says of these shards, and the sums from which the latent scale is measured."""
     shards, sums = [], []
     for name in files:
-        content = latents.read_shard(folder / name)
-        moments = content["moments"]
+        moments = latents.read_moments(folder / name, settings)
         posterior = DiagonalGaussian(moments[:, 0].float())
         square = posterior.mean.double().square() + posterior.logvar.double().exp()
         sums.append(torch.stack((posterior.mean.double().mean(dim=(2, 3)).sum(0), square.mean(dim=(2, 3)).sum(0))))
-        skipped = bytes(content["skipped"].numpy()).decode().strip("\n")
+        skipped = [line for line in latents.read_text(folder / name, "skipped") if line]
         shards.append({"file": name, "images": len(moments), "bytes": (folder / name).stat().st_size,
-                       "sha256": file_hash(folder / name), "skipped": skipped.split("\n") if skipped else []})
+                       "sha256": file_hash(folder / name), "skipped": skipped})
     return shards, sums
 
 
@@ -166,7 +166,7 @@ def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
     groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
     known = distributed.from_main(lambda: reopen(folder, settings))
-    parts = distributed.gather_to_main(write_shards(data, groups, vae, args, device, folder, known))
+    parts = distributed.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
     if parts is not None:
         index = build_index(settings, parts, vae)
         write_json(index, folder / latents.INDEX)
@@ -182,7 +182,7 @@ def reopen(folder, settings):
     index = folder / latents.INDEX
     if not index.is_file():
         return {}
-    known = {shard["file"]: shard["sha256"] for shard in read_json(index)["shards"]}
+    known = {shard["file"]: shard["sha256"] for shard in latents.parse_index(index)["shards"]}
     index.unlink()  # no cache until every shard was looked at
     return known
 
@@ -190,6 +190,9 @@ def reopen(folder, settings):
 def begin(folder, name, settings):
     """Leave the settings of a cache that is being written; refuse to mix it with one of other settings."""
     make_directory(folder)
+    other = (latents.INDEX, latents.UNFINISHED) if name == latents.NPZ_INFO else (latents.NPZ_INFO,)
+    if any((folder / file).is_file() for file in other):
+        raise FlowARError(f"{folder}: this cache was made with another --format; choose another --cached_path or remove it")
     if (folder / name).is_file():
         check_same(folder, read_json(folder / name), settings)
     if (folder / latents.INDEX).is_file():

@@ -19,22 +19,21 @@ from models import FlowARError  # noqa: E402
 from models.vae import DiagonalGaussian, open_vae  # noqa: E402
 from util.data import Images, to_uint8  # noqa: E402
 from util.distributed import run_main, select_device  # noqa: E402
-from util.files import check_output  # noqa: E402
-from util.latents import ShardedMoments, shard_names  # noqa: E402
-from util.options import default_scales, integer_list, positive  # noqa: E402
-from util.pictures import draw_table, save, stack  # noqa: E402
+from util.latents import ShardedMoments, kind_of_cache, shard_names  # noqa: E402
+from util.options import default_scales, integer_list, positive, some_path  # noqa: E402
+from util.pictures import check_picture, draw_table, save, stack  # noqa: E402
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--cached_path", required=True, help="cache of shards")
+    parser.add_argument("--cached_path", type=some_path, required=True, help="cache of shards")
     parser.add_argument("--data_path", help="the images it was made of; without them only decoded ones are drawn")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
+    parser.add_argument("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
     parser.add_argument("--scales", type=integer_list, help="scales of the pyramid; default: doubling up to the latent's size")
     parser.add_argument("--images", type=positive, default=8, help="images to draw")
-    parser.add_argument("--output", required=True, help="PNG to write")
+    parser.add_argument("--output", type=some_path, required=True, help="PNG to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
     return parser.parse_args()
 
@@ -58,6 +57,8 @@ def originals(data, chosen, args):
     images = Images(Path(args.data_path) / args.split, index["img_size"], index["seed"], train=not center, flip=False)
     position = {Path(path).relative_to(images.folder.root).as_posix(): i for i, (path, _) in enumerate(images.folder.samples)}
     names = [name for shard in index["shards"] for name in shard_names(data.root / shard["file"])]
+    if len(names) != len(data):
+        raise FlowARError(f"{args.cached_path}: its shards name {len(names)} images, expected {len(data)}")
     missing = [names[i] for i in chosen if names[i] not in position]
     if missing:
         raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other images")
@@ -78,7 +79,9 @@ def pyramid(latents, scales):
 def main():
     args = parse_args()
     device = select_device(args.device)
-    check_output(args.output)
+    check_picture(args.output)
+    if kind_of_cache(args.cached_path) != "shards":
+        raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes one")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
     vae, _ = open_vae(args.vae, args.vae_path)
@@ -88,7 +91,10 @@ def main():
     chosen = np.linspace(0, len(data) - 1, min(args.images, len(data))).astype(int)
     scale = data.index["latent_scale"]
     latents = scale.normalize(DiagonalGaussian(torch.stack([data[(0, int(i))][0].float() for i in chosen])).mode())
-    scales = args.scales or default_scales(latents.shape[-1])
+    side = latents.shape[-1]
+    scales = args.scales or default_scales(side)
+    if not all(1 <= scale <= side for scale in scales):
+        raise FlowARError(f"--scales {','.join(map(str, scales))}: expected numbers from 1 to {side}, the latent's size")
     rows, names = [decode(vae, scale, latents, device)], ["decoded"]
     pictures = originals(data, chosen, args)
     if pictures is not None:

@@ -14,8 +14,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import FlowARError  # noqa: E402
-from models.weights import name_some  # noqa: E402
+from models.weights import name_some, reading  # noqa: E402
 from util.distributed import run_main  # noqa: E402
+from util.files import check_output  # noqa: E402
+from util.options import some_path  # noqa: E402
 
 
 def parse_args():
@@ -25,16 +27,13 @@ def parse_args():
     parser.add_argument("--y", help="column of the vertical axis; default: the first")
     parser.add_argument("--by", default="solver", help="column that separates lines")
     parser.add_argument("--log", action="store_true", help="logarithmic horizontal axis")
-    parser.add_argument("--output", required=True, help="PNG to write")
+    parser.add_argument("--output", type=some_path, required=True, help="PNG to write")
     return parser.parse_args()
 
 
 def read_table(path):
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise FlowARError(f"{path}: cannot be read ({error})") from error
+    with reading(path), open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
     if not rows:
         raise FlowARError(f"{path}: no rows in this table")
     return rows
@@ -47,16 +46,18 @@ def lines_of(path, x, y, by):
     lines = {}
     for row in rows:
         try:
-            lines.setdefault(f"{row[by]}, {Path(path).parent.name}", []).append((float(row[x]), float(row[y])))
+            name = f"{row[by]}, {Path(path).parent.name}".replace("$", r"\$")  # no formulas
+            lines.setdefault(name, []).append((float(row[x]), float(row[y])))
         except KeyError as error:
-            raise FlowARError(f"{path}: no column {error}; it has {name_some(row, 12)}") from error
+            raise FlowARError(f"{path}: no column {error}; it has {name_some(map(str, row), 12)}") from error
         except (TypeError, ValueError) as error:
-            raise FlowARError(f"{path}: {x} {row[x]!r} and {y} {row[y]!r} are not numbers") from error
+            raise FlowARError(f"{path}: {x} {row.get(x)!r} and {y} {row.get(y)!r} are not numbers") from error
     return y, lines
 
 
 def main():
     args = parse_args()
+    check_output(args.output)
     figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
     for path, style in zip(args.tables, ("o-", "s--", "^:", "d-.") * len(args.tables)):
         y, lines = lines_of(path, args.x, args.y, args.by)

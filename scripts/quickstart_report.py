@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine_flowar import image_label  # noqa: E402
 from models import FlowARError  # noqa: E402
 from models.vae import load_vae  # noqa: E402
-from models.weights import read_file, write_file  # noqa: E402
+from models.weights import read_file, reading, write_file  # noqa: E402
 from util import metrics  # noqa: E402
 from util.data import Images, to_uint8  # noqa: E402
 from util.distributed import run_main, select_device  # noqa: E402
+from util.evaluation import read_report  # noqa: E402
 from util.files import write_json  # noqa: E402
 
 STEPS, BATCH = 600, 128
@@ -87,7 +88,8 @@ def get_classifier(root, device):
     classes = len(Images(root / "images" / "train", 32).classes)
     network = classifier(classes)
     if path.is_file():
-        network.load_state_dict(read_file(path))
+        with reading(path):
+            network.load_state_dict(read_file(path))
         return network.to(device).eval()
     images, labels, _ = real_images(root / "images" / "train")
     network = train_classifier(gray(images), labels, classes, device)
@@ -133,7 +135,7 @@ def main():
     results_path = root / "eval" / "results.json"
     if not results_path.is_file():
         raise FlowARError(f"{results_path}: no such file; run eval.py first (scripts/quickstart.sh does)")
-    results = json.loads(results_path.read_text())
+    results = read_report(results_path)
     plot_loss(root)
     network = get_classifier(root, device)
     extractor = metrics.build_extractor(

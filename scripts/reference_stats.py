@@ -11,14 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.files import check_output  # noqa: E402
 from util import distributed, metrics  # noqa: E402
-from util.options import positive  # noqa: E402
+from util.options import pixels, some_path  # noqa: E402
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ref_images", required=True, help="folder of images, searched recursively")
-    parser.add_argument("--output", required=True, help=".npz to write")
-    parser.add_argument("--img_size", type=positive, help="centre-crop the images to this size; default: as they are")
+    parser.add_argument("--ref_images", type=some_path, required=True, help="folder of images, searched recursively")
+    parser.add_argument("--output", type=some_path, required=True, help=".npz to write")
+    parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
     parser.add_argument("--keep_features", action="store_true", help="store the features too")
     parser.add_argument("--feature_extractor", default="inception", choices=metrics.EXTRACTORS, help="network")
     parser.add_argument("--fid_weights", help="local file of torch-fidelity's Inception weights")

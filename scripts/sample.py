@@ -15,10 +15,9 @@ from engine_flowar import evaluation_precision, generate_all, load_for_evaluatio
 from models import FlowARError  # noqa: E402
 from util.data import to_uint8  # noqa: E402
 from util.distributed import autocast, run_main, select_device  # noqa: E402
-from util.files import check_output  # noqa: E402
 from util.evaluation import single_point  # noqa: E402
 from util.options import integer_list, positive, sampling_options, sampling_parser  # noqa: E402
-from util.pictures import draw_table, save  # noqa: E402
+from util.pictures import check_picture, draw_table, save  # noqa: E402
 from util.randomness import image_noise  # noqa: E402
 
 
@@ -65,8 +64,10 @@ def main():
     args = single_point(parse_args())
     if not (args.grid or args.strip):
         raise FlowARError("nothing to draw: give --grid or --strip")
+    if args.grid == args.strip:
+        raise FlowARError(f"--grid and --strip are one file, {args.grid}: give two")
     for output in filter(None, (args.grid, args.strip)):
-        check_output(output)
+        check_picture(output)
     device = select_device(args.device)
     args.precision = evaluation_precision(args.precision, device)
     model, vae, _ = load_for_evaluation(args, device)

@@ -9,6 +9,7 @@ and stored in the file. A run that was killed goes on from its last snapshot (`<
 import argparse
 import itertools
 import math
+import reprlib
 import sys
 import time
 from pathlib import Path
@@ -21,13 +22,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import AutoencoderKL, FlowARError  # noqa: E402
-from models.vae import LatentScale, load_vae, save_vae  # noqa: E402
-from models.weights import name_some, read_file, write_file  # noqa: E402
+from models.vae import DEEPEST, MOST_LEVELS, WIDEST, LatentScale, load_state, load_vae, save_vae  # noqa: E402
+from models.weights import first_line, name_some, read_file, write_file  # noqa: E402
 from util.data import Images, build_loader, to_uint8  # noqa: E402
 from util.distributed import autocast, run_main, select_device, set_precision  # noqa: E402
 from util.evaluation import write_png  # noqa: E402
 from util.files import check_output  # noqa: E402
-from util.options import count, integer_list, positive, real  # noqa: E402
+from util.options import between, integer_list, pixels, positive, real, seed, some_path, workers  # noqa: E402
 
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50
@@ -38,13 +39,13 @@ PICTURES = 12
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", required=True, help="folder with train/ and val/, class folders of images")
-    parser.add_argument("--output", required=True, help="file to write; <output>.png shows reconstructions")
-    parser.add_argument("--img_size", type=positive, default=256, help="pixels a side")
-    parser.add_argument("--embed_dim", type=positive, default=4, help="latent channels")
-    parser.add_argument("--ch", type=positive, default=32, help="base width, a multiple of 4")
+    parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ and val/, class folders of images")
+    parser.add_argument("--output", type=some_path, required=True, help="file to write; <output>.png shows reconstructions")
+    parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side")
+    parser.add_argument("--embed_dim", type=between(int, 1, WIDEST), default=4, help="latent channels")
+    parser.add_argument("--ch", type=between(int, 1, WIDEST), default=32, help="base width, a multiple of 4")
     parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
-    parser.add_argument("--num_res_blocks", type=count, default=1, help="residual blocks a level")
+    parser.add_argument("--num_res_blocks", type=between(int, 0, DEEPEST), default=1, help="residual blocks a level")
     parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
     parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
     parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps")
@@ -53,8 +54,8 @@ def parse_args():
     parser.add_argument("--kl_weight", type=real, default=1e-4, help="weight of the KL term, per latent element")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    parser.add_argument("--num_workers", type=count, default=2, help="data loading processes")
-    parser.add_argument("--seed", type=count, default=0, help="seed of weights, order, crops and posterior noise")
+    parser.add_argument("--num_workers", type=workers, default=2, help="data loading processes")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights, order, crops and posterior noise")
     return parser.parse_args()
 
 
@@ -103,12 +104,19 @@ def resume(vae, optimizer, snapshot, device):
         return 0
     content = read_file(snapshot)
     try:
-        vae.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise FlowARError(f"{snapshot}: snapshot of another configuration; remove it to start again") from error
-    print(f"going on from {snapshot}, step {content['step']}")
-    return content["step"]
+        load_state(vae, content["model"], snapshot)
+        own = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": own})
+        for parameter, state in optimizer.state.items():
+            if any(state[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")) or state["step"].ndim:
+                raise ValueError("moments of other shapes than the parameters")
+        step = content["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step is {reprlib.repr(step)}")
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise FlowARError(f"{snapshot}: snapshot of another configuration ({first_line(error)}); remove it to start again") from error
+    print(f"going on from {snapshot}, step {step}")
+    return step
 
 
 def batches(loader, first):
@@ -158,6 +166,9 @@ def main():
     precision = set_precision(args.precision, device)
     output = Path(args.output)
     check_output(output)
+    if len(args.ch_mult) > MOST_LEVELS or args.ch * max(args.ch_mult) > WIDEST:
+        raise FlowARError(f"--ch_mult {','.join(map(str, args.ch_mult))}: expected at most {MOST_LEVELS} levels, and --ch x ch_mult up to {WIDEST}")
+    Images(Path(args.data_path) / "val", args.img_size)  # what is measured at the end is there
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
     if args.img_size % vae.stride:

@@ -139,7 +139,7 @@ def test_one_clear_line_and_a_status(command, message):
 
 def test_training_leaves_a_checkpoint_and_a_log(trained):
     content, output = trained
-    assert set(content) == {"model", "model_ema", "optimizer", "epoch", "scaler", "args"} and content["epoch"] == 1
+    assert {"model", "model_ema", "optimizer", "epoch", "scaler", "args"} < set(content) and content["epoch"] == 1
     assert content["args"]["batch_size"] == 16
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     groups = {group: [line for line in lines if line["group"] == group] for group in ("train", "val", "val_ema")}
@@ -155,10 +155,10 @@ def interrupt_after(monkeypatch, epochs):
     """Make training die at the start of the given epoch."""
     original = main_flowar.train_one_epoch
 
-    def one_epoch(*args):
-        if args[8] == epochs:
+    def one_epoch(run, *args):
+        if run.progress.epoch == epochs:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(run, *args)
 
     monkeypatch.setattr(main_flowar, "train_one_epoch", one_epoch)
 
@@ -239,13 +239,6 @@ def test_main_program_evaluates(project, trained, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["num_images"] == 3
 
 
-def test_a_gradient_that_is_not_finite_stops_training(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
-    with pytest.raises(FlowARError, match="the gradient norm is not finite between steps 0 and 1"):
-        train(project, tmp_path)
-    assert not (tmp_path / "checkpoint-last.pth").exists()
-
-
 def test_validation_classes_are_the_training_classes(project, tmp_path):
     shutil.copytree(project / "images", tmp_path / "images")
     shutil.copy(project / "vae.pth", tmp_path)
@@ -282,7 +275,7 @@ def test_without_a_cache_one_is_told_how_to_make_it(project, tmp_path, capsys):
     ("--resume nowhere.pth", "nowhere.pth: no such checkpoint"),
     ("--data_path nowhere", "nowhere/train: no such folder"),
     ("--vae_path nowhere.ckpt", "nowhere.ckpt: no such file"),
-    ("--lr 1e30 --grad_clip 0", "loss is nan|gradient norm is not finite"),
+    ("--lr 1e30 --grad_clip 0 --max_bad_steps 3", "3 steps in a row were not finite, up to step 4 .--max_bad_steps 3.: stopped, the last checkpoint is as it was"),
     ("--online_eval --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
 ])
 def test_wrong_training_options_are_refused(project, tmp_path, extra, message):

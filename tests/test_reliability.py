@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from models.layers import GatedMLP
 from util import checkpoint
 from util.data import build_loader
 from util.diagnosis import first_not_finite
-from util.distributed import RESTART
+from util.distributed import RESTART, explain
 from util.progress import Progress
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
@@ -397,10 +398,27 @@ class Sleeping(Dataset):
         time.sleep(3)
 
 
+class Dying(Sleeping):
+    def __getitem__(self, key):
+        os.kill(os.getpid(), signal.SIGBUS)  # a mapped file was cut short under its reader
+        time.sleep(3)
+
+
 def test_data_that_does_not_come_is_not_waited_for_for_ever():
     loader = build_loader(Sleeping(), 1, train=True, num_workers=1, timeout=1)
-    with pytest.raises(FlowARError, match="the training data cannot be read: DataLoader timed out after 1 seconds; is its disk there"):
-        engine_flowar.next_batch(iter(loader))
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(loader))
+    message, status = explain(caught.value)
+    assert message.startswith("the data cannot be read: DataLoader timed out after 1 seconds; is its disk there") and status == 2
+
+
+def test_a_worker_that_dies_is_explained():
+    loader = build_loader(Dying(), 1, train=True, num_workers=1)
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(loader))
+    message, status = explain(caught.value)
+    assert message.startswith("the data cannot be read: DataLoader worker (pid ") and "Bus error; is its disk there" in message and status == 2
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == (None, None)
 
 
 def test_many_unreadable_images_in_a_row_are_gone_not_damaged(project, tmp_path, monkeypatch):

@@ -187,9 +187,8 @@ def read_model_file(resume):
 def model_state(content, path, key="model_ema"):
     """State dict of a file's content: `key` of a training checkpoint, or the bare state dict. Names are cleaned."""
     state = content.get(key, content.get("model", content)) if isinstance(content, dict) else content
-    if isinstance(state, dict) and all(isinstance(name, str) for name in state):
-        state = strip_prefixes(state)
-    if not isinstance(state, dict) or "class_emb.weight" not in state:
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or "class_emb.weight" not in (state := strip_prefixes(state)):
         raise FlowARError(f"{path}: no FlowAR weights in this file (expected a state dict with class_emb.weight, or a "
                           "training checkpoint)")
     for name, value in state.items():
@@ -337,7 +336,7 @@ def depth(state, prefix):
 
 def scales_of(mask):
     """Scales of a block-causal mask: a row of scale k sees 1 + ... + s_k^2 tokens."""
-    if mask.ndim != 4 or mask.shape != (1, 1, mask.shape[2], mask.shape[2]):
+    if mask.ndim != 4 or mask.shape != (1, 1, mask.shape[2], mask.shape[2]) or not mask.numel():
         raise ValueError(f"mask is {tuple(mask.shape)}, expected (1, 1, tokens, tokens)")
     visible = (mask[0, 0] == 0).sum(dim=1).unique().tolist()
     scales = tuple(round((end - start) ** 0.5) for start, end in zip([0, *visible], visible))

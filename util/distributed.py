@@ -231,11 +231,10 @@ def run_main(main):
         shutdown()
         sys.exit(RESTART)
     except RuntimeError as error:
-        if not lost_connection(error):
+        message, status = explain(error)
+        if message is None:
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes before there is a name to tell
-        names = " and ".join(_watch.silent_ranks())
-        leave(f"lost {names or 'the connection to another rank'}: {str(error).splitlines()[0]}; the same command goes on from the last checkpoint", LOST)
+        leave(message, status)
     except KeyboardInterrupt:
         if is_main():
             sys.stderr.write("\ninterrupted: the same command goes on from what was saved\n")
@@ -250,6 +249,13 @@ def leave(message, status):
     os._exit(status)
 
 
-def lost_connection(error):
-    """Whether an exception of a collective means that another process is gone."""
-    return _watch is not None and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+def explain(error):
+    """(message, exit status) for an exception that another process caused: a loader's worker, or a rank that is gone. (None, None) for others."""
+    text = str(error).partition("\n")[0]
+    if text.startswith("DataLoader"):  # raised wherever this process happens to be
+        return f"the data cannot be read: {text.split('. ')[0]}; is its disk there, are the files whole, is it fast enough for --timeout?", 2
+    if _watch is None or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        return None, None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes before there is a name to tell
+    names = " and ".join(_watch.silent_ranks())
+    return f"lost {names or 'the connection to another rank'}: {text}; the same command goes on from the last checkpoint", LOST

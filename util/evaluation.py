@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from models import FlowARError
-from models.weights import writing
-from util.files import make_directory, read_json, write_bytes, write_json
+from models.flow_matching import SOLVERS
+from models.weights import reading, writing
+from util.files import check_fields, is_count, is_number, make_directory, read_json, write_bytes, write_json
 
 STAGES = ("sampling", "decoding", "features", "writing")
 SETTINGS, RESULTS = "settings.json", "results.json"
 SWEPT = ("cfg", "guidance", "num_step", "num_step_last", "solver")
+FIGURES = ("fid", "frechet", "inception_score", "kid", "precision_k3", "recall_k3")  # how the names of metrics begin
 WRITERS = 8  # threads; PNG compression releases the interpreter lock
 
 
@@ -58,28 +60,54 @@ class FinishedBatches:
     def path(self, number):
         return self.folder / f"batch-{number:06d}.safetensors"
 
-    def has(self, number):
-        """Whether the batch is there and whole; what a crash of the machine tore is sampled again."""
+    def has(self, number, shape=None):
+        """Whether the batch is there and whole; what a crash of the machine tore, or is something else, is sampled again.
+
+        shape: of its features, (images, dim); None for any.
+        """
         try:
-            with safe_open(self.path(number), framework="pt"):
-                return True
-        except (OSError, SafetensorError):
+            found = self.load(number)["features"].shape
+        except FlowARError:
             return False
+        return shape is None or tuple(found) == tuple(shape)
 
     def save(self, number, tensors):
         write_bytes(save(tensors), self.path(number))
 
     def load(self, number):
-        """What was measured of a batch: all tensors but the images."""
-        with safe_open(self.path(number), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name != "images"}
+        """What was measured of a batch: all tensors but the images. FlowARError if they are not what is measured."""
+        path = self.path(number)
+        with reading(path), safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "images"}
+        check_batch(tensors, path)
+        return tensors
 
     def images(self, number):
-        with safe_open(self.path(number), framework="pt") as file:
-            return file.get_tensor("images")
+        """(n, H, W, 3) uint8 of a batch; FlowARError if there are none."""
+        path = self.path(number)
+        with reading(path), safe_open(path, framework="pt") as file:
+            images = file.get_tensor("images")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise FlowARError(f"{path}: images are {tuple(images.shape)} {images.dtype}, expected (n, height, width, 3) torch.uint8")
+        return images
 
     def remove(self):
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_batch(tensors, path):
+    """FlowARError unless these are the tensors of sample_and_measure, n images each of any size."""
+    n = len(tensors["features"]) if "features" in tensors and tensors["features"].ndim else 0
+    expected = {"features": ((n, None), torch.float32), "logits": ((n, None), torch.float32), "bad": ((None,), torch.int64),
+                "seconds": ((len(STAGES),), torch.float64), "calls": ((None, 2), torch.int64)}
+    for name, (shape, dtype) in expected.items():
+        value = tensors.get(name)
+        if value is None and name == "logits":
+            continue
+        fits = value is not None and value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape))
+        if not fits or value.dtype != dtype:
+            found = "missing" if value is None else f"{tuple(value.shape)} {value.dtype}"
+            raise FlowARError(f"{path}: {name} is {found}, expected {shape} {dtype}: not a batch of an evaluation")
 
 
 class PngWriter:
@@ -112,7 +140,10 @@ def write_npz(path, finished, count, labels):
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for number in range(count):
-                file.write(finished.images(number).numpy().tobytes())
+                images = finished.images(number)
+                if images.shape[1:] != shape:
+                    raise FlowARError(f"{finished.path(number)}: images are {tuple(images.shape[1:])}, those of the first batch {tuple(shape)}")
+                file.write(images.numpy().tobytes())
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
             np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
 
@@ -128,12 +159,29 @@ def check_settings(output, settings):
                 raise FlowARError(f"{output}: the evaluation there has {key} {before.get(key)}, now it is "
                                   f"{settings.get(key)}; choose another --output_dir or remove it")
         if (Path(output) / RESULTS).is_file():
-            return read_json(Path(output) / RESULTS)
+            return read_report(Path(output) / RESULTS)
     else:
         (Path(output) / RESULTS).unlink(missing_ok=True)
         shutil.rmtree(Path(output) / "partial", ignore_errors=True)
     write_json(settings, path)
     return None
+
+
+REPORT = {  # of results.json, what is printed, put into tables and drawn
+    "nfe": (lambda value: isinstance(value, list) and all(map(is_count, value)), "a list of numbers"),
+    "seconds_per_image": (lambda value: isinstance(value, dict) and all(map(is_number, value.values())), "a number for every stage"),
+    "images_per_second": (is_number, "a number"), "cfg": (is_number, "a number"), "guidance": (is_number, "a number"),
+    "num_step": (is_count, "a number of steps"), "num_step_last": (lambda value: value is None or is_count(value), "a number of steps or null"),
+    "solver": (lambda value: isinstance(value, str) and value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+}
+
+
+def read_report(path):
+    """The content of a results.json, or FlowARError if a value that is used is missing or of another type."""
+    report = read_json(path)
+    figures = [name for name in report if name.startswith(FIGURES)]
+    check_fields(report, {**REPORT, **{name: (is_number, "a number") for name in figures}}, path)
+    return report
 
 
 # ---- sweeps --------------------------------------------------------------------------------------------------
@@ -171,12 +219,12 @@ def write_table(rows, path):
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_bytes(text.getvalue().encode(), Path(path))
+    write_bytes(text.getvalue().encode(errors="backslashreplace"), Path(path))
 
 
 def sweep_rows(folder):
     """A row for every combination of options evaluated so far into sub-folders of a sweep's folder."""
-    return [table_row(read_json(path)) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))]
+    return [table_row(read_report(path)) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))]
 
 
 def table_row(report):

