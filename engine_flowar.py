@@ -386,7 +386,7 @@ def evaluate(model, vae, args, device, description, output, judge, persistent=Tr
     batches = [range(first, min(first + args.eval_bsz, args.num_images))
                for first in range(0, args.num_images, args.eval_bsz)]
     planned = settings(model, extractor, reference, args, description)
-    done, missing = from_main(lambda: prepare(output, planned, len(batches), persistent))
+    done, missing = from_main(lambda: prepare(output, planned, batches, extractor.dim, persistent))
     if done is not None:
         log(f"{output}: evaluated already, with the same settings")
         return done if is_main() else None
@@ -412,18 +412,18 @@ def evaluate(model, vae, args, device, description, output, judge, persistent=Tr
     return report
 
 
-def prepare(output, planned, count, persistent):
-    """(results if there are any, numbers of the batches to sample), on rank 0."""
+def prepare(output, planned, batches, dim, persistent):
+    """(results if there are any, numbers of the batches to sample), on rank 0. dim: of the features."""
     make_directory(output)
     if not persistent:
-        return None, list(range(count))
+        return None, list(range(len(batches)))
     done, kept = check_settings(output, planned), FinishedBatches(output / PARTIAL)
     if done is not None:
         kept.remove()  # if the program was killed before it could
         return done, []
-    missing = [number for number in range(count) if not kept.has(number)]
-    if len(missing) < count:
-        log(f"{output}: going on, {len(missing)} of {count} batches are missing")
+    missing = [number for number, batch in enumerate(batches) if not kept.has(number, (len(batch), dim))]
+    if len(missing) < len(batches):
+        log(f"{output}: going on, {len(missing)} of {len(batches)} batches are missing")
     return None, missing
 
 

@@ -22,7 +22,7 @@ from models.weights import name_some
 from util import checkpoint, distributed
 from util.data import Images, build_loader, check_classes
 from util.distributed import agree, all_reduce_sum, from_main, is_main, log, rank, world_size
-from util.evaluation import single_point, write_png
+from util.evaluation import FIGURES, single_point, write_png
 from util.files import make_directory
 from util.latents import (NpzMoments, ShardedMoments, check_index, kind_of_cache, npz_latent_scale, read_index, vae_identity,
                           verify_checksums)
@@ -30,8 +30,6 @@ from util.logging import TrainingLog
 from util.optimization import EMA, build_optimizer
 from util.options import check_training, model_options, resolve_geometry, resolve_training, training_parser
 from util.progress import Progress
-
-FIGURES = ("fid", "frechet", "inception_score", "kid", "precision_k3", "recall_k3")  # of a report, for TensorBoard
 
 
 def find_cache(args):

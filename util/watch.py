@@ -89,11 +89,16 @@ class Watch:
 
     def _guard(self):
         """The store may not answer at all: then no exception comes."""
+        before = time.monotonic()
         while not self.stopped.wait(self.interval):
-            if time.monotonic() - self.answered > self.timeout + 2 * self.interval:
+            now = time.monotonic()
+            if now - before > 2 * self.interval:  # this process itself was held up: its heart goes first
+                self.answered = now
+            elif now - self.answered > self.timeout + 2 * self.interval:
                 say(f"rank {self.rank}", f"no contact with the other ranks for {self.timeout:g} s: this host's network is down, or "
                     "that of the rendezvous")
                 os._exit(LOST)
+            before = now
 
     def _leave(self, message, why):
         if self.claim(message):

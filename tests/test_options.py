@@ -1,0 +1,336 @@
+"""Wrong options: each ends in one line that names the option or the file, with status 2, and nothing is lost or half-written."""
+import importlib
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import GEOMETRY, evaluate, evaluation_command, make_project, run, train, training_command
+
+from models import AutoencoderKL, FlowARError
+from models.vae import save_vae
+from util.options import SaveEvery, resolve_training, save_every, training_parser
+
+LOGS = ("log.jsonl", "events.out")  # how the names of the files begin that a training which ends with an error may leave
+
+
+def call(monkeypatch, command):
+    """Run a program's main() in this process."""
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    importlib.import_module(sys.argv[0].removesuffix(".py").replace("/", ".")).main()
+
+
+def command_of(program, p, out):
+    """A small command of a program that works, for the wrong options to be added to. p: folder of `project`."""
+    vae, data = f"--vae_path {p}/vae.pth", f"--data_path {p}/images"
+    return {
+        "main_flowar.py": training_command(p, out, "--feature_extractor efficientnet-lite0"),
+        "eval.py": evaluation_command(p, p / "run", out),
+        "scripts/cache_latents.py": f"scripts/cache_latents.py {data} {vae} --cached_path {out} --img_size 16 --num_workers 0",
+        "scripts/train_vae.py": f"scripts/train_vae.py {data} --output {out}/vae.pth --img_size 16 --ch 16 --ch_mult 1,2 --steps 2 "
+                                "--batch_size 16 --num_workers 0",
+        "scripts/sample.py": f"scripts/sample.py --resume {p}/run {vae} --num_step 4 --per_class 1 --grid {out}/grid.png",
+        "scripts/reference_stats.py": f"scripts/reference_stats.py --ref_images {p}/images/val --output {out}/stats.npz "
+                                      "--feature_extractor efficientnet-lite0",
+        "scripts/inspect_latents.py": f"scripts/inspect_latents.py --cached_path {p}/shards {vae} --images 2 --output {out}/latents.png",
+        "scripts/plot_results.py": f"scripts/plot_results.py {p}/table.csv --output {out}/plot.png",
+        "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --eval_bsz 2 --num_images 2 --num_step 4 "
+                                f"--batch_size 2 --repeats 1 --feature_extractor efficientnet-lite0 --json {out}/figures.json",
+    }[program]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Images, VAEs, a trained run, caches, an evaluation and a table; an empty folder and a file that is nothing."""
+    p = make_project(tmp_path_factory.mktemp("project"))
+    train(p, p / "run", "--epochs 1")
+    evaluate(p, p / "run", p / "eval")
+    with pytest.MonkeyPatch.context() as patch:
+        for form in ("shards", "npz"):
+            call(patch, f"{command_of('scripts/cache_latents.py', p, p / form)} --format {form}")
+    save_vae(AutoencoderKL(embed_dim=2, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1), p / "channels2.pth")
+    save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 2), num_res_blocks=1), p / "stride2.pth")
+    np.savez(p / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (p / "table.csv").write_text("cfg,nfe,solver,fid\n1.0,9,euler,3.5\n")
+    (p / "file").write_text("nothing\n")
+    (p / "empty").mkdir()
+    return p
+
+
+def files(folder):
+    """{path: (bytes, time of the last change)} of the files below a folder."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def message_of(monkeypatch, capsys, command):
+    """The line that a program ends with, as distributed.run_main and argparse write it."""
+    with pytest.raises((FlowARError, SystemExit)) as ended:
+        call(monkeypatch, command)
+    if ended.type is SystemExit:
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+    return str(ended.value)
+
+
+TRAIN, EVAL, CACHE, VAE, SAMPLE, STATS, INSPECT, PLOT, BENCH = (
+    "main_flowar.py", "eval.py", *(f"scripts/{name}.py" for name in (
+        "cache_latents", "train_vae", "sample", "reference_stats", "inspect_latents", "plot_results", "benchmark")))
+
+# Program, options, the essential part of the message. {p} is the fixture `project`, {out} the output folder.
+TABLE = [
+    # names, and numbers of every kind
+    (TRAIN, "--no_such_option 3", "unrecognized arguments: --no_such_option 3"),
+    (TRAIN, "--epoch 3", "unrecognized arguments: --epoch 3"),
+    (TRAIN, "flowar_small", "unrecognized arguments: flowar_small"),
+    (TRAIN, "--epochs", "--epochs: expected one argument"),
+    (TRAIN, "--epochs 0", "--epochs: 0 is out of range: expected 1 or more"),
+    (TRAIN, "--epochs 1.5", "--epochs: '1.5' is not an integer"),
+    (TRAIN, f"--epochs 1{400 * '0'}", "is out of range: expected between 1 and 2147483647"),
+    (TRAIN, "--warmup_epochs -1", "--warmup_epochs: -1 is out of range: expected 0.0 or more"),
+    (TRAIN, "--warmup_epochs inf", "--warmup_epochs: inf is not finite"),
+    (TRAIN, "--batch_size 0", "--batch_size: 0 is out of range: expected 1 or more"),
+    (TRAIN, "--accum_iter -2", "--accum_iter: -2 is out of range: expected 1 or more"),
+    (TRAIN, "--global_batch 0", "--global_batch: 0 is out of range: expected 1 or more"),
+    (TRAIN, "--lr fast", "--lr: 'fast' is not a number"),
+    (TRAIN, "--blr nan", "--blr: nan is not finite"),
+    (TRAIN, "--min_lr -1e-5", "--min_lr: -1e-5 is out of range: expected 0.0 or more"),
+    (TRAIN, "--lr_schedule step", "--lr_schedule: invalid choice: 'step'"),
+    (TRAIN, "--weight_decay -0.1", "--weight_decay: -0.1 is out of range"),
+    (TRAIN, "--grad_clip -1", "--grad_clip: -1 is out of range"),
+    (TRAIN, "--ema_rate 1.5", "--ema_rate: 1.5 is out of range: expected between 0.0 and 1.0"),
+    (TRAIN, "--ema_rate 1", "--ema_rate: 1 is out of range: expected 0.0 or more and less than 1"),
+    (TRAIN, "--attn_dropout 1", "--attn_dropout: 1 is out of range: expected 0.0 or more and less than 1"),
+    (TRAIN, "--proj_dropout -0.1", "--proj_dropout: -0.1 is out of range"),
+    (TRAIN, "--label_drop_prob 2", "--label_drop_prob: 2 is out of range: expected between 0.0 and 1.0"),
+    (TRAIN, "--on_bad_image ignore", "--on_bad_image: invalid choice: 'ignore'"),
+    (TRAIN, "--start_epoch -1", "--start_epoch: -1 is out of range: expected 0 or more"),
+    (TRAIN, "--save_every 5h", "--save_every: '5h' is neither a number of steps ('500') nor of minutes ('30m')"),
+    (TRAIN, "--save_every -3", "--save_every: '-3' is neither a number of steps"),
+    (TRAIN, "--save_every m", "--save_every: 'm' is neither a number of steps"),
+    (TRAIN, "--save_every nanm", "--save_every: 'nanm' is neither a number of steps"),
+    (TRAIN, "--save_last_freq 0", "--save_last_freq: 0 is out of range"),
+    (TRAIN, "--keep 0", "--keep: 0 is out of range: expected 1 or more"),
+    (TRAIN, "--max_bad_steps 0", "--max_bad_steps: 0 is out of range: expected 1 or more"),
+    (TRAIN, "--timeout 0", "--timeout: 0 is out of range: expected between 1.0 and 1000000.0"),
+    (TRAIN, "--timeout 1e30 --num_workers 1", "--timeout: 1e30 is out of range"),
+    (TRAIN, "--eval_freq 0", "--eval_freq: 0 is out of range"),
+    (TRAIN, "--log_freq 2.0", "--log_freq: '2.0' is not an integer"),
+    (TRAIN, "--eval_num_images 1", "--eval_num_images: 1 is out of range: expected 2 or more"),
+    (TRAIN, "--num_workers -1", "--num_workers: -1 is out of range: expected between 0 and 1024"),
+    (TRAIN, "--num_workers 1000000", "--num_workers: 1000000 is out of range: expected between 0 and 1024"),
+    (TRAIN, "--seed -1", "--seed: -1 is out of range: expected between 0 and 4294967295"),
+    (TRAIN, "--seed 18446744073709551616", "--seed: 18446744073709551616 is out of range"),
+    (TRAIN, "--model flowar_giant", "--model: invalid choice: 'flowar_giant'"),
+    (TRAIN, "--diffloss_d 100000", "--diffloss_d: 100000 is out of range: expected between 1 and 256"),
+    (TRAIN, "--class_num 0", "--class_num: 0 is out of range"),
+    (TRAIN, "--precision fp8", "--precision: invalid choice: 'fp8'"),
+    (TRAIN, "--device tpu", "--device: invalid choice: 'tpu'"),
+    (TRAIN, "--compile blocs", "--compile: invalid choice: 'blocs'"),
+    (TRAIN, "--output_dir ''", "--output_dir: it is empty: expected a path"),
+    (TRAIN, "--data_path ''", "--data_path: it is empty: expected a path"),
+    # geometry that cannot work
+    (TRAIN, "--scales 1,x", "--scales: '1,x' is not a comma-separated list of integers"),
+    (TRAIN, "--scales ''", "--scales: '' is not a comma-separated list of integers"),
+    (TRAIN, "--scales 2,4", "scale is 2,4: expected an increasing list that starts with 1"),
+    (TRAIN, "--scales 1,4,2", "scale is 1,4,2: expected an increasing list that starts with 1"),
+    (TRAIN, "--scales 1,2", "scale ends with 2: expected 4, the latent's size in tokens"),
+    (TRAIN, "--img_size 18", "img_size 18 is not a multiple of vae_stride x patch_size = 4 x 1"),
+    (TRAIN, "--img_size 1000", "scale 1,2,4,8,16,32,64,128,250 makes 84345 tokens: expected at most 32768"),
+    (TRAIN, "--img_size 1000000", "--img_size: 1000000 is out of range: expected between 1 and 16384"),
+    (TRAIN, "--patch_size 3", "img_size 16 is not a multiple of vae_stride x patch_size = 4 x 3"),
+    (TRAIN, "--vae_embed_dim 8", "--vae_embed_dim is 8, but the VAE {p}/vae.pth has 4"),
+    (TRAIN, "--vae_stride 8", "--vae_stride is 8, but the VAE {p}/vae.pth has 4"),
+    (TRAIN, "--vae_path {p}/channels2.pth", "--vae_embed_dim is 4, but the VAE {p}/channels2.pth has 2"),
+    (TRAIN, "--vae_path {p}/stride2.pth", "--vae_stride is 4, but the VAE {p}/stride2.pth has 2"),
+    (TRAIN, "--class_num 7", "{p}/images: 10 class folders, but --class_num is 7"),
+    (TRAIN, "--diffloss_w 100", "diffloss_w is 100: expected a multiple of the flow head's head size, 64"),
+    (TRAIN, "--buffer_size 2", "buffer_size is 2: only 0 is supported"),
+    # contradictions
+    (TRAIN, "--compile graphs", "--compile graphs is for sampling: in training use --compile"),
+    (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
+    (TRAIN, "--device cuda", "--device cuda: no CUDA device is available"),
+    (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
+    (TRAIN, "--solver euler,heun,ab2", "--solver has 3 values: only an evaluation takes several"),
+    (TRAIN, "--use_cached", "--use_cached needs --cached_path"),
+    (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
+    (TRAIN, "--global_batch 24 --accum_iter 2", "--global_batch is 24, but --batch_size 16 x 1 processes x --accum_iter 2 is 32: leave out --accum_iter"),
+    (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
+    (TRAIN, "--batch_size 512", "80 training images are fewer than one global batch of 512 (--batch_size 512 x 1 processes x --accum_iter 1)"),
+    (TRAIN, "--lr 1e30 --grad_clip 0 --max_bad_steps 3", "3 steps in a row were not finite, up to step 4 (--max_bad_steps 3): stopped"),
+    (TRAIN, "--save_images", "--save_images is for an evaluation"),
+    (TRAIN, "--save_npz", "--save_npz is for an evaluation"),
+    (TRAIN, "--fid_stats {p}/stats.npz", "--fid_stats is for an evaluation: in training it needs --online_eval"),
+    (TRAIN, "--online_eval --fid_stats {p}/stats.npz --ref_images {p}/images/val", "--fid_stats and --ref_images are two references: give one"),
+    (TRAIN, "--online_eval --fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (TRAIN, "--online_eval --fid_stats nowhere.npz", "--fid_stats nowhere.npz: no such file"),
+    (TRAIN, "--online_eval --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with, and there is none at --vae_path nowhere"),
+    (TRAIN, "--evaluate", "--resume is missing"),
+    # files and folders
+    (TRAIN, "--data_path nowhere", "nowhere/train: no such folder (expected images in class folders)"),
+    (TRAIN, "--data_path {p}/file", "{p}/file/train: no such folder"),
+    (TRAIN, "--vae nothing", "--vae nothing: expected one of kl16, diffusers"),
+    (TRAIN, "--vae diffusers:{p}/empty", "--vae diffusers:{p}/empty: cannot be opened"),
+    (TRAIN, "--vae_path nowhere.ckpt", "nowhere.ckpt: no such file"),
+    (TRAIN, "--vae_path {p}/images", "{p}/images: is a directory, expected a file"),
+    (TRAIN, "--vae_path {p}/file", "{p}/file: not a weights file, or damaged"),
+    (TRAIN, "--vae_path {p}/run/checkpoint-last.pth", "checkpoint-last.pth: 312 tensors of the VAE are missing: encoder.conv_in.weight"),
+    (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
+    (TRAIN, "--cached_path {p}/file", "--cached_path {p}/file: is a file, expected a directory"),
+    (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
+    (TRAIN, "--cached_path {p}/shards --class_num 12", "{p}/shards: this cache has classes 10, but --class_num is 12"),
+    (TRAIN, "--cached_path {p}/npz --class_num 7", "{p}/npz: 10 class folders, but --class_num is 7"),
+    (TRAIN, "--cached_path {p}/npz --img_size 32", "is (8, 4, 4): expected (8, 8, 8)"),
+    (TRAIN, "--cached_val_path {p}/empty", "--cached_val_path {p}/empty: no cached latents there"),
+    (TRAIN, "--resume nowhere.pth", "nowhere.pth: no such checkpoint file or directory"),
+    (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights in this file"),
+    (TRAIN, "--resume {p}/run --diffloss_w 64", "44 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (128, 256), the model's is (64, 256)"),
+    (TRAIN, "--resume {p}/run --class_num 12", "1 tensors do not fit the model: class_emb.weight is (11, 128), the model's is (13, 128)"),
+    (TRAIN, "--output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite: go on from them with --resume {p}/run"),
+    (TRAIN, "--output_dir {p}/file", "{p}/file: cannot be made"),
+    (TRAIN, "--log_dir {p}/file/logs", "{p}/file/logs: cannot be made"),
+    # evaluation
+    (EVAL, "--epochs 3", "unrecognized arguments: --epochs 3"),
+    (EVAL, "--num_images 0", "--num_images: 0 is out of range: expected 1 or more"),
+    (EVAL, "--eval_bsz 4,8", "--eval_bsz: '4,8' is not an integer"),
+    (EVAL, "--num_step 4,1", "--num_step: 1 is out of range: expected between 2 and 10000"),
+    (EVAL, "--num_step 4,,8", "--num_step: '' is not an integer"),
+    (EVAL, "--num_step_last x", "--num_step_last: 'x' is not an integer"),
+    (EVAL, "--cfg 1,0.5", "--cfg: 0.5 is out of range: expected 1.0 or more"),
+    (EVAL, "--guidance 0.5,1.5", "--guidance: 1.5 is out of range: expected between 0.0 and 1.0"),
+    (EVAL, "--solver euler,rk4", "--solver: 'rk4' is unknown: expected one of euler, heun, ab2"),
+    (EVAL, "--cfg_schedule ramp", "--cfg_schedule: invalid choice: 'ramp'"),
+    (EVAL, "--temperature 1,2", "--temperature: '1,2' is not a number"),
+    (EVAL, "--precision tf32", "--precision tf32 needs CUDA"),
+    (EVAL, "--feature_extractor resnet", "--feature_extractor: invalid choice: 'resnet'"),
+    (EVAL, "--resume ''", "--resume is missing: give a checkpoint"),
+    (EVAL, "--resume {p}/empty", "{p}/empty: no checkpoint-last.pth in this directory"),
+    (EVAL, "--resume {p}/file", "{p}/file: not a weights file, or damaged"),
+    (EVAL, "--vae_path {p}/channels2.pth", "tokens have 4 channels, which 2 latent channels of the VAE do not make with any patch size"),
+    (EVAL, "--vae_stride 8", "--vae_stride is 8, but the VAE {p}/vae.pth has 4"),
+    (EVAL, "--class_num 12", "--class_num is 12, but {p}/run/"),
+    (EVAL, "--patch_size 2", "--patch_size is 2, but {p}/run/"),
+    (EVAL, "--scales 1,4", "--scales is (1, 4), but {p}/run/"),
+    (EVAL, "--model flowar_small", "212 tensors do not fit the model: encoder_pos_embed_learned is (1, 21, 128), the model's is (1, 21, 768)"),
+    (EVAL, "--diffloss_d 4", "12 tensors do not fit the model: flownet.res_blocks.3.attn.qkv.weight is missing"),
+    (EVAL, "--fid_stats {p}/stats.npz --ref_images {p}/images/val", "--fid_stats and --ref_images are two references: give one"),
+    (EVAL, "--fid_stats {p}/stats.npz", "--fid_stats {p}/stats.npz: its feature_extractor is inception, here it is efficientnet-lite0"),
+    (EVAL, "--fid_stats {p}/file", "--fid_stats {p}/file: not an .npz with mu and sigma"),
+    (EVAL, "--ref_images nowhere", "nowhere: no such folder of images"),
+    (EVAL, "--ref_images {p}/empty", "{p}/empty: 0 images found, expected at least 2"),
+    (EVAL, "--fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (EVAL, "--feature_extractor inception --fid_weights {p}/vae.pth", "--fid_weights {p}/vae.pth: not torch-fidelity's Inception weights"),
+    (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: the evaluation there has cfg 2.0, now it is 3.0; choose another --output_dir"),
+    (EVAL, "--output_dir {p}/file", "{p}/file: cannot be made"),
+    (EVAL, "--cfg 1,2 --output_dir {p}/file", "{p}/file/cfg1.0: cannot be made"),
+    # scripts
+    (CACHE, "--img_size 18", "--img_size 18 is not a multiple of the VAE's stride 4"),
+    (CACHE, "--crops many", "--crops: 'many' is not an integer"),
+    (CACHE, "--crops 100000000000", "--crops: 100000000000 is out of range: expected between 1 and 1000"),
+    (CACHE, "--format npz --crops 2", "--format npz is MAR's layout, which holds the centre crop only: leave out --crops"),
+    (CACHE, "--data_path {p}/empty", "{p}/empty/train: no such folder"),
+    (CACHE, "--cached_path {p}/shards --seed 3", "{p}/shards: this cache was made with seed 0, now it is 3; choose another --cached_path"),
+    (CACHE, "--cached_path {p}/npz", "{p}/npz: this cache was made with another --format"),
+    (CACHE, "--cached_path {p}/shards --format npz", "{p}/shards: this cache was made with another --format"),
+    (CACHE, "--cached_path {p}/file", "{p}/file: cannot be made"),
+    (VAE, "--img_size 17", "--img_size 17 is not a multiple of the VAE's stride 2 (2 levels)"),
+    (VAE, "--ch 9", "VAE width ch x ch_mult = 9 x 1: expected a multiple of 32, or of 4 below 128"),
+    (VAE, "--ch 8000", "--ch_mult 1,2: expected at most 12 levels, and --ch x ch_mult up to 8192"),
+    (VAE, "--num_res_blocks 1000000", "--num_res_blocks: 1000000 is out of range: expected between 0 and 32"),
+    (VAE, "--batch_size 1000", "{p}/images/train: 80 images are fewer than --batch_size 1000"),
+    (VAE, "--lr 1e30", "the VAE's weights are not finite"),
+    (VAE, "--precision fp16", "--precision: invalid choice: 'fp16'"),
+    (VAE, "--seed 99999999999999", "--seed: 99999999999999 is out of range"),
+    (VAE, "--data_path {p}/run", "{p}/run/val: no such folder"),
+    (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
+    (SAMPLE, "--labels 3,10", "--labels 10: the model has classes 0..9"),
+    (SAMPLE, "--num_step 4,8", "--num_step has 2 values: only an evaluation takes several"),
+    (SAMPLE, "--grid ''", "nothing to draw: give --grid or --strip"),
+    (SAMPLE, "--strip {out}/grid.png", "--grid and --strip are one file, {out}/grid.png: give two"),
+    (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
+    (SAMPLE, "--class_names {p}/file", "--class_names {p}/file: no such folder"),
+    (STATS, "--ref_images {p}/file", "{p}/file: no such folder of images"),
+    (STATS, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
+    (STATS, "--img_size 1000000", "--img_size: 1000000 is out of range"),
+    (STATS, "--fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
+    (INSPECT, "--scales 0,4", "--scales 0,4: expected numbers from 1 to 4, the latent's size"),
+    (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: 4 channels, but the VAE has 2"),
+    (INSPECT, "--data_path {p}/empty", "{p}/empty/train: no such folder"),
+    (INSPECT, "--output {out}/latents", "{out}/latents: no kind of picture ends so"),
+    (PLOT, "--x steps", "{p}/table.csv: no column 'steps'; it has cfg, nfe, solver, fid"),
+    (PLOT, "--x solver", "{p}/table.csv: solver 'euler' and fid '3.5' are not numbers"),
+    (PLOT, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
+    (PLOT, "--output {out}/plot.xyz", "{out}/plot.xyz: cannot be written (Format 'xyz' is not supported"),
+    (BENCH, "fly", "argument what: invalid choice: 'fly'"),
+    (BENCH, "train --json {p}/images", "{p}/images: is a directory, expected a file to write"),
+    (BENCH, "train --compile graphs", "--compile graphs is for sampling: for train use --compile"),
+    (BENCH, "train --cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
+    (BENCH, "sample --solver heun", "benchmark.py sample compares with the plain Euler sampler: leave out --solver"),
+    (BENCH, "evaluate --vae_ch_mult 1,1", "--vae_stride is 4, but the 2 levels of --vae_ch_mult make 2"),
+    (BENCH, "data --workers=-1", "--workers: -1 is out of range: expected between 0 and 1024"),
+    (BENCH, "data --latents 10", "--latents: 10 is out of range: expected between 64 and 100000000"),
+]
+
+
+@pytest.mark.parametrize("program,options,message", TABLE, ids=[f"{program.split('/')[-1]} {options[:60]}" for program, options, _ in TABLE])
+def test_one_line_names_what_is_wrong(project, tmp_path, monkeypatch, capsys, program, options, message):
+    out, before = tmp_path / "out", files(project)
+    monkeypatch.chdir(tmp_path)  # "nowhere" is not there, and what is written into the working directory is seen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = f"{command_of(program, project, out)} --device cpu" if program != PLOT else command_of(program, project, out)
+    command = f"{command} {options.format(p=project, out=out)}"
+    found = message_of(monkeypatch, capsys, command)
+    assert message.format(p=project, out=out) in found
+    assert "\n" not in found
+    assert any(word.strip("-").removesuffix("s") in found for word in shlex.split(command) if len(word) > 3), "no option or file is named"
+    assert not [path for path in files(tmp_path) if not path.name.startswith(LOGS)]
+    assert files(project) == before
+
+
+@pytest.mark.parametrize("command,message", [
+    ("main_flowar.py --scales 1,x", "main_flowar.py: error: argument --scales: '1,x' is not a comma-separated list of integers"),
+    ("eval.py --resume nowhere.pth", "nowhere.pth: no such checkpoint file or directory"),
+])
+def test_status_and_last_line(command, message):
+    done = run(command, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(message) and "Traceback" not in done.stderr
+
+
+# ---- what follows from good ones ---------------------------------------------------------------------------------
+
+
+def resolved(options, processes, saved=None):
+    args = training_parser().parse_args(shlex.split(options))
+    resolve_training(args, processes, saved)
+    return args.batch_size, args.accum_iter, args.global_batch
+
+
+@pytest.mark.parametrize("options,processes,saved,expected", [
+    ("--batch_size 64", 32, None, (64, 1, 2048)), ("--batch_size 64 --accum_iter 4", 8, None, (64, 4, 2048)),
+    ("--batch_size 64 --global_batch 2048", 8, None, (64, 4, 2048)), ("--batch_size 64", 8, 2048, (64, 4, 2048)),
+    ("--batch_size 48 --global_batch 256", 4, None, (32, 2, 256)), ("--batch_size 64 --global_batch 512", 8, 2048, (64, 1, 512))])
+def test_global_batch_on_any_number_of_processes(options, processes, saved, expected):
+    assert resolved(options, processes, saved) == expected
+
+
+@pytest.mark.parametrize("options,processes,saved,message", [
+    ("--global_batch 256", 3, None, "a global batch of 256 cannot be dealt to 3 processes: use a divisor of it, or --global_batch"),
+    ("--batch_size 64", 3, 256, "a global batch of 256 cannot be dealt to 3 processes"),
+    ("--global_batch 2", 4, None, "a global batch of 2 cannot be dealt to 4 processes"),
+    ("--global_batch 512 --accum_iter 2", 8, None, "--batch_size 64 x 8 processes x --accum_iter 2 is 1024: leave out --accum_iter")])
+def test_global_batches_that_cannot_be_dealt(options, processes, saved, message):
+    with pytest.raises(FlowARError) as ended:
+        resolved(options, processes, saved)
+    assert message in str(ended.value)
+
+
+def test_a_warm_up_that_does_not_end_is_said(capsys):
+    resolved("--epochs 50", 1)
+    assert "--warmup_epochs 100 is more than --epochs 50: the peak learning rate will not be reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text,expected", [("500", SaveEvery(steps=500)), ("30m", SaveEvery(minutes=30.0)), ("0", SaveEvery()), ("0m", SaveEvery())])
+def test_save_every(text, expected):
+    assert save_every(text) == expected
