@@ -18,7 +18,7 @@ from engine_flowar import (Run, build_judge, check_vae, evaluate, evaluate_check
                            validate)
 from models import FlowARError, build_model
 from models.vae import open_vae
-from models.weights import name_some
+from models.weights import name_some, read_file
 from util import checkpoint, distributed
 from util.data import Images, build_loader, check_classes
 from util.distributed import agree, all_reduce_sum, from_main, is_main, log, rank, world_size
@@ -159,13 +159,15 @@ def refuse_overwriting(args):
 
 
 def find_start(args):
-    """(path, content) of the checkpoint that --resume means, or (None, {}) to start from scratch."""
-    directory = Path(args.resume)  # train() has made --output_dir, so the published first run finds it empty
-    if args.resume and directory.is_dir() and not from_main(lambda: checkpoint.any_in(directory)):
-        log(f"no {checkpoint.LAST} in {args.resume}: starting from scratch")
-    elif args.resume:
-        return checkpoint.read_model_file(args.resume)
-    return None, {}
+    """(path, content) of the checkpoint that --resume means, or (None, {}) to start from scratch. Rank 0 decides for all."""
+    def choose():
+        if args.resume and Path(args.resume).is_dir() and not checkpoint.any_in(args.resume):  # the published first run: train() has made it
+            log(f"no {checkpoint.LAST} in {args.resume}: starting from scratch")
+            return None
+        return checkpoint.find(args.resume) if args.resume else None
+
+    path = from_main(choose)
+    return (path, read_file(path, mmap=True)) if path else (None, {})
 
 
 def resume(args, path, content, network, ema, optimizer, scaler, images):
@@ -266,8 +268,7 @@ def train(args, device):
                                         gradient_as_bucket_view=True, static_graph=args.accum_iter == 1)  # no_sync needs the other kind
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
-    finished = progress.epoch >= args.epochs
-    if finished:
+    if progress.epoch >= args.epochs:
         log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {args.epochs}")
     keeper = checkpoint.Keeper(args.output_dir, args.keep, args.save_every.minutes, progress.step) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)

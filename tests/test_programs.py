@@ -120,20 +120,6 @@ def test_default_scales(side, expected):
     assert default_scales(side) == expected
 
 
-@pytest.mark.parametrize("command,message", [
-    ("main_flowar.py --no_such_option 3", "unrecognized arguments: --no_such_option"),
-    ("main_flowar.py --epoch 3", "unrecognized arguments: --epoch"),
-    ("main_flowar.py --scales 1,x", "--scales: '1,x' is not a comma-separated list"),
-    ("eval.py --cfg 0.5", "--cfg: 0.5 is out of range: expected 1.0 or more"),
-    ("eval.py", "--resume is missing"),
-    ("eval.py --resume nowhere.pth", "nowhere.pth: no such checkpoint"),
-])
-def test_one_clear_line_and_a_status(command, message):
-    done = run(command, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-
-
 # ---- training --------------------------------------------------------------------------------------------------
 
 
@@ -263,32 +249,6 @@ def test_without_a_cache_one_is_told_how_to_make_it(project, tmp_path, capsys):
     assert "encoding images on the fly. To make a cache: torchrun" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("extra,message", [
-    ("--vae_embed_dim 8", "--vae_embed_dim is 8, but the VAE .*vae.pth has 4"),
-    ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
-    ("--class_num 7", "10 class folders, but --class_num is 7"),
-    ("--batch_size 512", "80 training images are fewer than one global batch of 512"),
-    ("--scales 1,2", "scale ends with 2: expected 4"),
-    ("--buffer_size 2", "buffer_size is 2"),
-    ("--precision tf32", "--precision tf32 needs CUDA"),
-    ("--use_cached", "--use_cached needs --cached_path"),
-    ("--resume nowhere.pth", "nowhere.pth: no such checkpoint"),
-    ("--data_path nowhere", "nowhere/train: no such folder"),
-    ("--vae_path nowhere.ckpt", "nowhere.ckpt: no such file"),
-    ("--lr 1e30 --grad_clip 0 --max_bad_steps 3", "3 steps in a row were not finite, up to step 4 .--max_bad_steps 3.: stopped, the last checkpoint is as it was"),
-    ("--online_eval --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
-])
-def test_wrong_training_options_are_refused(project, tmp_path, extra, message):
-    with pytest.raises(FlowARError, match=message):
-        train(project, tmp_path / "out", f"--warmup_epochs 0 {extra}")
-    assert not (tmp_path / "out" / "checkpoint-last.pth").exists()
-
-
-def test_a_resumed_checkpoint_of_another_size_is_refused(project, trained, tmp_path):
-    with pytest.raises(FlowARError, match="tensors do not fit the model: flownet"):
-        train(project, tmp_path, f"--diffloss_w 64 --resume {trained[1]}")
-
-
 def test_a_minimum_above_the_peak_rate_is_said(project, tmp_path, capsys):
     train(project, tmp_path, "--min_lr 5 --warmup_epochs 9")
     assert "--min_lr 5 is above the peak learning rate 0.000625" in capsys.readouterr().out
@@ -316,9 +276,7 @@ def test_compile_changes_nothing(project, trained, tmp_path, monkeypatch):
     assert distance(trained[0], again) < 1e-5
 
 
-def test_compile_is_refused_where_it_cannot_work(project, tmp_path, monkeypatch):
-    with pytest.raises(FlowARError, match="--compile graphs is for sampling"):
-        train(project, tmp_path, "--compile graphs")
+def test_compile_is_refused_without_a_compiler(project, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(FlowARError, match=r"--compile needs a C\+\+ compiler on cpu, and g\+\+ or clang\+\+ is not on PATH"):

@@ -78,7 +78,7 @@ class Keeper:
             write_file({**content, "checksum": content_hash(content)}, path)
             link(path, self.folder / LAST)
             for old in of_steps(self.folder)[self.keep:]:
-                old.unlink()
+                old.unlink(missing_ok=True)
         except FlowARError as error:
             self.error = error
         except OSError as error:
