@@ -77,9 +77,9 @@ def training_command(project, output, extra=""):
             f"--num_step 4 --num_images 4 {extra}")
 
 
-def train(project, output, extra=""):
+def train(project, output, extra="", device="cpu"):
     """Run main_flowar's training in this process; returns the checkpoint."""
-    main_flowar.train(training_parser().parse_args(shlex.split(training_command(project, output, extra))[1:]), torch.device("cpu"))
+    main_flowar.train(training_parser().parse_args(shlex.split(training_command(project, output, extra))[1:]), torch.device(device))
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
 
 

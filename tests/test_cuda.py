@@ -4,14 +4,16 @@ import copy
 import golden
 import pytest
 import torch
-from helpers import inputs, small_model
+from helpers import assert_same_run, inputs, make_project, small_model, train
 from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
+from test_reliability import parts_of, poison, stopping_before, with_nan
 
 from models import build_model
+from util.distributed import set_deterministic
 from util.optimization import EMA, build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("name", TEACHER_FORCED)
@@ -68,3 +70,24 @@ def test_compiled_sampling_equals_eager(what, cross):
     compiled.compile_sampler(what)
     for _ in range(3):  # eager warm-up, capture, replay
         golden.assert_close(compiled.sample_tokens(labels, **options).cpu(), expected.cpu(), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_stopped_at_any_step_it_ends_with_the_same_bits(tmp_path, precision):
+    project = make_project(tmp_path)
+    common = f"--save_every 1 --precision {precision} --attn_dropout 0.2 --proj_dropout 0.2"
+    set_deterministic()
+    try:
+        train(project, tmp_path / "whole", common, CUDA)
+        with stopping_before(7):
+            train(project, tmp_path / "parts", common, CUDA)
+        train(project, tmp_path / "parts", f"{common} --resume {tmp_path}/parts", CUDA)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_bad_step_changes_nothing(tmp_path, monkeypatch):
+    poison(monkeypatch, 3, with_nan)
+    train(make_project(tmp_path), tmp_path / "out", "--save_every 1 --keep 20", CUDA)
+    assert parts_of(tmp_path / "out", 3)[:2] == parts_of(tmp_path / "out", 4)[:2] != parts_of(tmp_path / "out", 5)[:2]

@@ -79,7 +79,7 @@ def at_least_two(text):
 
 
 # Beyond these, memory, processes or hours would go before anything could be said.
-pixels = between(int, 1, 16384)
+pixels = between(int, 1, 8192)  # PIL refuses to crop much more
 width = between(int, 1, 16384)
 depth = between(int, 1, 256)
 classes = between(int, 1, 10**6)
