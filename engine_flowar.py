@@ -342,6 +342,7 @@ def load_for_evaluation(args, device):
     checkpoint.check_geometry(args, geometry, path)
     known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
     known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
+    checkpoint.check_geometry(args, {"img_size": known["img_size"]}, path)
     if args.model is None:
         known.update(checkpoint.recognise_size(state, path))
     resolve_geometry(args, known)
@@ -477,8 +478,6 @@ def figures(found, batches, args, extractor, reference, device):
     found = [found[number] for number in range(len(batches))]
     refuse_not_finite(torch.cat([part["bad"] for part in found]).tolist(), args.num_images, args)
     features = torch.cat([part["features"] for part in found])
-    if len(features) < 2 and reference is not None:
-        raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
     logits = torch.cat([part["logits"] for part in found]) if "logits" in found[0] else None
     if len(features) <= extractor.dim and reference is not None:
         log(f"warning: {len(features)} images for {extractor.dim} features: the covariance is rank-deficient and the "
@@ -497,7 +496,10 @@ def timing(found, args):
 def build_judge(args, device):
     """(extractor, reference) of the options: what is missing is said before anything is sampled or trained."""
     extractor = metrics.build_extractor(args, device)
-    return extractor, find_reference(args, extractor, device)
+    reference = find_reference(args, extractor, device)
+    if reference is not None and args.num_images < 2:
+        raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
+    return extractor, reference
 
 
 def find_reference(args, extractor, device):

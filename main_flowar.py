@@ -161,7 +161,8 @@ def refuse_overwriting(args):
 def find_start(args):
     """(path, content) of the checkpoint that --resume means, or (None, {}) to start from scratch. Rank 0 decides for all."""
     def choose():
-        if args.resume and Path(args.resume).is_dir() and not checkpoint.any_in(args.resume):  # the published first run: train() has made it
+        here = args.resume and Path(args.resume).is_dir() and Path(args.resume).samefile(args.output_dir)
+        if here and not checkpoint.any_in(args.resume):  # the published first run
             log(f"no {checkpoint.LAST} in {args.resume}: starting from scratch")
             return None
         return checkpoint.find(args.resume) if args.resume else None

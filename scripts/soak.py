@@ -29,7 +29,7 @@ from helpers import assert_same_run, finish, make_project, ranks_of, read_checkp
 from models import FlowARError  # noqa: E402
 from util import checkpoint  # noqa: E402
 from util.distributed import run_main  # noqa: E402
-from util.files import make_directory, write_json  # noqa: E402
+from util.files import make_directory, write_bytes, write_json  # noqa: E402
 from util.logging import read_lines  # noqa: E402
 from util.options import count, positive  # noqa: E402
 
@@ -151,7 +151,8 @@ def soak(args):
         what = rng.choice(possible)
         status, said = finish(process) if ended else strike(what, process, disk, output, rng)
         if ended and status != 0:
-            raise FlowARError(f"the run ended by itself with status {status}: {said[-2000:]}")
+            write_bytes(said.encode(), folder / "output.txt")
+            raise FlowARError(f"the run ended by itself with status {status}: {folder}/output.txt is what it said")
         if before and (going_on := [line for line in said.splitlines() if "going on after step" in line]):
             lost.append(before - int(going_on[0].split("going on after step ")[1].split(",")[0]))
         if not ended:

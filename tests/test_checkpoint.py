@@ -160,9 +160,19 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, damage, capsys):
     assert f"warning: {newest}: " in said and "; going back to checkpoint-000000001.pth" in said
     assert ("checksum" in said) == (damage == "flipped")
     checkpoint.Keeper(tmp_path, 1, step=1)  # a run that goes on from step 1
-    assert names(tmp_path)[:2] == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.aside"]
-    with pytest.raises(FlowARError, match="checkpoint-000000002.pth.aside: "):
-        checkpoint.find(tmp_path / "checkpoint-000000002.pth.aside")  # asked for by name there is nothing else
+    assert names(tmp_path)[:2] == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.damaged"]
+    with pytest.raises(FlowARError, match="checkpoint-000000002.pth.damaged: "):
+        checkpoint.find(tmp_path / "checkpoint-000000002.pth.damaged")  # asked for by name there is nothing else
+
+
+def test_later_checkpoints_are_set_aside_and_one_of_the_damaged(tmp_path):
+    """A run that goes on from an older checkpoint loses none that is whole."""
+    keep(tmp_path, 1, 2, 3, 4, 5, keep=5)
+    for step in (3, 4):
+        (tmp_path / f"checkpoint-{step:09d}.pth").write_bytes(b"torn")
+    checkpoint.Keeper(tmp_path, 1, step=1)
+    assert names(tmp_path) == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.aside", "checkpoint-000000003.pth.damaged",
+                               "checkpoint-000000005.pth.aside", checkpoint.LAST]
 
 
 def test_where_all_are_damaged_nothing_starts_from_scratch(tmp_path):

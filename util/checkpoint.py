@@ -44,10 +44,9 @@ class Keeper:
         self.minutes, self.saved, self.saved_at = minutes, step, time.monotonic()
         for torn in self.folder.glob("checkpoint-*.pth.tmp"):  # of a run that was killed while it wrote
             torn.unlink()
-        for later in of_steps(self.folder):  # damaged, or of a run that did not begin with this step
+        for later in of_steps(self.folder):
             if step_of(later) > step:
-                later.replace(f"{later}.aside")
-                log(f"{later}: is later than step {step} that this run goes on from; renamed to {later.name}.aside")
+                set_aside(later, step)
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
@@ -83,6 +82,19 @@ class Keeper:
             self.error = error
         except OSError as error:
             self.error = FlowARError(f"{error.filename}: {error.strerror}")
+
+
+def set_aside(later, step):
+    """Rename a checkpoint that is later than the step that a run goes on from. Of damaged ones only the last stays: they would fill the disk."""
+    try:
+        check_whole(later)
+        name = f"{later}.aside"
+    except FlowARError:
+        name = f"{later}.damaged"
+        for old in later.parent.glob("checkpoint-*.pth.damaged"):
+            old.unlink()
+    later.replace(name)
+    log(f"{later}: is later than step {step} that this run goes on from; renamed to {Path(name).name}")
 
 
 def snapshot(value):

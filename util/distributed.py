@@ -230,7 +230,7 @@ def run_main(main):
             print(left, flush=True)
         shutdown()
         sys.exit(RESTART)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         message, status = explain(error)
         if message is None:
             raise
@@ -250,8 +250,12 @@ def leave(message, status):
 
 
 def explain(error):
-    """(message, exit status) for an exception that another process caused: a loader's worker, or a rank that is gone. (None, None) for others."""
+    """(message, exit status) for an exception that the program is not to blame for: memory, a loader's worker, a rank that is gone.
+    (None, None) for others.
+    """
     text = str(error).partition("\n")[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text.split('. ')[0]}): lower --batch_size or --eval_bsz, use --use_checkpoint, or a smaller model", 2
     if text.startswith("DataLoader"):  # raised wherever this process happens to be
         return f"the data cannot be read: {text.split('. ')[0]}; is its disk there, are the files whole, is it fast enough for --timeout?", 2
     if _watch is None or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):

@@ -179,7 +179,7 @@ def add_runtime_options(parser):
 def add_checkpoint_options(parser):
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training one without starts from scratch), a .pth or a .safetensors")
+    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training --output_dir itself, which may still be empty), a .pth or a .safetensors")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
     add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"), help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small batches of samples")
