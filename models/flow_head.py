@@ -178,7 +178,7 @@ class FlowHead(nn.Module):
 
     def velocity(self, x, step, prepared):
         """Velocity (B, s*s, channels) at x and the time of number `step`, a tensor (1,) on the device."""
-        h = self.input_proj(x).float()
+        h = self.input_proj(x).float().clone()  # not a view: the compiler would take it for another kind of input than later blocks'
         a = F.silu(prepared.c + prepared.t[step])
         for block, modulation, context in zip(self.res_blocks, prepared.modulations, prepared.contexts):
             time = None if modulation is None else modulation[step][None]

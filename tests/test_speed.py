@@ -6,13 +6,19 @@ import plain
 import pytest
 import torch
 from helpers import inputs, small_model
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from models import build_model
 from models.dropout import attention, dropout
 from models.layers import GatedMLP, attend
 from util import flops
 from util.optimization import EMA, build_optimizer
+
+
+aten = torch.ops.aten
+CPU_ATTENTION = {  # PyTorch before 2.15 does not count it
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: sdpa_backward_flop_count(grad, q, k, v)}
 
 
 def gradients(model, loss):
@@ -184,7 +190,7 @@ def test_recomputing_keeps_gradients_and_attention_outputs(cross):
 
 def step_flops(model, latents, labels, t, noise):
     """{attention, linear}: what a training step computes, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         model(latents, labels, t=t, noise=noise).backward()
     total = counter.get_flop_counts()["Global"]
     attention = sum(count for op, count in total.items() if "attention" in str(op))
@@ -276,7 +282,7 @@ def test_optimizer_and_ema_are_fused():
 
 def counted(function):
     """(all, attention's) operations that PyTorch counts in function()."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         function()
     total = counter.get_flop_counts()["Global"]
     return sum(total.values()), sum(count for op, count in total.items() if "attention" in str(op))
