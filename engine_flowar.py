@@ -5,7 +5,6 @@ import functools
 import math
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from models.weights import name_some, tensors_hash
 from util import checkpoint, metrics
 from util.data import EpochSampler, to_uint8
 from util.diagnosis import first_not_finite
-from util.distributed import (AUTOCAST, RESTART, HostCopy, Preempted, all_reduce_sum, autocast, barrier, check_compiler, from_main,
+from util.distributed import (AUTOCAST, HostCopy, Leaving, Preempted, all_reduce_sum, autocast, barrier, check_compiler, from_main,
                               gather_to_main, is_main, log, rank, set_precision, world_size)
 from util.evaluation import (RESULTS, STAGES, FinishedBatches, PngWriter, Stopwatch, check_settings, plot_sweep, point_name,
                              sweep_points, sweep_rows, write_npz, write_table)
@@ -32,7 +31,7 @@ from util.logging import TrainingLog
 from util.optimization import EMA, adjust_learning_rate
 from util.options import model_options, resolve_geometry, sampling_options
 from util.progress import Progress
-from util.randomness import DROPOUT, TRAINING, VALIDATION, derive_seed, draw, image_noise
+from util.randomness import DROPOUT, TRAINING, VALIDATION, derive_seed, draw, draw_each, image_noise
 
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
 GRID_IMAGES = 16
@@ -58,7 +57,7 @@ class Run(NamedTuple):
     device: torch.device
     images: int  # of the training set
     sampler: EpochSampler
-    asked_to_leave: Callable[[], bool]
+    leaving: Leaving
 
     @property
     def steps(self):
@@ -75,6 +74,7 @@ class Step(NamedTuple):
     batches: list  # of (latents, labels, draws), one a forward pass
     scale: torch.Tensor  # that the loss was multiplied with
     result: HostCopy  # see step_result
+    queued: float  # time.time() when the host was done with it
 
 
 def train_one_epoch(run, loader, to_moments, latent_scale):
@@ -110,7 +110,7 @@ def train_one_epoch(run, loader, to_moments, latent_scale):
         run.optimizer.step()
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        last = Step(number, index, lr, parts, scale, HostCopy(result))
+        last = Step(number, index, lr, parts, scale, HostCopy(result), time.time())
         number += 1
     finish_step(run, last)
     run.logger.end_epoch()
@@ -148,7 +148,7 @@ def step_result(run, norm, losses):
     All but the norm, which DDP made equal everywhere, and the last are means over the ranks, by one small collective a step:
     so all ranks agree at every step on whether it was finite and whether to leave or save, without waiting for each other.
     """
-    asked = [losses.new_full((1,), float(wish)) for wish in (run.asked_to_leave(), run.keeper is not None and run.keeper.is_due())]
+    asked = [losses.new_full((1,), float(wish)) for wish in (run.leaving.asked, run.keeper is not None and run.keeper.is_due())]
     shared = all_reduce_sum(torch.cat((losses, *asked))) / world_size()
     return torch.cat((norm.detach()[None], shared, losses[:1]))
 
@@ -169,10 +169,11 @@ def finish_step(run, step):
     progress.advance(run.steps)
     run.logger.advance(args.global_batch)
     if (step.index + 1) % args.log_freq == 0 or progress.done == 0:
-        log_period(run, epoch + (step.index + 1) / run.steps, step.lr)
+        log_period(run, epoch + (step.index + 1) / run.steps, step)
     if run.keeper is not None:
         run.keeper.check()
-    if leave or save or args.save_every.steps and progress.step % args.save_every.steps == 0:
+    due = save or args.save_every.steps and progress.step % args.save_every.steps == 0
+    if leave or due and not progress.bad_in_a_row:  # a run that went bad does not push its good checkpoints out
         save_checkpoint(run)
     if leave:
         leave_saved(run)
@@ -190,15 +191,15 @@ def leave_saved(run):
     if run.keeper is not None:
         run.keeper.wait()
     barrier()
-    raise Preempted(f"asked to leave: saved after step {run.progress.step}; the same command goes on (exit status {RESTART})")
+    raise Preempted(f"asked to leave: saved after step {run.progress.step}", together=True)
 
 
-def log_period(run, epoch, lr):
+def log_period(run, epoch, step):
     means = run.progress.take_means()
     if means is None:
         return
-    rate, left = run.logger.rate(), (run.args.epochs - epoch) * run.steps * run.args.global_batch
-    run.logger.training(run.progress.step, epoch, left / rate, rate, means[1], means[0], lr, dict(zip(run.network.scale, means[2:])),
+    rate, left = run.logger.rate(step.queued), (run.args.epochs - epoch) * run.steps * run.args.global_batch
+    run.logger.training(run.progress.step, epoch, left / rate, rate, means[1], means[0], step.lr, dict(zip(run.network.scale, means[2:])),
                         run.progress.bad_steps)
 
 
@@ -246,15 +247,13 @@ def images_of(run, step):
 
 @torch.no_grad()
 def validate(network, loader, to_moments, latent_scale, args, device):
-    """(loss, {scale: loss}) over a validation set, without dropout and label drop, with the same draws every time."""
+    """(loss, {scale: loss}) over a validation set, without dropout and label drop, with the same draws for an image every time."""
     training = network.training
     network.eval()
     total = torch.zeros(len(network.scale) + 1, dtype=torch.float64, device=device)  # sums per scale, count
     for i, (batch, labels) in enumerate(loader):
-        count = loader.batch_size * world_size()
-        draws = draw(network, count, derive_seed(args.seed, VALIDATION, i), device)
-        mine = draws.take(slice(rank(), count, world_size()))
-        mine = mine.take(slice(0, len(labels)))
+        first = rank() + i * loader.batch_size * world_size()
+        mine = draw_each(network, args.seed, VALIDATION, range(first, first + len(labels) * world_size(), world_size())).to(device)
         batch, labels = batch.to(device), labels.to(device)
         latents = latent_scale.normalize(DiagonalGaussian(to_moments(batch)).sample(noise=mine.posterior))
         with autocast(device, args.precision):

@@ -175,16 +175,19 @@ def resume(args, path, content, network, ema, optimizer, scaler, images):
     """Load a checkpoint's content; returns the progress to go on from."""
     steps = images // args.global_batch
     if path is None:
-        return Progress()
+        return Progress(epoch=args.start_epoch or 0, step=(args.start_epoch or 0) * steps)
     checkpoint.load_model(network, checkpoint.model_state(content, path, "model"), path)
     checkpoint.load_model(ema.module, checkpoint.model_state(content, path, "model_ema"), path)
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
-        return Progress()
+        return Progress(epoch=args.start_epoch or 0, step=(args.start_epoch or 0) * steps)
     checkpoint.load_optimizer(optimizer, scaler, content, path)
+    if args.start_epoch not in (None, checkpoint.saved_options(content).get("start_epoch")):
+        log(f"{path}: --start_epoch: going on with epoch {args.start_epoch + 1}")
+        return Progress(epoch=args.start_epoch, step=args.start_epoch * steps)
     progress = checkpoint.load_progress(content, path, steps)
     before = {"images": content.get("images"), "global batch": checkpoint.saved_options(content).get("global_batch")}
-    if progress.done and args.start_epoch is None:
+    if progress.done:
         for what, now in (("images", images), ("global batch", args.global_batch)):
             if before[what] not in (None, now):
                 raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {before[what]}, now {what} is {now}: go on with the "
@@ -210,6 +213,17 @@ def report(run, data, validation, judge):
     distributed.barrier()
 
 
+def report_or_leave(run, data, validation, judge):
+    """report(); a signal ends it at once, since the step before it is saved, or is being saved. It is then made again."""
+    try:
+        with run.leaving.at_once(f"asked to leave: saved after step {run.progress.step}, the report after it will be made again"):
+            report(run, data, validation, judge)
+    except distributed.Preempted:
+        if run.keeper is not None:
+            run.keeper.wait()
+        raise
+
+
 def sample_report(run, data, judge, epoch, step):
     ema, args, device, logger = run.ema, run.args, run.device, run.logger
     if is_main():
@@ -233,6 +247,7 @@ def train(args, device):
     args.precision = distributed.set_precision(args.precision, device)
     if is_main():
         make_directory(Path(args.output_dir))
+        held = checkpoint.lock(args.output_dir)  # noqa: F841: until this run ends
     from_main(lambda: refuse_overwriting(args))
     path, content = find_start(args)
     resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
@@ -255,8 +270,6 @@ def train(args, device):
     images = len(data.train.dataset)
     progress = resume(args, path, content, network, ema, optimizer, scaler, images)
     del content
-    if args.start_epoch is not None:
-        progress = Progress(epoch=args.start_epoch, step=args.start_epoch * (images // args.global_batch))
     agree("where to go on", (progress.epoch, progress.step))
     log(f"attention kernel: {network.attention_kernel(distributed.AUTOCAST.get(args.precision))}")
     if args.compile:
@@ -273,17 +286,17 @@ def train(args, device):
         log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {args.epochs}")
     keeper = checkpoint.Keeper(args.output_dir, args.keep, args.save_every.minutes, progress.step) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)
-    with distributed.leaving_on_signals() as asked:
-        run = Run(model, network, ema, optimizer, scaler, progress, keeper, logger, args, device, images, data.train.sampler, asked)
+    with distributed.leaving_on_signals() as leaving:
+        run = Run(model, network, ema, optimizer, scaler, progress, keeper, logger, args, device, images, data.train.sampler, leaving)
         if progress.done == 0 and is_report_epoch(args, progress.epoch) and not from_main(lambda: progress.step in logger.reported):
-            report(run, data, validation, judge)  # the run before was killed while it made this one
+            report_or_leave(run, data, validation, judge)  # the run before did not end this one
         while progress.epoch < args.epochs:
             train_one_epoch(run, data.train, data.training_moments, data.latent_scale)
             data.report_skipped()
-            if progress.epoch % args.save_last_freq == 0 or progress.epoch == args.epochs:
+            if progress.epoch % args.save_last_freq == 0 or is_report_epoch(args, progress.epoch):
                 save_checkpoint(run)
             if is_report_epoch(args, progress.epoch):
-                report(run, data, validation, judge)
+                report_or_leave(run, data, validation, judge)
     if keeper is not None:
         keeper.wait()
     distributed.barrier()

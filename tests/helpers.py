@@ -118,7 +118,7 @@ def start(command, processes=0, restarts=0):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=240):
     """(exit status, output) of a process of start(); what is left of its group is killed."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -128,7 +128,7 @@ def finish(process, timeout=120):
     return process.returncode, output
 
 
-def wait_for(path, process, timeout=120):
+def wait_for(path, process, timeout=240):
     """Until a file is there; AssertionError if the process ends before."""
     end = time.monotonic() + timeout
     while not Path(path).exists():

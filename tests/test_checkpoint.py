@@ -1,10 +1,12 @@
 """Weights of every kind go in; the wrong ones are refused by name; nothing runs from a file."""
 import argparse
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import SCALES, small_model
+from helpers import ROOT, SCALES, small_model
 from safetensors.torch import save_file
 
 import models.weights
@@ -181,6 +183,29 @@ def test_where_all_are_damaged_nothing_starts_from_scratch(tmp_path):
         path.write_bytes(b"x")
     with pytest.raises(FlowARError, match="checkpoint-000000001.pth: "):
         checkpoint.find(tmp_path)
+
+
+def test_going_back_holds_before_the_first_save(tmp_path):
+    """checkpoint-last.pth follows: it is no other name of one that was set aside."""
+    keep(tmp_path, 1, 2)
+    checkpoint.Keeper(tmp_path, 2, step=1)
+    assert (tmp_path / checkpoint.LAST).samefile(tmp_path / "checkpoint-000000001.pth")
+    assert checkpoint.find(tmp_path).name == "checkpoint-000000001.pth"
+
+
+def test_fewer_are_kept_from_the_start(tmp_path):
+    keep(tmp_path, 1, 2, 3, keep=3)
+    checkpoint.Keeper(tmp_path, 1, step=3)
+    assert names(tmp_path) == ["checkpoint-000000003.pth", checkpoint.LAST]
+
+
+def test_one_run_writes_to_a_folder(tmp_path):
+    held = checkpoint.lock(tmp_path, patience=0)
+    other = subprocess.run([sys.executable, "-c", f"from util import checkpoint; checkpoint.lock({str(tmp_path)!r}, patience=0)"], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert f"{tmp_path}: another run writes here (process {os.getpid()} on " in other.stderr
+    held.close()
+    checkpoint.lock(tmp_path, patience=0)
 
 
 def test_without_hard_links_the_last_is_a_symbolic_one(tmp_path, monkeypatch):

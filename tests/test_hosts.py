@@ -98,6 +98,19 @@ def test_a_frozen_rank_ends_the_job_by_name(project, tmp_path):
     assert status != 0 and "error (rank 0): rank 1 (host " in output and "was silent for 4 s" in output, output
 
 
+def test_a_rank_does_not_outlive_its_launcher(project, tmp_path):
+    process = start(training_command(project, tmp_path, f"{LONG} --epochs 1000 --timeout 4"), processes=1)
+    wait_for(tmp_path / "checkpoint-000000010.pth", process)
+    rank, = ranks_of(process)
+    process.kill()
+    for _ in range(200):
+        if not os.path.exists(f"/proc/{rank}"):
+            break
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{rank}")
+    assert "the process that holds the rendezvous does not answer" in finish(process)[1]
+
+
 # ---- small and read-only disks ---------------------------------------------------------------------------------
 
 

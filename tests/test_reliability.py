@@ -24,7 +24,7 @@ from models.layers import GatedMLP
 from util import checkpoint
 from util.data import build_loader
 from util.diagnosis import first_not_finite
-from util.distributed import RESTART, explain
+from util.distributed import RESTART, Preempted, explain, init
 from util.progress import Progress
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
@@ -164,6 +164,35 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(project, tmp_path, cap
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_start_epoch_counts_once(project, tmp_path, capsys):
+    """The same command again goes on and does not go back."""
+    train(project, tmp_path / "run", "--epochs 3")
+    command = f"--epochs 4 --start_epoch 1 --save_every 1 --resume {tmp_path}/run"
+    with stopping_before(12):
+        train(project, tmp_path / "run", command)
+    assert "--start_epoch: going on with epoch 2" in capsys.readouterr().out
+    assert train(project, tmp_path / "run", command)["progress"]["step"] == 20
+    assert "going on after step 11, in epoch 3" in capsys.readouterr().out
+
+
+def test_validation_does_not_depend_on_the_batch(project, tmp_path):
+    train(project, tmp_path, "--epochs 1")
+    losses = [[line["loss"] for line in read_log(tmp_path) if line["group"] == "val"]]
+    for batch in (4, 3):
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["group"] == "train"))
+        train(project, tmp_path, f"--epochs 1 --batch_size {batch} --global_batch 16 --resume {tmp_path}")  # makes the report again
+        losses.append([line["loss"] for line in read_log(tmp_path) if line["group"] == "val"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_half_an_environment_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(FlowARError, match="the environment has RANK but not WORLD_SIZE"):
+        init("cpu")
+
+
 def test_saving_by_the_clock(project, tmp_path):
     train(project, tmp_path, "--save_every 0.0001m --keep 50 --epochs 1")
     assert len(checkpoint.of_steps(tmp_path)) > 2
@@ -198,11 +227,16 @@ def test_torchrun_starts_a_run_again_that_left(project, undisturbed, tmp_path):
     assert_same_run(tmp_path, undisturbed / "2")
 
 
-def test_the_last_epoch_is_finished_rather_than_left(project, tmp_path, monkeypatch):
-    """A signal in the report after the last step: there is nothing left to save."""
-    monkeypatch.setattr("main_flowar.validate", lambda *args: (signal.raise_signal(signal.SIGTERM), (1.0, {}))[1])
-    assert train(project, tmp_path)["progress"]["epoch"] == 2
+def test_a_signal_during_a_report_leaves_at_once_and_the_report_is_made_again(project, tmp_path, monkeypatch):
+    common = f"--eval_freq 1 --save_last_freq 100 {DROPOUT}"
+    train(project, tmp_path / "whole", common)
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="asked to leave: saved after step 5, the report after it will be made again"):
+        patch.setattr("main_flowar.validate", lambda *args: signal.raise_signal(signal.SIGTERM))
+        train(project, tmp_path / "parts", common)
+    assert read_checkpoint(tmp_path / "parts")["progress"]["step"] == 5
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(project, tmp_path / "parts", f"{common} --resume {tmp_path}/parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 # ---- a dead rank -----------------------------------------------------------------------------------------------
@@ -296,7 +330,7 @@ def test_too_many_bad_steps_stop_and_leave_the_last_checkpoint(project, tmp_path
     monkeypatch.setattr(engine_flowar, "prepare_batch", poisoned)
     with pytest.raises(FlowARError, match="4 steps in a row were not finite, up to step 8 .--max_bad_steps 4."):
         train(project, tmp_path, "--save_every 2 --max_bad_steps 4")
-    assert checkpoint.find(tmp_path).name == "checkpoint-000000006.pth"  # of a skipped step: its weights are those before
+    assert [checkpoint.step_of(path) for path in checkpoint.of_steps(tmp_path)] == [2]  # none during the bad steps
     assert all(value.isfinite().all() for name, value in read_checkpoint(tmp_path)["model"].items() if name != "mask")
 
 

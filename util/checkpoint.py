@@ -5,9 +5,11 @@ A training checkpoint, checkpoint-last.pth, is the release's {model, model_ema, 
 follows from (seed, step, rank).
 """
 import argparse
+import fcntl
 import hashlib
 import math
 import os
+import socket
 import re
 import threading
 import time
@@ -23,6 +25,7 @@ from util.progress import Progress
 LAST = "checkpoint-last.pth"
 STEP = "checkpoint-{:09d}.pth"
 WRITER = "checkpoint writer"  # name of its thread
+LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 PREFIXES = re.compile(r"(module\.|_orig_mod\.)*")
 DEEPEST = 256  # blocks of a kind: building far more, even without memory for them, would take minutes
 
@@ -44,9 +47,15 @@ class Keeper:
         self.minutes, self.saved, self.saved_at = minutes, step, time.monotonic()
         for torn in self.folder.glob("checkpoint-*.pth.tmp"):  # of a run that was killed while it wrote
             torn.unlink()
-        for later in of_steps(self.folder):
-            if step_of(later) > step:
-                set_aside(later, step)
+        aside = [later for later in of_steps(self.folder) if step_of(later) > step]
+        for later in aside:
+            set_aside(later, step)
+        if aside:  # checkpoint-last.pth must not be another name of one of them
+            (self.folder / LAST).unlink(missing_ok=True)
+            for newest in of_steps(self.folder)[:1]:
+                link(newest, self.folder / LAST)
+        for old in of_steps(self.folder)[keep:]:
+            old.unlink()
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
@@ -82,6 +91,32 @@ class Keeper:
             self.error = error
         except OSError as error:
             self.error = FlowARError(f"{error.filename}: {error.strerror}")
+
+
+def lock(folder, patience=LOCK_PATIENCE):
+    """Hold a folder for this process until it ends; FlowARError if another one still does after `patience` seconds.
+
+    The system lets go of it with the process, however that ends. Returns the open file, to be kept.
+    """
+    path = Path(folder) / LOCK
+    end = time.monotonic() + patience
+    file = open(path, "a+")
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > end:
+                file.seek(0)
+                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for it or stop it, or choose "
+                                  "another --output_dir") from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def set_aside(later, step):

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -102,14 +104,40 @@ def init(device_name, timeout=TIMEOUT):
                               "lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise FlowARError(f"the environment has RANK but not {' and '.join(missing)}: start with torchrun, or unset RANK for one process")
         store, number, size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store = fresh(store, number, size)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size,
                                 timeout=COLLECTIVE_TIMEOUT)
-        _watch = Watch(store, number, size, timeout) if size > 1 else None
-        if _watch:
-            _watch.start()
-            barrier()  # every heart beats before anyone looks
+        _watch = Watch(store, number, size, timeout)
+        _watch.start()
+        barrier()  # every heart beats before anyone looks
     return device
+
+
+def fresh(store, number, size):
+    """The part of the rendezvous' store that belongs to this start of the job alone.
+
+    torchrun's store may outlive a restart (PyTorch 2.14 keeps it), and a rank that reads an address of the start before waits for the dead.
+    So rank 0 makes up a name for this start and answers every rank that asks for it with a token of its own.
+    """
+    token = uuid.uuid4().hex
+    store.set(f"flowar/token/{number}", token)
+    if number == 0:
+        name, waiting = uuid.uuid4().hex, set(range(1, size))
+        while waiting:
+            for r in sorted(waiting):
+                if store.check([f"flowar/token/{r}"]):
+                    store.set(f"flowar/start/{store.get(f'flowar/token/{r}').decode()}", name)
+                if store.check([f"flowar/joined/{name}/{r}"]):
+                    waiting.discard(r)
+            time.sleep(0.02)
+    else:
+        name = store.get(f"flowar/start/{token}").decode()
+        store.set(f"flowar/joined/{name}/{number}", "yes")
+    return dist.PrefixStore(name, store)
 
 
 def shutdown():
@@ -198,16 +226,42 @@ def check_compiler(device):
 
 
 class Preempted(Exception):
-    """The run was asked to leave, and has saved."""
+    """The run was asked to leave, and has saved. together: all ranks leave at this point."""
+
+    def __init__(self, message, together):
+        super().__init__(f"{message}; the same command goes on (exit status {RESTART})")
+        self.together = together
+
+
+class Leaving:
+    """Whether SIGTERM or SIGUSR1 (SLURM's warning) came; inside at_once() they raise Preempted where the process is."""
+
+    def __init__(self):
+        self.asked, self.message = False, None
+
+    def handle(self, number, frame):
+        self.asked = True
+        if self.message:
+            raise Preempted(self.message, together=False)
+
+    @contextlib.contextmanager
+    def at_once(self, message):
+        self.message = message
+        try:
+            if self.asked:
+                raise Preempted(message, together=False)
+            yield
+        finally:
+            self.message = None
 
 
 @contextlib.contextmanager
 def leaving_on_signals():
-    """Inside, SIGTERM and SIGUSR1 (SLURM's warning) do not end the process: the function that it yields tells whether one came."""
-    came = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    """Inside, SIGTERM and SIGUSR1 do not end the process but are noted in the Leaving that it yields."""
+    leaving = Leaving()
+    before = {number: signal.signal(number, leaving.handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(came)
+        yield leaving
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -226,10 +280,11 @@ def run_main(main):
     except OSError as error:
         leave(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except Preempted as left:
-        if is_main():
+        if _watch is None or _watch.claim(str(left)):
             print(left, flush=True)
-        shutdown()
-        sys.exit(RESTART)
+        if left.together:
+            shutdown()
+        os._exit(RESTART)
     except (RuntimeError, MemoryError) as error:
         message, status = explain(error)
         if message is None:

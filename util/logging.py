@@ -82,11 +82,11 @@ class TrainingLog:
     def end_epoch(self):
         self.bar.close()
 
-    def rate(self):
-        """Images per second over all ranks since it was last asked for."""
+    def rate(self, now):
+        """Images per second over all ranks between the last call's time and this one's."""
         images, since = self.images, self.since
-        self.since, self.images = time.time(), 0
-        return images / max(self.since - since, 1e-9)
+        self.since, self.images = now, 0
+        return images / max(now - since, 1e-9)
 
     def training(self, step, epoch, seconds_left, rate, loss, grad_norm, lr, scales, bad_steps):
         """scales: {scale: loss}; bad_steps: skipped since the start of training."""

@@ -28,6 +28,9 @@ class Draws(NamedTuple):
         """The draws of a slice of the images."""
         return Draws(self.t[:, images], [e[images] for e in self.noise], self.drop[images], self.posterior[images])
 
+    def to(self, device):
+        return Draws(self.t.to(device), [e.to(device) for e in self.noise], self.drop.to(device), self.posterior.to(device))
+
 
 def draw(model, count, seed, device):
     """Draws for a global batch of `count` images; each rank takes its own slice."""
@@ -39,6 +42,12 @@ def draw(model, count, seed, device):
         torch.rand(count, generator=generator, device=device) < model.label_drop_prob,
         torch.randn(count, model.vae_embed_dim, side, side, generator=generator, device=device),
     )
+
+
+def draw_each(model, seed, stream, indices):
+    """Draws of images by their index, on the CPU: they do not depend on what else is in a batch."""
+    t, noise, drop, posterior = zip(*(draw(model, 1, derive_seed(seed, stream, index), "cpu") for index in indices))
+    return Draws(torch.cat(t, dim=1), [torch.cat(scale) for scale in zip(*noise)], torch.cat(drop), torch.cat(posterior))
 
 
 def image_noise(model, seed, indices):
