@@ -247,8 +247,8 @@ def train(args, device):
     args.precision = distributed.set_precision(args.precision, device)
     if is_main():
         make_directory(Path(args.output_dir))
+        refuse_overwriting(args)
         held = checkpoint.lock(args.output_dir)  # noqa: F841: until this run ends
-    from_main(lambda: refuse_overwriting(args))
     path, content = find_start(args)
     resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
     data = Data(args, device)
