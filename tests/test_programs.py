@@ -137,34 +137,6 @@ def test_training_leaves_a_checkpoint_and_a_log(trained):
     assert list(output.glob("events.out.tfevents*"))
 
 
-def interrupt_after(monkeypatch, epochs):
-    """Make training die at the start of the given epoch."""
-    original = main_flowar.train_one_epoch
-
-    def one_epoch(run, *args):
-        if run.progress.epoch == epochs:
-            raise KeyboardInterrupt
-        return original(run, *args)
-
-    monkeypatch.setattr(main_flowar, "train_one_epoch", one_epoch)
-
-
-@pytest.mark.parametrize("extra", ["--attn_dropout 0.3 --proj_dropout 0.3", "--precision fp16 --accum_iter 2"])
-def test_resumed_training_ends_with_the_same_bits(project, tmp_path, monkeypatch, extra):
-    extra = f"--epochs 3 --save_last_freq 1 {extra}"
-    whole = train(project, tmp_path / "whole", extra)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, 2)
-        train(project, tmp_path / "parts", extra)
-    torch.rand(7)  # what was drawn before the restart must not matter
-    parts = train(project, tmp_path / "parts", f"{extra} --resume {tmp_path / 'parts'}")
-    for key in ("model", "model_ema"):
-        assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key])
-    assert whole["scaler"] == parts["scaler"] and parts["epoch"] == 2
-    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
-        assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
-
-
 def distance(a, b):
     """Euclidean distance of two checkpoints' weights."""
     return sum((a["model"][name] - b["model"][name]).square().sum() for name in a["model"] if name != "mask").sqrt().item()
@@ -190,16 +162,6 @@ def test_two_processes_train_as_one(project, tmp_path):
     losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
                if json.loads(line)["group"] == "val"][-1] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_two_processes_resume(project, tmp_path):
-    command = (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --warmup_epochs 0 --blr 1e-2 "
-               f"--num_workers 0 --device cpu --eval_freq 100 --num_step 2 --batch_size 8 --save_last_freq 1 --lr_schedule constant")
-    run(f"{command} --epochs 2 --output_dir {tmp_path}/whole", processes=2)
-    run(f"{command} --epochs 1 --output_dir {tmp_path}/parts", processes=2)
-    run(f"{command} --epochs 2 --output_dir {tmp_path}/parts --resume {tmp_path}/parts", processes=2)
-    whole, parts = (torch.load(tmp_path / name / "checkpoint-last.pth", weights_only=True) for name in ("whole", "parts"))
-    assert all(torch.equal(whole[key][name], parts[key][name]) for key in ("model", "model_ema") for name in whole[key])
 
 
 def test_bf16_trains(project, trained, tmp_path):
