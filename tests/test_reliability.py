@@ -2,7 +2,6 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
