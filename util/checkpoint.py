@@ -100,7 +100,10 @@ def lock(folder, patience=LOCK_PATIENCE):
     """
     path = Path(folder) / LOCK
     end = time.monotonic() + patience
-    file = open(path, "a+")
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise FlowARError(f"{folder}: cannot be written ({error.strerror})") from error
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
