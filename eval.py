@@ -6,15 +6,16 @@
 
 The size and the geometry are recognised from the checkpoint and the VAE where they are not given.
 """
-from engine_flowar import evaluate_checkpoint
-from util import distributed
+from engine_flowar import evaluate_sweep
+from util import cluster
+from util.evaluation.setup import open_evaluation
 from util.options import evaluation_parser
 
 
 def main():
     args = evaluation_parser().parse_args()
-    evaluate_checkpoint(args, distributed.init(args.device, args.timeout))
+    evaluate_sweep(*open_evaluation(args, cluster.init(args.device, args.timeout)))
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    cluster.run_main(main)

@@ -2,8 +2,4 @@
 
 
 class FlowARError(ValueError):
-    """Bad input: a file, an option or a tensor that cannot be used.
-
-    The message is one line that names the thing, what was found and what was expected; the programs print
-    it and exit with status 2.
-    """
+    """Bad input: one line that names the file, option or tensor, what was found, what was expected. Exit status 2."""

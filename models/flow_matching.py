@@ -1,7 +1,7 @@
 """Flow matching and its sampler as pure functions: path, target, time grid, guidance, solvers.
 
 Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
-Nothing here knows a network, a device or a file.
+Nothing here knows a network, a device or a file. Times of training are drawn in FlowAR.draw.
 """
 import itertools
 
@@ -40,7 +40,7 @@ def time_grid(num_steps):
 
 
 def annealed_steps(num_steps, num_steps_last, num_scales):
-    """Steps of each scale, falling linearly from num_steps to num_steps_last (DiSA, arXiv 2505.20297)."""
+    """num_steps of each scale's time_grid, linear from num_steps to num_steps_last (DiSA, arXiv 2505.20297)."""
     if num_steps_last is None or num_scales == 1:
         return [num_steps] * num_scales
     last = num_scales - 1
@@ -74,31 +74,55 @@ def guided_velocity(network, condition, both, weight, interval):
     return velocity
 
 
-# ---- solvers: integrate dx/dt = velocity(x, t) along grid; the state is float64 whatever the network computes in
+# ---- solvers -------------------------------------------------------------------------------------------------
+# Each integrates dx/dt = velocity(x, t) along `times` (n + 1,) float64 and returns the last x. velocity takes any t, a
+# float; the state is float64 whatever the network computes in; a solver that draws uses `generator`.
 
 
-def euler(velocity, x, grid):
+def euler(velocity, x, times, generator=None):
     """First order, one evaluation a step: the release's solver."""
     x = x.double()
-    for t, t_next in itertools.pairwise(grid.tolist()):
+    for t, t_next in itertools.pairwise(times.tolist()):
         x = x + (t_next - t) * velocity(x, t).double()
     return x
 
 
-def heun(velocity, x, grid):
+def heun(velocity, x, times, generator=None):
     """Second order, two evaluations a step: the mean of the slopes at both ends."""
     x = x.double()
-    for t, t_next in itertools.pairwise(grid.tolist()):
+    for t, t_next in itertools.pairwise(times.tolist()):
         v = velocity(x, t).double()
         v_next = velocity(x + (t_next - t) * v, t_next).double()
         x = x + (t_next - t) * (v + v_next) / 2
     return x
 
 
-def adams_bashforth2(velocity, x, grid):
+def midpoint(velocity, x, times, generator=None):
+    """Second order, two evaluations a step: the slope halfway."""
+    x = x.double()
+    for t, t_next in itertools.pairwise(times.tolist()):
+        half = (t_next - t) / 2
+        x = x + 2 * half * velocity(x + half * velocity(x, t).double(), t + half).double()
+    return x
+
+
+def rk4(velocity, x, times, generator=None):
+    """Fourth order, four evaluations a step: the classical Runge-Kutta method."""
+    x = x.double()
+    for t, t_next in itertools.pairwise(times.tolist()):
+        half = (t_next - t) / 2
+        v1 = velocity(x, t).double()
+        v2 = velocity(x + half * v1, t + half).double()
+        v3 = velocity(x + half * v2, t + half).double()
+        v4 = velocity(x + 2 * half * v3, t_next).double()
+        x = x + half / 3 * (v1 + 2 * v2 + 2 * v3 + v4)
+    return x
+
+
+def adams_bashforth2(velocity, x, times, generator=None):
     """Second order, one evaluation a step: the slope extrapolated from the last two. The first step is Euler's."""
-    x, last = x.double(), None
-    for t, t_next in itertools.pairwise(grid.tolist()):
+    x, last, last_step = x.double(), None, 0.0
+    for t, t_next in itertools.pairwise(times.tolist()):
         step, v = t_next - t, velocity(x, t).double()
         slope = v if last is None else v + step / (2 * last_step) * (v - last)
         x = x + step * slope
@@ -106,14 +130,4 @@ def adams_bashforth2(velocity, x, grid):
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun, "ab2": adams_bashforth2}
-
-
-def counted(network, calls):
-    """network(x, t, condition), noting the images of every call in the list `calls`: its length is the NFE."""
-
-    def count(x, t, condition):
-        calls.append(len(x))
-        return network(x, t, condition)
-
-    return count
+SOLVERS = {"euler": euler, "heun": heun, "ab2": adams_bashforth2, "midpoint": midpoint, "rk4": rk4}

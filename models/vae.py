@@ -1,9 +1,7 @@
 """The KL autoencoder (KL-16 of MAR) and the latent scale that travels with it.
 
-Anything with the attributes embed_dim, stride, latent_scale and the methods encode and decode can stand in its place:
-give VAES a function that opens it, and --vae takes it.
+Anything with the same attributes and methods can stand in its place, see vaes.py.
 """
-import reprlib
 from typing import NamedTuple
 
 import torch
@@ -11,13 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.errors import FlowARError
-from models.weights import first_line, name_some, read_file, reading, tensors_hash, write_file
+from models.files import load_state, read_file, vae_tensors
 
 GROUPS = 32
 MIN_GROUP = 4  # channels
-LARGEST_SCALE = 1e6
-# What a file may ask for: beyond, even the names of the layers would take memory.
-WIDEST, DEEPEST, MOST_LEVELS = 8192, 32, 12
 
 
 class LatentScale(NamedTuple):
@@ -34,14 +29,6 @@ class LatentScale(NamedTuple):
 
 
 KL16_LATENT_SCALE = LatentScale(0.2325)
-
-
-def read_latent_scale(value, path):
-    """LatentScale of what a file says, a sequence (scale, shift) or (scale,); FlowARError if it says something else."""
-    numbers = isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(type(x) in (int, float) for x in value)
-    if not numbers or not all(abs(x) < LARGEST_SCALE for x in value) or value[0] <= 0:
-        raise FlowARError(f"{path}: latent_scale is {reprlib.repr(value)}, expected [scale, shift], two numbers, the scale above 0")
-    return LatentScale(*map(float, value))
 
 
 class DiagonalGaussian:
@@ -120,16 +107,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels):
-    middle = nn.Module()
-    middle.block_1 = ResnetBlock(channels, channels)
-    middle.attn_1 = AttnBlock(channels)
-    middle.block_2 = ResnetBlock(channels, channels)
-    return middle
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
 
-
-def _run_middle(middle, h):
-    return middle.block_2(middle.attn_1(middle.block_1(h)))
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -150,7 +136,7 @@ class Encoder(nn.Module):
             if not last:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = _middle(channels)
+        self.mid = Middle(channels)
         self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
@@ -163,7 +149,7 @@ class Encoder(nn.Module):
                     h = level.attn[i](h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -171,7 +157,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.mid = _middle(channels)
+        self.mid = Middle(channels)
         self.up = nn.ModuleList()
         for i, mult in reversed(list(enumerate(ch_mult))):
             level = nn.Module()
@@ -186,7 +172,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, latents):
-        h = _run_middle(self.mid, self.conv_in(latents))
+        h = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             for block in level.block:
                 h = block(h)
@@ -200,8 +186,7 @@ class AutoencoderKL(nn.Module):
 
     Args:
         embed_dim: latent channels C.
-        ch, ch_mult: base width and the multiplier of every level; each level but the first halves the resolution,
-            so that stride = 2 ** (len(ch_mult) - 1).
+        ch, ch_mult: base width, and multiplier of every level; stride = 2 ** (len(ch_mult) - 1).
         num_res_blocks: residual blocks a level in the encoder (one more in the decoder).
         latent_scale: (scale, shift); a FlowAR latent is (raw latent - shift) * scale.
         ckpt_path: file to load, see load_state.
@@ -235,106 +220,3 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents):
         """Raw latents (B, C, h, w) -> images (B, 3, h * stride, w * stride), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
-
-
-def check_state(vae, state, path):
-    """Raises FlowARError naming tensors of the VAE (it may be on the meta device) that `state` lacks or has misshapen."""
-    own = vae.state_dict()
-    missing = [name for name in own if name not in state]
-    if missing:
-        raise FlowARError(f"{path}: {len(missing)} tensors of the VAE are missing: {name_some(missing)}")
-    wrong = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own
-             if state[name].shape != own[name].shape]
-    if wrong:
-        raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
-
-
-def load_state(vae, state, path):
-    """Load `state` into the VAE. Raises FlowARError, see check_state; returns the extra names."""
-    check_state(vae, state, path)
-    with reading(path):
-        vae.load_state_dict({name: state[name] for name in vae.state_dict()})
-    return [name for name in state if name not in vae.state_dict()]
-
-
-def vae_tensors(content, path):
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
-                                              for name, value in state.items()):
-        raise FlowARError(f"{path}: expected the state dict of a VAE, or a dict with one under 'model'")
-    return state
-
-
-def load_vae(path):
-    """The VAE of a file: KL-16 (`kl16.ckpt`), or what scripts/train_vae.py wrote with its configuration inside.
-
-    Returns (vae in eval mode without gradients, names of tensors in the file that it does not use). The configuration is
-    the file's word: nothing is allocated before the file's tensors are found to be of the sizes that it asks for.
-    """
-    content = read_file(path)
-    state, config = vae_tensors(content, path), vae_config(content, path)
-    try:
-        with torch.device("meta"):
-            vae = AutoencoderKL(**config)
-    except (FlowARError, RuntimeError) as error:
-        raise FlowARError(f"{path}: bad VAE configuration ({first_line(error)})") from error
-    check_state(vae, state, path)
-    extra = load_state(vae.to_empty(device="cpu"), state, path)
-    return vae.eval().requires_grad_(False), extra
-
-
-def vae_config(content, path):
-    """AutoencoderKL's arguments that a VAE file holds beside its tensors, {} if none; FlowARError for what none can be."""
-    config = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
-    if "latent_scale" in config:
-        config["latent_scale"] = read_latent_scale(config["latent_scale"], path)
-    ranges = {"embed_dim": (1, WIDEST), "ch": (1, WIDEST), "num_res_blocks": (0, DEEPEST)}
-    for name, value in config.items():
-        if name == "ch_mult":
-            good = isinstance(value, (list, tuple)) and 0 < len(value) <= MOST_LEVELS and all(within(x, 1, WIDEST) for x in value)
-        else:
-            good = name == "latent_scale" or name in ranges and within(value, *ranges[name])
-        if not good:
-            raise FlowARError(f"{path}: bad VAE configuration ({reprlib.repr(name)}: {reprlib.repr(value)})")
-    return config
-
-
-def within(value, low, high):
-    return type(value) is int and low <= value <= high
-
-
-def open_kl16(spec, path):
-    """--vae kl16: the file of --vae_path, which may also be one of scripts/train_vae.py."""
-    return load_vae(path)
-
-
-def open_diffusers(spec, path):
-    """--vae diffusers:<path or repository>[:subfolder]."""
-    from models.diffusers_vae import DiffusersVAE, open_network
-    network = open_network(spec)
-    with reading(f"--vae diffusers:{spec}"):
-        scale = read_latent_scale((network.config.scaling_factor, network.config.get("shift_factor") or 0.0), f"--vae diffusers:{spec}")
-        return DiffusersVAE(network, scale, DiagonalGaussian).eval().requires_grad_(False), []
-
-
-# Name before the colon of --vae -> function of (what follows the colon, --vae_path) -> (vae, unused tensor names).
-VAES = {"kl16": open_kl16, "diffusers": open_diffusers}
-
-
-def open_vae(vae, path):
-    """The VAE of the options --vae and --vae_path, in eval mode, and the names of tensors that it does not use."""
-    name, _, spec = vae.partition(":")
-    if name not in VAES:
-        raise FlowARError(f"--vae {vae}: expected one of {', '.join(VAES)}, or diffusers:<path or repository>[:subfolder]")
-    return VAES[name](spec, path)
-
-
-def vae_hash(vae):
-    """SHA-256 over the VAE's tensors: what a cache remembers of it."""
-    return tensors_hash(vae.state_dict())
-
-
-def save_vae(vae, path):
-    """Write a file that load_vae reads: {"model": state dict, "config": constructor arguments}."""
-    state = {name: value.cpu() for name, value in vae.state_dict().items()}
-    write_file({"model": state, "config": {**vae.config, "latent_scale": tuple(vae.latent_scale)}}, path)

@@ -1,13 +1,14 @@
-"""Measure this code on this machine. Every run times the plain way beside the fast one and prints the ratio.
+"""Measure this code on this machine.
 
-    python scripts/benchmark.py train --model flowar_small --batch_size 64 --precision bf16 --compile
+    python scripts/benchmark.py train --model flowar_small --batch_size 64 --precision bf16 --compile --beside tests/plain.py
     python scripts/benchmark.py sample --model flowar_small --eval_bsz 256 --cfg 4.3 --precision bf16 --compile
 
 `train`: whole optimizer steps of the recipe. `sample`: latents of a batch. Both report images and floating-point operations a second
-(counted by util/flops.py), the share of what a large matrix product reaches between their turns, memory, and operations; the plain
-way is tests/plain.py, eager, on the same weights.
+(counted by scripts/flops.py), the share of what a large matrix product reaches between their turns, memory, and operations.
+--beside FILE times another way in turns, eager, on the same weights, and prints the ratio: a Python file with loss, sample, velocity
+and mlp, such as tests/plain.py. --against WORKTREE times the same benchmark of another checkout in turns, such as the commit before.
 
-    python scripts/benchmark.py parts --model flowar_large --batch_size 8
+    python scripts/benchmark.py parts --model flowar_large --batch_size 8 --beside tests/plain.py
     python scripts/benchmark.py memory --model flowar_large --batch_size 64 --precision bf16 --use_checkpoint
 
 `parts`: each step that makes it fast, alone. `memory`: bytes that a training step holds, counted, on a CPU, for a batch of any size.
@@ -22,10 +23,12 @@ for the features, as the release does. Weights are random: time does not depend 
 `data`: images a second through the training loader from shards, from MAR's .npz files, and from JPEGs with the VAE, for 1, 2
 and 4 workers, cold (files dropped from the page cache) and warm. Latents are synthetic, in --scratch, and kept there.
 """
-import argparse
 import copy
+import importlib.util
 import json
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,24 +39,27 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import plain  # noqa: E402
-from engine_flowar import evaluate, generate, image_label, machine  # noqa: E402
-from models import AutoencoderKL, FlowARError, build_model  # noqa: E402
-from models.layers import GatedMLP, attend  # noqa: E402
-from util import flops, latents, metrics  # noqa: E402
-from util.data import Images, build_loader  # noqa: E402
-from util.distributed import AUTOCAST, autocast, check_compiler, run_main, select_device, set_precision  # noqa: E402
-from util.evaluation import single_point  # noqa: E402
-from util.files import check_output, file_hash, make_directory, write_bytes, write_json  # noqa: E402
-from util.latents import NpzMoments, ShardedMoments  # noqa: E402
-from util.logging import memory_gib  # noqa: E402
-from util.measure import Peak, alternate, count_kernels, count_work  # noqa: E402
-from util.optimization import EMA, build_optimizer  # noqa: E402
-from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,  # noqa: E402
-                          sampling_options, several, some_path, workers)
-from util.randomness import draw, image_noise  # noqa: E402
+import flops
+import project_root  # noqa: F401
+from engine_flowar import evaluate
+from measure import Peak, alternate, count_kernels, count_work
+from models import AutoencoderKL, FlowARError, build_model, kernels
+from models.files import file_hash
+from models.layers import GatedMLP
+from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
+from util.data import Images, build_loader, latents
+from util.data.latents import NpzMoments, ShardedMoments
+from util.evaluation.metrics import build_extractor
+from util.evaluation.references import folder_features
+from util.evaluation.reports import machine
+from util.evaluation.sampler import image_label
+from util.evaluation.setup import Measure, Plan, build_sampler
+from util.files import check_output, make_directory, read_json, write_bytes, write_json
+from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,
+                          sampling_options, several, single_point, some_path, workers)
+from util.speed import prepare
+from util.training.optimization import EMA, build_optimizer
+from util.training.randomness import draw, image_noise
 
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
 LOADER_BATCH = 64
@@ -74,13 +80,27 @@ def parse_args():
     parser.add_argument("--seconds", type=positive, default=10, help="data: length of each measurement")
     parser.add_argument("--vae_ch", type=positive, default=128, help="base width of the VAE (KL-16 has 128)")
     parser.add_argument("--vae_ch_mult", type=integer_list, default=(1, 1, 2, 2, 4), help="its levels")
+    parser.add_argument("--beside", help="train, sample, parts: Python file with another way to compute the same")
+    parser.add_argument("--against", help="train, sample: folder of another checkout of this project, timed in turns with this one")
+    parser.add_argument("--turns", type=positive, default=3, help="--against: how often each is started")
     parser.add_argument("--json", help="file to write the figures to")
     return parser.parse_args()
 
 
+def load_plain(path):
+    """The module of --beside, None without."""
+    if not path:
+        return None
+    if not Path(path).is_file():
+        raise FlowARError(f"--beside {path}: no such file")
+    spec = importlib.util.spec_from_file_location("beside", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def build(args, device):
     torch.manual_seed(args.seed)
-    resolve_geometry(args)
     vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult)
     if vae.stride != args.vae_stride:
         raise FlowARError(f"--vae_stride is {args.vae_stride}, but the {len(args.vae_ch_mult)} levels of --vae_ch_mult make {vae.stride}")
@@ -93,7 +113,7 @@ def build(args, device):
 def training_inputs(model, batch, device):
     """(latents, labels, t, noise) at random."""
     draws = draw(model, batch, 0, device)
-    return draws.posterior, torch.arange(batch, device=device) % model.class_num, draws.t, draws.noise
+    return draws.posterior, torch.arange(batch, device=device) % model.class_num, draws.draws.t, draws.draws.noise
 
 
 def benchmark_train(args, device):
@@ -113,13 +133,14 @@ def benchmark_train(args, device):
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
 
-    ways = {"fast": lambda: step(lambda: model(latents_, labels, t=t, noise=noise)),
-            "plain": lambda: step(lambda: plain.loss(model, latents_, labels, t, noise)[0])}
+    ways = {"fast": lambda: step(lambda: model(latents_, labels, t=t, noise=noise))}
+    if plain := load_plain(args.beside):
+        ways["plain"] = lambda: step(lambda: plain.loss(model, latents_, labels, t, noise)[0])
     work = count(ways, args, device)  # before anything is compiled
     if args.compile:
-        model.compile_blocks()
+        prepare.compile_training(model)
     return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout,
-            "attention_kernel": model.attention_kernel(AUTOCAST.get(args.precision)), **work,
+            "attention_kernel": prepare.attention_kernel(model, AUTOCAST.get(args.precision)), **work,
             **compare(ways, args.batch_size, flops.training_flops(model), args, device)}
 
 
@@ -127,12 +148,13 @@ def benchmark_train(args, device):
 def benchmark_sample(args, device):
     """Latents of a batch of args.eval_bsz images; decoding is not among it."""
     slow = build_network(args, device).eval()
-    model = copy.deepcopy(slow).for_sampling(AUTOCAST.get(args.precision))
+    model = prepare.for_sampling(copy.deepcopy(slow), AUTOCAST.get(args.precision))
     labels = torch.arange(args.eval_bsz, device=device) % model.class_num
     noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
     options, latents_ = sampling_options(args), {}
-    if args.solver != "euler" or args.num_step_last is not None or args.temperature != 1:
-        raise FlowARError("benchmark.py sample compares with the plain Euler sampler: leave out --solver, --num_step_last, --temperature")
+    plain = load_plain(args.beside)
+    if plain and (args.solver != "euler" or args.num_step_last is not None or args.temperature != 1):
+        raise FlowARError("--beside compares with a plain Euler sampler: leave out --solver, --num_step_last, --temperature")
     counted = dict(cfg=args.cfg, guidance=args.guidance, num_steps=args.num_step, cfg_schedule=args.cfg_schedule)
 
     def fast():
@@ -143,19 +165,19 @@ def benchmark_sample(args, device):
         with autocast(device, args.precision):
             latents_["plain"] = plain.sample(slow, labels, noise, **counted)
 
-    ways = {"fast": fast, "plain": plainly}
+    ways = {"fast": fast, "plain": plainly} if plain else {"fast": fast}
     work = count(ways, args, device)
     if args.compile:
-        model.compile_sampler(args.compile)
-    result = compare(ways, args.eval_bsz, sum(flops.sampling_flops(model, args.eval_bsz, **counted).values()), args, device)
-    difference = (latents_["fast"] - latents_["plain"]).norm() / latents_["plain"].norm()
-    return {"eval_bsz": args.eval_bsz, **counted, "attention_kernel": model.attention_kernel(AUTOCAST.get(args.precision)), **work,
-            "difference": difference.item(), **result}
+        prepare.compile_sampling(model, args.compile)
+    result = compare(ways, args.eval_bsz, flops.sampling_flops(slow, args.eval_bsz, **options), args, device)
+    if plain:
+        result["difference"] = ((latents_["fast"] - latents_["plain"]).norm() / latents_["plain"].norm()).item()
+    return {"eval_bsz": args.eval_bsz, **counted, "attention_kernel": prepare.attention_kernel(model, AUTOCAST.get(args.precision)), **work,
+            **result}
 
 
 def build_network(args, device):
     torch.manual_seed(args.seed)
-    resolve_geometry(args)
     if args.compile:
         check_compiler(device)
     return build_model(args.model, **model_options(args)).to(device)
@@ -181,10 +203,14 @@ def compare(ways, images, operations, args, device):
     del taken["matmul"]
     peak, reached = matmul.reached, images * operations / taken["fast"]
     result = {"seconds": taken, "images_per_second": images / taken["fast"], "gigaflop_per_image": operations / 1e9,
-              "gigaflops": reached / 1e9, "matmul_gigaflops": peak / 1e9, "share_of_peak": reached / peak, "ratio": taken["plain"] / taken["fast"]}
+              "gigaflops": reached / 1e9, "matmul_gigaflops": peak / 1e9, "share_of_peak": reached / peak}
+    beside = ""
+    if "plain" in taken:
+        result["ratio"] = taken["plain"] / taken["fast"]
+        beside = f"; plain {1000 * taken['plain']:.0f} ms, ratio {result['ratio']:.2f}"
     print(f"{args.what} {args.model}, {images} images of {args.img_size}, {args.precision}, compile {args.compile}: "
           f"{1000 * taken['fast']:.0f} ms, {result['images_per_second']:.3f} images/s, {reached / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
-          f"{100 * result['share_of_peak']:.0f} %; plain {1000 * taken['plain']:.0f} ms, ratio {result['ratio']:.2f}", flush=True)
+          f"{100 * result['share_of_peak']:.0f} %{beside}", flush=True)
     return result
 
 
@@ -193,6 +219,9 @@ def compare(ways, images, operations, args, device):
 
 def benchmark_parts(args, device):
     """Seconds of what each step changes, with and without it, forward and backward where it is of training."""
+    plain = load_plain(args.beside)
+    if plain is None:
+        raise FlowARError("parts needs --beside, such as --beside tests/plain.py: the way without each step")
     model = build_network(args, device).train()
     latents_, labels, t, noise = training_inputs(model, args.batch_size, device)
     sizes, head = [s * s for s in model.scale], model.flownet
@@ -200,14 +229,12 @@ def benchmark_parts(args, device):
     block, dtype = model.blocks[0], AUTOCAST.get(args.precision, torch.float32)
     width = head.cond_embed.out_features
     mlp = GatedMLP(width).to(device)
-    q, k, v = torch.randn(3, args.batch_size, block.attn.num_heads, model.tokens, 4 * len(block.attn.rope.freqs), device=device,
+    q, k, v = torch.randn(3, args.batch_size, block.attn.num_heads, model.tokens, block.attn.head_dim, device=device,
                           dtype=dtype, requires_grad=True).unbind(0)
     rows = torch.randn(args.batch_size * model.tokens, width, device=device)
     times = torch.linspace(1, 0, args.num_step + 1, device=device)
-    rope_table = head.rope_table(model.scale[-1:])
     last = z[:, -sizes[-1]:]
-    prepared = head.prepare(last, times, rope_table)
-    step, now = torch.zeros(1, dtype=torch.long, device=device), times[:1].expand(args.batch_size)
+    prepared, now = head.prepare(last), times[:1].expand(args.batch_size)
     parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
     for p in parameters:
         p.grad = torch.randn_like(p)
@@ -234,13 +261,13 @@ def benchmark_parts(args, device):
 
     parts = {
         "one pass of the flow head (training)": (
-            backward(lambda: head.all_scales(x, t, z, model.scale)),
+            backward(lambda: head(x, t, z, model.scale)),
             backward(lambda: torch.cat([plain.velocity(head, noise[i], t[i], z[:, model.spans[i]]) for i in range(len(sizes))], dim=1))),
         "attention by prefixes, no mask (training)": (
-            backward(lambda: attend(q, k, v, model.scale, causal=True)),
+            backward(lambda: kernels.attention(q, k, v, model.pattern)),
             backward(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, model.mask.to(dtype)))),
         "hoisting out of the Euler loop (sampling)": (
-            forward(lambda: head.velocity(noise[-1], step, prepared)), forward(lambda: plain.velocity(head, noise[-1], now, last))),
+            forward(lambda: head(noise[-1], times[:1], prepared)), forward(lambda: plain.velocity(head, noise[-1], now, last))),
         f"MLP of {mlp.fc1_g.out_features} padded to a multiple of 64 (training)": (
             backward(lambda: mlp(rows)), backward(lambda: plain.mlp(mlp, rows))),
         "fused AdamW (training)": (optimizers[True].step, optimizers[None].step),
@@ -294,31 +321,30 @@ def benchmark_memory(args, device):
 # ---- evaluation ----------------------------------------------------------------------------------------------
 
 
-def in_memory(model, vae, args, device, extractor, folder):
-    return evaluate(model, vae, args, device, {"model": args.model}, folder, (extractor, None))
+def in_memory(sampler, plan, extractor, folder):
+    return evaluate(sampler, plan, Measure(extractor, None), {}, folder)
 
 
-def through_files(model, vae, args, device, extractor, folder):
+def through_files(sampler, plan, extractor, folder):
     """The release's way: PNGs one after the other, then a second pass over the files."""
-    for first in range(0, args.num_images, args.eval_bsz):
-        indices = range(first, min(first + args.eval_bsz, args.num_images))
-        labels = [image_label(i, args.num_images, model.class_num) for i in indices]
-        images, _ = generate(model, vae, labels, indices, args, device)
-        for index, image in zip(indices, images.cpu()):
+    for first in range(0, plan.num_images, sampler.batch):
+        indices = range(first, min(first + sampler.batch, plan.num_images))
+        labels = [image_label(i, plan.num_images, sampler.model.class_num) for i in indices]
+        for index, image in zip(indices, sampler.images(labels, first)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
-    return metrics.folder_features(folder, extractor, device)
+    return folder_features(folder, extractor, sampler.device)
 
 
 def benchmark_evaluate(args, device):
-    model, vae = build(args, device)
-    extractor = metrics.build_extractor(args, device)
+    sampler = build_sampler(args, *build(args, device), args.precision)
+    extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
     seconds = {"in_memory": 0.0, "through_files": 0.0}
     for warm_up in (True, False):
-        run = argparse.Namespace(**{**vars(args), "num_images": args.eval_bsz if warm_up else args.num_images})
+        plan = Plan(args.eval_bsz if warm_up else args.num_images)
         for way in (in_memory, through_files):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                result = way(model, vae, run, device, extractor, Path(folder))
+                result = way(sampler, plan, extractor, Path(folder))
                 seconds[way.__name__] = time.perf_counter() - start
                 report = result if way is in_memory else report
     return {"num_images": args.num_images, "eval_bsz": args.eval_bsz, "num_step": args.num_step,
@@ -401,7 +427,6 @@ def loader_rate(dataset, workers, seconds):
 @torch.no_grad()
 def encoding_rate(args, device):
     """Images a second through the VAE's encoder."""
-    resolve_geometry(args)
     vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult).to(device).eval()
     images, count, start = torch.randn(4, 3, args.img_size, args.img_size, device=device), 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds:
@@ -412,7 +437,6 @@ def encoding_rate(args, device):
 
 def benchmark_data(args, device):
     scratch = Path(args.scratch)
-    resolve_geometry(args)
     side = args.img_size // args.vae_stride
     shape = (2 * args.vae_embed_dim, side, side)
     make_shards(scratch / "shards", args.latents, shape, args.vae_stride)
@@ -441,13 +465,45 @@ BENCHMARKS = {"train": benchmark_train, "sample": benchmark_sample, "parts": ben
               "evaluate": benchmark_evaluate, "data": benchmark_data}
 
 
+# ---- against another checkout --------------------------------------------------------------------------------
+
+
+def benchmark_against(args, device):
+    """Medians over turns of this checkout's seconds and another's, each in a process of its own."""
+    other = Path(args.against).resolve() / "scripts" / "benchmark.py"
+    if args.what not in ("train", "sample") or not other.is_file():
+        raise FlowARError(f"--against {args.against}: expected a checkout of this project, and train or sample")
+    seconds = {"this": [], "other": []}
+    for _ in range(args.turns):
+        for name, script in (("this", Path(__file__).resolve()), ("other", other)):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, str(script), *without(sys.argv[1:], "--against", "--turns", "--json"), "--json", f"{folder}/figures.json"]
+                subprocess.run(command, check=True, cwd=script.parents[1], stdout=subprocess.DEVNULL)
+                seconds[name].append(read_json(Path(folder) / "figures.json")["seconds"]["fast"])
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    print(f"this {1000 * medians['this']:.0f} ms, {args.against} {1000 * medians['other']:.0f} ms: {medians['other'] / medians['this']:.3f} times as fast")
+    return {"turns": seconds, "times_as_fast": medians["other"] / medians["this"]}
+
+
+def without(arguments, *names):
+    """Command-line arguments without some options and their values."""
+    kept, values = [], iter(arguments)
+    for value in values:
+        if value in names:
+            next(values)
+        elif not value.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(value)
+    return kept
+
+
 def main():
     args = single_point(parse_args())
     device = select_device(args.device)
     args.precision = set_precision(args.precision, device)
     if args.json:
         check_output(args.json)
-    measured = BENCHMARKS[args.what](args, device)  # fills in --model
+    args = resolve_geometry(args)
+    measured = (benchmark_against if args.against else BENCHMARKS[args.what])(args, device)
     result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **machine(device)}
     text = json.dumps(result, indent=2)
     print(text)

@@ -9,7 +9,6 @@ next run keeps finished shards and redoes the rest; the index appears last.
 """
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,16 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import FlowARError  # noqa: E402
-from models.vae import DiagonalGaussian, open_vae  # noqa: E402
-from models.weights import writing  # noqa: E402
-from util import distributed, latents  # noqa: E402
-from util.data import RESIZE_MARGIN, Images  # noqa: E402
-from util.files import file_hash, make_directory, read_json, write_bytes, write_json  # noqa: E402
-from util.options import between, pixels, positive, seed, some_path, workers  # noqa: E402
+import project_root  # noqa: F401
+from models import FlowARError
+from models.vae import DiagonalGaussian
+from models.vaes import find_vae, open_vae
+from models.files import file_hash, writing
+from util import cluster
+from util.data import Images, latents
+from util.data.images import RESIZE_MARGIN
+from util.files import make_directory, read_json, write_bytes, write_json
+from util.options import between, pixels, positive, seed, some_path, workers
 
 MOST_CROPS = 1000
 SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
@@ -118,7 +119,7 @@ def is_good(path, settings, sha256):
 
 def write_shards(data, groups, vae, args, device, folder, settings, known):
     """Write this rank's missing or damaged shards, one for each group of images."""
-    mine = range(distributed.rank(), len(groups), distributed.world_size())
+    mine = range(cluster.rank(), len(groups), cluster.world_size())
     missing = [number for number in mine if not is_good(folder / shard_file(number), settings, known.get(shard_file(number)))]
     progress = progress_bar(args, sum(len(groups[number]) for number in missing))
     root = Path(data.images.folder.root)
@@ -138,7 +139,7 @@ def summarise(folder, files, settings):
     """What the index says of these shards, and the sums from which the latent scale is measured."""
     shards, sums = [], []
     for name in files:
-        moments = latents.read_moments(folder / name, settings)
+        moments = latents.open_shard(folder / name, settings)[0][:]
         posterior = DiagonalGaussian(moments[:, 0].float())
         square = posterior.mean.double().square() + posterior.logvar.double().exp()
         sums.append(torch.stack((posterior.mean.double().mean(dim=(2, 3)).sum(0), square.mean(dim=(2, 3)).sum(0))))
@@ -157,7 +158,7 @@ def build_index(settings, parts, vae):
     measured = {"scale": scale, "shift": shift, "channel_mean": mean.tolist(),
                 "channel_std": (square - mean**2).sqrt().tolist()}
     if abs(scale / vae.latent_scale.scale - 1) > SCALE_TOLERANCE:
-        distributed.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's is "
+        cluster.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's is "
                         f"{vae.latent_scale.scale:.4f} (shift {vae.latent_scale.shift:.4f})")
     return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped, "shards": shards}
 
@@ -165,8 +166,8 @@ def build_index(settings, parts, vae):
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
     groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
-    known = distributed.from_main(lambda: reopen(folder, settings))
-    parts = distributed.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
+    known = cluster.from_main(lambda: reopen(folder, settings))
+    parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
     if parts is not None:
         index = build_index(settings, parts, vae)
         write_json(index, folder / latents.INDEX)
@@ -221,8 +222,8 @@ def cache_npz(data, vae, args, device, folder, settings):
         for parent in {target.parent for target in targets}:
             make_directory(parent)
 
-    distributed.from_main(prepare)
-    mine = range(distributed.rank(), len(targets), distributed.world_size())
+    cluster.from_main(prepare)
+    mine = range(cluster.rank(), len(targets), cluster.world_size())
     missing = [i for i in mine if not targets[i].is_file()]
     progress = progress_bar(args, len(missing))
     for indices, _, moments, _ in encoded(data, batches_of([missing], args.batch_size), vae, args, device, progress):
@@ -231,15 +232,15 @@ def cache_npz(data, vae, args, device, folder, settings):
                 np.savez(file, moments=plain, moments_flip=flipped)
     progress.close()
     os.sync()  # the latents reach the disk before the cache is called complete
-    distributed.barrier()
-    if distributed.is_main():
+    cluster.barrier()
+    if cluster.is_main():
         write_json({**info, "complete": True}, folder / latents.NPZ_INFO)
-    distributed.log(f"{folder}: {len(targets)} latents ({len(missing)} new on rank 0)")
+    cluster.log(f"{folder}: {len(targets)} latents ({len(missing)} new on rank 0)")
 
 
 def progress_bar(args, total):
     return tqdm(total=total, desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
-                disable=not distributed.is_main())
+                disable=not cluster.is_main())
 
 
 @torch.no_grad()
@@ -247,7 +248,7 @@ def main():
     args = parse_args()
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
-    device = distributed.init(args.device)
+    device = cluster.init(args.device)
     vae, _ = open_vae(args.vae, args.vae_path)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
@@ -258,11 +259,11 @@ def main():
         "source_images": len(images), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
         "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
-        "vae": args.vae, "vae_sha256": latents.vae_identity(args.vae, args.vae_path, vae), "channels": vae.embed_dim,
+        "vae": args.vae, "vae_sha256": find_vae(args.vae, args.vae_path).identity(vae), "channels": vae.embed_dim,
         "stride": vae.stride, "latent_scale": list(vae.latent_scale)}
     write = cache_shards if args.format == "shards" else cache_npz
     write(data, vae.to(device), args, device, Path(args.cached_path), settings)
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    cluster.run_main(main)

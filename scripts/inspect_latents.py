@@ -7,21 +7,21 @@ scale, enlarged and decoded: what scale-wise generation goes through.
     python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import FlowARError  # noqa: E402
-from models.vae import DiagonalGaussian, open_vae  # noqa: E402
-from util.data import Images, to_uint8  # noqa: E402
-from util.distributed import run_main, select_device  # noqa: E402
-from util.latents import ShardedMoments, kind_of_cache, shard_names  # noqa: E402
-from util.options import default_scales, integer_list, positive, some_path  # noqa: E402
-from util.pictures import check_picture, draw_table, save, stack  # noqa: E402
+import project_root  # noqa: F401
+from pictures import check_picture, draw_table, save, stack
+from models import FlowARError
+from models.vae import DiagonalGaussian
+from models.vaes import open_vae
+from util.data import Images, to_uint8
+from util.cluster import run_main, select_device
+from util.data.latents import ShardedMoments, kind_of_cache, read_text
+from util.options import default_scales, integer_list, positive, some_path
 
 
 def parse_args():
@@ -56,7 +56,7 @@ def originals(data, chosen, args):
     center = index["crops"] == "center"
     images = Images(Path(args.data_path) / args.split, index["img_size"], index["seed"], train=not center, flip=False)
     position = {Path(path).relative_to(images.folder.root).as_posix(): i for i, (path, _) in enumerate(images.folder.samples)}
-    names = [name for shard in index["shards"] for name in shard_names(data.root / shard["file"])]
+    names = [name for shard in index["shards"] for name in read_text(data.root / shard["file"], "names")]
     if len(names) != len(data):
         raise FlowARError(f"{args.cached_path}: its shards name {len(names)} images, expected {len(data)}")
     missing = [names[i] for i in chosen if names[i] not in position]

@@ -4,20 +4,19 @@
 """
 import argparse
 import csv
-import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import project_root  # noqa: F401
+from models import FlowARError
+from models.files import name_some, reading
+from util.cluster import run_main
+from util.files import check_output
+from util.options import some_path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import FlowARError  # noqa: E402
-from models.weights import name_some, reading  # noqa: E402
-from util.distributed import run_main  # noqa: E402
-from util.files import check_output  # noqa: E402
-from util.options import some_path  # noqa: E402
+
+plt.switch_backend("Agg")
 
 
 def parse_args():

@@ -9,15 +9,14 @@ scikit-learn's digits, which come with the package.
 import argparse
 import gzip
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import FlowARError  # noqa: E402
-from util.distributed import run_main  # noqa: E402
+import project_root  # noqa: F401
+from models import FlowARError
+from util.cluster import run_main
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")

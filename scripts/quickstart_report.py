@@ -6,29 +6,27 @@ VAE, that of the test images encoded and decoded.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import project_root  # noqa: F401
+from models import FlowARError
+from models.files import read_file, reading, write_file
+from models.vaes import load_vae
+from util.data import Images, to_uint8
+from util.cluster import run_main, select_device
+from util.evaluation.metrics import build_extractor, extract, frechet_distance, statistics
+from util.evaluation.references import load_statistics, load_uint8
+from util.evaluation.reports import read_report
+from util.evaluation.sampler import image_label
+from util.files import write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine_flowar import image_label  # noqa: E402
-from models import FlowARError  # noqa: E402
-from models.vae import load_vae  # noqa: E402
-from models.weights import read_file, reading, write_file  # noqa: E402
-from util import metrics  # noqa: E402
-from util.data import Images, to_uint8  # noqa: E402
-from util.distributed import run_main, select_device  # noqa: E402
-from util.evaluation import read_report  # noqa: E402
-from util.files import write_json  # noqa: E402
+plt.switch_backend("Agg")
 
 STEPS, BATCH = 600, 128
 
@@ -58,7 +56,7 @@ def real_images(folder, count=None):
     data = Images(folder, 32).folder
     chosen = np.linspace(0, len(data) - 1, min(count or len(data), len(data))).astype(int)
     files, labels = zip(*(data.samples[i] for i in chosen))
-    return metrics.load_uint8(files), torch.tensor(labels), len(data.classes)
+    return load_uint8(files), torch.tensor(labels), len(data.classes)
 
 
 def train_classifier(images, labels, classes, device):
@@ -105,8 +103,8 @@ def reconstruct(images, vae, device):
 
 
 def distance(images, extractor, reference, device):
-    features, _ = metrics.extract(extractor, images.to(device))
-    return metrics.frechet_distance(metrics.statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
+    features, _ = extract(extractor, images.to(device))
+    return frechet_distance(statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
 
 
 def plot_loss(root):
@@ -138,17 +136,16 @@ def main():
     results = read_report(results_path)
     plot_loss(root)
     network = get_classifier(root, device)
-    extractor = metrics.build_extractor(
-        SimpleNamespace(feature_extractor=results["feature_extractor"], fid_weights=None), device)
-    reference = metrics.load_statistics(results["reference"], extractor, results["img_size"])
+    extractor = build_extractor(results["feature_extractor"], None, device)
+    reference = load_statistics(results["reference"], extractor, results["img_size"])
     count, name = results["num_images"], extractor.distance
     test, test_labels, classes = real_images(root / "images" / "val", count)
     train, train_labels, _ = real_images(root / "images" / "train", count)
     files = [root / "eval" / "images" / f"{i:06d}.png" for i in range(count)]
     asked = torch.tensor([image_label(i, count, classes) for i in range(count)])
-    decoded = reconstruct(test, load_vae(root / "vae.pth")[0].to(device), device)
+    decoded = reconstruct(test, load_vae(root / "vae.pth").to(device), device)
     rows = {
-        "generated": (metrics.load_uint8(files), asked),
+        "generated": (load_uint8(files), asked),
         "test images through the VAE": (decoded, test_labels),
         "training images (the floor)": (train, train_labels),
     }

@@ -5,13 +5,16 @@ With --keep_features also the features, which KID, precision and recall need.
     torchrun --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
 """
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from util.files import check_output  # noqa: E402
-from util import distributed, metrics  # noqa: E402
-from util.options import pixels, some_path  # noqa: E402
+import numpy as np
+
+import project_root  # noqa: F401
+from models.files import tensors_hash, writing
+from util import cluster
+from util.evaluation.metrics import EXTRACTORS, build_extractor
+from util.evaluation.references import folder_features
+from util.files import check_output
+from util.options import pixels, some_path
 
 
 def parse_args():
@@ -20,23 +23,33 @@ def parse_args():
     parser.add_argument("--output", type=some_path, required=True, help=".npz to write")
     parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
     parser.add_argument("--keep_features", action="store_true", help="store the features too")
-    parser.add_argument("--feature_extractor", default="inception", choices=metrics.EXTRACTORS, help="network")
+    parser.add_argument("--feature_extractor", default="inception", choices=EXTRACTORS, help="network")
     parser.add_argument("--fid_weights", help="local file of torch-fidelity's Inception weights")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 
 
+def save_statistics(path, found, extractor):
+    """Write FolderFeatures, mu, sigma and features if they were kept, with their description to an .npz."""
+    content = {**found.statistics, "feature_extractor": extractor.name,
+               "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize,
+               "num_images": found.count, "img_size": found.img_size}
+    if found.features is not None:
+        content["features"] = np.asarray(found.features, dtype=np.float32)
+    with writing(path) as file:
+        np.savez(file, **content)
+
+
 def main():
     args = parse_args()
-    device = distributed.init(args.device)
+    device = cluster.init(args.device)
     check_output(args.output)
-    extractor = metrics.build_extractor(args, device)
-    found = metrics.folder_features(args.ref_images, extractor, device, args.img_size, crop=True,
-                                    keep=args.keep_features)
+    extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
+    found = folder_features(args.ref_images, extractor, device, args.img_size, crop=True, keep=args.keep_features)
     if found is not None:
-        metrics.save_statistics(args.output, found, extractor)
+        save_statistics(args.output, found, extractor)
         print(f"{args.output}: {found.count} images of {args.ref_images}, {found.img_size} pixels, in {extractor.name} features")
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    cluster.run_main(main)

@@ -3,22 +3,18 @@
     python scripts/sample.py --resume output/quickstart/run --vae_path output/quickstart/vae.pth --cfg 3 \\
         --class_names output/quickstart/images/train --grid grid.png --strip strip.png
 """
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine_flowar import evaluation_precision, generate_all, load_for_evaluation  # noqa: E402
-from models import FlowARError  # noqa: E402
-from util.data import to_uint8  # noqa: E402
-from util.distributed import autocast, run_main, select_device  # noqa: E402
-from util.evaluation import single_point  # noqa: E402
-from util.options import integer_list, positive, sampling_options, sampling_parser  # noqa: E402
-from util.pictures import check_picture, draw_table, save  # noqa: E402
-from util.randomness import image_noise  # noqa: E402
+import project_root  # noqa: F401
+from pictures import check_picture, draw_table, save
+from models import FlowARError
+from util.cluster import run_main, select_device
+from util.evaluation.setup import build_sampler, open_for_sampling
+from util.options import integer_list, positive, sampling_parser, single_point
 
 
 def parse_args():
@@ -42,22 +38,19 @@ def class_names(folder, class_num):
     return names + [str(label) for label in range(len(names), class_num)]
 
 
-def grid(model, vae, labels, names, args, device):
-    asked = [label for label in labels for _ in range(args.per_class)]
-    images = generate_all(model, vae, asked, args, device).unflatten(0, (len(labels), args.per_class))
+def grid(sampler, labels, names, per_class):
+    asked = [label for label in labels for _ in range(per_class)]
+    images = sampler.images(asked).unflatten(0, (len(labels), per_class))
     return draw_table(images, [names[label] for label in labels])
 
 
-@torch.no_grad()
-def strip(model, vae, label, name, args, device):
+def strip(sampler, label, name):
     """Each scale's latent, enlarged to full size and decoded."""
-    side = model.scale[-1] * model.patch_size
-    with autocast(device, args.precision):
-        scales = model.sample_pyramid(torch.tensor([label], device=device), noise=image_noise(model, args.seed, [0]),
-                                      **sampling_options(args))
-        latents = torch.cat([F.interpolate(model.unpatchify(x), size=(side, side), mode="bicubic") for x in scales])
-        images = vae.decode(vae.latent_scale.restore(latents))
-    return draw_table(to_uint8(images).cpu()[None], [name], [f"{s}x{s}" for s in model.scale])
+    model = sampler.model
+    size = (model.scale[-1] * model.patch_size,) * 2
+    scales = [F.interpolate(model.unpatchify(x), size=size, mode="bicubic") for x in sampler.pyramid([label], [0])]
+    images, _ = sampler.decode(torch.cat(scales))
+    return draw_table(images.cpu()[None], [name], [f"{s}x{s}" for s in model.scale])
 
 
 def main():
@@ -68,18 +61,17 @@ def main():
         raise FlowARError(f"--grid and --strip are one file, {args.grid}: give two")
     for output in filter(None, (args.grid, args.strip)):
         check_picture(output)
-    device = select_device(args.device)
-    args.precision = evaluation_precision(args.precision, device)
-    model, vae, _ = load_for_evaluation(args, device)
-    labels = args.labels or tuple(np.arange(min(10, model.class_num)))
+    model, vae, _, precision = open_for_sampling(args, select_device(args.device))
+    sampler = build_sampler(args, model, vae, precision)
+    labels = args.labels or tuple(np.arange(min(10, model.class_num)).tolist())
     wrong = [label for label in labels if not 0 <= label < model.class_num]
     if wrong:
         raise FlowARError(f"--labels {wrong[0]}: the model has classes 0..{model.class_num - 1}")
     names = class_names(args.class_names, model.class_num)
     if args.grid:
-        save(grid(model, vae, labels, names, args, device), args.grid)
+        save(grid(sampler, labels, names, args.per_class), args.grid)
     if args.strip:
-        save(strip(model, vae, labels[0], names[labels[0]], args, device), args.strip)
+        save(strip(sampler, labels[0], names[labels[0]]), args.strip)
 
 
 if __name__ == "__main__":

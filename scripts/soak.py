@@ -17,21 +17,19 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from helpers import assert_same_run, finish, make_project, ranks_of, read_checkpoint, run, start, training_command  # noqa: E402
-from models import FlowARError  # noqa: E402
-from util import checkpoint  # noqa: E402
-from util.distributed import run_main  # noqa: E402
-from util.files import make_directory, write_bytes, write_json  # noqa: E402
-from util.logging import read_lines  # noqa: E402
-from util.options import count, positive  # noqa: E402
+import project_root  # noqa: F401
+from runs import assert_same_run, finish, make_project, ranks_of, read_checkpoint, run, start, training_command
+from models import FlowARError
+from util.cluster import run_main
+from util.files import make_directory, write_bytes, write_json
+from util.training.logging import read_lines
+from util.options import count, positive
+from util.training import checkpoint
 
 PROCESSES, SAVE_EVERY, KEEP, DISK = 2, 20, 2, "130m"  # a checkpoint has 26 MB
 LIFE = (1.0, 10.0)  # seconds of training before something happens

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite. Arguments go to pytest: bash scripts/test.sh -k goldens
+# The whole test suite, a process with one thread a core. Arguments go to pytest: bash scripts/test.sh -k goldens
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-exec python -m pytest -q tests "$@"
+export OMP_NUM_THREADS=1
+exec python -m pytest -q -n "${TEST_PROCESSES:-auto}" --dist loadfile tests "$@"

@@ -10,7 +10,6 @@ import argparse
 import itertools
 import math
 import reprlib
-import sys
 import time
 from pathlib import Path
 
@@ -20,15 +19,17 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import AutoencoderKL, FlowARError  # noqa: E402
-from models.vae import DEEPEST, MOST_LEVELS, WIDEST, LatentScale, load_state, load_vae, save_vae  # noqa: E402
-from models.weights import first_line, name_some, read_file, write_file  # noqa: E402
-from util.data import Images, build_loader, to_uint8  # noqa: E402
-from util.distributed import autocast, run_main, select_device, set_precision  # noqa: E402
-from util.evaluation import write_png  # noqa: E402
-from util.files import check_output  # noqa: E402
-from util.options import between, integer_list, pixels, positive, real, seed, some_path, workers  # noqa: E402
+import project_root  # noqa: F401
+from models import AutoencoderKL, FlowARError
+from models.files import first_line, load_state, name_some, read_file, write_file
+from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST
+from models.vae import LatentScale
+from models.vaes import load_vae, save_vae
+from util.data import Images, build_loader, to_uint8
+from util.cluster import autocast, run_main, select_device, set_precision
+from util.evaluation.store import write_png
+from util.files import check_output
+from util.options import between, integer_list, pixels, positive, real, seed, some_path, workers
 
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50

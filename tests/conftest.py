@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent), *map(str, (TESTS, TESTS / "models", TESTS / "training", TESTS.parent / "scripts"))]
 
 
 def pytest_addoption(parser):
@@ -11,6 +11,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    order = ("tests/models/", "test_reliability", "")  # the method first, then the longest file: two workers end together
+    items.sort(key=lambda item: next(i for i, part in enumerate(order) if part in item.path.as_posix()))
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in slow]

@@ -1,30 +1,20 @@
-"""Small models, folders of real images (scikit-learn's digits) and ways to run the programs."""
-import contextlib
+"""Small models, and the programs run in this process; runs in processes of their own are those of scripts/runs.py."""
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
+from project_root import ROOT  # noqa: F401
+from runs import (CLASSES, GEOMETRY, assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run,  # noqa: F401
+                  small_vae, start, training_command, wait_for, write_digits)
 
 import engine_flowar
 import main_flowar
-from models import AutoencoderKL, FlowAR
-from models.vae import LatentScale, save_vae
-from util import checkpoint
+from models import FlowAR
+from util.evaluation.setup import open_evaluation
 from util.options import evaluation_parser, training_parser
 
-ROOT = Path(__file__).parent.parent
 SCALES = (1, 2, 4)
-GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny"
-CLASSES = 10
 
 
 def small_model(**options):
@@ -36,11 +26,6 @@ def small_model(**options):
     return FlowAR(**{**size, **options}).eval()
 
 
-def small_vae():
-    torch.manual_seed(1)
-    return AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, latent_scale=LatentScale(2.0, 0.1))
-
-
 def inputs(model, batch=2, seed=3):
     """latents, labels, t, noise."""
     g = torch.Generator().manual_seed(seed)
@@ -49,32 +34,6 @@ def inputs(model, batch=2, seed=3):
             torch.randint(model.class_num, (batch,), generator=g),
             torch.rand(len(model.scale), batch, generator=g),
             [torch.randn(batch, s * s, model.token_channels, generator=g) for s in model.scale])
-
-
-def write_digits(root, per_class, size=16, splits=("train", "val")):
-    """Class folders of scikit-learn's digits, real handwriting: <root>/<split>/<digit>/<number>.png."""
-    digits = load_digits()
-    for label in range(CLASSES):
-        images = digits.images[digits.target == label]
-        for split, chosen in zip(splits, (images[:per_class], images[per_class:2 * per_class])):
-            folder = root / split / str(label)
-            folder.mkdir(parents=True)
-            for i, image in enumerate(chosen):
-                picture = Image.fromarray((image * (255 / 16)).astype(np.uint8))
-                picture.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
-
-
-def make_project(root, per_class=8):
-    """images/{train,val} and vae.pth in a temporary folder."""
-    write_digits(root / "images", per_class)
-    save_vae(small_vae(), root / "vae.pth")
-    return root
-
-
-def training_command(project, output, extra=""):
-    return (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --output_dir {output} --epochs 2 "
-            f"--warmup_epochs 1 --batch_size 16 --blr 1e-2 --num_workers 0 --device cpu --log_freq 2 --eval_freq 100 "
-            f"--num_step 4 --num_images 4 {extra}")
 
 
 def train(project, output, extra="", device="cpu"):
@@ -91,72 +50,6 @@ def evaluation_command(project, checkpoint, output, extra=""):
 def evaluate(project, checkpoint, output, extra=""):
     """Run eval.py's evaluation in this process; returns the report, None for a sweep."""
     args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, output, extra))[1:])
-    engine_flowar.evaluate_checkpoint(args, torch.device("cpu"))
+    engine_flowar.evaluate_sweep(*open_evaluation(args, torch.device("cpu")))
     results = Path(output) / "results.json"
     return json.loads(results.read_text()) if results.is_file() else None
-
-
-def run(command, processes=0, check=True, timeout=300):
-    """Run a program of the project, under torchrun for processes > 0, one thread each. Returns the process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = (launcher if processes else [sys.executable]) + shlex.split(command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-# ---- runs that are killed --------------------------------------------------------------------------------------
-
-
-def start(command, processes=0, restarts=0):
-    """run() in the background; its output goes on to stop(). In a process group of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
-                "--monitor_interval=0.1"]
-    command = (launcher if processes else [sys.executable]) + shlex.split(command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
-def finish(process, timeout=240):
-    """(exit status, output) of a process of start(); what is left of its group is killed."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
-
-
-def wait_for(path, process, timeout=240):
-    """Until a file is there; AssertionError if the process ends before."""
-    end = time.monotonic() + timeout
-    while not Path(path).exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def ranks_of(process):
-    """Process numbers of the ranks under a launcher of start(), rank 0 first."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    of = {int(dict(field.split("=", 1) for field in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in field).get("RANK", -1)): int(child)
-          for child in children}
-    return [of[r] for r in sorted(of) if r >= 0]
-
-
-def read_log(output):
-    """Lines of a log.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("images_per_second", "memory_gib")} for line in lines]
-
-
-def read_checkpoint(output):
-    return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
-
-
-def assert_same_run(found, expected):
-    """Two output folders hold the same weights, EMA, optimizer, progress and logged losses, bit by bit."""
-    a, b = read_checkpoint(found), read_checkpoint(expected)
-    for key in ("model", "model_ema", "optimizer", "scaler", "epoch", "progress"):
-        assert checkpoint.content_hash(a[key]) == checkpoint.content_hash(b[key]), key
-    assert read_log(found) == read_log(expected)

@@ -54,7 +54,7 @@ def cross_attention(module, x, z, scales):
 
 
 def mlp(module, x):
-    p, training = module.drop1.p, module.training
+    p, training = module.drop.p, module.training
     hidden = F.dropout(F.gelu(module.fc1_g(x)) * module.fc1_x(x), p, training)
     return F.dropout(module.fc2(hidden), p, training)
 

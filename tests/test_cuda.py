@@ -9,8 +9,9 @@ from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
 from test_reliability import bad_steps, check_a_bad_step, poison, stopping_before, with_nan  # noqa: F401: a fixture
 
 from models import build_model
-from util.distributed import set_deterministic
-from util.optimization import EMA, build_optimizer
+from util.speed import prepare
+from util.cluster import set_deterministic
+from util.training.optimization import EMA, build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda", 0)
@@ -30,7 +31,7 @@ def test_goldens_in_float32(name):
 @pytest.mark.parametrize("precision,kernel", [(torch.bfloat16, "FLASH_ATTENTION"), (None, "EFFICIENT_ATTENTION")])
 def test_training_attention_runs_in_a_fused_kernel(precision, kernel):
     model = build_model("flowar_tiny", attn_dropout=0.1).to(CUDA).train()
-    assert model.attention_kernel(precision) in (kernel, "CUDNN_ATTENTION")
+    assert prepare.attention_kernel(model, precision) in (kernel, "CUDNN_ATTENTION")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -67,7 +68,7 @@ def test_compiled_sampling_equals_eager(what, cross):
     options = dict(noise=noise, cfg=3.0, guidance=0.5, num_steps=10)
     expected = model.sample_tokens(labels, **options)
     compiled = copy.deepcopy(model)
-    compiled.compile_sampler(what)
+    prepare.compile_sampling(compiled, what)
     for _ in range(3):  # eager warm-up, capture, replay
         golden.assert_close(compiled.sample_tokens(labels, **options).cpu(), expected.cpu(), tolerance=1e-4)
 

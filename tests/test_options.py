@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import GEOMETRY, evaluate, evaluation_command, make_project, run, train, training_command
+from helpers import GEOMETRY, ROOT, evaluate, evaluation_command, make_project, run, train, training_command
 
 from models import AutoencoderKL, FlowARError
-from models.vae import save_vae
+from models.vaes import save_vae
 from util.options import SaveEvery, resolve_training, save_every, training_parser
 
 LOGS = (".lock", "log.jsonl", "events.out")  # how the names of the files begin that a training which ends with an error may leave
@@ -201,7 +201,7 @@ TABLE = [
     (EVAL, "--num_step_last x", "--num_step_last: 'x' is not an integer"),
     (EVAL, "--cfg 1,0.5", "--cfg: 0.5 is out of range: expected 1.0 or more"),
     (EVAL, "--guidance 0.5,1.5", "--guidance: 1.5 is out of range: expected between 0.0 and 1.0"),
-    (EVAL, "--solver euler,rk4", "--solver: 'rk4' is unknown: expected one of euler, heun, ab2"),
+    (EVAL, "--solver euler,rk5", "--solver: 'rk5' is unknown: expected one of euler, heun, ab2, midpoint, rk4"),
     (EVAL, "--cfg_schedule ramp", "--cfg_schedule: invalid choice: 'ramp'"),
     (EVAL, "--temperature 1,2", "--temperature: '1,2' is not a number"),
     (EVAL, "--precision tf32", "--precision tf32 needs CUDA"),
@@ -269,7 +269,10 @@ TABLE = [
     (BENCH, "train --json {p}/images", "{p}/images: is a directory, expected a file to write"),
     (BENCH, "train --compile graphs", "--compile graphs is for sampling: for train use --compile"),
     (BENCH, "train --cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
-    (BENCH, "sample --solver heun", "benchmark.py sample compares with the plain Euler sampler: leave out --solver"),
+    (BENCH, f"sample --beside {ROOT}/tests/plain.py --solver heun", "--beside compares with a plain Euler sampler: leave out --solver"),
+    (BENCH, "parts", "parts needs --beside"),
+    (BENCH, "train --beside nowhere.py", "--beside nowhere.py: no such file"),
+    (BENCH, "train --against nowhere", "--against nowhere: expected a checkout of this project"),
     (BENCH, "evaluate --vae_ch_mult 1,1", "--vae_stride is 4, but the 2 levels of --vae_ch_mult make 2"),
     (BENCH, "data --workers=-1", "--workers: -1 is out of range: expected between 0 and 1024"),
     (BENCH, "data --latents 10", "--latents: 10 is out of range: expected between 64 and 100000000"),
@@ -306,7 +309,7 @@ def test_status_and_last_line(command, message):
 
 def resolved(options, processes, saved=None):
     args = training_parser().parse_args(shlex.split(options))
-    resolve_training(args, processes, saved)
+    args = resolve_training(args, processes, saved)
     return args.batch_size, args.accum_iter, args.global_batch
 
 

@@ -4,20 +4,18 @@ import re
 import shlex
 import shutil
 
-import main_flowar
 import numpy as np
 import pytest
+import seams
 import torch
 from helpers import GEOMETRY, ROOT, inputs, make_project, run, small_model, train
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import models.layers
-import models.flowar
-from models import FlowARError
-from util.evaluation import single_point
-from util.options import default_scales, evaluation_parser, resolve_geometry, sampling_parser, training_parser
-from util.optimization import build_optimizer
+from models import FlowARError, build_model
+from util.options import (default_scales, evaluation_parser, model_options, resolve_geometry, sampling_parser, single_point,
+                          training_parser)
+from util.training.optimization import build_optimizer
 
 PUBLISHED_TRAINING = """--img_size 256 --vae_path x/kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1
     --model {} --diffloss_d {} --diffloss_w {} --epochs 400 --warmup_epochs 100 --batch_size {} --blr 5e-5
@@ -49,10 +47,10 @@ def trained(project):
     ("flowar_huge", 12, 1536, 32, "--use_checkpoint")])
 def test_published_training_commands(size, depth, width, batch, flags):
     args = training_parser().parse_args(shlex.split(PUBLISHED_TRAINING.format(size, depth, width, batch, flags)))
-    resolve_geometry(args)
+    args = resolve_geometry(args)
     assert args.scales == (1, 2, 4, 8, 16) and args.use_checkpoint == bool(flags) and args.grad_clip == 3.0
     with torch.device("meta"):
-        main_flowar.build_model(args.model, **main_flowar.model_options(args))
+        build_model(args.model, **model_options(args))
 
 
 @pytest.mark.parametrize("size,depth,width,steps,cfg,guidance", [
@@ -89,29 +87,29 @@ def test_options_of_the_release_and_new_ones():
 
 
 @pytest.mark.parametrize("parser,unused,files", [
-    (training_parser(), set(), ["main_flowar.py"]),
+    (training_parser(), set(), ["main_flowar.py", "util/training/checkpoint.py"]),
     (evaluation_parser(), {"data_path", "evaluate"}, ["eval.py"]),  # in the published commands, without a meaning there
     (sampling_parser(""), set(), ["scripts/sample.py"])])
 def test_every_option_is_read(parser, unused, files):
     """No option is parsed and then ignored: each name is used outside the parser."""
-    sources = "".join((ROOT / file).read_text() for file in [*files, "engine_flowar.py", "util/metrics.py", "util/evaluation.py"])
+    sources = "".join((ROOT / file).read_text() for file in [*files, "util/evaluation/setup.py", "util/data/source.py"])
     sources += (ROOT / "util" / "options.py").read_text().split("# ---- what follows")[1]
     for option in set(vars(parser.parse_args([]))) - unused:
         assert re.search(rf"args\.{option}\b|\"{option}\"", sources), option
 
 
 def option_rows(parser):
-    """The README's options table: a row of every option."""
+    """The options page: a row of every option."""
     for action in parser._actions[1:]:
         default = "" if action.default is None or isinstance(action.default, bool) else str(action.default)
         names = ", ".join(f"`{name}`" for name in action.option_strings)
         yield f"| {names} | {default} | {action.help} |"
 
 
-def test_readme_lists_every_option():
-    readme = (ROOT / "README.md").read_text().splitlines()
+def test_the_page_lists_every_option():
+    readme = (ROOT / "docs" / "options.md").read_text().splitlines()
     missing = [row for row in option_rows(training_parser()) if row not in readme]
-    assert not missing, "put these rows into the README:\n" + "\n".join(missing)
+    assert not missing, "put these rows into docs/options.md:\n" + "\n".join(missing)
 
 
 @pytest.mark.parametrize("side,expected", [(16, (1, 2, 4, 8, 16)), (32, (1, 2, 4, 8, 16, 32)), (8, (1, 2, 4, 8)),
@@ -197,9 +195,9 @@ def test_validation_classes_are_the_training_classes(project, tmp_path):
 
 def test_ranks_that_see_other_files_are_told(project, tmp_path):
     script = tmp_path / "disagree.py"
-    script.write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nfrom util import distributed\n"
-                      "def main():\n    distributed.init('cpu')\n    distributed.agree('the first epoch', distributed.rank() * 5)\n"
-                      "distributed.run_main(main)\n")
+    script.write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nfrom util import cluster\n"
+                      "def main():\n    cluster.init('cpu')\n    cluster.agree('the first epoch', cluster.rank() * 5)\n"
+                      "cluster.run_main(main)\n")
     done = run(str(script), processes=2, check=False)
     assert done.returncode != 0 and "the first epoch is 0 on rank 0 but 5 on rank 1: all hosts must see the same files" in done.stderr
 
@@ -217,10 +215,7 @@ def test_a_minimum_above_the_peak_rate_is_said(project, tmp_path, capsys):
 
 
 def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch):
-    recomputed = []
-    original = models.layers.checkpoint
-    monkeypatch.setattr(models.layers, "checkpoint", lambda block, *args, **options: (
-        recomputed.append(block), original(block, *args, **options))[1])
+    recomputed = seams.count(monkeypatch, seams.RECOMPUTED)
     again = train(project, tmp_path, "--use_checkpoint")
     assert len(recomputed) == 10 * (2 + 3)  # 10 steps: 2 transformer blocks, 3 flow blocks
     assert distance(trained[0], again) < 1e-5

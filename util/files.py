@@ -1,5 +1,4 @@
 """Directories and small files, with this project's one-line errors."""
-import hashlib
 import json
 import math
 import os
@@ -7,7 +6,7 @@ import reprlib
 from pathlib import Path
 
 from models import FlowARError
-from models.weights import first_line, reading, writing
+from models.files import reading, writing
 
 
 def make_directory(path):
@@ -37,7 +36,7 @@ def read_json(path):
 
 
 def check_fields(content, fields, path):
-    """FlowARError unless `content` is a dict with all of `fields`: {name: (function that says whether a value is good, words)}."""
+    """FlowARError unless `content` is a dict with all `fields`: {name: (function: whether a value is good, words)}."""
     for name, (good, expected) in fields.items():
         if not isinstance(content, dict) or name not in content:
             raise FlowARError(f"{path}: {name} is missing")
@@ -59,20 +58,8 @@ def is_strings(value):
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
-def file_hash(path):
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    except OSError as error:
-        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
-    return digest.hexdigest()
-
-
 def write_bytes(content, path, sync=True):
-    """See models.weights.writing."""
+    """See models.files.writing."""
     with writing(path, sync) as file:
         file.write(content)
 

@@ -4,19 +4,20 @@ An option's default is what the release uses. None means "not given": geometry a
 checkpoint (evaluation) or from the release's ImageNet-256 setting (training), see resolve_geometry.
 """
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from models import MODELS, FlowARError
 from models.flow_matching import CFG_SCHEDULES, SOLVERS
-from util.distributed import PRECISIONS, TIMEOUT, log
-from util.optimization import LR_SCHEDULES, peak_learning_rate
+from models.vaes import find_vae
+from util.cluster import PRECISIONS, TIMEOUT, log
+from util.evaluation.metrics import EXTRACTORS
+from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
 LARGEST = 2**31 - 1  # what every library below can count to
-FOR_EVALUATION = ("save_images", "save_npz")
-FOR_METRICS = ("fid_stats", "ref_images", "fid_weights")
 
 
 # ---- types: what a value must be, said in one line -----------------------------------------------------------
@@ -30,54 +31,28 @@ def integer_list(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers") from None
 
 
-def _number(kind, low, high, text):
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-    if kind is float and not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    if not low <= value <= high:
-        limit = f"{low} or more" if value < low and high in (LARGEST, math.inf) else f"between {low} and {high}"
-        raise argparse.ArgumentTypeError(f"{text} is out of range: expected {limit}")
-    return value
-
-
 def between(kind, low, high):
     """A type for a number from low to high."""
-    return lambda text: _number(kind, low, high, text)
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not low <= value <= high:
+            limit = f"{low} or more" if value < low and high in (LARGEST, math.inf) else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {limit}")
+        return value
+    return number
 
 
-def positive(text):
-    return _number(int, 1, LARGEST, text)
-
-
-def count(text):
-    return _number(int, 0, LARGEST, text)
-
-
-def real(text):
-    return _number(float, 0.0, math.inf, text)
-
-
-def fraction(text):
-    return _number(float, 0.0, 1.0, text)
-
-
-def below_one(text):
-    if fraction(text) == 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: expected 0.0 or more and less than 1")
-    return fraction(text)
-
-
-def at_least_one(text):
-    return _number(float, 1.0, math.inf, text)
-
-
-def at_least_two(text):
-    return _number(int, 2, LARGEST, text)
-
-
+positive = between(int, 1, LARGEST)
+count = between(int, 0, LARGEST)
+at_least_two = between(int, 2, LARGEST)
+real = between(float, 0.0, math.inf)
+fraction = between(float, 0.0, 1.0)
+at_least_one = between(float, 1.0, math.inf)
 # Beyond these, memory, processes or hours would go before anything could be said.
 pixels = between(int, 1, 8192)  # PIL refuses to crop much more
 width = between(int, 1, 16384)
@@ -87,6 +62,12 @@ steps = between(int, 2, 10**4)
 workers = between(int, 0, 1024)
 seconds = between(float, 1.0, 1e6)
 seed = between(int, 0, 2**32 - 1)
+
+
+def below_one(text):
+    if fraction(text) == 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: expected 0.0 or more and less than 1")
+    return fraction(text)
 
 
 def some_path(text):
@@ -105,9 +86,12 @@ class SaveEvery(NamedTuple):
 def save_every(text):
     """'500' steps, '30m' minutes, '0' never."""
     try:
-        return SaveEvery(minutes=real(text[:-1]) or None) if text.endswith("m") else SaveEvery(steps=count(text) or None)
+        if text.endswith("m"):
+            return SaveEvery(minutes=real(text[:-1]) or None)
+        return SaveEvery(steps=count(text) or None)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps ('500') nor of minutes ('30m')") from None
+        message = f"{text!r} is neither a number of steps ('500') nor of minutes ('30m')"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def several(kind):
@@ -121,20 +105,20 @@ def solver(text):
     return text
 
 
-# ---- groups --------------------------------------------------------------------------------------------------
-
-
 def add_model_options(parser):
-    group = parser.add_argument_group("model and VAE")
-    add = group.add_argument
-    add("--model", choices=MODELS, help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
-    add("--img_size", type=pixels, help="pixels a side; default 256, the cache's in training, or the checkpoint's latent size x VAE stride in eval.py")
+    add = parser.add_argument_group("model and VAE").add_argument
+    add("--model", choices=MODELS,
+        help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
+    add("--img_size", type=pixels, help="pixels a side; default 256, the cache's in training, or the checkpoint's "
+        "latent size x VAE stride in eval.py")
     add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    add("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    add("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt",
+        help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
     add("--vae_embed_dim", type=width, help="latent channels; default 16, or the VAE's in eval.py")
     add("--vae_stride", type=positive, help="pixels a latent cell; default 16, or the VAE's in eval.py")
     add("--patch_size", type=positive, help="latent cells a token, a side; default 1, or the checkpoint's in eval.py")
-    add("--scales", type=integer_list, help="tokens a side of every scale, '1,2,4,8,16'; default: doubling up to the latent's size")
+    add("--scales", type=integer_list,
+        help="tokens a side of every scale, '1,2,4,8,16'; default: doubling up to the latent's size")
     add("--class_num", type=classes, help="number of classes; default 1000, or the checkpoint's in eval.py")
     add("--diffloss_d", type=depth, help="blocks of the flow head; default: the size's own")
     add("--diffloss_w", type=width, help="width of the flow head; default: the size's own")
@@ -142,56 +126,65 @@ def add_model_options(parser):
 
 
 def add_sampling_options(parser):
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
+    add = parser.add_argument_group("sampling").add_argument
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
-    add("--num_step", type=several(steps), default="25", help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
+    add("--num_step", type=several(steps), default="25",
+        help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
     add("--num_step_last", type=several(steps), help="anneal the steps to this number at the last scale (DiSA); *")
-    add("--solver", type=several(solver), default="euler", help="euler (the release's), heun (two evaluations a step) or ab2; *")
+    add("--solver", type=several(solver), default="euler",
+        help="euler (the release's) or ab2: one evaluation a step; heun, midpoint: two; rk4: four; *")
     add("--cfg", type=several(at_least_one), default="1.0", help="classifier-free guidance scale of the last scale; *")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="guidance over scales: a ramp from 1, or constant")
-    add("--guidance", type=several(fraction), default="0.9", help="guidance acts only at times t <= this (t = 1 is noise); *")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear",
+        help="guidance over scales: a ramp from 1, or constant")
+    add("--guidance", type=several(fraction), default="0.9",
+        help="guidance acts only at times t <= this (t = 1 is noise); *")
     add("--temperature", type=real, default=1.0, help="factor of the starting noise")
 
 
 def add_evaluation_options(parser):
-    group = parser.add_argument_group("evaluation")
-    add = group.add_argument
+    add = parser.add_argument_group("evaluation").add_argument
     add("--num_images", type=positive, default=50000, help="images to generate")
     add("--save_images", action="store_true", help="write the images to images/ in the output directory, as PNGs")
-    add("--save_npz", action="store_true", help="write the images to samples.npz in the output directory, as ADM's evaluator reads them")
-    add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall); default fid_stats/adm_in256_stats.npz if it is there")
+    add("--save_npz", action="store_true",
+        help="write the images to samples.npz in the output directory, as ADM's evaluator reads them")
+    add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall); "
+        "default fid_stats/adm_in256_stats.npz if it is there")
     add("--ref_images", help="folder of reference images, instead of --fid_stats")
-    add("--feature_extractor", default="inception", choices=("inception", "efficientnet-lite0"), help="network of the metrics")
+    add("--feature_extractor", default="inception", choices=EXTRACTORS,
+        help="network of the metrics")
     add("--fid_weights", help="local file of torch-fidelity's Inception weights; default: downloaded once")
-    add("--evaluate", action="store_true", help="main_flowar.py: evaluate --resume instead of training; eval.py always does")
+    add("--evaluate", action="store_true",
+        help="main_flowar.py: evaluate --resume instead of training; eval.py always does")
 
 
-def add_runtime_options(parser):
-    add_checkpoint_options(parser)
-    group = parser.add_argument_group("files")
-    add = group.add_argument
+def add_file_options(parser):
+    add = parser.add_argument_group("files").add_argument
     add("--output_dir", type=some_path, default="./output_dir", help="where everything is written")
-    add("--data_path", type=some_path, default="./data/imagenet", help="folder with train/ and val/, class folders of images (eval.py needs none)")
-    add("--timeout", type=seconds, default=TIMEOUT, help="seconds without a sign of life after which a process, or the data, counts as dead")
+    add("--data_path", type=some_path, default="./data/imagenet",
+        help="folder with train/ and val/, class folders of images (eval.py needs none)")
+    add("--timeout", type=seconds, default=TIMEOUT,
+        help="seconds without a sign of life after which a process, or the data, counts as dead")
 
 
 def add_checkpoint_options(parser):
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training --output_dir itself, which may still be empty), a .pth or a .safetensors")
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training --output_dir "
+        "itself, which may still be empty), a .pth or a .safetensors")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
-    add("--precision", choices=PRECISIONS, help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
-    add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"), help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small batches of samples")
+    add("--precision", choices=PRECISIONS,
+        help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
+    add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"),
+        help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small "
+             "batches of samples")
     add("--seed", type=seed, default=0, help="seed of everything that is drawn")
 
 
 def add_training_options(parser):
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, default=400, help="epochs in all")
     add("--warmup_epochs", type=real, default=100, help="epochs of linear warm-up, counted per step")
-    add("--batch_size", type=positive, default=64, help="images a process and forward pass; global batch = this x processes x accum_iter")
+    add("--batch_size", type=positive, default=64,
+        help="images a process and forward pass; global batch = this x processes x accum_iter")
     add("--accum_iter", type=positive, default=1, help="forward passes that make one optimizer step")
     add("--lr", type=real, help="peak learning rate; default blr x global batch / 256")
     add("--blr", type=real, default=5e-5, help="base learning rate")
@@ -203,73 +196,96 @@ def add_training_options(parser):
     add("--attn_dropout", type=below_one, default=0.1, help="dropout on the transformer's attention weights")
     add("--proj_dropout", type=below_one, default=0.1, help="dropout after projections and in MLPs of the transformer")
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
-    add("--use_checkpoint", "--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--on_bad_image", default="error", choices=("error", "skip"), help="an image that cannot be read stops training, or the next one takes its place")
+    add("--use_checkpoint", "--grad_checkpointing", action="store_true",
+        help="recompute activations in the backward pass")
+    add("--on_bad_image", default="error", choices=("error", "skip"),
+        help="an image that cannot be read stops training, or the next one takes its place")
     add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
     add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
-    add("--cached_val_path", default="", help="cached latents of val/ for the validation loss; default: encode data_path/val")
+    add("--cached_val_path", default="",
+        help="cached latents of val/ for the validation loss; default: encode data_path/val")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
-    add("--global_batch", type=positive, help="images an optimizer step; default: the checkpoint's, or batch_size x processes x accum_iter")
+    add("--global_batch", type=positive,
+        help="images an optimizer step; default: the checkpoint's, or batch_size x processes x accum_iter")
     add("--save_last_freq", type=positive, default=5, help="epochs between checkpoints")
-    add("--save_every", type=save_every, default="30m", help="checkpoints between them: after this many steps, or minutes (30m); 0: none")
+    add("--save_every", type=save_every, default="30m",
+        help="checkpoints between them: after this many steps, or minutes (30m); 0: none")
     add("--keep", type=positive, default=2, help="checkpoints to keep")
-    add("--max_bad_steps", type=positive, default=20, help="steps in a row that are not finite, and skipped, before training stops")
+    add("--max_bad_steps", type=positive, default=20,
+        help="steps in a row that are not finite, and skipped, before training stops")
     add("--deterministic", action="store_true", help="deterministic algorithms on CUDA too, where they are slower")
     add("--eval_freq", type=positive, default=40, help="epochs between validation loss, sample grid and --online_eval")
-    add("--online_eval", action="store_true", help="FID or the like of the EMA during training, every --eval_freq epochs")
+    add("--online_eval", action="store_true",
+        help="FID or the like of the EMA during training, every --eval_freq epochs")
     add("--eval_num_images", type=at_least_two, default=10000, help="images of --online_eval")
     add("--log_dir", help="TensorBoard files; default: the output directory")
     add("--num_workers", type=workers, default=10, help="data loading processes of every rank")
-    add("--pin_mem", action="store_true", default=True, help="page-locked host memory for batches (CUDA); on by default")
+    add("--pin_mem", action="store_true", default=True,
+        help="page-locked host memory for batches (CUDA); on by default")
     add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")
     add("--log_freq", type=positive, default=20, help="optimizer steps between log entries")
 
 
-def _parser(description):
-    return argparse.ArgumentParser(description=description, allow_abbrev=False)
+def _parser(description, *groups):
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for add_group in groups:
+        add_group(parser)
+    return parser
 
 
 def training_parser():
-    parser = _parser("Train FlowAR.")
-    for add_group in (add_model_options, add_training_options, add_sampling_options, add_evaluation_options, add_runtime_options):
-        add_group(parser)
-    return parser
+    return _parser("Train FlowAR.", add_model_options, add_training_options, add_sampling_options,
+                   add_evaluation_options, add_checkpoint_options, add_file_options)
 
 
 def evaluation_parser():
-    parser = _parser("Evaluate FlowAR: sample class-balanced images, then FID and Inception Score.")
-    for add_group in (add_model_options, add_sampling_options, add_evaluation_options, add_runtime_options):
-        add_group(parser)
-    return parser
+    return _parser("Evaluate FlowAR: sample class-balanced images, then FID and Inception Score.", add_model_options,
+                   add_sampling_options, add_evaluation_options, add_checkpoint_options, add_file_options)
 
 
 def sampling_parser(description):
     """For scripts that draw images of a checkpoint."""
-    parser = _parser(description)
-    for add_group in (add_model_options, add_sampling_options, add_checkpoint_options):
-        add_group(parser)
-    return parser
+    return _parser(description, add_model_options, add_sampling_options, add_checkpoint_options)
 
 
 # ---- what follows from the options ---------------------------------------------------------------------------
+# Nothing here changes the options that it is given: what is filled in comes back as a copy.
+
+
+def with_options(args, **changes):
+    """A copy of the options with some changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
 
 
 def resolve_geometry(args, known=None):
-    """Fill in geometry that was not given: from `known` (what checkpoint and VAE say), else the release's."""
-    for name, default in {**GEOMETRY, **(known or {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    """The options with the geometry that was not given: from `known` (of checkpoint and VAE), else the release's."""
+    missing = {name: value for name, value in {**GEOMETRY, **(known or {})}.items() if getattr(args, name) is None}
+    args = with_options(args, **missing)
     if args.scales is None:
-        args.scales = default_scales(args.img_size // (args.vae_stride * args.patch_size))
+        return with_options(args, scales=default_scales(args.img_size // (args.vae_stride * args.patch_size)))
+    return args
 
 
 def default_scales(side):
     """1, 2, 4, ... up to `side`; 32 for 512-pixel images."""
-    scales = [1]
-    while scales[-1] * 2 < side:
-        scales.append(scales[-1] * 2)
-    return tuple(scales) if side <= 1 else (*scales, side)
+    side = max(side, 1)
+    return (*(2**k for k in range(side.bit_length()) if 2**k < side), side)
+
+
+def check_geometry(args, known, path):
+    """FlowARError that names the first option that contradicts what a checkpoint's tensors say."""
+    for option, value in known.items():
+        if getattr(args, option) not in (None, value):
+            raise FlowARError(f"--{option} is {getattr(args, option)}, but {path} was trained with {value}")
+
+
+def check_vae(vae, args):
+    """FlowARError unless the VAE has the channels and the stride of the options, where they are given."""
+    for option, found in (("vae_embed_dim", vae.embed_dim), ("vae_stride", vae.stride)):
+        if getattr(args, option) not in (None, found):
+            name = find_vae(args.vae, args.vae_path).name
+            raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {name} has {found}")
 
 
 def model_options(args):
@@ -280,9 +296,32 @@ def model_options(args):
 
 
 def sampling_options(args):
-    """The arguments of FlowAR.sample_tokens out of the options, one value each (util.evaluation.sweep_points)."""
+    """The arguments of FlowAR.sample_tokens out of the options, one value each (sweep_points)."""
     return dict(num_steps=args.num_step, num_steps_last=args.num_step_last, cfg=args.cfg, guidance=args.guidance,
                 cfg_schedule=args.cfg_schedule, temperature=args.temperature, solver=args.solver)
+
+
+SWEPT = ("cfg", "guidance", "num_step", "num_step_last", "solver")  # of these an evaluation takes several values
+
+
+def swept(args, name):
+    """The values of an option that can be swept, (None,) if it was not given."""
+    return getattr(args, name) or (None,)
+
+
+def sweep_points(args):
+    """{name: copy of the options} for every combination of the swept ones; the name has those with several values."""
+    varied = [name for name in SWEPT if len(swept(args, name)) > 1]
+    points = [dict(zip(SWEPT, values)) for values in itertools.product(*(swept(args, name) for name in SWEPT))]
+    return {"_".join(f"{name}{point[name]}" for name in varied): with_options(args, **point) for point in points}
+
+
+def single_point(args):
+    """The options with one value for each that can be swept, or FlowARError."""
+    for name in SWEPT:
+        if len(swept(args, name)) > 1:
+            raise FlowARError(f"--{name} has {len(swept(args, name))} values: only an evaluation takes several")
+    return next(iter(sweep_points(args).values()))
 
 
 def check_training(args):
@@ -292,41 +331,46 @@ def check_training(args):
     if args.use_cached and not args.cached_path:
         raise FlowARError("--use_cached needs --cached_path")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}, numbered from 0")
+        raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}, "
+                          "numbered from 0")
     for name in ("cached_path", "cached_val_path"):
         if Path(getattr(args, name)).is_file():
             raise FlowARError(f"--{name} {getattr(args, name)}: is a file, expected a directory of cached latents")
-    for name in FOR_EVALUATION:
+    for name in ("save_images", "save_npz"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is for an evaluation: training does not write images")
-    for name in FOR_METRICS:
+    for name in ("fid_stats", "ref_images", "fid_weights"):
         if getattr(args, name) and not args.online_eval:
             raise FlowARError(f"--{name} is for an evaluation: in training it needs --online_eval")
 
 
 def resolve_training(args, world_size, saved_batch=None):
-    """Fill in global batch, forward passes and peak learning rate. saved_batch: the global batch of the run that goes on."""
+    """The options with global batch, forward passes, peak learning rate. saved_batch: global batch before a resume."""
     asked = args.batch_size * world_size * args.accum_iter
     if args.global_batch and args.accum_iter > 1 and args.global_batch != asked:
-        raise FlowARError(f"--global_batch is {args.global_batch}, but --batch_size {args.batch_size} x {world_size} processes x --accum_iter "
-                          f"{args.accum_iter} is {asked}: leave out --accum_iter, which follows from the others")
-    args.global_batch = args.global_batch or saved_batch or asked
+        raise FlowARError(f"--global_batch is {args.global_batch}, but --batch_size {args.batch_size} x {world_size} "
+                          f"processes x --accum_iter {args.accum_iter} is {asked}: leave out --accum_iter, which "
+                          "follows from the others")
+    args = with_options(args, global_batch=args.global_batch or saved_batch or asked)
     if args.global_batch != asked:
-        deal_global_batch(args, world_size)
+        args = deal_global_batch(args, world_size)
     if args.lr is None:
-        args.lr = peak_learning_rate(args.blr, args.global_batch)
+        args = with_options(args, lr=peak_learning_rate(args.blr, args.global_batch))
     if args.lr_schedule == "cosine" and args.min_lr > args.lr:
-        log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global batch / "
-            "256): the cosine will rise")
+        log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global "
+            "batch / 256): the cosine will rise")
     if args.warmup_epochs > args.epochs:
-        log(f"warning: --warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the peak learning rate will not be reached")
+        log(f"warning: --warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the peak learning "
+            "rate will not be reached")
+    return args
 
 
 def deal_global_batch(args, world_size):
-    """Choose --batch_size, at most the one given, and --accum_iter that make the global batch."""
+    """The options with --batch_size, at most the one given, and --accum_iter that make the global batch."""
     each, rest = divmod(args.global_batch, world_size)
     if rest:
-        raise FlowARError(f"a global batch of {args.global_batch} cannot be dealt to {world_size} processes: use a divisor of it, or --global_batch")
+        raise FlowARError(f"a global batch of {args.global_batch} cannot be dealt to {world_size} processes: use a "
+                          "divisor of it, or --global_batch")
     batch = max(size for size in range(1, min(args.batch_size, each) + 1) if each % size == 0)
     log(f"global batch {args.global_batch}: {batch} images x {world_size} processes x {each // batch} forward passes")
-    args.batch_size, args.accum_iter = batch, each // batch
+    return with_options(args, batch_size=batch, accum_iter=each // batch)

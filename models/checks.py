@@ -1,0 +1,54 @@
+"""What FlowAR refuses: geometry that cannot work, labels outside of the classes."""
+from models import kernels
+from models.errors import FlowARError
+
+MOST_TOKENS = 32768  # of all scales together; 512 pixels have 1,365
+
+
+def check_geometry(img_size, vae_stride, patch_size, scale):
+    """Raise FlowARError unless the scales fit the latent: increasing, from 1 to img_size / vae_stride / patch_size."""
+    if patch_size < 1 or vae_stride < 1 or img_size % (vae_stride * patch_size):
+        raise FlowARError(f"img_size {img_size} is not a multiple of vae_stride x patch_size = "
+                          f"{vae_stride} x {patch_size}")
+    side = img_size // (vae_stride * patch_size)
+    text = ",".join(map(str, scale))
+    if not scale or scale[0] != 1 or any(a >= b for a, b in zip(scale, scale[1:])):
+        raise FlowARError(f"scale is {text or 'empty'}: expected an increasing list that starts with 1, the class "
+                          "token")
+    if scale[-1] != side:
+        raise FlowARError(f"scale ends with {scale[-1]}: expected {side}, the latent's size in tokens (img_size "
+                          f"{img_size} / vae_stride {vae_stride} / patch_size {patch_size})")
+    tokens = sum(s * s for s in scale)
+    if tokens > MOST_TOKENS:
+        raise FlowARError(f"scale {text} makes {tokens} tokens: expected at most {MOST_TOKENS}, whose mask takes 4 GiB")
+
+
+def check_sizes(class_num, buffer_size, **halves):
+    """Raise FlowARError unless both halves of the transformer, {name: (embed_dim, num_heads)}, have one head size."""
+    for name, (dim, num_heads) in halves.items():
+        if num_heads < 1 or dim % num_heads or dim // num_heads % 4:
+            raise FlowARError(f"{name}_num_heads is {num_heads}: expected a divisor of {name}_embed_dim = {dim} that "
+                              "leaves a head size divisible by 4 (2-D RoPE)")
+    sizes = [dim // num_heads for dim, num_heads in halves.values()]
+    if len(set(sizes)) > 1:
+        raise FlowARError(f"{' and '.join(halves)} heads are {' and '.join(map(str, sizes))} wide: expected one head "
+                          "size for both")
+    if buffer_size != 0:
+        raise FlowARError(f"buffer_size is {buffer_size}: only 0 is supported (the class embedding is the one "
+                          "token before the scales)")
+    if class_num < 1:
+        raise FlowARError(f"class_num is {class_num}: expected at least 1")
+
+
+def check_pattern(pattern):
+    """Raise FlowARError if a scale sees one that comes after it: there is nothing to see when it is sampled."""
+    for k, sees in enumerate(pattern.sees):
+        if not sees or max(sees) > k or sorted(set(sees)) != list(sees):
+            raise FlowARError(f"scale number {k} sees the scales {list(sees)}: expected rising numbers from 0 to {k}")
+
+
+def check_labels(labels, limit, wait=True):
+    """Refuse labels outside 0..limit - 1; wait: see kernels.is_sure."""
+    if not kernels.is_sure(((labels >= 0) & (labels < limit)).all(), wait):
+        bad = labels[(labels < 0) | (labels >= limit)][0].item()
+        raise FlowARError(f"label {bad} is outside 0..{limit - 1}")

@@ -1,0 +1,115 @@
+"""Zip archives from strangers, torch files and .npz: looked at before anything of them is unpickled or allocated."""
+import math
+import pickletools
+import re
+import zipfile
+
+import numpy as np
+
+from models.errors import FlowARError
+
+ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages
+# What files of tensors name. weights_only lets more through: functions that multiply what they are given.
+NAMES = re.compile(r"collections OrderedDict|argparse Namespace|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|"
+                   r"torch (\w+Storage|Size|device|bool|(u?int|b?float|complex)\d+)")
+DEEPEST = 100  # containers in containers
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def check_torch_file(path, legacy=False):
+    """(bytes of its pickle, whether it is a zip file) of a torch file, after a look at what torch.load would do to it.
+
+    FlowARError for what is no zip file of torch.save (with legacy=True also of PyTorch before 1.6) and for what would
+    run code, unpack to more than the file, or take for ever. Other exceptions, of zipfile or pickletools, mean damage.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY))
+        file.seek(0)
+        if start.startswith(ZIP):
+            with zipfile.ZipFile(file) as archive:
+                data = archive.read(find_pickle(archive, size, path))
+            check_pickle(data, len(data), path)
+            return len(data), True
+        if start == LEGACY and legacy:
+            for _ in range(LEGACY_PICKLES):
+                check_pickle(file, size, path)
+            return size, False
+    if start == LEGACY:
+        raise FlowARError(f"{path}: a torch file of before PyTorch 1.6, expected a newer one: torch.load it with "
+                          "weights_only=True and torch.save it again")
+    raise FlowARError(f"{path}: not a weights file, or damaged; expected one of torch.save, or .safetensors")
+
+
+def find_pickle(archive, size, path):
+    """The member that holds the pickle. Every way in which another reader of zip files finds another one is refused."""
+    members = archive.infolist()
+    names = [member.filename.lower() for member in members]
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise FlowARError(f"{path}: {member.filename} is compressed, expected members as torch.save stores them")
+    if sum(member.file_size for member in members) > size:
+        raise FlowARError(f"{path}: its members are longer than the file")
+    if archive.comment or len(set(names)) < len(names) or min(member.header_offset for member in members) != 0:
+        raise FlowARError(f"{path}: not a zip file as torch.save writes it "
+                          "(comment, repeated names or something before it)")
+    pickles = [member for member, name in zip(members, names) if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise FlowARError(f"{path}: {len(pickles)} members are called data.pkl, expected one")
+    return pickles[0]
+
+
+def check_pickle(pickle, limit, path):
+    """Follow a pickle without making its objects: FlowARError for names outside NAMES, and for tuples that share parts
+    until they are longer than `limit` or deeper than DEEPEST: to hash them, as keys, would not end, or overflow.
+    """
+    stack, memo = [], {}  # of (items, depth); None is a mark
+    for code, argument, _ in pickletools.genops(pickle):
+        if code.name == "GLOBAL" and not NAMES.fullmatch(argument):
+            raise FlowARError(f"{path}: not a file of tensors (it names {argument.replace(' ', '.')})")
+        if code.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif code.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        else:
+            taken = take(stack, code.stack_before)
+            items, depth = 1 + sum(items for items, _ in taken), max((depth for _, depth in taken), default=0)
+            depth += code.name.startswith("TUPLE")
+            if items > limit or depth > DEEPEST:
+                raise FlowARError(f"{path}: not a file of tensors (tuples in tuples without end)")
+            stack += [None if kind is pickletools.markobject else (items, depth) for kind in code.stack_after]
+
+
+def take(stack, kinds):
+    """Pop what an opcode takes."""
+    taken = []
+    if pickletools.markobject in kinds:
+        while (top := stack.pop()) is not None:
+            taken.append(top)
+        kinds = kinds[:kinds.index(pickletools.markobject)]
+    return taken + [stack.pop() for _ in kinds]
+
+
+def read_npz(path, limits):
+    """{name: array} of the arrays of an .npz that are there of `limits`, {name: largest number of bytes}, which is
+    checked before one is read. Nothing is unpickled. Raises what a damaged file makes zipfile and numpy raise, of
+    whatever type, and ValueError for an array that is too large: the caller names the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        there = set(archive.namelist())
+        return {name: read_array(archive, f"{name}.npy", limit) for name, limit in limits.items()
+                if f"{name}.npy" in there}
+
+
+def read_array(archive, name, limit):
+    member = archive.getinfo(name)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that .npz files are not")
+    with archive.open(member) as file:
+        shape, fortran_order, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or min(shape, default=0) < 0 or size > limit:
+            raise ValueError(f"{name} is {shape} of {dtype}, expected numbers of at most {limit} bytes")
+        array = np.frombuffer(bytearray(file.read(size)), dtype)  # a bytearray: the array can be written to
+    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)

@@ -1,0 +1,49 @@
+"""Autoencoders of the diffusers library, opened from safetensors only and no larger than their file."""
+from pathlib import Path
+
+import torch
+
+from models.errors import FlowARError
+from models.files.tensors import first_line
+from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST, beyond
+
+CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
+MOST_WEIGHTS = 2**30  # of a repository, whose file is not here yet
+
+
+def open_network(spec):
+    """The pretrained network of '<path or repository>[:subfolder]', from safetensors only."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise FlowARError(f"--vae diffusers:{spec} needs: pip install diffusers") from error
+    source, _, subfolder = spec.partition(":")
+    options = {"subfolder": subfolder} if subfolder else {}
+    try:
+        config = diffusers.AutoencoderKL.load_config(source, **options)
+        if config.get("_class_name") not in CLASSES:
+            raise FlowARError(f"--vae diffusers:{spec}: its class is {config.get('_class_name')}, expected one of "
+                              f"{', '.join(CLASSES)}")
+        kind = getattr(diffusers, config["_class_name"])
+        check_size(kind, config, Path(source) / subfolder, spec)
+        return kind.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False, **options)
+    except FlowARError:
+        raise
+    except Exception as error:  # of a configuration that makes no network, or of what is no configuration
+        raise FlowARError(f"--vae diffusers:{spec}: cannot be opened ({first_line(error)})") from error
+
+
+def check_size(kind, config, folder, spec):
+    """FlowARError for a configuration whose network has more weights than the files in `folder` can hold."""
+    for name, value in config.items():
+        high = DEEPEST if "layers_per_block" in name or "num_" in name and "_blocks" in name else WIDEST
+        if beyond(value, high):
+            raise FlowARError(f"--vae diffusers:{spec}: {name} is {str(value)[:60]}, expected numbers of at most "
+                              f"{high} and at most {MOST_LEVELS} of them")
+    with torch.device("meta"):
+        network = kind.from_config(config)
+    weights = sum(value.numel() for value in network.state_dict().values())
+    most = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else MOST_WEIGHTS
+    if weights > most:
+        raise FlowARError(f"--vae diffusers:{spec}: its configuration asks for {weights} weights, its file has room "
+                          f"for at most {most}")

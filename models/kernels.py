@@ -1,0 +1,174 @@
+"""Functions that equal one textbook line each, faster. The only file that asks for the device or the compiler.
+
+To change what one of them computes, write its textbook line (it is in the docstring) where it is called.
+"""
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
+LEVELS = 1 << 16  # of dropout on a CPU: a random int16 an element meets the probability within 1 / 65,536
+
+
+# ---- linear layers -------------------------------------------------------------------------------------------
+
+
+def linear(x, weight, bias=None):
+    """F.linear(x, weight, bias). Compiled, the bias is added apart, where it fuses with what follows."""
+    if bias is None or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight)
+    return y + bias.to(y.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear. With pad="out" or "in" that side is padded with zeros to a multiple of 64 while the layer runs: the
+    gated MLP's 2,730 is slow on tensor cores. A padded unit is GELU(0) * 0 = 0: output and gradients are the same.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, pad=None):
+        super().__init__(in_features, out_features, bias)
+        self.pad = pad
+
+    def padded(self):
+        """(weight, bias) at the padded width."""
+        missing = -(self.out_features if self.pad == "out" else self.in_features) % ALIGNMENT
+        if not missing:
+            return self.weight, self.bias
+        if self.pad == "out":
+            return F.pad(self.weight, (0, 0, 0, missing)), F.pad(self.bias, (0, missing))
+        return F.pad(self.weight, (0, missing)), self.bias
+
+    def forward(self, x):
+        if self.pad is None or self.weight.is_meta:  # where operations are counted, zeros are none
+            return linear(x, self.weight, self.bias)
+        return linear(x, *self.padded())
+
+    @torch.no_grad()
+    def widen(self):
+        """Pad the weight itself, for a copy of the model that only samples."""
+        weight, bias = self.padded()
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.pad = None
+
+
+# ---- dropout -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flowar::dropout_factors", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
+    """0 with probability p, else 1 / (1 - p), for each element of x and in its dtype.
+
+    PyTorch draws number by number on one core of a CPU; here its generator seeds a faster one.
+    """
+    generator = np.random.Generator(np.random.SFC64(torch.randint(2**62, ()).item()))
+    draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
+    kept = torch.empty(x.numel(), dtype=torch.int16)
+    torch.ge(torch.from_numpy(draws), round(p * LEVELS) - LEVELS // 2, out=kept)
+    if x.element_size() == 2:  # 0 or 1, times the bits of the factor: no conversion
+        return kept.mul_(torch.tensor(1 / (1 - p), dtype=x.dtype).view(torch.int16).item()).view(x.dtype).view(x.shape)
+    return kept.to(x.dtype).mul_(1 / (1 - p)).view(x.shape)
+
+
+@dropout_factors.register_fake
+def _(x, p):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def dropout(x, p):
+    """F.dropout(x, p)."""
+    if p == 0 or p == 1 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    return x * dropout_factors(x.detach(), p)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+# ---- norm, rotation, attention -------------------------------------------------------------------------------
+
+
+def modulate(x, scale, shift, eps):
+    """F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift, in float32, then cast to scale's dtype."""
+    norm = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift.float(), norm, 1 + scale.float()).to(scale.dtype)
+
+
+def rotate(x, table):
+    """torch.stack((u * cos - v * sin, v * cos + u * sin), dim=-1).flatten(-2) of pairs (u, v) of neighbouring channels.
+
+    x: B heads N head_dim; table: (cos, sin), each (N, head_dim / 2). In float32, cast back.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # fused; the compiler knows no complex numbers
+        (u, v), (cos, sin) = pairs.unbind(-1), table
+        turned = torch.stack((u * cos - v * sin, v * cos + u * sin), dim=-1)
+    else:  # the same product in one pass
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*table))
+    return turned.flatten(-2).to(x.dtype)
+
+
+def dense_attention(q, k, v, p):
+    """F.scaled_dot_product_attention(q, k, v, dropout_p=p); on a CPU the fused kernels have no dropout."""
+    if p == 0 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+    return dropout(weights.to(v.dtype), p) @ v
+
+
+def attention(q, k, v, pattern, p=0.0):
+    """F.scaled_dot_product_attention(q, k, v, pattern.mask(), dropout_p=p).transpose(1, 2).flatten(2), without a mask.
+
+    Each scale's queries see whole scales of keys, which are cut out: so the flash and memory-efficient kernels apply.
+    q, k, v: B heads N head_dim; pattern: layers.Pattern, None where all see all.
+    """
+    if pattern is None or len(pattern.sizes) == 1:
+        return dense_attention(q, k, v, p).transpose(1, 2).flatten(2)
+    parts = zip(q.split(pattern.sizes[-len(pattern.sees):], dim=2), seen(k, pattern), seen(v, pattern))
+    parts = [dense_attention(*part, p).transpose(1, 2).flatten(2) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def seen(x, pattern):
+    """The keys or values, of x, that each scale of the queries sees."""
+    if any(sees != tuple(range(len(sees))) for sees in pattern.sees):
+        parts = x.split(pattern.sizes, dim=2)
+        return [torch.cat([parts[k] for k in sees], dim=2) if sees[1:] else parts[sees[0]] for sees in pattern.sees]
+    pieces = []  # all scales up to one: each cut from the next longer, so that the gradient of the short ones is short
+    for sees in reversed(pattern.sees):
+        end = sum(pattern.sizes[:len(sees)])
+        x = x if x.shape[2] == end else x.narrow(2, 0, end)
+        pieces.append(x)
+    return pieces[::-1]
+
+
+ATTENTION_KERNELS = [getattr(torch.ops.aten, name).default for name in (
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")]
+
+
+def run_block(block, recompute, *inputs):
+    """block(*inputs); with recompute, activations but for attention's output are computed again for the gradient."""
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*inputs)
+    keep_attention = functools.partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep_attention)
+
+
+def is_sure(condition, wait):
+    """condition.item(); with wait=False on an accelerator an assertion there, which does not hold up the host."""
+    if condition.is_meta:
+        return True
+    if wait or condition.device.type == "cpu":
+        return condition.item()
+    torch._assert_async(condition)
+    return True

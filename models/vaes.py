@@ -1,0 +1,144 @@
+"""VAEs by name: open one, save one, say which one it is.
+
+A VAE has attributes embed_dim (latent channels C), stride (pixels a latent cell) and latent_scale (LatentScale), and
+methods encode(images (B, 3, H, W) in [-1, 1]) -> DiagonalGaussian and decode(raw latents (B, C, h, w)) -> images. A row
+in VAES makes --vae, the caches and the reports know it.
+"""
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.errors import FlowARError
+from models.files import (file_hash, first_line, load_state, read_file, read_latent_scale, reading, tensors_hash,
+                          vae_tensors, write_file)
+from models.files.diffusers import open_network
+from models.files.vaes import check_state, vae_config
+from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
+
+NO_VARIANCE = -30.0  # log-variance of a deterministic encoder's "posterior": a sample is the mean
+
+
+class NamedVAE:
+    """What --vae NAME:SPEC means, before anything is opened. One's own kind needs open() alone."""
+
+    needs_opening = True  # to tell which one it is
+
+    def __init__(self, name, spec, path):
+        self.spec, self.path = spec, path
+        self.name, self.option = name, f"--vae {name}"  # for messages and reports, and to name it on a command line
+
+    def is_there(self):
+        """Whether it can be opened, as far as one sees without trying."""
+        return True
+
+    def open(self):
+        """(VAE, names of tensors in its file that it does not use), or FlowARError."""
+        raise NotImplementedError
+
+    def identity(self, opened=None):
+        """What a cache remembers of it: SHA-256 over its tensors; None if it is not at hand."""
+        return None if opened is None else tensors_hash(opened.state_dict())
+
+
+class VAEFile(NamedVAE):
+    """--vae kl16: the file of --vae_path, KL-16's or one of scripts/train_vae.py."""
+
+    needs_opening = False
+
+    def __init__(self, name, spec, path):
+        super().__init__(name, spec, path)
+        self.name, self.option = str(path), f"--vae_path {path}"
+
+    def is_there(self):
+        return Path(self.path).is_file()
+
+    def open(self):
+        return read_vae(self.path)
+
+    def identity(self, opened=None):
+        return file_hash(self.path) if self.is_there() else None
+
+
+class DiffusersVAE(nn.Module):
+    """A diffusers autoencoder as a VAE."""
+
+    def __init__(self, network, latent_scale):
+        super().__init__()
+        self.network, self.latent_scale = network, latent_scale
+        config = network.config
+        self.embed_dim = config.latent_channels
+        if "spatial_compression_ratio" in config or hasattr(network, "spatial_compression_ratio"):
+            self.stride = network.spatial_compression_ratio
+        else:
+            widths = config.get("block_out_channels") or config.encoder_block_out_channels
+            self.stride = 2 ** (len(widths) - 1)
+        if type(self.stride) is not int or self.stride < 1:
+            raise ValueError(f"its stride is {self.stride!r}, expected a number above 0")
+
+    def encode(self, images):
+        encoded = self.network.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            return DiagonalGaussian(encoded.latent_dist.parameters)
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        return DiagonalGaussian(torch.cat((latents, torch.full_like(latents, NO_VARIANCE)), dim=1))
+
+    def decode(self, latents):
+        return self.network.decode(latents).sample
+
+
+class Diffusers(NamedVAE):
+    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: AutoencoderKL (SD, SDXL, SD3, FLUX), AutoencoderDC (stride 32) or
+    AutoencoderTiny. Stride, channels, latent scale and shift come from their configuration.
+    """
+
+    def open(self):
+        network = open_network(self.spec)
+        with reading(self.option):
+            config = network.config
+            scale = read_latent_scale((config.scaling_factor, config.get("shift_factor") or 0.0), self.option)
+            return DiffusersVAE(network, LatentScale(*scale)).eval().requires_grad_(False), []
+
+
+VAES = {"kl16": VAEFile, "diffusers": Diffusers}
+
+
+def find_vae(vae, path):
+    """The NamedVAE of the options --vae and --vae_path."""
+    name, _, spec = vae.partition(":")
+    if name not in VAES:
+        raise FlowARError(f"--vae {vae}: expected one of {', '.join(VAES)} (diffusers:<path or hub name>[:subfolder])")
+    return VAES[name](vae, spec, path)
+
+
+def open_vae(vae, path):
+    """(VAE of --vae and --vae_path in eval mode without gradients, names in its file that it does not use)."""
+    return find_vae(vae, path).open()
+
+
+def read_vae(path):
+    """(AutoencoderKL of a file, names of tensors in it that it does not use): `kl16.ckpt`, or what save_vae wrote.
+
+    Nothing is allocated before the file's tensors are found to be of the sizes that its configuration asks for.
+    """
+    content = read_file(path)
+    state, config = vae_tensors(content, path), vae_config(content, path)
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL(**config)
+    except (FlowARError, RuntimeError) as error:
+        raise FlowARError(f"{path}: bad VAE configuration ({first_line(error)})") from error
+    check_state(vae, state, path)
+    unused = load_state(vae.to_empty(device="cpu"), state, path)
+    return vae.eval().requires_grad_(False), unused
+
+
+def load_vae(path):
+    """The AutoencoderKL of a file, in eval mode without gradients; see read_vae."""
+    return read_vae(path)[0]
+
+
+def save_vae(vae, path):
+    """Write a file that load_vae reads: {"model": state dict, "config": constructor arguments}."""
+    state = {name: value.cpu() for name, value in vae.state_dict().items()}
+    write_file({"model": state, "config": {**vae.config, "latent_scale": tuple(vae.latent_scale)}}, path)

@@ -1,0 +1,334 @@
+"""Caches of latents: what they hold, what they say of themselves, how they go on, and what is refused."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, make_project, run, train
+from PIL import Image
+from safetensors.torch import load_file
+
+from models import FlowARError
+from models.vae import KL16_LATENT_SCALE
+from models.vaes import load_vae
+from util.data import latents
+from util.data import EpochSampler, Images, build_loader
+from util.data.latents import NpzMoments, ShardedMoments, kind_of_cache, npz_latent_scale, read_index, verify_checksums
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("latents"))
+
+
+def cache_command(project, folder, extra=""):
+    return (f"scripts/cache_latents.py --data_path {project}/images --cached_path {folder} --vae_path {project}/vae.pth "
+            f"--img_size 16 --shard_size 30 --num_workers 0 --device cpu {extra}")
+
+
+@pytest.fixture(scope="module")
+def shards(project):
+    """80 images in shards of 30, 30 and 20."""
+    run(cache_command(project, project / "shards", "--dtype float32"))
+    return project / "shards"
+
+
+@pytest.fixture(scope="module")
+def npz(project):
+    run(cache_command(project, project / "npz", "--format npz"))
+    return project / "npz"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- what is in it ---------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_the_moments_of_image_and_flipped_image(project, shards):
+    vae = load_vae(project / "vae.pth")
+    images = Images(project / "images" / "train", 16)
+    number = {str(path).split("train/")[1]: i for i, (path, _) in enumerate(images.folder.samples)}
+    seen = []
+    for file in sorted(shards.glob("*.safetensors")):
+        content = load_file(file)
+        names = latents.read_text(file, "names")
+        seen += names
+        for row in (0, len(names) - 1):
+            image, label = images[(0, number[names[row]])]
+            assert content["labels"][row] == label
+            for variant, pixels in enumerate((image, image.flip(-1))):
+                torch.testing.assert_close(content["moments"][row, variant], vae.encode(pixels[None]).parameters[0], atol=1e-5, rtol=1e-4)
+    assert sorted(seen) == sorted(number) and len(set(load_file(shards / "shard-00000.safetensors")["labels"].tolist())) > 5
+
+
+def test_index_says_what_the_cache_is(project, shards):
+    index, vae = read_index(shards), load_vae(project / "vae.pth")
+    assert index["images"] == 80 and index["classes"] == [str(i) for i in range(10)] and index["crops"] == "center"
+    assert [shard["images"] for shard in index["shards"]] == [30, 30, 20]
+    assert index["channels"] == 4 and index["stride"] == 4 and index["latent_scale"] == vae.latent_scale
+    data = ShardedMoments(shards)
+    mean, logvar = torch.stack([data[(0, i)][0] for i in range(80)]).chunk(2, dim=1)
+    std = (mean.var(correction=0) + logvar.exp().mean()).sqrt()
+    assert index["measured"]["scale"] == pytest.approx(1 / std.item(), rel=1e-4)
+    assert index["measured"]["channel_mean"] == pytest.approx(mean.mean(dim=(0, 2, 3)).tolist(), abs=1e-5)
+    verify_checksums(shards, index)
+
+
+def test_float16_is_the_default_and_close(project, shards, tmp_path):
+    run(cache_command(project, tmp_path / "half"))
+    half, single = (load_file(folder / "shard-00001.safetensors")["moments"] for folder in (tmp_path / "half", shards))
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), single, atol=2e-3, rtol=2e-3)
+
+
+def test_random_crops_of_the_recipe(project, tmp_path):
+    run(cache_command(project, tmp_path / "crops", "--crops 3 --dtype float32"))
+    vae = load_vae(project / "vae.pth")
+    data, images = ShardedMoments(tmp_path / "crops", train=True), Images(project / "images" / "train", 16, train=True, flip=False)
+    assert data.index["variants"] == 6
+    content, names = load_file(tmp_path / "crops" / "shard-00000.safetensors"), latents.read_text(tmp_path / "crops" / "shard-00000.safetensors", "names")
+    index = [str(path).split("train/")[1] for path, _ in images.folder.samples].index(names[4])
+    for crop in range(3):
+        pixels = images[(crop, index)][0]
+        torch.testing.assert_close(content["moments"][4, 2 * crop + 1], vae.encode(pixels.flip(-1)[None]).parameters[0], atol=1e-5, rtol=1e-4)
+    seen = {data.variant(epoch, 4) for epoch in range(100)}
+    assert seen == set(range(6))
+    assert {ShardedMoments(tmp_path / "crops", train=True, flip=False).variant(epoch, 4) for epoch in range(50)} == {0, 2, 4}
+
+
+def test_npz_and_shards_hold_the_same(project, shards, npz):
+    files = NpzMoments(npz, (8, 4, 4))
+    assert kind_of_cache(npz) == "npz" and npz_latent_scale(npz, 4) == load_vae(project / "vae.pth").latent_scale
+    names = [str(path).split("npz/", 1)[1].removesuffix(".npz") for path, _ in files.folder.samples]
+    content = load_file(shards / "shard-00002.safetensors")
+    for row, name in enumerate(latents.read_text(shards / "shard-00002.safetensors", "names")):
+        moments, label = files[(0, names.index(name))]
+        torch.testing.assert_close(content["moments"][row, 0], moments, atol=1e-5, rtol=1e-4)
+        assert content["labels"][row] == label
+    assert files.folder.samples[0][0].endswith("0/000.png.npz")  # MAR's naming
+    train = NpzMoments(npz, (8, 4, 4), train=True)
+    assert len({tuple(train[(epoch, 0)][0].flatten().tolist()) for epoch in range(20)}) == 2
+
+
+# ---- how it is read ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_reads_everything_once_shard_by_shard(shards, workers):
+    data = ShardedMoments(shards, train=True)
+    labels = torch.cat([labels for _, labels in build_loader(data, 10, train=True, num_workers=workers)])
+    assert labels.bincount().tolist() == [8] * 10
+    order = data.order(0, 3)
+    assert sorted(order) == list(range(80)) and not np.array_equal(order, data.order(0, 4))
+    blocks = np.searchsorted(data.ends, order, side="right")
+    assert (np.diff(blocks) != 0).sum() == 2  # three shards, one after the other
+    for index in (0, 29, 30, 79):  # the row of an index is found across the shards' borders
+        number = int(np.searchsorted(data.ends, index, side="right"))
+        expected = load_file(shards / f"shard-0000{number}.safetensors")["moments"][index - 30 * number, 0]
+        assert torch.equal(ShardedMoments(shards)[(0, index)][0], expected)
+
+
+def test_order_depends_on_seed_and_epoch_and_begins_anywhere(shards):
+    data = ShardedMoments(shards, train=True)
+
+    def keys(world, start=0):
+        samplers = [EpochSampler(80, rank=r, world_size=world, seed=5, shuffle=True, order=data.order) for r in range(world)]
+        for sampler in samplers:
+            sampler.set_epoch(2, start=start)
+        assert sum(map(len, samplers)) == 80 - start
+        return [key for group in zip(*samplers) for key in group]
+
+    assert keys(1) == keys(2) == keys(4)
+    assert keys(2, start=24) == keys(1)[24:]
+
+
+def test_one_shard_is_open_at_a_time(shards):
+    data = ShardedMoments(shards)
+    for index in (0, 79, 31):
+        data[(0, index)]
+        assert data.opened[0] == min(index // 30, 2)
+
+
+def test_training_on_shards_needs_no_vae_and_takes_its_geometry(project, shards, tmp_path, capsys):
+    train(project, tmp_path, f"--cached_path {shards} --cached_val_path {shards} --use_cached --vae_path nowhere.pth --data_path nowhere")
+    printed = capsys.readouterr().out
+    assert "80 cached latents" in printed and "no VAE at nowhere.pth" in printed
+
+
+# ---- interrupted -------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_any_time_it_ends_with_the_same_files(project, shards, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, *cache_command(project, folder, "--dtype float32").split()]
+    for name in ("shard-00000.safetensors", "shard-00001.safetensors"):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        while not (folder / name).is_file() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (folder / name).is_file()
+        if not (folder / "index.json").is_file():
+            with pytest.raises(FlowARError, match="not complete; run scripts/cache_latents.py again"):
+                kind_of_cache(folder)
+    kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    run(cache_command(project, folder, "--dtype float32"))
+    assert contents(folder) == contents(shards)
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_two_processes_write_the_same_moments(project, shards, tmp_path):
+    run(cache_command(project, tmp_path / "two", "--dtype float32"), processes=2)
+    for file in sorted(shards.glob("*.safetensors")):
+        a, b = load_file(file), load_file(tmp_path / "two" / file.name)
+        torch.testing.assert_close(a["moments"], b["moments"], atol=1e-5, rtol=1e-4)
+        assert torch.equal(a["names"], b["names"]) and torch.equal(a["labels"], b["labels"])
+
+
+def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(shards, folder)
+    file = folder / "shard-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(FlowARError, match="shard-00001.safetensors: its SHA-256 is .* damaged"):
+        train(project, tmp_path / "out", f"--cached_path {folder}")
+    file.write_bytes(content[:-1])
+    with pytest.raises(FlowARError, match="shard-00001.safetensors: .* bytes, expected .*: truncated"):
+        train(project, tmp_path / "out", f"--cached_path {folder}")
+    file.unlink()
+    with pytest.raises(FlowARError, match="shard-00001.safetensors: this shard is missing"):
+        train(project, tmp_path / "out", f"--cached_path {folder}")
+    run(cache_command(project, folder, "--dtype float32"))
+    assert contents(folder) == contents(shards)
+
+
+def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_path):
+    folder = tmp_path / "npz"
+    shutil.copytree(npz, folder)
+    info, lost = folder / "latents.json", folder / "3" / "001.png.npz"
+    lost.unlink()
+    info.write_text(json.dumps({**json.loads(info.read_text()), "complete": False}))
+    with pytest.raises(FlowARError, match="not complete"):
+        npz_latent_scale(folder, 4)
+    run(cache_command(project, folder, "--format npz"))
+    with np.load(lost) as file, np.load(npz / "3" / "001.png.npz") as expected:
+        np.testing.assert_allclose(file["moments_flip"], expected["moments_flip"], atol=1e-5)
+    assert npz_latent_scale(folder, 4)
+
+
+# ---- refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra,message", [
+    ("--img_size 32", "this cache has img_size 16, but --img_size is 32"),
+    ("--vae_stride 2", "this cache has stride 4, but --vae_stride is 2"),
+    ("--vae_embed_dim 8", "this cache has channels 4, but --vae_embed_dim is 8"),
+    ("--class_num 12", "this cache has classes 10, but --class_num is 12"),
+])
+def test_training_refuses_a_cache_of_other_settings(project, shards, tmp_path, extra, message):
+    with pytest.raises(FlowARError, match=message):
+        train(project, tmp_path / "out", f"--cached_path {shards} {extra}")
+
+
+def test_training_refuses_a_cache_of_another_vae(project, shards, tmp_path):
+    content = torch.load(project / "vae.pth", weights_only=True)
+    content["model"]["encoder.conv_in.bias"] += 1
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(FlowARError, match="this cache has vae_sha256 .*, but that of --vae_path is"):
+        train(project, tmp_path / "out", f"--cached_path {shards} --vae_path {tmp_path}/other.pth")
+
+
+@pytest.mark.parametrize("extra,message", [
+    ("--img_size 8", "made with img_size 16, now it is 8"), ("--dtype float16", "made with dtype float32, now it is float16"),
+    ("--crops 2", "made with crops center, now it is 2")])
+def test_caches_are_not_mixed(project, shards, extra, message):
+    done = run(cache_command(project, shards, f"--dtype float32 {extra}"), check=False)
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda index: index.pop("shards"), "not an index of latents"), (lambda index: index.update(format="x"), "format is 'x'"),
+    (lambda index: index.update(images=81), "do not add up to 81"),
+    (lambda index: index["shards"][0].update(file="../shard.safetensors"), "lies outside of the cache")])
+def test_a_bad_index_is_refused(shards, tmp_path, damage, message):
+    folder = tmp_path / "bad"
+    shutil.copytree(shards, folder)
+    index = json.loads((folder / "index.json").read_text())
+    damage(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(FlowARError, match=message):
+        read_index(folder)
+
+
+def test_caches_of_mar_are_kl16(tmp_path):
+    (tmp_path / "n01440764").mkdir()
+    np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((32, 16, 16), np.float32))
+    assert kind_of_cache(tmp_path) == "npz" and npz_latent_scale(tmp_path, 16) == KL16_LATENT_SCALE
+    with pytest.raises(FlowARError, match="--vae_embed_dim is 4"):
+        npz_latent_scale(tmp_path, 4)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "pickle", "key", "shape"])
+def test_damaged_npz_latents_are_named(tmp_path, damage):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "x.npz"
+    if damage == "pickle":
+        np.savez(path, moments=np.array([{"a": 1}], dtype=object))
+    else:
+        np.savez(path, **{"other" if damage == "key" else "moments": np.zeros((8, 4, 5), np.float32)})
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FlowARError, match=r"x.npz: moments is \(8, 4, 5\)" if damage == "shape" else "x.npz: cannot read moments"):
+        NpzMoments(tmp_path, (8, 4, 4))[(0, 0)]
+
+
+# ---- unreadable images -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(project, tmp_path):
+    shutil.copytree(project / "images", tmp_path / "images")
+    shutil.copy(project / "vae.pth", tmp_path / "vae.pth")
+    (tmp_path / "images" / "train" / "4" / "003.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_bad_images_are_skipped_and_counted_in_training(spoiled, capsys):
+    with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image"):
+        train(spoiled, spoiled / "out")
+    train(spoiled, spoiled / "out", "--on_bad_image skip")
+    captured = capsys.readouterr()
+    assert "2 times an image could not be read" in captured.out and "4/003.png" in captured.err
+
+
+def test_bad_images_are_left_out_of_a_cache(spoiled):
+    done = run(cache_command(spoiled, spoiled / "cache"), check=False)
+    assert done.returncode == 2 and "4/003.png: cannot be read as an image" in done.stderr and "Traceback" not in done.stderr
+    run(cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip"))
+    index = read_index(spoiled / "cache2")
+    assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0]
+
+
+def test_inspection(project, shards, tmp_path):
+    done = run(f"scripts/inspect_latents.py --cached_path {shards} --data_path {project}/images --vae_path {project}/vae.pth "
+               f"--output {tmp_path}/latents.png --device cpu")
+    index = read_index(shards)
+    assert f"{index['measured']['scale']:.4f}" in done.stdout and "80 images, center crops" in done.stdout
+    picture = Image.open(tmp_path / "latents.png")
+    assert picture.size[0] > 8 * 64 and picture.size[1] > 3 * 64
+
+
+def test_benchmark_of_data(tmp_path):
+    done = run(f"scripts/benchmark.py data --latents 600 --scratch {tmp_path} --workers 1 --seconds 1 --vae_ch 16 --vae_ch_mult 1,1,2 "
+               "--vae_embed_dim 4 --vae_stride 4 --img_size 16 --device cpu")
+    result = json.loads(done.stdout[done.stdout.index("{"):])
+    assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg"] and result["ratio_shards_npz"]["1"] > 0

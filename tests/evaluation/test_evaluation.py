@@ -1,0 +1,291 @@
+"""Evaluation: in memory, the same on any number of processes, resumable, swept, measured, honest."""
+import csv
+import itertools
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from helpers import GEOMETRY, evaluate, evaluation_command, make_project, run, train
+from PIL import Image
+
+import seams
+from models import FlowARError
+from util.evaluation import metrics, references, reports
+from util.evaluation.sampler import image_label
+from util.evaluation.setup import open_for_sampling
+from util.options import evaluation_parser
+
+METRIC = "frechet_distance_efficientnet_lite0"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(project):
+    train(project, project / "trained", "--epochs 1")
+    return project / "trained"
+
+
+@pytest.fixture(scope="module")
+def whole(project, checkpoint):
+    """An undisturbed evaluation of 10 images in batches of 4, and its folder."""
+    output = project / "whole"
+    report = evaluate(project, checkpoint, output, f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val")
+    return report, output
+
+
+def pictures(folder, count=10):
+    return np.stack([np.asarray(Image.open(folder / "images" / f"{i:06d}.png")) for i in range(count)])
+
+
+def same_figures(a, b):
+    timing = ("seconds_per_image", "images_per_second", "world_size")
+    return {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+# ---- in memory and on disk -------------------------------------------------------------------------------------
+
+
+def test_report(whole):
+    report, output = whole
+    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(report))
+    for key in ("model", "checkpoint_sha256", "vae_sha256", "solver", "num_step", "cfg", "guidance", "precision", "seed",
+                "num_images", "feature_extractor", "extractor_sha256", "extractor_batch", "versions", "reference"):
+        assert report[key] is not None, key
+    assert "fid" not in report and report[METRIC] > 0 and report["nfe"] == report["steps"] == [6, 6, 6]
+    assert {f"{name}_efficientnet_lite0" for name in ("kid_mean", "kid_std", "precision_k3", "recall_k3")} <= set(report)
+    assert set(report["seconds_per_image"]) == set(reports.STAGES) and min(report["seconds_per_image"].values()) > 0
+    assert not (output / "partial").exists()
+
+
+def test_distance_in_memory_equals_that_of_saved_images(project, whole):
+    report, output = whole
+    extractor = metrics.EfficientNetLite0(torch.device("cpu"))
+    saved, reference = (references.folder_features(folder, extractor, torch.device("cpu")).statistics
+                        for folder in (output / "images", project / "images" / "val"))
+    distance = metrics.frechet_distance(saved, reference)
+    assert report[METRIC] == pytest.approx(distance, rel=1e-6)
+
+
+def test_npz_is_what_adms_evaluator_reads(whole):
+    with np.load(whole[1] / "samples.npz") as file:
+        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (10, 16, 16, 3)
+        assert np.array_equal(file["arr_0"], pictures(whole[1])) and file["arr_1"].tolist() == list(range(10))
+
+
+def test_nothing_is_written_unless_asked(project, checkpoint, tmp_path):
+    evaluate(project, checkpoint, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json"}
+
+
+def test_no_reference_and_few_images_are_said(project, checkpoint, tmp_path, capsys):
+    evaluate(project, checkpoint, tmp_path / "none")
+    assert "no reference: the frechet_distance" in capsys.readouterr().out
+    evaluate(project, checkpoint, tmp_path / "few", f"--ref_images {project}/images/val")
+    assert "10 images for 1280 features: the covariance is rank-deficient" in capsys.readouterr().out
+
+
+# ---- the same images everywhere ----------------------------------------------------------------------------------
+
+
+def evaluate_with(project, checkpoint, output, processes, bsz):
+    """(report, images) of torchrun with that many processes, one thread each."""
+    run(evaluation_command(project, checkpoint, output, f"--eval_bsz {bsz} --save_images --ref_images {project}/images/val"),
+        processes=processes)
+    assert len(list((output / "images").iterdir())) == 10
+    return json.loads((output / "results.json").read_text()), pictures(output).astype(int)
+
+
+def test_images_do_not_depend_on_processes(project, checkpoint, tmp_path):
+    report, images = evaluate_with(project, checkpoint, tmp_path / "1", 1, 4)
+    assert images.std() > 1
+    for processes, bsz in ((2, 4), (4, 4), (2, 3)):
+        found, others = evaluate_with(project, checkpoint, tmp_path / f"{processes}_{bsz}", processes, bsz)
+        assert found["world_size"] == processes
+        assert np.abs(images - others).max() <= (0 if bsz == 4 else 1)
+        assert found[METRIC] == pytest.approx(report[METRIC], rel=1e-6 if bsz == 4 else 1e-3)
+
+
+def test_labels_are_balanced():
+    labels = [image_label(i, 50000, 1000) for i in range(50000)]
+    assert set(np.bincount(labels)) == {50}
+    uneven = np.bincount([image_label(i, 2003, 10) for i in range(2003)])
+    assert uneven.max() - uneven.min() <= 1
+
+
+# ---- interrupted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where,calls,left", [
+    (seams.LATENTS, 0, 3), (seams.LATENTS, 2, 2), (seams.KEPT_BATCH, 1, 2), (seams.PNG, 6, 2), (seams.METRICS, 0, 0),
+    (seams.NPZ, 0, 0), (seams.REPORT, 0, 0), (seams.REMOVAL, 0, 0)])
+def test_interrupted_it_goes_on(project, checkpoint, whole, tmp_path, monkeypatch, where, calls, left):
+    options = f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        seams.interrupt(patch, where, calls)
+        evaluate(project, checkpoint, tmp_path / "out", options)
+    sampled = seams.count(monkeypatch, seams.LATENTS)
+    report = evaluate(project, checkpoint, tmp_path / "out", options)
+    assert len(sampled) == left
+    assert same_figures(report, whole[0])
+    assert np.array_equal(pictures(tmp_path / "out"), pictures(whole[1]))
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == (whole[1] / "samples.npz").read_bytes()
+
+
+def test_a_torn_batch_is_sampled_again(project, checkpoint, whole, tmp_path, monkeypatch):
+    options = f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        seams.interrupt(patch, seams.METRICS)
+        evaluate(project, checkpoint, tmp_path / "out", options)
+    torn = tmp_path / "out" / "partial" / "batch-000001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0])
+
+
+@pytest.mark.parametrize("extra,message", [
+    ("--cfg 3", "has cfg 2.0, now it is 3.0"), ("--seed 5", "has seed 0, now it is 5"), ("--eval_bsz 5", "has eval_bsz 4, now it is 5"),
+    ("--solver heun", "has solver euler, now it is heun"), ("--save_images", "has save_images False, now it is True")])
+def test_other_settings_in_the_same_place_are_refused(project, checkpoint, tmp_path, extra, message):
+    evaluate(project, checkpoint, tmp_path, "--eval_bsz 4")
+    with pytest.raises(FlowARError, match=f"{message}; choose another --output_dir"):
+        evaluate(project, checkpoint, tmp_path, f"--eval_bsz 4 {extra}")
+    assert evaluate(project, checkpoint, tmp_path, "--eval_bsz 4")["cfg"] == 2.0
+
+
+# ---- sweeps and solvers ------------------------------------------------------------------------------------------
+
+
+def test_sweep(project, checkpoint, tmp_path):
+    evaluate(project, checkpoint, tmp_path, f"--cfg 1,2.5 --guidance 0.5,1 --num_step 4 --ref_images {project}/images/val")
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(row["cfg"], row["guidance"]) for row in rows] == [("1.0", "0.5"), ("1.0", "1.0"), ("2.5", "0.5"), ("2.5", "1.0")]
+    assert rows[0][METRIC] == rows[1][METRIC] != rows[3][METRIC]  # without guidance its interval changes nothing
+    single = json.loads((tmp_path / "cfg2.5_guidance0.5" / "results.json").read_text())
+    assert float(rows[2][METRIC]) == single[METRIC] and float(rows[2]["nfe"]) == 12
+    assert Image.open(tmp_path / "sweep.png").size == (1200, 400)
+
+
+def test_training_takes_one_value(project, tmp_path):
+    with pytest.raises(FlowARError, match="--cfg has 2 values: only an evaluation takes several"):
+        train(project, tmp_path, "--cfg 1,2")
+
+
+@pytest.mark.parametrize("solver,nfe", [("euler", [6, 4, 4]), ("heun", [12, 8, 8]), ("ab2", [6, 4, 4]), ("midpoint", [12, 8, 8]), ("rk4", [24, 16, 16])])
+def test_evaluations_of_the_network_are_reported(project, checkpoint, tmp_path, solver, nfe):
+    report = evaluate(project, checkpoint, tmp_path, f"--solver {solver} --num_step_last 4 --guidance 1")
+    assert report["nfe"] == nfe
+    assert report["flow_head_passes_per_image"] == nfe[0] + 2 * sum(nfe[1:])  # guidance never acts at the first scale
+
+
+def test_solvers_agree_on_a_fine_grid(project, checkpoint, tmp_path):
+    images = {}
+    for solver in ("euler", "heun", "ab2"):  # of the others see test_flow_matching: at their times this untrained network is another
+        evaluate(project, checkpoint, tmp_path / solver, f"--solver {solver} --num_step 50 --cfg 1 --save_images")
+        images[solver] = pictures(tmp_path / solver).astype(float)
+    assert np.abs(images["heun"] - images["ab2"]).mean() < 1 < images["euler"].std()
+
+
+# ---- during training ---------------------------------------------------------------------------------------------
+
+
+def test_online_evaluation_leaves_training_alone(project, tmp_path):
+    common = "--eval_freq 1 --attn_dropout 0.2 --feature_extractor efficientnet-lite0"
+    plain = train(project, tmp_path / "plain", common)
+    watched = train(project, tmp_path / "watched", f"{common} --online_eval --eval_num_images 6 --ref_images {project}/images/val")
+    assert all(torch.equal(plain[key][name], watched[key][name]) for key in ("model", "model_ema") for name in plain[key])
+    for epoch in (1, 2):
+        result = json.loads((tmp_path / "watched" / f"eval_epoch000{epoch}" / "results.json").read_text())
+        assert result[METRIC] > 0 and result["num_images"] == 6 and result["epoch"] == epoch
+    lines = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
+    assert METRIC in [line for line in lines if line["group"] == "eval"][0]
+
+
+def test_start_epoch(project, tmp_path):
+    train(project, tmp_path, "--epochs 2 --start_epoch 1")
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert min(epochs) > 1
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, checkpoint, tmp_path):
+    trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
+    for extra in ("", GEOMETRY):
+        args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
+        model, vae, description, _ = open_for_sampling(args, torch.device("cpu"))
+        assert description["model"] == "flowar_tiny" and model.scale == (1, 2, 4) and vae.stride == 4
+    for name, value in model.state_dict().items():
+        expected = trained["model_ema"][name]
+        assert torch.equal(value[tuple(map(slice, expected.shape))], expected)  # layers are padded for sampling
+
+
+@pytest.mark.parametrize("extra,message", [
+    ("--model flowar_small", "tensors do not fit the model"),
+    ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
+    ("--fid_stats nowhere.npz", "nowhere.npz: no such file"),
+    ("--ref_images nowhere", "nowhere: no such folder"),
+    ("--ref_images nowhere --fid_stats nowhere.npz", "two references"),
+])
+def test_wrong_options_are_refused(project, checkpoint, tmp_path, extra, message):
+    with pytest.raises(FlowARError, match=message):
+        evaluate(project, checkpoint, tmp_path / "out", extra)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_finite_are_named_and_never_averaged(project, checkpoint, tmp_path, monkeypatch):
+    made = itertools.count()
+
+    def spoiled(original, *args):
+        images, finite = original(*args)
+        return images, finite & torch.tensor([index not in (3, 9) for index in itertools.islice(made, len(images))])
+
+    seams.wrap(monkeypatch, seams.DECODED, spoiled)
+    with pytest.raises(FlowARError, match="2 of 10 images are not finite: 3, 9; "):
+        evaluate(project, checkpoint, tmp_path, "--eval_bsz 4")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_weights_that_give_no_images_are_refused_at_once(project, checkpoint, tmp_path):
+    state = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)["model_ema"]
+    state["flownet.final_layer.linear.bias"] += float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(FlowARError, match="4 of 10 images are not finite: 0, 1, 2, 3; "):
+        evaluate(project, tmp_path / "nan.pth", tmp_path / "out", "--eval_bsz 4")
+
+
+@pytest.mark.parametrize("what", ["png", "batch"])
+def test_a_full_disk_is_said_and_loses_nothing(project, checkpoint, whole, tmp_path, monkeypatch, what):
+    options = f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val"
+    written = []
+
+    def write_bytes(original, content, path, sync=True):
+        written.append(path)
+        if len(written) > 6 and what in path.name:
+            raise FlowARError(f"{path}: cannot be written ([Errno 28] No space left on device)")
+        return original(content, path, sync)
+
+    with monkeypatch.context() as patch, pytest.raises(FlowARError, match=f"{what}.*No space left"):
+        seams.wrap(patch, seams.BYTES, write_bytes)
+        evaluate(project, checkpoint, tmp_path / "out", options)
+    assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0])
+
+
+def test_sample_script(project, checkpoint, tmp_path):
+    run(f"scripts/sample.py --resume {checkpoint} --vae_path {project}/vae.pth --num_step 2 --labels 3,7 --per_class 2 "
+        f"--class_names {project}/images/train --grid {tmp_path}/grid.png --strip {tmp_path}/strip.png --device cpu")
+    assert Image.open(tmp_path / "grid.png").size[1] > 2 * 64
+    assert Image.open(tmp_path / "strip.png").size[0] > 3 * 64
+
+
+def test_benchmark(tmp_path):
+    done = run(f"scripts/benchmark.py evaluate {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --num_images 6 --eval_bsz 3 --num_step 4 "
+               f"--feature_extractor efficientnet-lite0 --device cpu --json {tmp_path}/b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert json.loads(done.stdout[done.stdout.index("{"):]) == result
+    assert result["ratio"] == pytest.approx(result["seconds_through_files"] / result["seconds_in_memory"])

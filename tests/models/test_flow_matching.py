@@ -1,0 +1,93 @@
+"""Path, time grid, guidance and solver as pure functions."""
+import math
+
+import pytest
+import torch
+
+from models import FlowARError
+from models import flow_matching as fm
+
+
+def test_path_and_target():
+    x, e, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0.0, 1.0])[:, None, None]
+    path = fm.interpolate(x, e, t)
+    assert torch.equal(path[0], x[0]) and torch.equal(path[1], e[1])
+    small = 1e-3
+    slope = (fm.interpolate(x, e, t + small) - path) / small
+    torch.testing.assert_close(slope, fm.velocity_target(x, e), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n,steps", [(50, 50), (25, 24), (24, 24), (15, 14), (100, 100), (2, 2), (3, 2)])
+def test_time_grid(n, steps):
+    grid = fm.time_grid(n)
+    assert grid.dtype == torch.float64 and len(grid) == steps + 1
+    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+    if n == 50:
+        assert grid[15] == 0.7  # on the grid exactly: guidance 0.7 includes it
+    else:
+        assert (grid >= 0.3).sum() == n // 2 and (grid <= 0.25).sum() == n // 2 + 1
+
+
+def test_one_step_is_refused():
+    with pytest.raises(FlowARError, match="num_steps is 1"):
+        fm.time_grid(1)
+
+
+@pytest.mark.parametrize("first,last,expected", [
+    (25, 15, [25, 22, 20, 17, 15]), (25, None, [25] * 5), (50, 15, [50, 41, 32, 23, 15])])
+def test_annealed_steps(first, last, expected):
+    assert fm.annealed_steps(first, last, 5) == expected
+
+
+def test_guidance_scales():
+    assert fm.guidance_scales(4.3, 5) == pytest.approx([1, 1.825, 2.65, 3.475, 4.3])
+    assert fm.guidance_scales(3, 4, "constant") == [3, 3, 3, 3]
+    assert fm.guidance_scales(3, 1) == [3]
+    with pytest.raises(FlowARError, match="cfg is 0.5"):
+        fm.guidance_scales(0.5, 5)
+    with pytest.raises(FlowARError, match="cosine"):
+        fm.guidance_scales(2, 5, "cosine")
+
+
+@pytest.mark.parametrize("interval,doubled", [(0.7, 35 + 1), (1.0, 51), (0.0, 1)])
+def test_guidance_acts_only_inside_its_interval(interval, doubled):
+    calls = []
+
+    def network(x, t, z):
+        calls.append(len(x))
+        return z.expand_as(x)
+
+    velocity = fm.guided_velocity(network, torch.ones(2, 1), torch.tensor([[1.0], [1.0], [0.0], [0.0]]), 3.0, interval)
+    values = [velocity(torch.zeros(2, 1), t)[0].item() for t in fm.time_grid(50).tolist()]
+    assert calls.count(4) == doubled == values.count(3.0)
+    assert values.count(1.0) == 51 - doubled
+
+
+def test_euler_is_exact_for_straight_paths():
+    x, e = torch.randn(2, 5), torch.randn(2, 5)
+    result = fm.euler(lambda state, t: fm.velocity_target(x, e), e, fm.time_grid(10))
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, x.double(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2), ("ab2", 2), ("midpoint", 2), ("rk4", 4)])
+def test_order_of_the_solvers(solver, order):
+    """dx/dt = (1 + t) x on an uneven grid: halving the steps divides the error by 2 ** order."""
+    errors = []
+    for n in (100, 200):
+        grid = torch.linspace(1, 0, n + 1, dtype=torch.float64) ** 2
+        x = fm.SOLVERS[solver](lambda state, t: (1 + t) * state, torch.ones(1), grid)
+        errors.append(abs(x.item() - math.exp(-1.5)))
+    assert 0.85 * 2**order < errors[0] / errors[1] < 1.15 * 2**order
+
+
+@pytest.mark.parametrize("solver,nfe", [("euler", 24), ("heun", 48), ("ab2", 24), ("midpoint", 48), ("rk4", 96)])
+def test_evaluations_are_counted(solver, nfe):
+    calls = []
+    network = lambda x, t, z: calls.append(len(x)) or z  # noqa: E731
+    velocity = fm.guided_velocity(network, torch.ones(3, 1), torch.ones(6, 1), 2.0, 0.28)
+    fm.SOLVERS[solver](velocity, torch.zeros(3, 1), fm.time_grid(25))
+    assert len(calls) == nfe and set(calls) == {3, 6}
+    # 12 steps lie below 0.28; of the one from 0.3 to 0.25, Heun also looks at its end, the midpoint at 0.275, RK4 at all three
+    late = {"euler": 12, "ab2": 12, "heun": 24 + 1, "midpoint": 24 + 1, "rk4": 48 + 3}[solver]
+    assert calls.count(6) == late

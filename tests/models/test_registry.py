@@ -1,0 +1,142 @@
+"""Sizes: recognised from tensors; weights of every kind go in, the wrong ones are refused by name; nothing runs from a file."""
+import argparse
+import os
+
+import pytest
+import torch
+from helpers import SCALES, small_model
+from safetensors.torch import save_file
+
+from models import FlowARError, build_model, load_flowar, registry
+from util.training import checkpoint
+
+TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=10)
+
+
+def state_of(path):
+    path, content = checkpoint.read_model_file(path)
+    return registry.model_state(content, path)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return build_model("flowar_tiny", **TINY)
+
+
+@pytest.mark.parametrize("kind", ["bare", "training", "directory", "safetensors", "module.", "_orig_mod.", "module._orig_mod."])
+def test_every_kind_of_file_loads(tmp_path, tiny, kind):
+    state, path = tiny.state_dict(), tmp_path / "weights.pth"
+    if kind == "bare":
+        torch.save(state, path)
+    elif kind in ("training", "directory"):
+        other = {name: torch.zeros_like(value) for name, value in state.items()}
+        path = tmp_path / checkpoint.LAST
+        torch.save({"model": other, "model_ema": state, "epoch": 3, "args": argparse.Namespace(lr=1)}, path)
+        path = tmp_path if kind == "directory" else path
+    elif kind == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file(state, path)
+    else:
+        torch.save({kind + name: value for name, value in state.items()}, path)
+    found = state_of(path)
+    model = build_model("flowar_tiny", **TINY)
+    registry.load_model(model, found, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+
+
+def test_size_is_recognised_from_the_tensors(tiny):
+    state = tiny.state_dict()
+    assert registry.recognise_size(state, "x") == {"model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128}
+    assert registry.recognise_geometry(state, "x", 4) == {"class_num": 10, "scales": SCALES, "patch_size": 1}
+    assert registry.recognise_geometry(state, "x", 1)["patch_size"] == 2
+    with pytest.raises(FlowARError, match="x: tokens have 4 channels, which 3 latent channels of the VAE do not make"):
+        registry.recognise_geometry(state, "x", 3)
+    del state["encoder_blocks.0.attn.rope.freqs"]
+    with pytest.raises(FlowARError, match="x: the model's size cannot be recognised .*encoder_blocks.0.attn.rope.freqs"):
+        registry.recognise_size(state, "x")
+
+
+@pytest.mark.parametrize("name", ["flowar_small", "flowar_base", "flowar_large", "flowar_huge"])
+def test_released_sizes_are_recognised(name):
+    with torch.device("meta"):
+        state = build_model(name).state_dict()
+    state["mask"] = build_model("flowar_tiny").mask  # values matter here, so not on the meta device
+    assert registry.recognise_size(state, "x")["model"] == name
+    assert registry.recognise_geometry(state, "x", 16) == {"class_num": 1000, "scales": (1, 2, 4, 8, 16), "patch_size": 1}
+
+
+def test_wrong_size_is_refused_with_names(tmp_path, tiny):
+    torch.save(small_model().state_dict(), tmp_path / "small.pth")
+    with pytest.raises(FlowARError, match=r"small.pth: \d+ tensors do not fit the model: .*encoder_pos_embed_learned is "
+                                          r"\(1, 21, 32\), the model's is \(1, 21, 128\)"):
+        registry.load_model(tiny, state_of(tmp_path / "small.pth"), tmp_path / "small.pth")
+    state = dict(tiny.state_dict())
+    state["surplus"] = state.pop("z_proj.bias")
+    with pytest.raises(FlowARError, match="z_proj.bias is missing, surplus is not in the model"):
+        registry.load_model(tiny, state, "x.pth")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch exploited",)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Payload()}, "evil.pth")
+    with pytest.raises(FlowARError, match="evil.pth: not a file of tensors"):
+        state_of("evil.pth")
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize("name,content", [
+    ("empty.pth", b""), ("text.pth", b"hello"), ("short.pth", b"PK\x03\x04" + b"x" * 50), ("bad.safetensors", b"\x08" * 30)])
+def test_unreadable_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FlowARError, match=name):
+        state_of(tmp_path / name)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FlowARError, match="nowhere.pth: no such checkpoint"):
+        state_of(tmp_path / "nowhere.pth")
+    with pytest.raises(FlowARError, match="no checkpoint-last.pth in this directory"):
+        state_of(tmp_path)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(FlowARError, match="x.pth: no FlowAR weights in this file"):
+        state_of(tmp_path / "x.pth")
+
+
+# ---- by name ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny):
+    other = {name: value.clone() for name, value in tiny.state_dict().items()}
+    other["z_proj.bias"] += 1
+    torch.save(tiny.state_dict(), tmp_path / "weights.pth")
+    content = {"model": other, "model_ema": tiny.state_dict(), "args": {"vae_embed_dim": 4, "vae_stride": 4}}
+    torch.save(content, tmp_path / checkpoint.LAST)
+    model = load_flowar(tmp_path)
+    assert model.config == {**tiny.config, "patch_size": 1} and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny.state_dict().values()))
+    with pytest.raises(FlowARError, match="tokens have 4 channels, which 16 latent channels of the VAE do not make"):
+        load_flowar(tmp_path / "weights.pth")  # says nothing of its VAE: taken for KL-16's
+
+
+@pytest.mark.parametrize("name,what", [("mask", "attention pattern"), ("encoder_blocks.0.attn.rope.freqs", "rotary frequencies")])
+def test_weights_of_another_method_are_refused(tiny, name, what):
+    """Buffers are computed, not loaded: a file that disagrees was trained with other code."""
+    state = {key: value.clone() for key, value in tiny.state_dict().items()}
+    state[name] = state[name].half()  # of a file that was converted: still the same
+    registry.load_model(build_model("flowar_tiny", **TINY), state, "x.pth")
+    state[name][..., 0] = 7
+    with pytest.raises(FlowARError, match=f"x.pth: {name} is not the model's: these weights were trained with another {what}"):
+        registry.load_model(build_model("flowar_tiny", **TINY), state, "x.pth")
+
+
+@pytest.mark.parametrize("sees", [lambda k: range(k + 1), lambda k: {0, k}, lambda k: [k]])
+def test_scales_are_recognised_whatever_sees_what(sees, monkeypatch):
+    monkeypatch.setattr("models.flowar.visible_scales", lambda k: sorted(sees(k)))
+    state = small_model(scale=(1, 2, 4, 8), img_size=32).state_dict()
+    assert registry.recognise_geometry(state, "x", 4)["scales"] == (1, 2, 4, 8)

@@ -1,0 +1,115 @@
+"""The VAE: geometry, files, the latent scale that travels with it, and scripts/train_vae.py."""
+import shlex
+import sys
+
+import pytest
+import torch
+from helpers import run, small_vae, write_digits
+
+from models import AutoencoderKL, FlowARError
+from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
+from models.vaes import load_vae, read_vae, save_vae
+from scripts import train_vae
+
+
+@pytest.mark.parametrize("ch_mult,stride", [((1,), 1), ((1, 2), 2), ((1, 1, 2), 4), ((1, 1, 2, 2), 8)])
+def test_narrow_ones_of_any_stride(ch_mult, stride):
+    vae = AutoencoderKL(embed_dim=3, ch=16, ch_mult=ch_mult, num_res_blocks=1)
+    posterior = vae.encode(torch.zeros(2, 3, 16, 16))
+    assert vae.stride == stride
+    assert posterior.parameters.shape == (2, 6, 16 // stride, 16 // stride)
+    assert vae.decode(posterior.mode()).shape == (2, 3, 16, 16)
+
+
+def test_posterior():
+    parameters = torch.randn(2, 8, 4, 4)
+    parameters[:, 4:] = torch.tensor([-100.0, 100.0, 0.0, 1.0]).view(1, 4, 1, 1)
+    posterior = DiagonalGaussian(parameters)
+    assert posterior.logvar.min() == -30 and posterior.logvar.max() == 20
+    noise = torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(posterior.sample(noise=noise)[:, 2], posterior.mean[:, 2] + noise[:, 2])
+    a, b = (posterior.sample(torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(posterior.mode(), posterior.mean)
+    standard = DiagonalGaussian(torch.zeros(2, 8, 4, 4))
+    assert torch.equal(standard.kl(), torch.zeros(2))
+
+
+def test_latent_scale():
+    assert KL16_LATENT_SCALE == (0.2325, 0.0) and AutoencoderKL(ch=16).latent_scale == KL16_LATENT_SCALE
+    raw = torch.randn(5)
+    scale = LatentScale(2.0, 0.5)
+    torch.testing.assert_close(scale.restore(scale.normalize(raw)), raw)
+    assert scale.normalize(torch.tensor(1.5)) == 2.0
+
+
+def test_file_carries_configuration_and_latent_scale(tmp_path):
+    vae = small_vae().eval()
+    save_vae(vae, tmp_path / "vae.pth")
+    loaded, extra = read_vae(tmp_path / "vae.pth")
+    assert loaded.latent_scale == vae.latent_scale and loaded.config == vae.config and extra == []
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(loaded.encode(images).parameters, vae.encode(images).parameters)
+
+
+def test_kl16_file_missing_is_named_and_extra_is_counted(tmp_path):
+    vae = AutoencoderKL()
+    state = {**vae.state_dict(), "loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}
+    torch.save({"model": state}, tmp_path / "kl16.ckpt")
+    assert read_vae(tmp_path / "kl16.ckpt")[1] == ["loss.discriminator.weight", "loss.logvar"]
+    del state["decoder.conv_in.weight"]
+    torch.save({"model": state}, tmp_path / "kl16.ckpt")
+    with pytest.raises(FlowARError, match="kl16.ckpt: 1 tensors of the VAE are missing: decoder.conv_in.weight"):
+        AutoencoderKL(ckpt_path=tmp_path / "kl16.ckpt")
+    state["decoder.conv_in.weight"] = torch.zeros(1)
+    torch.save({"model": state}, tmp_path / "kl16.ckpt")
+    with pytest.raises(FlowARError, match="do not fit the VAE: decoder.conv_in.weight"):
+        load_vae(tmp_path / "kl16.ckpt")
+
+
+def test_bad_images_and_widths():
+    with pytest.raises(FlowARError, match=r"images are \(1, 3, 18, 16\).*stride 4"):
+        small_vae().encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(FlowARError, match="ch x ch_mult = 9 x 1"):
+        AutoencoderKL(ch=9)
+
+
+def test_train_vae(tmp_path):
+    """The script learns, reports PSNR, draws, and its file loads; killed after a snapshot it ends with the same weights."""
+    write_digits(tmp_path / "images", 10)
+    options = (f"--data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
+               "--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu")
+    done = run(f"scripts/train_vae.py {options} --output {tmp_path}/vae.pth --steps 120")
+    psnr = float(done.stdout.split("held-out images: ")[1].split()[0])
+    assert psnr > 14, done.stdout
+    vae = load_vae(tmp_path / "vae.pth")
+    assert vae.stride == 2 and vae.latent_scale.scale > 0
+    assert (tmp_path / "vae.pth.png").is_file() and not (tmp_path / "vae.pth.training").exists()
+
+
+def test_train_vae_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    write_digits(tmp_path / "images", 10)
+    monkeypatch.setattr(train_vae, "SNAPSHOT_STEPS", 10)
+
+    def run_to(output, last_step=None):
+        original, steps = train_vae.autoencoder_loss, []
+
+        def loss(*args):
+            steps.append(1)
+            if len(steps) == last_step:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(sys, "argv", shlex.split(
+            f"train_vae --data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
+            f"--batch_size 16 --num_workers 0 --device cpu --steps 30 --output {output}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(train_vae, "autoencoder_loss", loss)
+            train_vae.main()
+        return len(steps)
+
+    assert run_to(tmp_path / "whole.pth") == 30
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path / "parts.pth", 17)
+    assert run_to(tmp_path / "parts.pth") == 20  # from the snapshot after step 10
+    whole, parts = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())

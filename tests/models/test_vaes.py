@@ -1,0 +1,105 @@
+"""Autoencoders of diffusers, real classes with small random weights: cache, training, sampling and decoding end to end."""
+import json
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from helpers import run, train, write_digits
+
+from models import FlowARError
+from models.vaes import open_vae
+from util.data.latents import read_index
+
+
+def small_kl(levels, **options):
+    return AutoencoderKL(block_out_channels=(8,) * levels, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * levels,
+                         up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=4, **options)
+
+
+def small_dc():
+    blocks = dict(encoder_block_types=("ResBlock",) * 6, decoder_block_types=("ResBlock",) * 6)
+    return AutoencoderDC(latent_channels=32, attention_head_dim=4, encoder_block_out_channels=(8,) * 5 + (32,),
+                         decoder_block_out_channels=(8,) * 5 + (32,), encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6,
+                         encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41, **blocks)
+
+
+def small_tiny():
+    return AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+                           num_decoder_blocks=(1,) * 4, latent_channels=4)
+
+
+# name -> (network, stride, channels, scale, shift)
+NETWORKS = {
+    "sd": (lambda: small_kl(4, scaling_factor=0.18215), 8, 4, 0.18215, 0.0),
+    "sd3": (lambda: small_kl(4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+            8, 4, 1.5305, 0.0609),
+    "kl16": (lambda: small_kl(5), 16, 4, 0.18215, 0.0),
+    "dc": (small_dc, 32, 32, 0.41, 0.0),
+    "tiny": (small_tiny, 8, 4, 1.0, 0.0),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def saved(request, tmp_path_factory):
+    """(folder with the network in vae/, its name)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    NETWORKS[request.param][0]().save_pretrained(folder / "vae")
+    return folder, request.param
+
+
+def test_configuration_and_round_trip(saved):
+    folder, name = saved
+    make, stride, channels, scale, shift = NETWORKS[name]
+    vae, extra = open_vae(f"diffusers:{folder}:vae", None)
+    assert (vae.stride, vae.embed_dim, *vae.latent_scale) == (stride, channels, scale, shift) and extra == []
+    network, images = vae.network, torch.rand(2, 3, 64, 64) * 2 - 1
+    posterior = vae.encode(images)
+    assert posterior.parameters.shape == (2, 2 * channels, 64 // stride, 64 // stride)
+    with torch.no_grad():
+        encoded = network.encode(images)
+        expected = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded[0]
+        assert torch.equal(posterior.mode(), expected)
+        if name in ("dc", "tiny"):  # deterministic: a sample is the mean
+            torch.testing.assert_close(posterior.sample(), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(vae.decode(expected), network.decode(expected).sample)
+
+
+@pytest.mark.parametrize("saved", ["sd", "kl16", "dc"], indirect=True)  # strides 8, 16, 32
+def test_cache_training_sampling_and_decoding(saved, tmp_path):
+    folder, name = saved
+    _, stride, channels, scale, shift = NETWORKS[name]
+    size, vae = 4 * stride, f"diffusers:{folder / 'vae'}"
+    write_digits(tmp_path / "images", 2, size=32)
+    run(f"scripts/cache_latents.py --data_path {tmp_path}/images --cached_path {tmp_path}/latents --vae {vae} --img_size {size} "
+        "--num_workers 0 --device cpu")
+    index = read_index(tmp_path / "latents")
+    assert (index["stride"], index["channels"], *index["latent_scale"]) == (stride, channels, scale, shift)
+    options = (f"--model flowar_tiny --vae {vae} --class_num 10 --cached_path {tmp_path}/latents --data_path {tmp_path}/images "
+               f"--output_dir {tmp_path}/run --epochs 1 --warmup_epochs 0 --batch_size 4 --num_workers 0 --device cpu --num_step 2")
+    run(f"main_flowar.py {options}")
+    run(f"eval.py --resume {tmp_path}/run --vae {vae} --num_images 3 --num_step 2 --output_dir {tmp_path}/eval --save_images "
+        "--feature_extractor efficientnet-lite0 --device cpu")
+    report = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert report["scales"] == [1, 2, 4] and report["img_size"] == size and report["vae"] == vae
+    assert len(list((tmp_path / "eval" / "images").iterdir())) == 3
+
+
+def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
+    small_kl(4).save_pretrained(tmp_path / "vae")
+    write_digits(tmp_path / "images", 2)
+    (tmp_path / "vae.pth").touch()
+    with pytest.raises(FlowARError, match="--vae_stride is 4, but the VAE diffusers:.* has 8"):
+        train(tmp_path, tmp_path / "out", f"--vae diffusers:{tmp_path}/vae")
+    with pytest.raises(FlowARError, match="--vae sdxl: expected one of kl16, diffusers"):
+        open_vae("sdxl", None)
+    with pytest.raises(FlowARError, match="--vae diffusers:.*nowhere: cannot be opened"):
+        open_vae(f"diffusers:{tmp_path}/nowhere", None)
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"AutoencoderKL"', '"AutoencoderOobleck"'))
+    with pytest.raises(FlowARError, match="its class is AutoencoderOobleck, expected one of AutoencoderKL"):
+        open_vae(f"diffusers:{tmp_path}/vae", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(FlowARError, match="needs: pip install diffusers"):
+        open_vae("diffusers:x", None)

@@ -1,0 +1,166 @@
+"""A run's checkpoints: whole or not at all, the newest whole one found, optimizer and progress refused where they are not."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, SCALES
+
+import models.files.tensors
+from models import FlowARError, build_model
+from util.training import checkpoint
+from util.training.optimization import build_optimizer
+from util.training.progress import Progress
+
+TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=10)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_model("flowar_tiny", **TINY)
+
+
+def content(number=0):
+    return {"model": {"class_emb.weight": torch.full((3, 2), float(number))}, "args": {"lr": 0.1, "scales": (1, 2)}, "epoch": number}
+
+
+def keep(folder, *steps, keep=2):
+    """Write checkpoints of these steps."""
+    keeper = checkpoint.CheckpointWriter(folder, keep)
+    for step in steps:
+        keeper.save(content(step), step)
+    keeper.wait()
+    return keeper
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_last_are_kept(tmp_path):
+    keep(tmp_path, 1, 20, 300)
+    assert names(tmp_path) == ["checkpoint-000000020.pth", "checkpoint-000000300.pth", checkpoint.LAST]
+    found = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    assert found.pop("checksum") == checkpoint.content_hash(content(300)) and found["epoch"] == 300
+    assert checkpoint.find(tmp_path).name == "checkpoint-000000300.pth"
+
+
+def test_a_checkpoint_is_that_of_the_moment(tmp_path):
+    value = content()
+    keeper = checkpoint.CheckpointWriter(tmp_path, 1)
+    keeper.save(value, 1)
+    value["model"]["class_emb.weight"] += 1
+    keeper.wait()
+    assert not torch.load(tmp_path / checkpoint.LAST, weights_only=True)["model"]["class_emb.weight"].any()
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "text"])
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, damage, capsys):
+    keep(tmp_path, 1, 2)
+    newest = tmp_path / "checkpoint-000000002.pth"
+    whole = newest.read_bytes()
+    place = whole.index(torch.full((3, 2), 2.0).numpy().tobytes())
+    newest.write_bytes({"torn": whole[:-300], "empty": b"", "text": b"hello", "flipped": whole[:place] + b"\x01" + whole[place + 1:]}[damage])
+    assert checkpoint.find(tmp_path).name == "checkpoint-000000001.pth"
+    said = capsys.readouterr().out
+    assert f"warning: {newest}: " in said and "; going back to checkpoint-000000001.pth" in said
+    assert ("checksum" in said) == (damage == "flipped")
+    checkpoint.CheckpointWriter(tmp_path, 1, step=1)  # a run that goes on from step 1
+    assert names(tmp_path)[:2] == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.damaged"]
+    with pytest.raises(FlowARError, match="checkpoint-000000002.pth.damaged: "):
+        checkpoint.find(tmp_path / "checkpoint-000000002.pth.damaged")  # asked for by name there is nothing else
+
+
+def test_later_checkpoints_are_set_aside_and_one_of_the_damaged(tmp_path):
+    """A run that goes on from an older checkpoint loses none that is whole."""
+    keep(tmp_path, 1, 2, 3, 4, 5, keep=5)
+    for step in (3, 4):
+        (tmp_path / f"checkpoint-{step:09d}.pth").write_bytes(b"torn")
+    checkpoint.CheckpointWriter(tmp_path, 1, step=1)
+    assert names(tmp_path) == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.aside", "checkpoint-000000003.pth.damaged",
+                               "checkpoint-000000005.pth.aside", checkpoint.LAST]
+
+
+def test_where_all_are_damaged_nothing_starts_from_scratch(tmp_path):
+    keep(tmp_path, 1, 2)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(FlowARError, match="checkpoint-000000001.pth: "):
+        checkpoint.find(tmp_path)
+
+
+def test_going_back_holds_before_the_first_save(tmp_path):
+    """checkpoint-last.pth follows: it is no other name of one that was set aside."""
+    keep(tmp_path, 1, 2)
+    checkpoint.CheckpointWriter(tmp_path, 2, step=1)
+    assert (tmp_path / checkpoint.LAST).samefile(tmp_path / "checkpoint-000000001.pth")
+    assert checkpoint.find(tmp_path).name == "checkpoint-000000001.pth"
+
+
+def test_fewer_are_kept_from_the_start(tmp_path):
+    keep(tmp_path, 1, 2, 3, keep=3)
+    checkpoint.CheckpointWriter(tmp_path, 1, step=3)
+    assert names(tmp_path) == ["checkpoint-000000003.pth", checkpoint.LAST]
+
+
+def test_one_run_writes_to_a_folder(tmp_path):
+    held = checkpoint.lock(tmp_path, patience=0)
+    other = subprocess.run([sys.executable, "-c", f"from util.training import checkpoint; checkpoint.lock({str(tmp_path)!r}, patience=0)"], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert f"{tmp_path}: another run writes here (process {os.getpid()} on " in other.stderr
+    held.close()
+    checkpoint.lock(tmp_path, patience=0)
+
+
+def test_without_hard_links_the_last_is_a_symbolic_one(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError("no hard links here")
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    keep(tmp_path, 1, 2)
+    assert (tmp_path / checkpoint.LAST).is_symlink() and checkpoint.find(tmp_path).name == "checkpoint-000000002.pth"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    keep(tmp_path, 1)
+    before = names(tmp_path)
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models.files.tensors.torch, "save", full)
+    keeper = checkpoint.CheckpointWriter(tmp_path, 2, step=1)
+    keeper.save(content(2), 2)
+    with pytest.raises(FlowARError, match="checkpoint-000000002.pth: cannot be written .*No space left"):
+        keeper.wait()
+    with pytest.raises(FlowARError, match="No space left"):
+        keeper.check()
+    assert names(tmp_path) == before and torch.load(tmp_path / checkpoint.LAST, weights_only=True)["epoch"] == 1
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    (tmp_path / "checkpoint-000000007.pth.tmp").write_bytes(b"half")
+    keep(tmp_path, 8)
+    assert names(tmp_path) == ["checkpoint-000000008.pth", checkpoint.LAST]
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tiny):
+    optimizer, scaler = build_optimizer(tiny, 1e-3, 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    for p in tiny.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    saved = checkpoint.snapshot(optimizer.state_dict())
+    checkpoint.load_optimizer(optimizer, scaler, {"optimizer": saved}, "x.pth")
+    saved["state"][0]["exp_avg"] = torch.zeros(10**6).expand(10**6, 10**6)
+    with pytest.raises(FlowARError, match=r"x.pth: optimizer state cannot be used \(exp_avg 0 is \(1000000, 1000000\), its parameter"):
+        checkpoint.load_optimizer(optimizer, scaler, {"optimizer": saved}, "x.pth")
+
+
+@pytest.mark.parametrize("progress", [None, 3, {"epoch": 1}, {**Progress().state_dict(), "step": "7"}])
+def test_a_wrong_progress_is_refused(progress):
+    with pytest.raises(FlowARError, match="x.pth: its progress is .*expected epoch, done, step"):
+        checkpoint.load_progress({"progress": progress}, "x.pth", 10)
+    assert checkpoint.load_progress({"epoch": 3}, "x.pth", 10) == Progress(epoch=4, step=40)
+    with pytest.raises(FlowARError, match="x.pth: its epoch is None"):
+        checkpoint.load_progress({}, "x.pth", 10)

@@ -1,0 +1,111 @@
+"""Who is alive: every rank of a job shows a heartbeat, and a rank that falls silent or fails ends the job by name.
+
+A collective cannot do that: on NCCL the others would wait for a dead process until they are killed, and on gloo they
+learn that a connection broke, not whose. Heartbeats are a few bytes a second in the store of the rendezvous.
+"""
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+
+from torch.distributed import DistError
+
+FAILED = "flowar/failed"
+DONE = b"done"
+LOST = 1  # exit status of a process that lost another one
+
+
+class Watch:
+    """Heartbeats of this process in the rendezvous' store, and an eye on the next rank's, from start() to stop().
+
+    timeout: seconds of silence after which a rank, or the store itself, counts as dead.
+    """
+
+    def __init__(self, store, rank, world_size, timeout):
+        self.store, self.rank, self.world_size, self.timeout = store.clone(), rank, world_size, timeout
+        self.interval = min(timeout / 5, 2.0)
+        self.stopped = threading.Event()
+        self.answered = time.monotonic()
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._guard)]
+
+    def start(self):
+        self.store.set(self._key(self.rank, "host"), socket.gethostname())
+        self.store.set(self._key(self.rank), "0")
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self):
+        """This rank is done and will be silent."""
+        self.stopped.set()
+        self.threads[0].join()
+        with contextlib.suppress(DistError):  # the store may have gone with its process
+            self.store.set(self._key(self.rank), DONE)
+
+    def is_first(self, message):
+        """Whether this rank is the first to tell why the job ends. The others then end by themselves."""
+        mine = f"rank {self.rank}: {message}"
+        try:
+            return self.store.compare_set(FAILED, "", mine).decode() == mine
+        except DistError:
+            return True
+
+    def silent_ranks(self):
+        """Names of the ranks whose heart stopped: for when a connection broke. Takes about five seconds at the most."""
+        try:
+            others = [r for r in range(self.world_size) if r != self.rank]
+            before = [self.store.get(self._key(r)) for r in others]
+            time.sleep(2.5 * self.interval)
+            return [self.name(r) for r, value in zip(others, before) if self.store.get(self._key(r)) == value != DONE]
+        except DistError:
+            return []
+
+    def name(self, rank):
+        return f"rank {rank} (host {self.store.get(self._key(rank, 'host')).decode()})"
+
+    def _key(self, rank, what="beat"):
+        return f"flowar/{what}/{rank}"
+
+    def _beat(self):
+        neighbour, seen, since, beats = (self.rank + 1) % self.world_size, None, time.monotonic(), 0
+        try:
+            while not self.stopped.wait(self.interval):
+                beats += 1
+                self.store.set(self._key(self.rank), str(beats))
+                found, now = self.store.get(self._key(neighbour)), time.monotonic()
+                if found != seen:
+                    seen, since = found, now
+                elif found != DONE and now - since > self.timeout:
+                    self._end(f"{self.name(neighbour)} was silent for {self.timeout:g} s")
+                if self.store.check([FAILED]):
+                    os._exit(LOST)  # who failed has said so
+                self.answered = now
+        except DistError:
+            if not self.stopped.is_set():
+                self._end("the process that holds the rendezvous does not answer")
+
+    def _guard(self):
+        """The store may not answer at all: then no exception comes."""
+        before = time.monotonic()
+        while not self.stopped.wait(self.interval):
+            now = time.monotonic()
+            if now - before > 2 * self.interval:  # this process itself was held up: its heart goes first
+                self.answered = now
+            elif now - self.answered > self.timeout + 2 * self.interval:
+                print_error(f"rank {self.rank}", f"no contact with the other ranks for {self.timeout:g} s: this host's "
+                                                 "network is down, or that of the rendezvous")
+                os._exit(LOST)
+            before = now
+
+    def _end(self, message):
+        if self.is_first(message):
+            print_error(f"rank {self.rank}", f"{message}: it was killed, or its host or network is down; the same "
+                                             "command goes on from the last checkpoint")
+        os._exit(LOST)
+
+
+def print_error(who, message):
+    """One error line, in one write and on a line of its own: ranks and progress bars share the terminal."""
+    print(f"\nerror{f' ({who})' if who else ''}: {message}\n", end="", file=sys.stderr, flush=True)
+    sys.stdout.flush()

@@ -1,0 +1,81 @@
+"""Datasets by what lies at a path.
+
+A dataset has `classes` (their names, a label's order), a length, and items (tensor, label) for a key (epoch, index).
+The tensor is an image (3, img_size, img_size) in [-1, 1] with is_moments = False; with is_moments = True it holds
+posterior moments (2C, h, w), and the dataset has `latent_scale`. It may have order(seed, epoch) -> permutation, and
+`skipped`, a shared count of unreadable images. A row in DATASETS makes training, validation and benchmarks know it.
+"""
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+from models import FlowARError
+from models.vaes import NamedVAE
+from util.cluster import rank, world_size
+from util.data import latents
+from util.data.images import Images
+
+
+class DataSettings(NamedTuple):
+    """What a dataset is opened with."""
+    img_size: int
+    vae_embed_dim: int
+    vae_stride: int
+    class_num: int
+    vae: NamedVAE
+    opened_vae: object = None  # where one had to be opened to know it
+    seed: int = 0
+    train: bool = False  # random crops and flips
+    flip: bool = True
+    on_bad: str = "error"  # see Images
+
+
+class DataKind(NamedTuple):
+    """A kind of dataset."""
+    is_at: Callable  # path -> whether one of this kind is there
+    open: Callable  # (path, DataSettings) -> dataset, or FlowARError
+    is_cache: bool = False  # of latents: --cached_path takes it
+    geometry: Callable = lambda path: {}  # path -> what it says of itself: img_size, vae_embed_dim, vae_stride
+
+
+def shards_geometry(path):
+    index = latents.read_index(path)
+    return {"vae_embed_dim": index["channels"], "vae_stride": index["stride"], "img_size": index["img_size"]}
+
+
+def open_shards(path, settings):
+    """A finished cache; FlowARError naming the first thing in which it differs from what training expects."""
+    data, opened = latents.ShardedMoments(path, settings.seed, settings.train, settings.flip), settings.opened_vae
+    said = {**data.index, "classes": len(data.classes)}
+    for key, option, value in (
+            ("vae_sha256", f"that of {settings.vae.option.split()[0]}", settings.vae.identity(opened)),
+            ("stride", "--vae_stride", settings.vae_stride), ("channels", "--vae_embed_dim", settings.vae_embed_dim),
+            ("img_size", "--img_size", settings.img_size), ("classes", "--class_num", settings.class_num),
+            ("latent_scale", "that of --vae", opened.latent_scale if opened else None)):
+        if value is not None and said[key] != value:
+            raise FlowARError(f"{path}: this cache has {key} {said[key]}, but {option} is {value}")
+    latents.verify_checksums(path, data.index, rank(), world_size())
+    return data
+
+
+def open_npz(path, settings):
+    side = settings.img_size // settings.vae_stride
+    shape = (2 * settings.vae_embed_dim, side, side)
+    return latents.NpzMoments(path, shape, settings.seed, settings.train, settings.flip)
+
+
+DATASETS = {
+    "shards": DataKind(lambda path: latents.kind_of_cache(path) == "shards", open_shards, True, shards_geometry),
+    "npz": DataKind(lambda path: latents.kind_of_cache(path) == "npz", open_npz, True),
+    "images": DataKind(lambda path: Path(path).is_dir() and any(Path(path).iterdir()),
+                       lambda path, s: Images(path, s.img_size, s.seed, s.train, flip=s.flip, on_bad=s.on_bad)),
+}
+
+
+def find_data(path):
+    """Name of the kind of dataset at a path, None if there is none."""
+    return next((name for name, kind in DATASETS.items() if kind.is_at(path)), None)
+
+
+def open_data(path, settings):
+    """The dataset at a path; without any, what opening a folder of images says of it."""
+    return DATASETS[find_data(path) or "images"].open(path, settings)

@@ -1,0 +1,265 @@
+"""Cached latents: posterior moments in shards that know what they are, or in MAR's layout of one .npz an image.
+
+A cache of shards is a folder of safetensors files and index.json, written by scripts/cache_latents.py. The index
+appears last: a folder without one is no cache. Images lie in the shards in a random order, so that an epoch can read
+shard after shard (each worker maps one file at a time) and still mix the classes.
+"""
+import functools
+import math
+import reprlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.utils.data import Dataset
+from torchvision.datasets import DatasetFolder
+
+from models import FlowARError
+from models.files import file_hash, first_line, read_latent_scale, read_npz, reading
+from models.vae import KL16_LATENT_SCALE, LatentScale
+from util.data.images import scan_folder
+from util.files import check_fields, is_count, is_number, is_strings, read_json
+
+INDEX = "index.json"
+UNFINISHED = "index.unfinished.json"  # the settings of a cache that is being written
+NPZ_INFO = "latents.json"
+FORMAT = "flowar-latents-1"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+HASHING_THREADS = 4
+SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+LABEL_BYTES = 8
+LARGER = 16  # times what is expected: an .npz of up to that is read, to say what it holds instead
+LARGEST_IMAGE = 65536  # pixels a side
+VARIANTS = 1  # stream of random draws, beside that of the order
+
+
+def kind_of_cache(path):
+    """'shards', 'npz' (MAR's layout) or None. FlowARError for shards that are not finished."""
+    path = Path(path)
+    if not path.is_dir():
+        return None
+    if (path / INDEX).is_file():
+        return "shards"
+    if (path / UNFINISHED).is_file():
+        raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
+    if next(path.glob("shard-*.safetensors"), None) is not None:
+        raise FlowARError(f"{path}: shards of latents without {INDEX}; run scripts/cache_latents.py again to make it")
+    if (path / NPZ_INFO).is_file() or next(path.glob("*/*.npz"), None) is not None:
+        return "npz"
+    return None
+
+
+def is_measured(value):
+    """The latent scale that cache_latents.py measured: two numbers, and one of every channel."""
+    channels = [value.get(name) for name in ("channel_mean", "channel_std")] if isinstance(value, dict) else [None]
+    return (all(isinstance(part, list) and all(map(is_number, part)) for part in channels)
+            and is_number(value.get("scale")) and is_number(value.get("shift")))
+
+
+POSITIVE = lambda value: is_count(value, 1), "a number above 0"
+TEXT = lambda value: isinstance(value, str), "a text"
+FIELDS = {
+    "images": POSITIVE, "channels": POSITIVE, "stride": POSITIVE,
+    "img_size": (lambda value: is_count(value, 1) and value <= LARGEST_IMAGE, f"1 to {LARGEST_IMAGE} pixels"),
+    "variants": (lambda value: is_count(value, 2) and value % 2 == 0, "an even number above 0"),
+    "dtype": (lambda value: isinstance(value, str) and value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "crops": (lambda value: value == "center" or is_count(value, 1), "center or a number above 0"),
+    "seed": (is_count, "a number of 0 or more"),
+    "classes": (is_strings, "a list of names"), "skipped": (is_strings, "a list of messages"),
+    "vae_sha256": (lambda value: value is None or isinstance(value, str), "a text or null"),
+    "measured": (is_measured, "scale, shift, channel_mean and channel_std"),
+    "shards": (lambda value: isinstance(value, list), "a list"),
+}
+SHARD_FIELDS = {"file": (TEXT[0], "a name"), "images": POSITIVE, "bytes": POSITIVE, "sha256": TEXT}
+
+
+def shape_of(index):
+    """Shape (variants, 2C, h, w) of an image's moments."""
+    side = index["img_size"] // index["stride"]
+    return index["variants"], 2 * index["channels"], side, side
+
+
+def parse_index(file):
+    """The content of an index.json, whose values are of the right types and go together; no shard is looked at."""
+    index = read_json(file)
+    if index.get("format") != FORMAT:
+        raise FlowARError(f"{file}: format is {reprlib.repr(index.get('format'))}, expected {FORMAT!r}")
+    words = f"{file}: not an index of latents"
+    check_fields(index, FIELDS, words)
+    index["latent_scale"] = LatentScale(*read_latent_scale(index.get("latent_scale"), file))
+    if index["img_size"] % index["stride"]:
+        raise FlowARError(f"{words}: img_size {index['img_size']} is not a multiple of stride {index['stride']}")
+    image_bytes = LABEL_BYTES + math.prod(shape_of(index)) * DTYPES[index["dtype"]].itemsize
+    seen = set()
+    for shard in index["shards"]:
+        check_fields(shard, SHARD_FIELDS, words)
+        name = shard["file"]
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise FlowARError(f"{file}: shard {name!r} lies outside of the cache")
+        if name in seen:
+            raise FlowARError(f"{file}: shard {name!r} is named twice")
+        if shard["images"] * image_bytes > shard["bytes"]:
+            raise FlowARError(f"{file}: {name} is said to hold {shard['images']} images in {shard['bytes']} bytes, "
+                              f"but one takes {image_bytes}")
+        seen.add(name)
+    if sum(shard["images"] for shard in index["shards"]) != index["images"]:
+        raise FlowARError(f"{file}: its shards do not add up to {index['images']} images")
+    return index
+
+
+def read_index(path):
+    """The index of a cache of shards, as a dict; every shard that it names is there in full length."""
+    index = parse_index(Path(path) / INDEX)
+    for shard in index["shards"]:
+        shard_path = Path(path) / shard["file"]
+        with reading(shard_path):
+            size = shard_path.stat().st_size if shard_path.is_file() else None
+        if size is None:
+            raise FlowARError(f"{shard_path}: this shard is missing")
+        if size != shard["bytes"]:
+            raise FlowARError(f"{shard_path}: {size} bytes, expected {shard['bytes']}: truncated or of another cache")
+    return index
+
+
+def verify_checksums(path, index, rank=0, world_size=1):
+    """FlowARError naming a shard whose bytes changed. The ranks share the work."""
+    shards = index["shards"][rank::world_size]
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for shard, found in zip(shards, pool.map(lambda shard: file_hash(Path(path) / shard["file"]), shards)):
+            if found != shard["sha256"]:
+                raise FlowARError(f"{Path(path) / shard['file']}: its SHA-256 is {found[:12]}..., expected "
+                                  f"{shard['sha256'][:12]}...: damaged; write the cache again")
+
+
+class ShardedMoments(Dataset):
+    """Moments of a cache of shards. Items: (moments (2C, h, w) in the shards' dtype, label) for a key (epoch, index).
+
+    In training the crop, and whether it is flipped, follow from (seed, epoch, index); otherwise it is the first crop.
+    Files are memory-mapped and one at a time is open in a process: reading is O(1) and holds no copy of the data.
+    """
+    is_moments = True
+
+    def __init__(self, root, seed=0, train=False, flip=True):
+        self.root, self.index, self.seed, self.train, self.flip = Path(root), read_index(root), seed, train, flip
+        self.classes, self.latent_scale = self.index["classes"], self.index["latent_scale"]
+        self.ends = np.cumsum([shard["images"] for shard in self.index["shards"]])
+        self.opened = None  # (number of the shard, moments, labels)
+        self.drawn = None  # (epoch, variant of every image)
+
+    def __len__(self):
+        return self.index["images"]
+
+    def __getstate__(self):
+        return {**self.__dict__, "opened": None, "drawn": None}  # a mapped file does not travel to another process
+
+    def order(self, seed, epoch):
+        """Permutation of the indices: the shards in random order, their images in random order."""
+        rng = np.random.default_rng((seed, epoch))
+        starts = self.ends - [shard["images"] for shard in self.index["shards"]]
+        shards = rng.permutation(len(self.ends))
+        return np.concatenate([starts[k] + rng.permutation(self.ends[k] - starts[k]) for k in shards])
+
+    def variant(self, epoch, index):
+        """Which of the stored crops: crop c is at 2 c, its flipped image at 2 c + 1."""
+        if not self.train:
+            return 0
+        if self.drawn is None or self.drawn[0] != epoch:  # a generator for each image would cost more than the read
+            rng = np.random.default_rng((self.seed, epoch, VARIANTS))
+            crops = rng.integers(self.index["variants"] // 2, size=len(self), dtype=np.int32)
+            self.drawn = (epoch, 2 * crops + (self.flip & (rng.random(len(self)) < 0.5)))
+        return int(self.drawn[1][index])
+
+    def __getitem__(self, key):
+        epoch, index = key
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        if self.opened is None or self.opened[0] != number:
+            shard = self.index["shards"][number]
+            self.opened = None  # unmap the last one first
+            self.opened = number, *open_shard(self.root / shard["file"], self.index, shard["images"])
+        _, moments, labels = self.opened
+        row, variant = index - int(self.ends[number]) + len(labels), self.variant(epoch, index)
+        return moments[row:row + 1, variant:variant + 1][0, 0], int(labels[row])
+
+
+def open_shard(path, index, images=None):
+    """(moments as a lazy slice (images, variants, 2C, h, w), labels (images,)) of a shard; FlowARError unless they are
+    what the index, or the settings of a cache that is being written, says.
+    """
+    with reading(path):
+        file = safe_open(path, framework="pt")
+        moments, labels = file.get_slice("moments"), file.get_tensor("labels")
+        shape, dtype = tuple(moments.get_shape()), moments.get_dtype()
+    count = images if images is not None else len(labels) if labels.ndim else 1
+    expected, classes = ((count, *shape_of(index)), SAFETENSORS[index["dtype"]]), len(index["classes"])
+    if (shape, dtype) != expected:
+        raise FlowARError(f"{path}: moments are {shape} {dtype}, expected {expected[0]} {expected[1]}")
+    if labels.shape != shape[:1] or labels.dtype != torch.int64 or not ((labels >= 0) & (labels < classes)).all():
+        raise FlowARError(f"{path}: its labels are not {shape[0]} numbers of its {classes} classes")
+    return moments, labels.numpy()
+
+
+def is_whole(path, settings):
+    """Whether a shard is there, as long as its header says, and of these settings."""
+    try:
+        open_shard(path, settings)
+        return True
+    except FlowARError:
+        return False
+
+
+def read_text(path, name):
+    """Lines of a text in a shard: `names`, its images' paths in their split, or `skipped`, what could not be read."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        return bytes(file.get_tensor(name).numpy()).decode().split("\n")
+
+
+class NpzMoments(Dataset):
+    """MAR's cache: class folders with one .npz an image, holding `moments` and `moments_flip` (2C, h, w).
+    Items: (float32 moments, label); in training the flipped ones with probability 1/2.
+    """
+    is_moments = True
+
+    def __init__(self, root, shape, seed=0, train=False, flip=True):
+        self.folder = scan_folder(DatasetFolder, root, "cached latents", loader=None, extensions=(".npz",))
+        self.root, self.classes, self.shape, self.seed = Path(root), self.folder.classes, tuple(shape), seed
+        self.flip = train and flip
+        self.limit = LARGER * math.prod(shape) * np.dtype(np.float64).itemsize
+
+    @functools.cached_property
+    def latent_scale(self):
+        return npz_latent_scale(self.root, self.shape[0] // 2)
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        path, label = self.folder.samples[index]
+        flip = self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+        name = "moments_flip" if flip else "moments"
+        try:
+            moments = read_npz(path, {name: self.limit})[name]
+        except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+            raise FlowARError(f"{path}: cannot read {name} ({first_line(error)})") from error
+        if moments.dtype.kind != "f":
+            raise FlowARError(f"{path}: {name} is of {moments.dtype}, expected floating-point numbers")
+        if moments.shape != self.shape:
+            raise FlowARError(f"{path}: {name} is {moments.shape}: expected {self.shape} (2 x latent channels, latent "
+                              "height, width); the cache is of another VAE or image size")
+        return torch.from_numpy(moments.astype(np.float32, copy=False)), label
+
+
+def npz_latent_scale(path, embed_dim):
+    """LatentScale of a complete cache of .npz files; KL-16's for a cache of MAR, which says nothing of itself."""
+    info = Path(path) / NPZ_INFO
+    if not info.is_file():
+        if embed_dim != 16:
+            raise FlowARError(f"{path}: no {NPZ_INFO}, so this must be a KL-16 cache with 16 channels, but "
+                              f"--vae_embed_dim is {embed_dim}; make the cache with scripts/cache_latents.py")
+        return KL16_LATENT_SCALE
+    content = read_json(info)
+    if not content.get("complete"):
+        raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
+    return LatentScale(*read_latent_scale(content.get("latent_scale"), info))

@@ -1,0 +1,1 @@
+"""Sampling, metrics, references, what an evaluation keeps, reports, pictures."""

@@ -1,0 +1,129 @@
+"""Reports: what results.json holds, on the terminal, in tables and plots; sweeps over options."""
+import contextlib
+import csv
+import io
+import itertools
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from models.flow_matching import SOLVERS
+from util.cluster import world_size
+from util.options import SWEPT
+from util.files import check_fields, is_count, is_number, is_strings, read_json, write_bytes
+
+RESULTS = "results.json"
+STAGES = ("sampling", "decoding", "features", "writing")
+
+
+class Stopwatch:
+    """Seconds of each stage of the evaluation, the device's pending work included."""
+    def __init__(self, device):
+        self.device, self.seconds = device, None
+        self.take()
+
+    @contextlib.contextmanager
+    def __call__(self, stage):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[STAGES.index(stage)] += time.perf_counter() - start
+
+    def take(self):
+        """Seconds of the stages since the last call, (4,) float64."""
+        seconds, self.seconds = self.seconds, torch.zeros(len(STAGES), dtype=torch.float64)
+        return seconds
+
+
+NUMBER = is_number, "a number"
+REPORT = {  # of results.json, what is printed, put into tables and drawn
+    "metrics": (is_strings, "a list of names"), "images_per_second": NUMBER, "cfg": NUMBER, "guidance": NUMBER,
+    "nfe": (lambda value: isinstance(value, list) and all(map(is_count, value)), "a list of numbers"),
+    "seconds_per_image": (lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
+                          "a number for every stage"),
+    "num_step": (is_count, "a number of steps"),
+    "num_step_last": (lambda value: value is None or is_count(value), "a number of steps or null"),
+    "solver": (lambda value: isinstance(value, str) and value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+}
+
+
+def read_report(path):
+    """The content of a results.json, or FlowARError if a value that is used is missing or of another type."""
+    report = {"metrics": [], **read_json(path)}  # earlier versions did not name them
+    check_fields(report, REPORT, path)
+    check_fields(report, dict.fromkeys(report["metrics"], NUMBER), path)
+    return report
+
+
+def machine(device):
+    """Where the figures were made."""
+    return {
+        "world_size": world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__,
+                     "torch_fidelity": version("torch-fidelity")},
+    }
+
+
+def timing(found, batches):
+    """Device seconds per image of each stage, and calls of the flow head; found: what was measured of each batch."""
+    seconds = sum(part["seconds"] for part in found) / sum(map(len, batches))
+    calls = found[0]["calls"]
+    return {"seconds_per_image": dict(zip(STAGES, seconds.tolist())), "nfe": calls[:, 0].tolist(),
+            "flow_head_passes_per_image": calls[:, 1].sum().item() / len(batches[0])}
+
+
+def print_report(report, output):
+    stages = ", ".join(f"{stage} {seconds:.4f}" for stage, seconds in report["seconds_per_image"].items())
+    print("\n".join(f"{name}: {report[name]:.4f}" for name in report["metrics"]))
+    print(f"NFE {sum(report['nfe'])}; {report['images_per_second']:.2f} images/s; "
+          f"seconds per image and device: {stages}\n{output}/{RESULTS}", flush=True)
+
+
+def write_table(rows, path):
+    """rows: dicts, one line each; columns are all their keys."""
+    columns = list(dict.fromkeys(itertools.chain(*rows)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(text.getvalue().encode(errors="backslashreplace"), Path(path))
+
+
+def sweep_rows(folder):
+    """What fits a table of every combination of options evaluated so far into sub-folders of a sweep's folder."""
+    reports = [read_report(path) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))]
+    return [{"nfe": sum(report["nfe"]), "seconds_per_image": sum(report["seconds_per_image"].values()),
+             **{key: value for key, value in report.items() if isinstance(value, (int, float, str)) or value is None}}
+            for report in reports]
+
+
+def plot_sweep(rows, metric, path):
+    """`metric` against cfg (NFE if cfg was not swept) and seconds per image; a line for every other option."""
+    from matplotlib.figure import Figure
+
+    varied = [name for name in SWEPT if len({row[name] for row in rows}) > 1]
+    swept, along = ("cfg", ("cfg",)) if "cfg" in varied else ("nfe", ("num_step", "num_step_last"))
+    others, lines = [name for name in varied if name not in along], {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in others), []).append(row)
+    figure, encoded = Figure(figsize=(12, 4), dpi=100), io.BytesIO()
+    for axis, column in zip(figure.subplots(1, 2), (swept, "seconds_per_image")):
+        axis.set(xlabel=swept if column == swept else "seconds per image and device", ylabel=metric)
+        axis.grid(alpha=0.3)
+        for key, line in lines.items():
+            points = sorted(line, key=lambda row: row[column])
+            axis.plot([row[column] for row in points], [row[metric] for row in points], "o-",
+                      label=", ".join(f"{name} {value}" for name, value in zip(others, key)))
+    if others:
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(encoded, format="png")
+    write_bytes(encoded.getvalue(), Path(path))

@@ -1,0 +1,89 @@
+"""Images of a model: an image's label and index, with the seed, decide it, not the batch or process that makes it."""
+import math
+from typing import NamedTuple
+
+import torch
+from torchvision.utils import make_grid
+
+from models import flow_matching as fm
+from models.errors import FlowARError
+from models.files import name_some
+from util.cluster import autocast
+from util.data import to_uint8
+from util.training.randomness import image_noise
+
+GRID_IMAGES = 16
+DECODED_AT_ONCE = 32  # a batch of 256 images of 256 pixels would take tens of GiB in the VAE
+
+
+def image_label(index, num_images, class_num):
+    """Label of image `index` of `num_images`: classes in order, as evenly as can be (50 each for 50,000 of 1000)."""
+    return index * class_num // num_images
+
+
+class Sampler(NamedTuple):
+    """Makes images with a model and a VAE, which lie on one device."""
+    model: torch.nn.Module
+    vae: torch.nn.Module
+    options: dict  # FlowAR.sample_tokens' arguments
+    precision: str
+    seed: int
+    batch: int  # images at once
+    weights: str = "the EMA"  # where they come from, for messages
+
+    @property
+    def device(self):
+        return self.model.class_emb.weight.device
+
+    @torch.no_grad()
+    def pyramid(self, labels, indices, nfe=None):
+        """Latents of every scale, see FlowAR.sample_pyramid, for lists of labels and of the images' indices."""
+        labels, noise = torch.tensor(labels, device=self.device), image_noise(self.model, self.seed, indices)
+        with autocast(self.device, self.precision):
+            return self.model.sample_pyramid(labels, noise=noise, nfe=nfe, **self.options)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """(images (n, 3, H, W) uint8 on the device, finite (n,) bool) of scaled latents (n, C, h, w)."""
+        images, finite = [], []
+        with autocast(self.device, self.precision):
+            for part in latents.split(DECODED_AT_ONCE):
+                pixels = self.vae.decode(self.vae.latent_scale.restore(part))
+                images.append(to_uint8(pixels))
+                finite.append(pixels.isfinite().flatten(1).all(dim=1))
+        return torch.cat(images), torch.cat(finite)
+
+    def images(self, labels, first=0):
+        """(n, 3, H, W) uint8 on the CPU of labels in order, with indices from `first` on; FlowARError if not finite."""
+        images, bad = [], []
+        for start in range(0, len(labels), self.batch):
+            some = labels[start:start + self.batch]
+            indices = range(first + start, first + start + len(some))
+            pixels, finite = self.decode(self.model.unpatchify(self.pyramid(some, indices)[-1]))
+            images.append(pixels.cpu())
+            bad += [index for index, ok in zip(indices, finite.tolist()) if not ok]
+        self.refuse_not_finite(bad, len(labels))
+        return torch.cat(images)
+
+    def grid(self):
+        """(3, H, W) uint8: a grid of images of classes spread over all."""
+        labels = [image_label(i, GRID_IMAGES, self.model.class_num) for i in range(GRID_IMAGES)]
+        return make_grid(self.images(labels), nrow=math.isqrt(GRID_IMAGES), padding=1)
+
+    def refuse_not_finite(self, bad, count):
+        """FlowARError that names images whose pixels are not finite, if there are any."""
+        if bad:
+            cure = "" if self.precision == "fp32" else f", or --precision {self.precision} overflows (try fp32)"
+            raise FlowARError(f"{len(bad)} of {count} images are not finite: {name_some(map(str, sorted(bad)), 8)}; "
+                              f"the weights of {self.weights} may be damaged{cure}")
+
+    def settings(self):
+        """What a reader needs to make the images again."""
+        options, scales = self.options, self.model.scale
+        steps = fm.annealed_steps(options["num_steps"], options["num_steps_last"], len(scales))
+        same = ("cfg", "cfg_schedule", "guidance", "temperature")
+        return {"class_num": self.model.class_num, "img_size": self.model.img_size, "scales": scales,
+                "solver": options["solver"], "num_step": options["num_steps"],
+                "num_step_last": options["num_steps_last"], **{name: options[name] for name in same},
+                "steps": [len(fm.time_grid(n)) - 1 for n in steps],
+                "precision": self.precision, "seed": self.seed, "eval_bsz": self.batch}

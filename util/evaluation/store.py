@@ -1,0 +1,150 @@
+"""What an evaluation keeps: finished batches, pictures, and the settings that must agree."""
+import io
+import json
+import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+
+from models import FlowARError
+from models.files import reading, writing
+from util.cluster import log
+from util.evaluation.reports import RESULTS, STAGES, read_report
+from util.files import make_directory, read_json, write_bytes, write_json
+
+SETTINGS, PARTIAL = "settings.json", "partial"
+WRITERS = 8  # threads; PNG compression releases the interpreter lock
+
+
+class FinishedBatches:
+    """Batches that an interrupted evaluation need not sample again: one safetensors file each, renamed when whole."""
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        make_directory(self.folder)
+
+    def path(self, number):
+        return self.folder / f"batch-{number:06d}.safetensors"
+
+    def has(self, number, shape=None):
+        """Whether the batch is there and whole: a crash may have torn it. shape: of its features (images, dim)."""
+        try:
+            return shape in (None, tuple(self.load(number)["features"].shape))
+        except FlowARError:
+            return False
+
+    def save(self, number, tensors):
+        write_bytes(save(tensors), self.path(number))
+
+    def load(self, number):
+        """What was measured of a batch: all tensors but the images. FlowARError if they are not what is measured."""
+        path = self.path(number)
+        with reading(path), safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "images"}
+        check_batch(tensors, path)
+        return tensors
+
+    def images(self, number):
+        """(n, H, W, 3) uint8 of a batch; FlowARError if there are none."""
+        path = self.path(number)
+        with reading(path), safe_open(path, framework="pt") as file:
+            images = file.get_tensor("images")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise FlowARError(f"{path}: images are {tuple(images.shape)} {images.dtype}, "
+                              "expected (n, height, width, 3) torch.uint8")
+        return images
+
+    def remove(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_batch(tensors, path):
+    """FlowARError unless these are the tensors of sample_and_measure, n images each of any size."""
+    n = len(tensors["features"]) if "features" in tensors and tensors["features"].ndim else 0
+    expected = {"features": ((n, None), torch.float32), "bad": ((None,), torch.int64),
+                "seconds": ((len(STAGES),), torch.float64), "calls": ((None, 2), torch.int64)}
+    if "logits" in tensors:
+        expected["logits"] = expected["features"]
+    for name, (shape, dtype) in expected.items():
+        value = tensors.get(name)
+        found = "missing" if value is None else f"{tuple(value.shape)} {value.dtype}"
+        if (value is None or value.dtype != dtype or value.ndim != len(shape)
+                or any(want not in (None, have) for want, have in zip(shape, value.shape))):
+            raise FlowARError(f"{path}: {name} is {found}, expected {shape} {dtype}: not a batch of an evaluation")
+
+
+class PngWriter:
+    """Writes images as <folder>/<index>.png with threads."""
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        make_directory(self.folder)
+        self.pool = ThreadPoolExecutor(WRITERS)
+
+    def start(self, images, indices):
+        """images: (n, 3, H, W) uint8. Returns a function that waits for the files."""
+        images = images.permute(0, 2, 3, 1).numpy()
+        paths = [self.folder / f"{index:06d}.png" for index in indices]
+        futures = [self.pool.submit(write_png, image, path) for image, path in zip(images, paths)]
+        return lambda: [future.result() for future in futures]
+
+
+def write_png(image, path):
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "png")
+    write_bytes(encoded.getvalue(), path, sync=False)
+
+
+def write_npz(path, finished, count, labels):
+    """ADM's sample file of `count` batches, one after the other: arr_0 (N, H, W, 3) uint8 and arr_1, the labels."""
+    shape = finished.images(0).shape[1:]
+    with writing(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for number in range(count):
+                images = finished.images(number)
+                if images.shape[1:] != shape:
+                    raise FlowARError(f"{finished.path(number)}: images are {tuple(images.shape[1:])}, "
+                                      f"those of the first batch {tuple(shape)}")
+                file.write(images.numpy().tobytes())
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+            np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
+
+
+def check_settings(output, settings):
+    """Remember the settings in a new place; in a used one refuse others. Returns the finished results, if any."""
+    path, results = Path(output) / SETTINGS, Path(output) / RESULTS
+    settings = json.loads(json.dumps(settings))  # tuples become lists
+    if path.is_file():
+        before = read_json(path)
+        for key in {**before, **settings}:
+            if before.get(key) != settings.get(key):
+                raise FlowARError(f"{output}: the evaluation there has {key} {before.get(key)}, now it is "
+                                  f"{settings.get(key)}; choose another --output_dir or remove it")
+        if results.is_file():
+            return read_report(results)
+    else:
+        results.unlink(missing_ok=True)
+        shutil.rmtree(Path(output) / PARTIAL, ignore_errors=True)
+    write_json(settings, path)
+    return None
+
+
+def open_store(output, planned, batches, dim, persistent):
+    """(results if there are any, numbers of the batches to sample) of an output folder. dim: of the features."""
+    make_directory(output)
+    if not persistent:
+        return None, list(range(len(batches)))
+    done, kept = check_settings(output, planned), FinishedBatches(output / PARTIAL)
+    if done is not None:
+        kept.remove()  # if the program was killed before it could
+        return done, []
+    missing = [number for number, batch in enumerate(batches) if not kept.has(number, (len(batch), dim))]
+    if len(missing) < len(batches):
+        log(f"{output}: going on, {len(missing)} of {len(batches)} batches are missing")
+    return None, missing

@@ -1,0 +1,1 @@
+"""Counting and measuring, for benchmarks and tests."""

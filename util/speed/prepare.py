@@ -1,0 +1,43 @@
+"""A whole model made faster, in place: its results stay the same."""
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from models.kernels import Linear
+
+
+def for_sampling(model, dtype=None):
+    """Make a FlowAR one that only samples, in place: what autocast to `dtype` and padding do to the weights at every
+    call is done once. The results are the same; the weights are no longer to be trained or saved.
+    """
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear) and module.pad:
+            module.widen()
+        if isinstance(module, nn.Linear) and dtype is not None:
+            module.to(dtype)
+    return model
+
+
+def compile_training(model):
+    """torch.compile of every block of a FlowAR: one graph a kind of block, however many there are."""
+    for block in (*model.blocks, *model.flownet.res_blocks):
+        block.compile()
+
+
+def compile_sampling(model, what="blocks"):
+    """torch.compile of the flow head in sampling: of its blocks, once for all scales and batch sizes, or with "graphs"
+    of the whole head with CUDA graphs, for small batches.
+    """
+    if what == "graphs":
+        model.flownet.compile(dynamic=True, mode="reduce-overhead")
+    else:
+        for block in model.flownet.res_blocks:
+            block.compile(dynamic=True)
+
+
+def attention_kernel(model, dtype=None):
+    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend."""
+    attn = model.blocks[0].attn
+    q = model.class_emb.weight.new_empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name

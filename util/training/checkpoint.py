@@ -1,0 +1,310 @@
+"""Training checkpoints: written whole or not at all, read without running code.
+
+checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler, args} and `progress`, `images` and
+`checksum`; a released file is a bare state dict of EMA weights. No random state: draws follow from (seed, step, rank).
+"""
+import fcntl
+import hashlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from models import FlowARError
+from models.files import read_file, write_file
+from models.registry import LAST, load_model, model_state, saved_options
+from util.cluster import from_main, log
+from util.training.progress import Progress
+
+STEP = "checkpoint-{:09d}.pth"
+WRITER = "checkpoint writer"  # name of its thread
+LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
+            "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
+LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in the background and keeps the last `keep` of them. Rank 0 has one.
+
+    A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
+    symbolic link). A failed write raises FlowARError from the next call; older files go after a newer one is there.
+    """
+
+    def __init__(self, folder, keep, minutes=None, step=0):
+        self.folder, self.keep, self.minutes = Path(folder), keep, minutes
+        self.writer = self.error = None
+        self.saved, self.saved_at = step, time.monotonic()
+        for torn in self.folder.glob("checkpoint-*.pth.tmp"):  # of a run that was killed while it wrote
+            torn.unlink()
+        aside = [later for later in of_steps(self.folder) if step_of(later) > step]
+        for later in aside:
+            set_aside(later, step)
+        if aside:  # checkpoint-last.pth must not be another name of one of them
+            (self.folder / LAST).unlink(missing_ok=True)
+            for newest in of_steps(self.folder)[:1]:
+                link(newest, self.folder / LAST)
+        self._remove_old()
+
+    def is_due(self):
+        """Whether the last checkpoint is older than `minutes`."""
+        return self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+
+    def save(self, content, step):
+        """Copy `content` and begin to write it; waits for the write before, if that is not done."""
+        self.wait()
+        arguments = snapshot(content), self.folder / STEP.format(step)
+        self.saved, self.saved_at = step, time.monotonic()
+        self.writer = threading.Thread(target=self._write, name=WRITER, args=arguments)
+        self.writer.start()
+
+    def wait(self):
+        """Until nothing is being written."""
+        if self.writer is not None:
+            self.writer.join()
+        self.check()
+
+    def check(self):
+        """FlowARError if a write has failed."""
+        if self.error is not None:
+            raise self.error
+
+    def _remove_old(self):
+        for old in of_steps(self.folder)[self.keep:]:
+            old.unlink(missing_ok=True)
+
+    def _write(self, content, path):
+        try:
+            write_file({**content, "checksum": content_hash(content)}, path)
+            link(path, self.folder / LAST)
+            self._remove_old()
+        except FlowARError as error:
+            self.error = error
+        except OSError as error:
+            self.error = FlowARError(f"{error.filename}: {error.strerror}")
+
+
+def lock(folder, patience=LOCK_PATIENCE):
+    """Hold a folder until this process ends; FlowARError if another still does after `patience` s. Keep the file."""
+    end = time.monotonic() + patience
+    try:
+        file = open(Path(folder) / LOCK, "a+")
+    except OSError as error:
+        raise FlowARError(f"{folder}: cannot be written ({error.strerror})") from error
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > end:
+                file.seek(0)
+                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
+                                  "it or stop it, or choose another --output_dir") from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def set_aside(later, step):
+    """Rename a checkpoint later than `step`, where a run goes on. Of damaged ones one stays: they fill the disk."""
+    name = later.with_name(f"{later.name}.aside")
+    try:
+        check_whole(later)
+    except FlowARError:
+        name = later.with_name(f"{later.name}.damaged")
+        for old in later.parent.glob("checkpoint-*.pth.damaged"):
+            old.unlink()
+    later.replace(name)
+    log(f"{later}: is later than step {step} that this run goes on from; renamed to {name.name}")
+
+
+def snapshot(value):
+    """A copy on the CPU of nested dicts, lists and tensors, which later steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(part) for key, part in value.items()}
+    return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
+
+
+def content_hash(value):
+    """SHA-256 over nested dicts, lists, tensors and plain values, hexadecimal."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            for part in value.items() if isinstance(value, dict) else value:
+                add(part)
+        else:
+            digest.update(f"{type(value).__name__}{value!r}".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def link(path, name):
+    """Make `name` another name of the file `path`, whatever it was before."""
+    temporary = Path(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        temporary.symlink_to(path.name)
+    temporary.replace(name)
+
+
+def of_steps(folder):
+    """checkpoint-<step>.pth of a folder, the latest step first."""
+    found = Path(folder).glob("checkpoint-*.pth")
+    return sorted((path for path in found if path.stem[len("checkpoint-"):].isdecimal()), key=step_of, reverse=True)
+
+
+def step_of(path):
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def all_in(folder):
+    """The checkpoints of a folder, the newest first: checkpoint-last.pth too where it is none of the others."""
+    found, last = of_steps(folder), Path(folder) / LAST
+    alone = last.is_file() and not any(last.samefile(other) for other in found)
+    return [last, *found] if alone else found
+
+
+def find(resume):
+    """Path of the newest whole checkpoint of --resume, a file or directory; FlowARError if none. Names damaged ones."""
+    path = Path(resume)
+    if not path.is_file() and not path.is_dir():
+        raise FlowARError(f"{resume}: no such checkpoint file or directory")
+    found = all_in(path) if path.is_dir() else [path]
+    if not found:
+        raise FlowARError(f"{resume}: no {LAST} in this directory")
+    for path, before in zip(found, found[1:]):
+        try:
+            check_whole(path)
+            return path
+        except FlowARError as error:
+            log(f"warning: {error}; going back to {before.name}")
+    check_whole(found[-1])
+    return found[-1]
+
+
+def check_whole(path):
+    """FlowARError unless the file can be read and, if it carries a checksum, agrees with it."""
+    content = read_file(path, mmap=True)
+    said = content.pop("checksum", None) if isinstance(content, dict) else None
+    if isinstance(said, str) and content_hash(content) != said:
+        raise FlowARError(f"{path}: its content is not what was written (checksum): damaged")
+
+
+def read_model_file(resume):
+    """(path, content) of --resume, memory-mapped: the ranks of a host share its pages."""
+    path = from_main(lambda: find(resume))
+    return path, read_file(path, mmap=True)
+
+
+def content_of(network, ema, optimizer, scaler, progress, images, options):
+    """What a training checkpoint holds; images: size of the training set; options: {name: value} of the program."""
+    return {
+        "model": network.state_dict(),
+        "model_ema": ema.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": progress.epoch - 1,  # the last one that is complete, as the release counts
+        "scaler": scaler.state_dict(),
+        "args": {name: tuple(value) if isinstance(value, tuple) else value  # no named tuples
+                 for name, value in options.items()},
+        "progress": progress.state_dict(),
+        "images": images,
+    }
+
+
+def load_optimizer(optimizer, scaler, content, path):
+    """Load the state of AdamW and of the gradient scaler; FlowARError if it is not of these parameters."""
+    try:
+        saved = content["optimizer"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, state in saved["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                found, own = state[name].shape, parameters[number].shape
+                if found != own:
+                    raise ValueError(f"{name} {number} is {tuple(found)}, its parameter {tuple(own)}")
+        groups = [{**group, **{name: own[name] for name in ("weight_decay", "fused")}}  # the options', not the file's
+                  for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
+        optimizer.load_state_dict({**saved, "param_groups": groups})
+        for state in optimizer.state.values():  # nothing may stay mapped to the file, which will be replaced
+            for name, value in state.items():
+                state[name] = value.clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+        if content.get("scaler"):
+            scaler.load_state_dict(content["scaler"])
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise FlowARError(f"{path}: optimizer state cannot be used ({error})") from error
+
+
+def load_progress(content, path, steps):
+    """Progress of a checkpoint; one without it, such as the release's, was written after a whole epoch of `steps`."""
+    if "progress" in content:
+        return Progress.of(content["progress"], path)
+    if not isinstance(content.get("epoch"), int) or content["epoch"] < 0:
+        raise FlowARError(f"{path}: its epoch is {content.get('epoch')!r}: expected a number of 0 or more")
+    return Progress(epoch=content["epoch"] + 1, step=(content["epoch"] + 1) * steps)
+
+
+def refuse_overwriting(output_dir, resume):
+    """FlowARError if --output_dir holds checkpoints of a run that this one does not go on from."""
+    folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
+    if all_in(output_dir) and not (resume and folder.is_dir() and folder.samefile(output_dir)):
+        raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: go on from them "
+                          f"with --resume {output_dir}, or choose another --output_dir")
+
+
+def find_start(resume, output_dir):
+    """(path, content) of the checkpoint of --resume, (None, {}) to start from scratch. Rank 0 decides for all."""
+    def choose():
+        here = resume and Path(resume).is_dir() and Path(resume).samefile(output_dir)
+        if here and not all_in(resume):  # the published first run
+            log(f"no {LAST} in {resume}: starting from scratch")
+            return None
+        return find(resume) if resume else None
+
+    path = from_main(choose)
+    return (path, read_file(path, mmap=True)) if path else (None, {})
+
+
+def resume(path, content, parts, images, options):
+    """Load content into parts (network, EMA, optimizer, scaler); returns the Progress to go on from. See content_of."""
+    network, ema, optimizer, scaler = parts
+    batch, start, before = options["global_batch"], options["start_epoch"], saved_options(content)
+    steps = images // batch
+    fresh = Progress(epoch=start or 0, step=(start or 0) * steps)
+    if path is None:
+        return fresh
+    load_model(network, model_state(content, path, "model"), path)
+    load_model(ema.module, model_state(content, path, "model_ema"), path)
+    if "optimizer" not in content:
+        log(f"{path}: weights alone; the optimizer starts fresh")
+        return fresh
+    load_optimizer(optimizer, scaler, content, path)
+    if start not in (None, before.get("start_epoch")):
+        log(f"{path}: --start_epoch: going on with epoch {start + 1}")
+        return fresh
+    progress = load_progress(content, path, steps)
+    if progress.done:
+        for what, saved, now in (("images", content.get("images"), images),
+                                 ("global batch", before.get("global_batch"), batch)):
+            if saved not in (None, now):
+                raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {saved}, now {what} is {now}: "
+                                  "go on with the same until the epoch ends, or give --start_epoch")
+    changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING  # what decides what is learned
+                        if name in before and before[name] != options[name])
+    log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
+        + (f", with other options than before: {changed}" if changed else ""))
+    return progress
