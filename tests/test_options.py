@@ -185,6 +185,8 @@ TABLE = [
     (TRAIN, "--cached_path {p}/npz --class_num 7", "{p}/npz: 10 class folders, but --class_num is 7"),
     (TRAIN, "--cached_path {p}/npz --img_size 32", "is (8, 4, 4): expected (8, 8, 8)"),
     (TRAIN, "--cached_val_path {p}/empty", "--cached_val_path {p}/empty: no cached latents there"),
+    (TRAIN, "--cached_val_path {p}/images/val", "--cached_val_path {p}/images/val: no cached latents there"),
+    (TRAIN, "--use_cached --cached_path {p}/images/train", "--cached_path {p}/images/train: no cached latents there"),
     (TRAIN, "--resume nowhere.pth", "nowhere.pth: no such checkpoint file or directory"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights in this file"),
     (TRAIN, "--resume {p}/run --diffloss_w 64", "44 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (128, 256)"),

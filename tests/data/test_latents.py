@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from models import FlowARError
 from models.vae import KL16_LATENT_SCALE
-from models.vaes import load_vae
+from models.vaes import find_vae, load_vae
 from util.data import latents
-from util.data import EpochSampler, Images, build_loader
+from util.data import DataSettings, EpochSampler, Images, build_loader, open_data
 from util.data.latents import NpzMoments, ShardedMoments, kind_of_cache, npz_latent_scale, read_index, verify_checksums
 
 
@@ -332,3 +332,12 @@ def test_benchmark_of_data(tmp_path):
                "--vae_embed_dim 4 --vae_stride 4 --img_size 16 --device cpu")
     result = json.loads(done.stdout[done.stdout.index("{"):])
     assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg"] and result["ratio_shards_npz"]["1"] > 0
+
+
+def test_images_with_a_stray_npz_or_shard_stay_images(project, tmp_path):
+    shutil.copytree(project / "images" / "train", tmp_path / "train")
+    np.savez(tmp_path / "train" / "0" / "features.npz", moments=np.zeros((8, 4, 4), np.float32))
+    (tmp_path / "train" / "shard-00000.safetensors").write_bytes(b"")
+    settings = DataSettings(16, 4, 4, 10, find_vae("kl16", project / "vae.pth"))
+    data = open_data(tmp_path / "train", settings)
+    assert isinstance(data, Images) and len(data) == 80

@@ -71,11 +71,12 @@ DATASETS = {
 }
 
 
-def find_data(path):
-    """Name of the kind of dataset at a path, None if there is none."""
-    return next((name for name, kind in DATASETS.items() if kind.is_at(path)), None)
+def find_data(path, cached):
+    """Name of the kind of dataset at a path, None if there is none: of caches of latents alone, or of all others."""
+    # Apart: a stray .npz among a million images makes no cache, nor is it looked for.
+    return next((name for name, kind in DATASETS.items() if kind.is_cache == cached and kind.is_at(path)), None)
 
 
-def open_data(path, settings):
-    """The dataset at a path; without any, what opening a folder of images says of it."""
-    return DATASETS[find_data(path) or "images"].open(path, settings)
+def open_data(path, settings, cached=False):
+    """The dataset at a path, see find_data; without any, what opening a folder of images says of it."""
+    return DATASETS[find_data(path, cached) or "images"].open(path, settings)

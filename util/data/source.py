@@ -74,7 +74,7 @@ def open_sources(args, device):
                             vae.open() if kind and vae.named.needs_opening else None,
                             args.seed, True, args.flip, args.on_bad_image)
     path = args.cached_path if kind else f"{args.data_path}/train"
-    data = open_data(path, settings)
+    data = open_data(path, settings, cached=bool(kind))
     what, how = ("cached latents", "") if data.is_moments else ("images", ", encoded on the fly")
     log(f"{len(data)} {what} in {path}{how}")
     if len(data.classes) > args.class_num:
@@ -104,8 +104,7 @@ def open_sources(args, device):
 
 def find_cache(args):
     """The kind of dataset in --cached_path, None without one; then say how to make it."""
-    kind = find_data(args.cached_path) if args.cached_path else None
-    if kind and DATASETS[kind].is_cache:
+    if args.cached_path and (kind := find_data(args.cached_path, cached=True)):
         return kind
     command = (f"torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} --cached_path "
                f"{args.cached_path} {find_vae(args.vae, args.vae_path).option} --img_size {args.img_size or 256}")
@@ -119,9 +118,9 @@ def find_cache(args):
 def open_validation(args, settings, vae):
     """The validation set: cached, or the images in val/ where the VAE is there to encode them; None without either."""
     if args.cached_val_path:
-        if find_data(args.cached_val_path) is None:
+        if find_data(args.cached_val_path, cached=True) is None:
             raise FlowARError(f"--cached_val_path {args.cached_val_path}: no cached latents there")
-        return open_data(args.cached_val_path, settings)
+        return open_data(args.cached_val_path, settings, cached=True)
     if (Path(args.data_path) / "val").is_dir() and vae.is_there():
         return open_data(f"{args.data_path}/val", settings)
     log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
