@@ -54,7 +54,7 @@ class Run(NamedTuple):
     writer: CheckpointWriter | None  # on rank 0
     logger: TrainingLog
     signals: StopSignals
-    options: dict  # of the program, for checkpoints
+    record: dict  # of what is trained on, for checkpoints
 
     @property
     def images(self):
@@ -220,7 +220,7 @@ def save_checkpoint(run):
     """Begin to write a checkpoint of the last step, unless there is one."""
     if run.writer is not None and run.writer.saved != run.progress.step:
         run.logger.flush()
-        content = content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.images, run.options)
+        content = content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record)
         run.writer.save(content, run.progress.step)
 
 

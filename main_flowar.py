@@ -16,15 +16,16 @@ from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint
 from models import FlowARError, build_model
 from util import cluster
 from util.cluster import from_main, is_main, log, world_size
-from util.data.source import open_sources
+from util.data.source import check_classes, open_sources
 from util.evaluation.setup import Plan, build_measure, build_sampler, open_evaluation
 from util.evaluation.store import write_png
 from util.files import make_directory
 from util.speed import prepare
-from util.options import check_training, model_options, resolve_training, single_point, training_parser, with_options
+from util.options import (check_geometry, check_training, model_options, resolve_training, single_point,
+                          training_parser, with_options)
 from util.training import checkpoint
 from util.training.logging import TrainingLog
-from util.training.optimization import EMA, build_optimizer
+from util.training.optimization import EMA, EMA_HOLDS, build_optimizer, ema_advice
 
 
 def train(args, device):
@@ -40,10 +41,15 @@ def train(args, device):
     args = resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
 
     # ---- 2. data
-    args, source, validation, vae = open_sources(args, device)
-    seen = source.is_moments, validation is not None, vae.is_there()
+    args, source, validation, vae, origin = open_sources(args, device, checkpoint.class_num_of(content, path))
+    seen = source.is_moments, validation is not None, vae is not None
     cluster.agree("whether there are cached latents, a validation set and a VAE", seen)
-    if args.online_eval and not vae.is_there():
+    record = checkpoint.record(vars(args), from_main(source.identity), origin)
+    if path:
+        checkpoint.check_trained_on(content, path, record)
+        check_geometry(args, checkpoint.geometry_of(content, path, args.vae_embed_dim), path)
+    check_classes(record["data"]["classes"], args.class_num)
+    if args.online_eval and vae is None:
         raise FlowARError(f"--online_eval needs the VAE to decode with: there is none at --vae_path {args.vae_path}")
     measure = build_measure(args, args.img_size, args.num_images, device) if args.online_eval else None
 
@@ -54,7 +60,7 @@ def train(args, device):
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     parts = network, ema, optimizer, scaler
-    progress = checkpoint.resume(path, content, parts, len(source.loader.dataset), vars(args))
+    progress = checkpoint.resume(path, content, parts, record)
     del content
     cluster.agree("where to go on", (progress.epoch, progress.step))
     log(f"attention kernel: {prepare.attention_kernel(network, cluster.AUTOCAST.get(args.precision))}")
@@ -73,7 +79,7 @@ def train(args, device):
                     schedule=args.lr_schedule)
     recipe = Recipe(args.batch_size, args.accum_iter, args.global_batch, args.epochs, schedule, args.grad_clip,
                     args.precision, args.seed, args.log_freq, args.save_every.steps, args.max_bad_steps)
-    saving = args.output_dir, args.keep, args.save_every.minutes, progress.step
+    saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
@@ -83,14 +89,17 @@ def train(args, device):
 
     # ---- 5. epochs, and reports between them
     with cluster.stop_signals() as signals:
-        run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, vars(args))
+        run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
+        if path is None and (advice := ema_advice(args.ema_rate, args.epochs * run.steps)):
+            log(f"warning: {advice}")
         reported = from_main(lambda: progress.step in logger.reported)
         if progress.done == 0 and is_report_epoch(args, progress.epoch) and not reported:
             report_or_stop(run, args, validation, measure)  # the run before did not end this one
         while progress.epoch < args.epochs:
             train_one_epoch(run)
-            source.report_skipped()
-            if progress.epoch % args.save_last_freq == 0 or is_report_epoch(args, progress.epoch):
+            source.report_images()
+            saved = any(every and progress.epoch % every == 0 for every in (args.save_last_freq, args.keep_every))
+            if saved or is_report_epoch(args, progress.epoch):
                 save_checkpoint(run)
             if is_report_epoch(args, progress.epoch):
                 report_or_stop(run, args, validation, measure)
@@ -125,12 +134,14 @@ def report(run, args, validation, measure):
             loss, scales = validate(module, validation, args.seed, args.precision)
             run.logger.scalars(name, step, epoch, {"loss": loss, **{f"loss_scale_{s}": v for s, v in scales.items()}})
             log(f"epoch {epoch}: {name} loss {loss:.4f}")
-    if run.source.vae.is_there():
-        sampler = build_sampler(with_options(args, resume=""), run.ema.module, run.source.vae.open(), args.precision)
+    if run.source.vae is not None:
+        sampler = build_sampler(with_options(args, resume=""), run.ema.module, run.source.vae, args.precision)
         if is_main():
-            grid = sampler.grid()
-            run.logger.image("samples/ema", grid, step)
-            write_png(grid.permute(1, 2, 0).numpy(), Path(args.output_dir) / f"samples_epoch{epoch:04d}.png")
+            drawn = {"ema": sampler, "raw": sampler._replace(model=run.network.eval(), weights="the model")}
+            for name in drawn if run.ema.rate**step > EMA_HOLDS else ("ema",):  # it may hide what the model has learned
+                run.logger.image(f"samples/{name}", grid := drawn[name].grid(), step)
+                file = f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png"
+                write_png(grid.permute(1, 2, 0).numpy(), Path(args.output_dir) / file)
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}
             found = evaluate(sampler, Plan(args.eval_num_images, persistent=False), measure, description,

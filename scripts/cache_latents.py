@@ -8,8 +8,11 @@ next run keeps finished shards and redoes the rest; the index appears last.
         --vae_path kl16.ckpt --img_size 256
 """
 import argparse
+import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +24,19 @@ import project_root  # noqa: F401
 from models import FlowARError
 from models.vae import DiagonalGaussian
 from models.vaes import find_vae, open_vae
-from models.files import file_hash, writing
+from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
+from util.data.folders import advice
 from util.data.images import RESIZE_MARGIN
+from util.data.inspection import inspect, small_advice
+from util.data.pixels import CONVERSIONS
 from util.files import make_directory, read_json, write_bytes, write_json
-from util.options import between, pixels, positive, seed, some_path, workers
+from util.options import between, color, pixels, positive, seed, some_path, workers
 
 MOST_CROPS = 1000
+FREE = ("complete", "on_bad_image", "left_out")  # settings that may change: skipping may begin when a bad image is met
+NEWER = ("source_sha256", "source_times", "background")  # that older caches do not know
 SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
 
 
@@ -50,6 +58,8 @@ def parse_args():
     parser.add_argument("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
     parser.add_argument("--shard_size", type=positive, default=10000, help="images a shard")
     parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
+    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+    parser.add_argument("--verify", action="store_true", help="compare the contents of all images with those a finished cache was made of")
     parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
     parser.add_argument("--num_workers", type=workers, default=8, help="data loading processes of every rank")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
@@ -58,19 +68,35 @@ def parse_args():
 
 
 class Crops(Dataset):
-    """Item i: (all crops of image i (crops, 3, size, size), its label, i), or the error of an unreadable image."""
+    """Item i: (all crops of image i (crops, 3, size, size), what goes with them), or the error of an unreadable image.
+    What goes with them: Row.
+    """
 
     def __init__(self, images, crops, skip):
         self.images, self.crops, self.skip = images, crops, skip
 
     def __getitem__(self, index):
         try:
-            crops, labels = zip(*(self.images[(crop, index)] for crop in range(self.crops)))
-            return torch.stack(crops), labels[0], index
+            pixels, label = self.images.load(index)
+            crops = [self.images.crop(pixels.image, (crop, index)) for crop in range(self.crops)]
+            converted = sum(1 << number for number in pixels.conversions)
+            return torch.stack(crops), Row(index, label, converted, digest(self.images.folder[index][0]))
         except FlowARError as error:
             if not self.skip:
                 raise
             return str(error)
+
+
+class Row(NamedTuple):
+    """What a shard holds of an image beside its moments."""
+    index: int
+    label: int
+    converted: int  # bits: which of CONVERSIONS were made
+    digest: bytes  # of its file
+
+
+def digest(path):
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=latents.DIGEST_BYTES).digest()
 
 
 def encode(vae, crops, device, batch_size):
@@ -86,23 +112,23 @@ def batches_of(groups, size):
 
 
 def encoded(data, groups, vae, args, device, progress):
-    """Yield, for each group of image indices, (indices, labels, moments, messages of unreadable images)."""
+    """Yield, for each group of image indices, (Rows, moments, messages of unreadable images)."""
     per_batch = max(1, args.batch_size // (2 * data.crops))
     loader = iter(DataLoader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
     for group in groups:
-        parts, bad = [], []
+        rows, parts, bad = [], [], []
         for _ in range(-(-len(group) // per_batch)):
             items = next(loader)
             bad += [item for item in items if isinstance(item, str)]
             good = [item for item in items if not isinstance(item, str)]
             if good:
-                crops, labels, indices = zip(*good)
-                parts.append((indices, labels, encode(vae, torch.stack(crops), device, args.batch_size)))
+                crops, found = zip(*good)
+                rows += found
+                parts.append(encode(vae, torch.stack(crops), device, args.batch_size))
             progress.update(len(items))
         if not parts:
             raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]})")
-        indices, labels, moments = zip(*parts)
-        yield sum(indices, ()), sum(labels, ()), torch.cat(moments), bad
+        yield rows, torch.cat(parts), bad
 
 
 # ---- shards --------------------------------------------------------------------------------------------------
@@ -122,14 +148,14 @@ def write_shards(data, groups, vae, args, device, folder, settings, known):
     mine = range(cluster.rank(), len(groups), cluster.world_size())
     missing = [number for number in mine if not is_good(folder / shard_file(number), settings, known.get(shard_file(number)))]
     progress = progress_bar(args, sum(len(groups[number]) for number in missing))
-    root = Path(data.images.folder.root)
-    for number, (indices, labels, moments, bad) in zip(
+    for number, (rows, moments, bad) in zip(
             missing, encoded(data, [groups[number] for number in missing], vae, args, device, progress)):
-        names = [Path(data.images.folder.samples[i][0]).relative_to(root).as_posix() for i in indices]
         write_bytes(save({
-            "moments": moments.to(latents.DTYPES[args.dtype]), "labels": torch.tensor(labels),
-            "names": torch.frombuffer(bytearray("\n".join(names).encode()), dtype=torch.uint8),
-            "skipped": torch.frombuffer(bytearray(("\n".join(bad) or "\n").encode()), dtype=torch.uint8),
+            "moments": moments.to(latents.DTYPES[args.dtype]), "labels": torch.tensor([row.label for row in rows]),
+            "names": latents.texts_tensor(data.images.folder.name(row.index) for row in rows),
+            "digests": torch.tensor([list(row.digest) for row in rows], dtype=torch.uint8),
+            "converted": torch.tensor([row.converted for row in rows], dtype=torch.uint8),
+            "skipped": latents.texts_tensor(bad),
         }), folder / shard_file(number))
     progress.close()
     return summarise(folder, [shard_file(number) for number in mine], settings)
@@ -143,15 +169,17 @@ def summarise(folder, files, settings):
         posterior = DiagonalGaussian(moments[:, 0].float())
         square = posterior.mean.double().square() + posterior.logvar.double().exp()
         sums.append(torch.stack((posterior.mean.double().mean(dim=(2, 3)).sum(0), square.mean(dim=(2, 3)).sum(0))))
-        skipped = [line for line in latents.read_text(folder / name, "skipped") if line]
+        skipped = latents.read_texts(folder / name, "skipped")
         shards.append({"file": name, "images": len(moments), "bytes": (folder / name).stat().st_size,
-                       "sha256": file_hash(folder / name), "skipped": skipped})
+                       "sha256": file_hash(folder / name), "skipped": skipped,
+                       "converted": latents.count_conversions(folder / name)})
     return shards, sums
 
 
 def build_index(settings, parts, vae):
     shards = sorted((shard for shards, _ in parts for shard in shards), key=lambda shard: shard["file"])
     skipped = sorted(sum((shard.pop("skipped") for shard in shards), []))
+    converted = np.sum([shard.pop("converted") for shard in shards], axis=0).tolist()
     images = sum(shard["images"] for shard in shards)
     mean, square = sum(sums for _, group in parts for sums in group) / images
     scale, shift = 1 / (square.mean() - mean.mean() ** 2).sqrt().item(), mean.mean().item()
@@ -160,11 +188,14 @@ def build_index(settings, parts, vae):
     if abs(scale / vae.latent_scale.scale - 1) > SCALE_TOLERANCE:
         cluster.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's is "
                         f"{vae.latent_scale.scale:.4f} (shift {vae.latent_scale.shift:.4f})")
-    return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped, "shards": shards}
+    return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped,
+            "converted": {how: count for how, count in zip(CONVERSIONS, converted) if count}, "shards": shards}
 
 
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
+    if args.verify:
+        verify(data.images.folder, folder)
     groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
     known = cluster.from_main(lambda: reopen(folder, settings))
     parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
@@ -173,6 +204,8 @@ def cache_shards(data, vae, args, device, folder, settings):
         write_json(index, folder / latents.INDEX)
         (folder / latents.UNFINISHED).unlink(missing_ok=True)
         size = sum(shard["bytes"] for shard in index["shards"])
+        if index["converted"]:
+            print(f"{folder}: images " + ", ".join(f"{count:,} {how}" for how, count in index["converted"].items()))
         print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, {len(index['skipped'])} skipped; "
               f"latent scale {index['measured']['scale']:.4f}, the VAE's {vae.latent_scale.scale:.4f}")
 
@@ -202,10 +235,58 @@ def begin(folder, name, settings):
 
 
 def check_same(folder, found, settings):
+    """FlowARError unless a cache is of these settings and images; those that older caches lack are not known."""
     for key, value in settings.items():
-        if found.get(key) != value and key not in ("complete", "on_bad_image"):  # skipping may begin when a bad image is met
-            raise FlowARError(f"{folder}: this cache was made with {key} {found.get(key)}, now it is {value}; choose another "
-                              "--cached_path or remove it")
+        if found.get(key) == value or key in FREE or key in NEWER and key not in found:
+            continue
+        if key == "source_sha256":
+            raise FlowARError(f"{folder}: the images are not those of this cache (names or sizes changed since); choose "
+                              "another --cached_path or remove it")
+        if key == "source_times":
+            cluster.log(f"warning: {folder}: images were written since this cache was made, with the same names and sizes: "
+                        "--verify compares their contents")
+            continue
+        raise FlowARError(f"{folder}: this cache was made with {key} {found.get(key)}, now it is {value}; choose another "
+                          "--cached_path or remove it")
+
+
+def verify(listing, folder):
+    """FlowARError if images differ from those that a finished cache was made of; the ranks share the work."""
+    position = {listing.name(i): i for i in range(len(listing))}
+    changed = []
+    files = cluster.from_main(lambda: [shard["file"] for shard in latents.read_index(folder)["shards"]])
+    for file in tqdm(files[cluster.rank()::cluster.world_size()], desc="images compared", unit="shard", disable=not cluster.is_main()):
+        names, digests = latents.read_texts(folder / file, "names"), latents.read_digests(folder / file)
+        with ThreadPoolExecutor(latents.HASHING_THREADS) as pool:
+            found = pool.map(lambda name: digest(listing[position[name]][0]) if name in position else None, names)
+            changed += [name for name, now, before in zip(names, found, digests) if now != before]
+    changed = cluster.gather_to_main(changed)
+    cluster.from_main(lambda: say_changed(folder, sorted(sum(changed, []))))
+
+
+def say_changed(folder, changed):
+    if changed:
+        raise FlowARError(f"{folder}: {len(changed)} images are not those that it was made of: {name_some(changed, 3)}; choose "
+                          "another --cached_path or remove it")
+    print(f"{folder}: all images are those that it was made of")
+
+
+def look_before(listing, args):
+    """Say all that is wrong with the images before any is encoded: FlowARError if some cannot be read."""
+    cluster.log(f"{listing.summary()} in {listing.root}")
+    mine = np.arange(cluster.rank(), len(listing), cluster.world_size())
+    looks = [look for _, look in inspect(listing, mine, args.num_workers)]
+    found = cluster.gather_to_main(([look.error for look in looks if look.error], [look.side for look in looks if not look.error]))
+
+    def say():
+        bad, sides = (sum(parts, []) for parts in zip(*found))
+        print("\n".join(bad), end="\n" * bool(bad), flush=True)
+        for line in advice(listing) + small_advice(sides, args.img_size):
+            print(f"warning: {line}", flush=True)
+        if bad and args.on_bad_image == "error":
+            raise FlowARError(f"{listing.root}: {len(bad)} of {len(listing)} images cannot be read; they are named above; mend or "
+                              "remove them, or --on_bad_image skip")
+    cluster.from_main(say)
 
 
 # ---- MAR's layout --------------------------------------------------------------------------------------------
@@ -213,29 +294,31 @@ def check_same(folder, found, settings):
 
 def cache_npz(data, vae, args, device, folder, settings):
     """<cached_path>/<class>/<file name>.npz with `moments` and `moments_flip`, float32."""
-    root = Path(data.images.folder.root)
-    targets = [folder / Path(path).relative_to(root).parent / f"{Path(path).name}.npz" for path, _ in data.images.folder.samples]
-    info = {**settings, "images": len(targets), "complete": False}
+    listing = data.images.folder
+    target = lambda index: folder / f"{listing.name(index)}.npz"  # noqa: E731
+    info = {**settings, "images": len(listing), "complete": False}
 
     def prepare():
         begin(folder, latents.NPZ_INFO, info)
-        for parent in {target.parent for target in targets}:
-            make_directory(parent)
+        folders = {os.path.dirname(listing.name(index)) for index in range(len(listing))}
+        for name in folders.union(listing.classes):  # one without images keeps its label
+            make_directory(folder / name)
 
     cluster.from_main(prepare)
-    mine = range(cluster.rank(), len(targets), cluster.world_size())
-    missing = [i for i in mine if not targets[i].is_file()]
+    mine = range(cluster.rank(), len(listing), cluster.world_size())
+    missing = [i for i in mine if not target(i).is_file()]
     progress = progress_bar(args, len(missing))
-    for indices, _, moments, _ in encoded(data, batches_of([missing], args.batch_size), vae, args, device, progress):
-        for index, (plain, flipped) in zip(indices, moments.numpy()):
-            with writing(targets[index], sync=False) as file:
+    for rows, moments, _ in encoded(data, batches_of([missing], args.batch_size), vae, args, device, progress):
+        for row, (plain, flipped) in zip(rows, moments.numpy()):
+            with writing(target(row.index), sync=False) as file:
                 np.savez(file, moments=plain, moments_flip=flipped)
     progress.close()
     os.sync()  # the latents reach the disk before the cache is called complete
     cluster.barrier()
     if cluster.is_main():
         write_json({**info, "complete": True}, folder / latents.NPZ_INFO)
-    cluster.log(f"{folder}: {len(targets)} latents ({len(missing)} new on rank 0)")
+    cluster.log(f"{folder}: {len(listing)} latents ({len(missing)} new on rank 0)")
+    data.images.say_counts()
 
 
 def progress_bar(args, total):
@@ -253,10 +336,14 @@ def main():
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
-    images = Images(Path(args.data_path) / args.split, args.img_size, args.seed, train=not center, flip=False)
+    images = Images(Path(args.data_path) / args.split, args.img_size, args.seed, train=not center, flip=False,
+                    background=args.background)
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
+    if not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO)):
+        look_before(images.folder, args)
     settings = {
-        "source_images": len(images), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
+        "source_images": len(images), "source_sha256": images.identity()["sha256"], "source_times": images.folder.times_sha256(),
+        "left_out": dict(images.folder.left_out), "background": list(args.background), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
         "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
         "vae": args.vae, "vae_sha256": find_vae(args.vae, args.vae_path).identity(vae), "channels": vae.embed_dim,

@@ -17,11 +17,12 @@ import project_root  # noqa: F401
 from pictures import check_picture, draw_table, save, stack
 from models import FlowARError
 from models.vae import DiagonalGaussian
-from models.vaes import open_vae
+from models.vaes import find_vae
 from util.data import Images, to_uint8
 from util.cluster import run_main, select_device
-from util.data.latents import ShardedMoments, kind_of_cache, read_text
+from util.data.latents import ShardedMoments, kind_of_cache, read_texts
 from util.options import default_scales, integer_list, positive, some_path
+from util.training.provenance import check_origin, origin_of
 
 
 def parse_args():
@@ -55,8 +56,8 @@ def originals(data, chosen, args):
     index = data.index
     center = index["crops"] == "center"
     images = Images(Path(args.data_path) / args.split, index["img_size"], index["seed"], train=not center, flip=False)
-    position = {Path(path).relative_to(images.folder.root).as_posix(): i for i, (path, _) in enumerate(images.folder.samples)}
-    names = [name for shard in index["shards"] for name in read_text(data.root / shard["file"], "names")]
+    position = {images.folder.name(i): i for i in range(len(images))}
+    names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
     if len(names) != len(data):
         raise FlowARError(f"{args.cached_path}: its shards name {len(names)} images, expected {len(data)}")
     missing = [names[i] for i in chosen if names[i] not in position]
@@ -84,9 +85,11 @@ def main():
         raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes one")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
-    vae, _ = open_vae(args.vae, args.vae_path)
+    named = find_vae(args.vae, args.vae_path)
+    vae, _ = named.open()
     if vae.embed_dim != data.index["channels"]:
         raise FlowARError(f"{args.cached_path}: {data.index['channels']} channels, but the VAE has {vae.embed_dim}")
+    check_origin(args.cached_path, data.origin, origin_of(named, vae))
     vae.to(device)
     chosen = np.linspace(0, len(data) - 1, min(args.images, len(data))).astype(int)
     scale = data.index["latent_scale"]

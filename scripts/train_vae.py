@@ -2,7 +2,8 @@
 
 The loss is L1 + MSE reconstruction plus a weighted KL term; there is no adversarial or perceptual part, so this is
 for small images and demonstrations, not a replacement for KL-16. The latent scale and shift are measured at the end
-and stored in the file. A run that was killed goes on from its last snapshot (`<output>.training`).
+and stored in the file. A run that was killed goes on from its last snapshot (`<output>.training`); a finished one is
+trained further, with a new schedule, by --resume.
 
     python scripts/train_vae.py --data_path images --output vae.pth --img_size 32 --ch_mult 1,2,2 --embed_dim 4
 """
@@ -26,11 +27,13 @@ from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from util.data import Images, build_loader, to_uint8
+from util.data.source import say_what_is_there
 from util.cluster import autocast, run_main, select_device, set_precision
 from util.evaluation.store import write_png
 from util.files import check_output
-from util.options import between, integer_list, pixels, positive, real, seed, some_path, workers
+from util.options import between, color, integer_list, pixels, positive, real, seed, some_path, workers
 
+LEARNING = ("img_size", "crop", "flip", "steps", "batch_size", "lr", "kl_weight", "seed", "background")
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50
 STATISTICS_IMAGES = 2048
@@ -42,6 +45,9 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ and val/, class folders of images")
     parser.add_argument("--output", type=some_path, required=True, help="file to write; <output>.png shows reconstructions")
+    parser.add_argument("--resume", help="finished VAE of this script to train further, with its own sizes; may be --output itself")
+    parser.add_argument("--no_val", action="store_true", help="no held-out images: no PSNR")
+    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side")
     parser.add_argument("--embed_dim", type=between(int, 1, WIDEST), default=4, help="latent channels")
     parser.add_argument("--ch", type=between(int, 1, WIDEST), default=32, help="base width, a multiple of 4")
@@ -71,12 +77,11 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
 
-def train(vae, args, device, precision):
+def train(vae, data, args, device, precision):
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
     snapshot = Path(f"{args.output}.training")
-    first = resume(vae, optimizer, snapshot, device)
-    data = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True,
-                  center=args.crop == "center", flip=args.flip)
+    record = {**{name: getattr(args, name) for name in LEARNING}, "data_sha256": data.identity()["sha256"]}
+    first = resume(vae, optimizer, snapshot, record)
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
                           pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -96,11 +101,12 @@ def train(vae, args, device, precision):
             if not math.isfinite(loss.item()):
                 raise FlowARError(f"VAE loss is {loss.item()} at step {step}: lower --lr, or use --precision fp32")
             progress.set_postfix(loss=f"{loss.item():.4f}")
-            write_file({"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict()}, snapshot)
+            write_file({"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict(),
+                        "record": record}, snapshot)
 
 
-def resume(vae, optimizer, snapshot, device):
-    """Load a snapshot if there is one; the number of steps done."""
+def resume(vae, optimizer, snapshot, record):
+    """Load a snapshot if there is one; the number of steps done. What is learned otherwise than before is said."""
     if not snapshot.is_file():
         return 0
     content = read_file(snapshot)
@@ -116,7 +122,9 @@ def resume(vae, optimizer, snapshot, device):
             raise ValueError(f"step is {reprlib.repr(step)}")
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise FlowARError(f"{snapshot}: snapshot of another configuration ({first_line(error)}); remove it to start again") from error
-    print(f"going on from {snapshot}, step {step}")
+    before = content.get("record", {})
+    changed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in record.items() if before.get(name, value) != value)
+    print(f"going on from {snapshot}, step {step}" + (f", with other options or data than before: {changed}" if changed else ""))
     return step
 
 
@@ -129,10 +137,8 @@ def batches(loader, first):
 
 
 @torch.no_grad()
-def measure_latent_scale(vae, args, device):
+def measure_latent_scale(vae, data, args, device):
     """(1 / std, mean) of posterior samples of training images."""
-    data = Images(Path(args.data_path) / "train", args.img_size, args.seed, train=True,
-                  center=args.crop == "center", flip=args.flip)
     order = np.random.default_rng(args.seed).permutation(len(data))[:STATISTICS_IMAGES]
     generator = torch.Generator(device).manual_seed(args.seed)
     samples = []
@@ -144,9 +150,8 @@ def measure_latent_scale(vae, args, device):
 
 
 @torch.no_grad()
-def evaluate(vae, args, device):
-    """Mean PSNR in dB over val/ (posterior means, pixels not rounded), and a picture: originals above reconstructions."""
-    data = Images(Path(args.data_path) / "val", args.img_size)
+def evaluate(vae, data, args, device):
+    """Mean PSNR in dB over a dataset (posterior means, pixels not rounded), and a picture: originals above reconstructions."""
     loader = build_loader(data, args.batch_size, num_workers=args.num_workers)
     psnr = []
     for images, _ in loader:
@@ -158,7 +163,38 @@ def evaluate(vae, args, device):
     decoded = vae.decode(vae.encode(pictures.to(device)).mode()).clamp(-1, 1).cpu()
     grid = make_grid(to_uint8(torch.cat((pictures, decoded))), nrow=PICTURES)
     write_png(grid.permute(1, 2, 0).numpy(), Path(f"{args.output}.png"))
-    return torch.cat(psnr).mean().item(), len(data)
+    return torch.cat(psnr).mean().item()
+
+
+def open_images(args):
+    """(training images, held-out images or None)."""
+    root = Path(args.data_path)
+    data = Images(root / "train", args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
+                  background=args.background)
+    say_what_is_there(data, root / "train", args.img_size)
+    try:
+        return data, None if args.no_val else Images(root / "val", args.img_size, background=args.background)
+    except FlowARError as error:
+        print(f"warning: no PSNR on held-out images: {error}; mend it, or leave it out with --no_val", flush=True)
+        return data, None
+
+
+def build_vae(args):
+    """A new VAE of the options, or that of --resume."""
+    if args.resume:
+        vae = load_vae(args.resume).train().requires_grad_(True)
+        print(f"training {args.resume} further: {vae.embed_dim} channels, stride {vae.stride}; its sizes replace the options'")
+        return vae
+    torch.manual_seed(args.seed)
+    return AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
+
+
+def refuse_overwriting(output, resume):
+    """FlowARError if a finished VAE would be lost."""
+    same = resume and Path(resume).is_file() and output.is_file() and Path(resume).samefile(output)
+    if output.is_file() and not same and not Path(f"{output}.training").is_file():
+        raise FlowARError(f"{output}: a file is there already, which this run would overwrite: train it further with --resume "
+                          f"{output}, choose another --output, or remove it")
 
 
 def main():
@@ -169,29 +205,31 @@ def main():
     check_output(output)
     if len(args.ch_mult) > MOST_LEVELS or args.ch * max(args.ch_mult) > WIDEST:
         raise FlowARError(f"--ch_mult {','.join(map(str, args.ch_mult))}: expected at most {MOST_LEVELS} levels, and --ch x ch_mult up to {WIDEST}")
-    Images(Path(args.data_path) / "val", args.img_size)  # what is measured at the end is there
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
+    refuse_overwriting(output, args.resume)
+    data, held_out = open_images(args)
+    vae = build_vae(args)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} "
                           f"({len(args.ch_mult)} levels)")
     vae.to(device)
     start = time.time()
-    train(vae, args, device, precision)
+    train(vae, data, args, device, precision)
     vae.eval()
     bad = [name for name, value in vae.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise FlowARError(f"the VAE's weights are not finite ({name_some(bad, 2)}): lower --lr, or use --precision fp32; nothing was "
                           "written")
-    vae.latent_scale = measure_latent_scale(vae, args, device)
-    psnr, count = evaluate(vae, args, device)
+    vae.latent_scale = measure_latent_scale(vae, data, args, device)
+    psnr = evaluate(vae, held_out or data, args, device)
     save_vae(vae, output)
     load_vae(output)
     Path(f"{output}.training").unlink(missing_ok=True)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{output}: {parameters:,} parameters, stride {vae.stride}, {vae.embed_dim} channels, latent scale "
           f"{vae.latent_scale.scale:.4f}, shift {vae.latent_scale.shift:.4f}")
-    print(f"PSNR on {count} held-out images: {psnr:.2f} dB ({time.time() - start:.0f} s; see {output}.png)")
+    data.say_counts()
+    which = f"{len(held_out)} held-out" if held_out else f"the {len(data)} training"
+    print(f"PSNR on {which} images: {psnr:.2f} dB ({time.time() - start:.0f} s; see {output}.png)")
 
 
 if __name__ == "__main__":

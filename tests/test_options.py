@@ -10,6 +10,7 @@ import torch
 from helpers import GEOMETRY, ROOT, evaluate, evaluation_command, make_project, run, train, training_command
 
 from models import AutoencoderKL, FlowARError
+from models.vae import LatentScale
 from models.vaes import save_vae
 from util.options import SaveEvery, resolve_training, save_every, training_parser
 
@@ -53,6 +54,7 @@ def project(tmp_path_factory):
             call(patch, f"{command_of('scripts/cache_latents.py', p, p / form)} --format {form}")
     save_vae(AutoencoderKL(embed_dim=2, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1), p / "channels2.pth")
     save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 2), num_res_blocks=1), p / "stride2.pth")
+    save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, latent_scale=LatentScale(3.0, 0.1)), p / "other.pth")
     np.savez(p / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (p / "table.csv").write_text("cfg,nfe,solver,fid\n1.0,9,euler,3.5\n")
     (p / "file").write_text("nothing\n")
@@ -145,7 +147,7 @@ TABLE = [
     (TRAIN, "--vae_stride 8", "--vae_stride is 8, but the VAE {p}/vae.pth has 4"),
     (TRAIN, "--vae_path {p}/channels2.pth", "--vae_embed_dim is 4, but the VAE {p}/channels2.pth has 2"),
     (TRAIN, "--vae_path {p}/stride2.pth", "--vae_stride is 4, but the VAE {p}/stride2.pth has 2"),
-    (TRAIN, "--class_num 7", "{p}/images: 10 class folders, but --class_num is 7"),
+    (TRAIN, "--class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but --class_num is 7"),
     (TRAIN, "--diffloss_w 100", "diffloss_w is 100: expected a multiple of the flow head's head size, 64"),
     (TRAIN, "--buffer_size 2", "buffer_size is 2: only 0 is supported"),
     # contradictions
@@ -181,8 +183,10 @@ TABLE = [
     (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
     (TRAIN, "--cached_path {p}/file", "--cached_path {p}/file: is a file, expected a directory"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
-    (TRAIN, "--cached_path {p}/shards --class_num 12", "{p}/shards: this cache has classes 10, but --class_num is 12"),
-    (TRAIN, "--cached_path {p}/npz --class_num 7", "{p}/npz: 10 class folders, but --class_num is 7"),
+    (TRAIN, "--cached_path {p}/shards --class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but --class_num is 7"),
+    (TRAIN, "--background blueish", "--background: 'blueish' is no colour: expected white, '#ff8000' or 255,128,0"),
+    (TRAIN, "--background 300,0,0", "--background: '300,0,0' is no colour"),
+    (TRAIN, "--cached_path {p}/npz --class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but --class_num is 7"),
     (TRAIN, "--cached_path {p}/npz --img_size 32", "is (8, 4, 4): expected (8, 8, 8)"),
     (TRAIN, "--cached_val_path {p}/empty", "--cached_val_path {p}/empty: no cached latents there"),
     (TRAIN, "--cached_val_path {p}/images/val", "--cached_val_path {p}/images/val: no cached latents there"),
@@ -190,7 +194,7 @@ TABLE = [
     (TRAIN, "--resume nowhere.pth", "nowhere.pth: no such checkpoint file or directory"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights in this file"),
     (TRAIN, "--resume {p}/run --diffloss_w 64", "44 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (128, 256)"),
-    (TRAIN, "--resume {p}/run --class_num 12", "1 tensors do not fit the model: class_emb.weight is (11, 128), the model's is (13, 128)"),
+    (TRAIN, "--resume {p}/run --class_num 12", "--class_num is 12, but {p}/run/checkpoint-000000005.pth was trained with 10"),
     (TRAIN, "--output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite"),
     (TRAIN, "--output_dir {p}/file", "{p}/file: cannot be made"),
     (TRAIN, "--log_dir {p}/file/logs", "{p}/file/logs: cannot be made"),
@@ -246,7 +250,8 @@ TABLE = [
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),
     (VAE, "--precision fp16", "--precision: invalid choice: 'fp16'"),
     (VAE, "--seed 99999999999999", "--seed: 99999999999999 is out of range"),
-    (VAE, "--data_path {p}/run", "{p}/run/val: no such folder"),
+    (VAE, "--data_path {p}/run", "{p}/run/train: no such folder"),
+    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already, which this run would overwrite"),
     (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (SAMPLE, "--labels 3,10", "--labels 10: the model has classes 0..9"),
     (SAMPLE, "--num_step 4,8", "--num_step has 2 values: only an evaluation takes several"),
@@ -261,6 +266,12 @@ TABLE = [
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
     (INSPECT, "--scales 0,4", "--scales 0,4: expected numbers from 1 to 4, the latent's size"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: 4 channels, but the VAE has 2"),
+    (INSPECT, "--vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (sha256 "),
+    (TRAIN, "--resume {p}/run --output_dir {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (sha256 "),
+    (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (sha256 "),
+    (TRAIN, "--cached_path {p}/npz --vae_path {p}/other.pth", "{p}/npz: its VAE is kl16 (sha256 "),
+    (TRAIN, "--cached_val_path {p}/shards --vae_path {p}/other.pth", "--cached_val_path {p}/shards: its VAE is kl16 (sha256 "),
+    (TRAIN, "--cached_val_path {p}/npz --vae_path {p}/other.pth", "--cached_val_path {p}/npz: its VAE is kl16 (sha256 "),
     (INSPECT, "--data_path {p}/empty", "{p}/empty/train: no such folder"),
     (INSPECT, "--output {out}/latents", "{out}/latents: no kind of picture ends so"),
     (PLOT, "--x steps", "{p}/table.csv: no column 'steps'; it has cfg, nfe, solver, fid"),

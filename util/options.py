@@ -13,6 +13,7 @@ from models import MODELS, FlowARError
 from models.flow_matching import CFG_SCHEDULES, SOLVERS
 from models.vaes import find_vae
 from util.cluster import PRECISIONS, TIMEOUT, log
+from util.data.pixels import parse_color
 from util.evaluation.metrics import EXTRACTORS
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
@@ -70,6 +71,13 @@ def below_one(text):
     return fraction(text)
 
 
+def color(text):
+    try:
+        return parse_color(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour: expected white, '#ff8000' or 255,128,0") from None
+
+
 def some_path(text):
     if not text:
         raise argparse.ArgumentTypeError("it is empty: expected a path")
@@ -119,7 +127,8 @@ def add_model_options(parser):
     add("--patch_size", type=positive, help="latent cells a token, a side; default 1, or the checkpoint's in eval.py")
     add("--scales", type=integer_list,
         help="tokens a side of every scale, '1,2,4,8,16'; default: doubling up to the latent's size")
-    add("--class_num", type=classes, help="number of classes; default 1000, or the checkpoint's in eval.py")
+    add("--class_num", type=classes,
+        help="number of classes; default: the checkpoint's, else as many as there are class folders")
     add("--diffloss_d", type=depth, help="blocks of the flow head; default: the size's own")
     add("--diffloss_w", type=width, help="width of the flow head; default: the size's own")
     add("--buffer_size", type=count, default=0, help="only 0, as in the release's commands")
@@ -166,6 +175,11 @@ def add_file_options(parser):
         help="seconds without a sign of life after which a process, or the data, counts as dead")
 
 
+def add_image_options(parser):
+    add = parser.add_argument_group("images").add_argument
+    add("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+
+
 def add_checkpoint_options(parser):
     add = parser.add_argument_group("run").add_argument
     add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training --output_dir "
@@ -203,6 +217,7 @@ def add_training_options(parser):
     add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
     add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
+    add("--no_val", action="store_true", help="no validation loss, even if there is a val/")
     add("--cached_val_path", default="",
         help="cached latents of val/ for the validation loss; default: encode data_path/val")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
@@ -212,6 +227,7 @@ def add_training_options(parser):
     add("--save_every", type=save_every, default="30m",
         help="checkpoints between them: after this many steps, or minutes (30m); 0: none")
     add("--keep", type=positive, default=2, help="checkpoints to keep")
+    add("--keep_every", type=count, default=0, help="epochs between checkpoints that are kept for ever; 0: none")
     add("--max_bad_steps", type=positive, default=20,
         help="steps in a row that are not finite, and skipped, before training stops")
     add("--deterministic", action="store_true", help="deterministic algorithms on CUDA too, where they are slower")
@@ -236,12 +252,13 @@ def _parser(description, *groups):
 
 def training_parser():
     return _parser("Train FlowAR.", add_model_options, add_training_options, add_sampling_options,
-                   add_evaluation_options, add_checkpoint_options, add_file_options)
+                   add_evaluation_options, add_image_options, add_checkpoint_options, add_file_options)
 
 
 def evaluation_parser():
     return _parser("Evaluate FlowAR: sample class-balanced images, then FID and Inception Score.", add_model_options,
-                   add_sampling_options, add_evaluation_options, add_checkpoint_options, add_file_options)
+                   add_sampling_options, add_evaluation_options, add_image_options, add_checkpoint_options,
+                   add_file_options)
 
 
 def sampling_parser(description):

@@ -154,7 +154,7 @@ def load_shard(path):
     index = latents.parse_index(path.parent / "index.json")
     moments, _ = latents.open_shard(path, index, 3)
     latents.is_whole(path, index)
-    return moments[:], latents.read_text(path, "names"), latents.read_text(path, "skipped")
+    return moments[:], latents.read_texts(path, "names"), latents.read_texts(path, "skipped")
 
 
 def load_npz(path):

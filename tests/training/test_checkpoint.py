@@ -98,10 +98,39 @@ def test_going_back_holds_before_the_first_save(tmp_path):
     assert checkpoint.find(tmp_path).name == "checkpoint-000000001.pth"
 
 
-def test_fewer_are_kept_from_the_start(tmp_path):
+def test_files_of_the_user_are_left_alone(tmp_path):
+    """Copies and dated backups are neither the newest, nor in the way, nor old; nothing goes before something newer is there."""
     keep(tmp_path, 1, 2, 3, keep=3)
+    mine = ["checkpoint-100.pth", "checkpoint-20261101.pth", "checkpoint-best.pth", "checkpoint-0000000004.pth", "checkpoint-000020000.pth"]
+    torch.save({**content(2), "progress": {"step": 2}}, tmp_path / mine[-1])
+    for name in mine[:-1]:
+        (tmp_path / name).write_bytes((tmp_path / mine[-1]).read_bytes())
+    (tmp_path / "checkpoint-100.pth.tmp").write_bytes(b"mine")
+    before = names(tmp_path)
+    assert checkpoint.find(tmp_path).name == "checkpoint-000000003.pth"
+    keeper = checkpoint.CheckpointWriter(tmp_path, 1, step=3)
+    assert names(tmp_path) == before
+    keeper.save(content(4), 4)
+    keeper.wait()
+    assert names(tmp_path) == sorted([*mine, "checkpoint-100.pth.tmp", "checkpoint-000000004.pth", checkpoint.LAST])
+
+
+def test_a_checkpoint_that_is_all_there_is_stays(tmp_path):
+    """checkpoint-last.pth of another folder, beside later ones: it is set aside under no name before something newer is there."""
+    keep(tmp_path, 5, 6)
+    (tmp_path / checkpoint.LAST).unlink()
+    torch.save(content(3), tmp_path / checkpoint.LAST)
     checkpoint.CheckpointWriter(tmp_path, 1, step=3)
-    assert names(tmp_path) == ["checkpoint-000000003.pth", checkpoint.LAST]
+    assert names(tmp_path) == ["checkpoint-000000005.pth.aside", "checkpoint-000000006.pth.aside", checkpoint.LAST]
+    assert checkpoint.find(tmp_path).name == checkpoint.LAST
+
+
+def test_milestones_are_kept(tmp_path):
+    keeper = checkpoint.CheckpointWriter(tmp_path, 1, keep_every=2)
+    for step, (epoch, done) in enumerate([(0, 5), (1, 0), (2, 0), (2, 3), (3, 0), (4, 0), (5, 0)], start=1):
+        keeper.save({**content(step), "progress": {"step": step, "epoch": epoch, "done": done}}, step)
+    keeper.wait()
+    assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (3, 6, 7)] + [checkpoint.LAST]
 
 
 def test_one_run_writes_to_a_folder(tmp_path):

@@ -133,10 +133,19 @@ def all_reduce_sum(tensor):
 
 
 def from_main(function):
-    """What function() returns on rank 0, on every rank; it is called there alone. The value is picklable."""
-    value = [function() if is_main() else None]
+    """What function() returns, or the FlowARError that it raises, on rank 0, on every rank; it is called there alone.
+    The value is picklable.
+    """
+    value = [None, None]
+    if is_main():
+        try:
+            value[0] = function()
+        except FlowARError as error:
+            value[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(value)
+    if value[1] is not None:
+        raise value[1]
     return value[0]
 
 

@@ -2,17 +2,18 @@
 
 A dataset has `classes` (their names, a label's order), a length, and items (tensor, label) for a key (epoch, index).
 The tensor is an image (3, img_size, img_size) in [-1, 1] with is_moments = False; with is_moments = True it holds
-posterior moments (2C, h, w), and the dataset has `latent_scale`. It may have order(seed, epoch) -> permutation, and
-`skipped`, a shared count of unreadable images. A row in DATASETS makes training, validation and benchmarks know it.
+posterior moments (2C, h, w), and the dataset has `latent_scale` and may have `origin`, a LatentOrigin. It may have
+order(seed, epoch) -> permutation; identity(), see Listing; and say_counts(), see Images. A row in DATASETS makes
+training, validation and benchmarks know it.
 """
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from models import FlowARError
-from models.vaes import NamedVAE
 from util.cluster import rank, world_size
 from util.data import latents
 from util.data.images import Images
+from util.data.pixels import WHITE
 
 
 class DataSettings(NamedTuple):
@@ -20,13 +21,11 @@ class DataSettings(NamedTuple):
     img_size: int
     vae_embed_dim: int
     vae_stride: int
-    class_num: int
-    vae: NamedVAE
-    opened_vae: object = None  # where one had to be opened to know it
     seed: int = 0
     train: bool = False  # random crops and flips
     flip: bool = True
     on_bad: str = "error"  # see Images
+    background: tuple = WHITE
 
 
 class DataKind(NamedTuple):
@@ -44,15 +43,12 @@ def shards_geometry(path):
 
 def open_shards(path, settings):
     """A finished cache; FlowARError naming the first thing in which it differs from what training expects."""
-    data, opened = latents.ShardedMoments(path, settings.seed, settings.train, settings.flip), settings.opened_vae
-    said = {**data.index, "classes": len(data.classes)}
+    data = latents.ShardedMoments(path, settings.seed, settings.train, settings.flip)
     for key, option, value in (
-            ("vae_sha256", f"that of {settings.vae.option.split()[0]}", settings.vae.identity(opened)),
             ("stride", "--vae_stride", settings.vae_stride), ("channels", "--vae_embed_dim", settings.vae_embed_dim),
-            ("img_size", "--img_size", settings.img_size), ("classes", "--class_num", settings.class_num),
-            ("latent_scale", "that of --vae", opened.latent_scale if opened else None)):
-        if value is not None and said[key] != value:
-            raise FlowARError(f"{path}: this cache has {key} {said[key]}, but {option} is {value}")
+            ("img_size", "--img_size", settings.img_size)):
+        if data.index[key] != value:
+            raise FlowARError(f"{path}: this cache has {key} {data.index[key]}, but {option} is {value}")
     latents.verify_checksums(path, data.index, rank(), world_size())
     return data
 
@@ -67,7 +63,8 @@ DATASETS = {
     "shards": DataKind(lambda path: latents.kind_of_cache(path) == "shards", open_shards, True, shards_geometry),
     "npz": DataKind(lambda path: latents.kind_of_cache(path) == "npz", open_npz, True),
     "images": DataKind(lambda path: Path(path).is_dir() and any(Path(path).iterdir()),
-                       lambda path, s: Images(path, s.img_size, s.seed, s.train, flip=s.flip, on_bad=s.on_bad)),
+                       lambda path, s: Images(path, s.img_size, s.seed, s.train, flip=s.flip, on_bad=s.on_bad,
+                                              background=s.background)),
 }
 
 

@@ -1,21 +1,20 @@
-"""Images: from a file to pixels, the recipe's crops, class folders."""
+"""Images in class folders, and the recipe's crops of them."""
 import multiprocessing
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
 from models import FlowARError
-from models.files import first_line
+from util.cluster import from_main, gather_to_main, log
+from util.data.folders import list_classes
+from util.data.pixels import CONVERSIONS, WHITE, read_image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # of any name; others start programs (Ghostscript)
-LONGEST_SIDES = 100
 RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
+SKIPPED, READ, FIRST_CONVERSION = range(3)  # what Images counts
 MOST_UNREADABLE = 100  # images one after the other: more are not damaged, they are gone
 
 
@@ -47,41 +46,49 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def open_image(path):
-    """RGB image, or FlowARError with the path."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > LONGEST_SIDES * min(image.size):  # resized to a crop's size it would take gigabytes
-                raise ValueError(f"{image.width}x{image.height} pixels, expected sides within a factor of "
-                                 f"{LONGEST_SIDES}")
-            return image.convert("RGB")
-    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
-        raise FlowARError(f"{path}: cannot be read as an image ({first_line(error)})") from error
-
-
 class Images(Dataset):
     """Class folders of images. Items: (float tensor (3, size, size) in [-1, 1], label).
 
     In training a random crop of the recipe, or with center=True the centre crop, flipped with probability 1/2.
-    An unreadable image is an error, or with on_bad="skip" the next readable one replaces it and `skipped` counts it.
+    An unreadable image is an error, or with on_bad="skip" the next readable one replaces it. background: under
+    transparency, (r, g, b). What was skipped or converted on the way is counted for all workers together.
     """
     is_moments = False
 
-    def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad="error"):
-        self.folder = scan_folder(ImageFolder, root, "images")
+    def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad="error", background=WHITE):
+        self.folder = from_main(lambda: list_classes(root))  # one rank asks a network disk
         self.classes, self.size, self.seed = self.folder.classes, size, seed
         self.train, self.center, self.flip = train, center, flip
-        self.on_bad, self.skipped = on_bad, multiprocessing.Value("q", 0)
+        self.on_bad, self.background = on_bad, background
+        self.counts = multiprocessing.Array("q", FIRST_CONVERSION + len(CONVERSIONS))
 
     def __len__(self):
         return len(self.folder)
 
-    def readable(self, index):
-        """(image, label) of an index, or with on_bad="skip" of the first readable one from there on."""
+    def identity(self):
+        """See util.data.folders.Listing."""
+        return self.folder.identity()
+
+    def count(self, number):
+        with self.counts.get_lock():
+            self.counts[number] += 1
+
+    def say_counts(self, conversions=True):
+        """Log what was skipped, and what converted, by all ranks together."""
+        counts = gather_to_main(self.counts[:]) or [self.counts[:]]
+        skipped, read, *made = np.sum(counts, axis=0).tolist()
+        if skipped:
+            log(f"{skipped} times an image could not be read and the next one took its place")
+        if conversions and any(made):
+            log(f"of {read:,} images read: "
+                + ", ".join(f"{count:,} {how}" for count, how in zip(made, CONVERSIONS) if count))
+
+    def load(self, index):
+        """(Pixels, label) of an index, or with on_bad="skip" of the first readable one from there on."""
         for offset in range(len(self)):
-            path, label = self.folder.samples[(index + offset) % len(self)]
+            path, label = self.folder[(index + offset) % len(self)]
             try:
-                return open_image(path), label
+                pixels = read_image(path, self.background)
             except FlowARError as error:
                 if self.on_bad != "skip":
                     raise
@@ -89,25 +96,22 @@ class Images(Dataset):
                     raise FlowARError(f"{path}: neither this image nor the {offset} before it can be read: is the disk "
                                       "there?") from error
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
-                with self.skipped.get_lock():
-                    self.skipped.value += 1
+                self.count(SKIPPED)
+                continue
+            self.count(READ)
+            for conversion in pixels.conversions:
+                self.count(FIRST_CONVERSION + conversion)
+            return pixels, label
         raise FlowARError(f"{self.folder.root}: none of its {len(self)} images can be read")
 
-    def __getitem__(self, key):
-        epoch, index = key
-        image, label = self.readable(index)
-        rng = np.random.default_rng((self.seed, epoch, index))
+    def crop(self, image, key):
+        """The tensor that a key takes of an RGB image: its draws follow from (seed, epoch, index)."""
+        rng = np.random.default_rng((self.seed, *key))
         crop = random_crop(image, self.size, rng) if self.train and not self.center else center_crop(image, self.size)
         if self.train and self.flip and rng.random() < 0.5:
             crop = TF.hflip(crop)
-        return to_tensor(crop), label
+        return to_tensor(crop)
 
-
-def scan_folder(kind, root, what, **options):
-    """Open class folders, with the one-line errors of this project."""
-    if not Path(root).is_dir():
-        raise FlowARError(f"{root}: no such folder (expected {what} in class folders)")
-    try:
-        return kind(str(root), **options)
-    except (FileNotFoundError, RuntimeError) as error:
-        raise FlowARError(f"{root}: {str(error).splitlines()[0]} (expected {what} in class folders)") from error
+    def __getitem__(self, key):
+        pixels, label = self.load(key[1])
+        return self.crop(pixels.image, key), label

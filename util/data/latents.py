@@ -5,7 +5,9 @@ appears last: a folder without one is no cache. Images lie in the shards in a ra
 shard after shard (each worker maps one file at a time) and still mix the classes.
 """
 import functools
+import hashlib
 import math
+import os
 import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +16,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
-from torchvision.datasets import DatasetFolder
 
 from models import FlowARError
 from models.files import file_hash, first_line, read_latent_scale, read_npz, reading
 from models.vae import KL16_LATENT_SCALE, LatentScale
-from util.data.images import scan_folder
+from util.cluster import from_main
+from util.data.folders import list_classes
+from util.data.pixels import CONVERSIONS
 from util.files import check_fields, is_count, is_number, is_strings, read_json
+from util.training.provenance import LatentOrigin
 
 INDEX = "index.json"
 UNFINISHED = "index.unfinished.json"  # the settings of a cache that is being written
@@ -32,6 +36,7 @@ SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 LABEL_BYTES = 8
 LARGER = 16  # times what is expected: an .npz of up to that is read, to say what it holds instead
 LARGEST_IMAGE = 65536  # pixels a side
+DIGEST_BYTES = 16  # of an image's file
 VARIANTS = 1  # stream of random draws, beside that of the order
 
 
@@ -154,6 +159,20 @@ class ShardedMoments(Dataset):
     def __getstate__(self):
         return {**self.__dict__, "opened": None, "drawn": None}  # a mapped file does not travel to another process
 
+    @property
+    def origin(self):
+        """LatentOrigin of the moments."""
+        return LatentOrigin(self.index.get("vae"), self.index["vae_sha256"], self.latent_scale)
+
+    def identity(self):
+        """Of the images that were cached, as far as the cache knows them; see util.data.folders.Listing."""
+        labels = [open_shard(self.root / shard["file"], self.index, shard["images"])[1]
+                  for shard in self.index["shards"]]
+        digest = hashlib.sha256("".join(shard["sha256"] for shard in self.index["shards"]).encode()).hexdigest()
+        return {"classes": self.classes, "images": len(self),
+                "counts": np.bincount(np.concatenate(labels), minlength=len(self.classes)).tolist(),
+                "sha256": self.index.get("source_sha256", digest)}
+
     def order(self, seed, epoch):
         """Permutation of the indices: the shards in random order, their images in random order."""
         rng = np.random.default_rng((seed, epoch))
@@ -209,10 +228,33 @@ def is_whole(path, settings):
         return False
 
 
-def read_text(path, name):
-    """Lines of a text in a shard: `names`, its images' paths in their split, or `skipped`, what could not be read."""
+def texts_tensor(texts):
+    """Texts as a tensor of a shard: bytes that no path can hold end each."""
+    content = b"".join(os.fsencode(text) + b"\0" for text in texts) or b"\0"
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def read_texts(path, name):
+    """Texts in a shard: `names`, its images' paths in their split, or `skipped`, what could not be read."""
     with reading(path), safe_open(path, framework="pt") as file:
-        return bytes(file.get_tensor(name).numpy()).decode().split("\n")
+        content = bytes(file.get_tensor(name).numpy())
+    end = b"\0" if b"\0" in content else b"\n"  # lines: caches of before
+    return [os.fsdecode(text) for text in content.split(end) if text]
+
+
+def count_conversions(path):
+    """How many images of a shard each of CONVERSIONS was made of; zeros where it does not know."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        made = file.get_tensor("converted").numpy() if "converted" in file.keys() else np.zeros(0, np.uint8)
+    return [int((made >> number & 1).sum()) for number in range(len(CONVERSIONS))]
+
+
+def read_digests(path):
+    """Of every image in a shard, the digest of its file."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        if "digests" not in file.keys():
+            raise FlowARError(f"{path}: this cache does not know its images' contents (made before that was kept)")
+        return [bytes(row.tolist()) for row in file.get_tensor("digests")]
 
 
 class NpzMoments(Dataset):
@@ -222,7 +264,7 @@ class NpzMoments(Dataset):
     is_moments = True
 
     def __init__(self, root, shape, seed=0, train=False, flip=True):
-        self.folder = scan_folder(DatasetFolder, root, "cached latents", loader=None, extensions=(".npz",))
+        self.folder = from_main(lambda: list_classes(root, {".npz"}, "cached latents"))
         self.root, self.classes, self.shape, self.seed = Path(root), self.folder.classes, tuple(shape), seed
         self.flip = train and flip
         self.limit = LARGER * math.prod(shape) * np.dtype(np.float64).itemsize
@@ -231,12 +273,21 @@ class NpzMoments(Dataset):
     def latent_scale(self):
         return npz_latent_scale(self.root, self.shape[0] // 2)
 
+    @functools.cached_property
+    def origin(self):
+        """LatentOrigin of the moments; a cache of MAR says nothing of itself."""
+        info = read_json(self.root / NPZ_INFO) if (self.root / NPZ_INFO).is_file() else {}
+        return LatentOrigin(info.get("vae"), info.get("vae_sha256"), self.latent_scale)
+
+    def identity(self):
+        return self.folder.identity()
+
     def __len__(self):
         return len(self.folder)
 
     def __getitem__(self, key):
         epoch, index = key
-        path, label = self.folder.samples[index]
+        path, label = self.folder[index]
         flip = self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         name = "moments_flip" if flip else "moments"
         try:

@@ -7,82 +7,66 @@ from models import FlowARError
 from models.files import name_some
 from models.vae import DiagonalGaussian
 from models.vaes import find_vae
-from util.cluster import all_reduce_sum, log, rank, world_size
+from util.cluster import from_main, log, rank, world_size
 from util.data.door import DATASETS, DataSettings, find_data, open_data
+from util.data.folders import advice
+from util.data.images import Images
+from util.data.inspection import sample_advice
 from util.data.loaders import build_loader
-from util.options import check_vae, resolve_geometry
-
-
-class LazyVAE:
-    """The VAE of --vae and --vae_path on a device, opened when it is first asked for: cached latents need none."""
-
-    def __init__(self, named, device):
-        self.named, self.device, self.opened, self.check = named, device, None, lambda vae: None
-
-    def is_there(self):
-        return self.named.is_there()
-
-    def must_pass(self, check):
-        """check(vae) raises FlowARError where the VAE does not fit the model: now, or else when it is opened."""
-        self.check = check
-        if self.opened is not None:
-            check(self.opened)
-
-    def open(self):
-        if self.opened is None:
-            vae, unused = self.named.open()
-            if unused:
-                log(f"{self.named.name}: {len(unused)} tensors are not the VAE's and were left out")
-            self.check(vae)
-            self.opened = vae.eval().requires_grad_(False).to(self.device)
-        return self.opened
+from util.options import check_vae, resolve_geometry, with_options
+from util.training.provenance import LatentOrigin, check_origin, origin_of
 
 
 class Source:
-    """Batches of a loader's dataset (see util.data.door) as latents on a device. vae: LazyVAE, which encodes images."""
+    """Batches of a loader's dataset (see util.data.door) as latents on a device. vae: encodes images, None without."""
 
-    def __init__(self, loader, vae):
-        self.loader, self.vae, self.device = loader, vae, vae.device
+    def __init__(self, loader, vae, device):
+        self.loader, self.vae, self.device = loader, vae, device
         self.is_moments = loader.dataset.is_moments
-        self.latent_scale = (loader.dataset if self.is_moments else vae.open()).latent_scale
+        self.latent_scale = (loader.dataset if self.is_moments else vae).latent_scale
+        self.said = False  # what was converted
 
     @torch.no_grad()
     def latents(self, batch, noise):
         """Scaled latents of a batch on the device: samples of the posterior with this noise, both (B, C, H, W)."""
-        moments = batch.float() if self.is_moments else self.vae.open().encode(batch).parameters
+        moments = batch.float() if self.is_moments else self.vae.encode(batch).parameters
         return self.latent_scale.normalize(DiagonalGaussian(moments).sample(noise=noise))
 
-    def report_skipped(self):
-        """Say how many unreadable images were skipped so far, on all ranks together."""
+    def identity(self):
+        """What a checkpoint remembers of the data, see util.training.provenance."""
         data = self.loader.dataset
-        if hasattr(data, "skipped") and getattr(data, "on_bad", "") == "skip":
-            skipped = torch.tensor([data.skipped.value], dtype=torch.float64, device=self.device)
-            if total := int(all_reduce_sum(skipped).item()):
-                log(f"{total} times an image could not be read and the next one took its place")
+        return data.identity() if hasattr(data, "identity") else {
+            "classes": list(data.classes), "counts": None, "images": len(data), "sha256": None}
+
+    def report_images(self):
+        """Say how many images were unreadable so far and, once, what was converted, on all ranks together."""
+        if hasattr(self.loader.dataset, "say_counts"):
+            self.loader.dataset.say_counts(conversions=not self.said)
+        self.said = True
 
 
-def open_sources(args, device):
-    """From options: (they with the geometry filled in, Source of training, Source of validation or None, LazyVAE)."""
-    kind, vae = find_cache(args), LazyVAE(find_vae(args.vae, args.vae_path), device)
-    if kind:
-        known = DATASETS[kind].geometry(args.cached_path)
-    else:  # the VAE will encode images
-        known = {"vae_embed_dim": vae.open().embed_dim, "vae_stride": vae.open().stride} if vae.is_there() else {}
-    args = resolve_geometry(args, known)
-    vae.must_pass(lambda opened: check_vae(opened, args))
-    settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.class_num, vae.named,
-                            vae.open() if kind and vae.named.needs_opening else None,
-                            args.seed, True, args.flip, args.on_bad_image)
+def open_sources(args, device, class_num=None):
+    """From options: (they with the geometry filled in, Source of training, Source of validation or None, VAE or None,
+    its LatentOrigin). class_num: of the checkpoint to go on from.
+    """
+    kind, named = find_cache(args), find_vae(args.vae, args.vae_path)
+    vae = open_if_there(named, device, needed=kind is None)
+    known = DATASETS[kind].geometry(args.cached_path) if kind else {
+        "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
+    asked, args = args.class_num or class_num, resolve_geometry(args, known)
+    if vae is not None:
+        check_vae(vae, args)
+    origin = LatentOrigin() if vae is None else origin_of(named, vae)
+    settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
+                            args.on_bad_image, args.background)
     path = args.cached_path if kind else f"{args.data_path}/train"
     data = open_data(path, settings, cached=bool(kind))
-    what, how = ("cached latents", "") if data.is_moments else ("images", ", encoded on the fly")
-    log(f"{len(data)} {what} in {path}{how}")
-    if len(data.classes) > args.class_num:
-        raise FlowARError(f"{path if kind else args.data_path}: {len(data.classes)} class folders, "
-                          f"but --class_num is {args.class_num}")
-    if len(data.classes) < args.class_num:
-        log(f"warning: {len(data.classes)} class folders for --class_num {args.class_num}: "
-            "the other classes are not trained")
+    say_what_is_there(data, path, args.img_size)
+    args = with_options(args, class_num=asked or len(data.classes))
+    if data.is_moments:
+        found = cache_origin(data, path)
+        check_origin(path, found, origin)
+        origin = LatentOrigin(*(new if old is None else old for old, new in zip(origin, found)))
     workers = dict(rank=rank(), world_size=world_size(), num_workers=args.num_workers,
                    pin_memory=args.pin_mem and device.type == "cuda", timeout=args.timeout)
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, **workers)
@@ -90,16 +74,46 @@ def open_sources(args, device):
         raise FlowARError(f"{len(data)} training images are fewer than one global batch of {args.global_batch} "
                           f"(--batch_size {args.batch_size} x {world_size()} processes x "
                           f"--accum_iter {args.accum_iter})")
-    source, held_out = Source(loader, vae), open_validation(args, settings._replace(train=False), vae)
-    if held_out is not None and held_out.classes != data.classes:
-        other = sorted(set(held_out.classes) ^ set(data.classes))
-        raise FlowARError(
-            f"{args.cached_val_path or args.data_path}: the classes of the validation set are not those of the "
-            f"training set (only in one of them: {name_some(other)}), so its labels would be others")
-    validation = None if held_out is None else Source(build_loader(held_out, args.batch_size, **workers), vae)
-    if not vae.is_there():
-        log(f"no VAE at {args.vae_path}: no sample grids")
-    return args, source, validation, vae
+    held_out = open_validation(args, settings._replace(train=False), vae, data.classes, origin)
+    validation = None if held_out is None else Source(build_loader(held_out, args.batch_size, **workers), vae, device)
+    if vae is None:
+        log(f"no VAE at {args.vae_path} (--vae_path): no sample grids")
+    return args, Source(loader, vae, device), validation, vae, origin
+
+
+def open_if_there(named, device, needed):
+    """The VAE on a device; None if it is not there and not needed: cached latents need none."""
+    if not needed and not named.is_there():
+        return None
+    vae, unused = named.open()
+    if unused:
+        log(f"{named.name}: {len(unused)} tensors are not the VAE's and were left out")
+    return vae.eval().requires_grad_(False).to(device)
+
+
+def cache_origin(data, path):
+    """LatentOrigin of a cache; its latent scale is always known."""
+    origin = getattr(data, "origin", LatentOrigin())
+    return origin._replace(name=origin.name or f"that of {path}", latent_scale=tuple(data.latent_scale))
+
+
+def say_what_is_there(data, path, img_size):
+    """Log what a dataset holds and what looks like a mistake in it."""
+    if not isinstance(data, Images):
+        log(f"{len(data):,} {'cached latents' if data.is_moments else 'images'} in {path}")
+        return
+    log(f"{data.folder.summary()} in {path}, encoded on the fly")
+    for line in from_main(lambda: advice(data.folder) + sample_advice(data.folder, img_size)):
+        log(f"warning: {path}: {line}")
+
+
+def check_classes(classes, class_num):
+    """FlowARError if the data has more classes than the model, a warning if it has fewer."""
+    found = f"the training set has {len(classes)} classes ({name_some(classes, 3)})"
+    if len(classes) > class_num:
+        raise FlowARError(f"{found}, but --class_num is {class_num}")
+    if len(classes) < class_num:
+        log(f"warning: {found} for --class_num {class_num}: the others are not trained")
 
 
 def find_cache(args):
@@ -115,13 +129,37 @@ def find_cache(args):
     return None
 
 
-def open_validation(args, settings, vae):
-    """The validation set: cached, or the images in val/ where the VAE is there to encode them; None without either."""
-    if args.cached_val_path:
-        if find_data(args.cached_val_path, cached=True) is None:
-            raise FlowARError(f"--cached_val_path {args.cached_val_path}: no cached latents there")
-        return open_data(args.cached_val_path, settings, cached=True)
-    if (Path(args.data_path) / "val").is_dir() and vae.is_there():
-        return open_data(f"{args.data_path}/val", settings)
-    log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
-    return None
+def open_validation(args, settings, vae, classes, origin):
+    """The validation set: cached, or the images in val/ where the VAE is there to encode them; None without either.
+
+    A cache that was asked for must be one of the same classes and VAE; a val/ that is merely there is left out with a
+    word if it cannot be used.
+    """
+    if args.no_val:
+        return None
+    if path := args.cached_val_path:
+        if find_data(path, cached=True) is None:
+            raise FlowARError(f"--cached_val_path {path}: no cached latents there")
+        data = open_data(path, settings, cached=True)
+        check_origin(f"--cached_val_path {path}", cache_origin(data, path), origin)
+        check_same_classes(data, path, classes)
+        return data
+    path = Path(args.data_path) / "val"
+    if not path.is_dir() or vae is None:
+        log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
+        return None
+    try:
+        data = open_data(path, settings)
+        check_same_classes(data, path, classes)
+    except FlowARError as error:
+        log(f"warning: no validation loss: {error}; mend it, or leave it out with --no_val")
+        return None
+    log(f"{data.folder.summary() if isinstance(data, Images) else f'{len(data):,} images'} in {path}, for validation")
+    return data
+
+
+def check_same_classes(data, path, classes):
+    if list(data.classes) != list(classes):
+        other = sorted(set(data.classes) ^ set(classes))
+        raise FlowARError(f"{path}: the classes of the validation set are not those of the training set (only in one "
+                          f"of them: {name_some(other)}), so its labels would be others")

@@ -6,6 +6,7 @@ checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import threading
 import time
@@ -15,11 +16,12 @@ import torch
 
 from models import FlowARError
 from models.files import read_file, write_file
-from models.registry import LAST, load_model, model_state, saved_options
+from models.registry import LAST, load_model, model_state, recognise_geometry, saved_options
 from util.cluster import from_main, log
 from util.training.progress import Progress
+from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
 
-STEP = "checkpoint-{:09d}.pth"
+STEP, OWN = "checkpoint-{:09d}.pth", re.compile(r"checkpoint-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
             "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
@@ -27,26 +29,28 @@ LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was k
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in the background and keeps the last `keep` of them. Rank 0 has one.
+    """Writes the checkpoints of a run in the background, on rank 0, and keeps the last `keep` of them, and for ever
+    those after a multiple of `keep_every` epochs.
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
     symbolic link). A failed write raises FlowARError from the next call; older files go after a newer one is there.
+    Files that are not this class's, see of_steps, are left alone.
     """
 
-    def __init__(self, folder, keep, minutes=None, step=0):
-        self.folder, self.keep, self.minutes = Path(folder), keep, minutes
+    def __init__(self, folder, keep, minutes=None, step=0, keep_every=0):
+        self.folder, self.keep, self.minutes, self.keep_every = Path(folder), keep, minutes, keep_every
         self.writer = self.error = None
         self.saved, self.saved_at = step, time.monotonic()
         for torn in self.folder.glob("checkpoint-*.pth.tmp"):  # of a run that was killed while it wrote
-            torn.unlink()
-        aside = [later for later in of_steps(self.folder) if step_of(later) > step]
+            if OWN.fullmatch(torn.stem) or torn.stem == LAST:
+                torn.unlink()
+        last, owned = self.folder / LAST, of_steps(self.folder)
+        aside = [later for later in owned if step_of(later) > step]
+        left = [path for path in owned if path not in aside]
+        if left and last.is_file() and any(last.samefile(later) for later in aside):
+            link(left[0], last)  # it must not be another name of one that goes
         for later in aside:
             set_aside(later, step)
-        if aside:  # checkpoint-last.pth must not be another name of one of them
-            (self.folder / LAST).unlink(missing_ok=True)
-            for newest in of_steps(self.folder)[:1]:
-                link(newest, self.folder / LAST)
-        self._remove_old()
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
@@ -73,7 +77,8 @@ class CheckpointWriter:
 
     def _remove_old(self):
         for old in of_steps(self.folder)[self.keep:]:
-            old.unlink(missing_ok=True)
+            if not is_milestone(old, self.keep_every):
+                old.unlink(missing_ok=True)
 
     def _write(self, content, path):
         try:
@@ -119,7 +124,8 @@ def set_aside(later, step):
     except FlowARError:
         name = later.with_name(f"{later.name}.damaged")
         for old in later.parent.glob("checkpoint-*.pth.damaged"):
-            old.unlink()
+            if OWN.fullmatch(old.stem):
+                old.unlink()
     later.replace(name)
     log(f"{later}: is later than step {step} that this run goes on from; renamed to {name.name}")
 
@@ -164,13 +170,30 @@ def link(path, name):
 
 
 def of_steps(folder):
-    """checkpoint-<step>.pth of a folder, the latest step first."""
-    found = Path(folder).glob("checkpoint-*.pth")
-    return sorted((path for path in found if path.stem[len("checkpoint-"):].isdecimal()), key=step_of, reverse=True)
+    """checkpoint-<step>.pth of a folder, the latest step first: of nine digits, and of that step if it can be read."""
+    found = [path for path in Path(folder).glob("checkpoint-*.pth") if OWN.fullmatch(path.name)]
+    return sorted((path for path in found if saved_progress(path).get("step", step_of(path)) == step_of(path)),
+                  key=step_of, reverse=True)
 
 
 def step_of(path):
-    return int(path.stem.removeprefix("checkpoint-"))
+    return int(OWN.fullmatch(path.name)[1])
+
+
+def saved_progress(path):
+    """`progress` of a checkpoint's file, {} where it cannot be read."""
+    try:
+        content = read_file(path, mmap=True)
+    except FlowARError:
+        return {}
+    progress = content.get("progress") if isinstance(content, dict) else None
+    return progress if isinstance(progress, dict) else {}
+
+
+def is_milestone(path, epochs):
+    """Whether a checkpoint was saved after a multiple of so many epochs; 0: none is."""
+    progress = saved_progress(path) if epochs else {}
+    return progress.get("done") == 0 and progress["epoch"] > 0 and progress["epoch"] % epochs == 0
 
 
 def all_in(folder):
@@ -212,18 +235,25 @@ def read_model_file(resume):
     return path, read_file(path, mmap=True)
 
 
-def content_of(network, ema, optimizer, scaler, progress, images, options):
-    """What a training checkpoint holds; images: size of the training set; options: {name: value} of the program."""
+def record(options, data, origin):
+    """What checkpoints say of a run beside its state. options: {name: value} of the program; data, origin: see
+    util.training.provenance.
+    """
+    return {"args": {name: tuple(value) if isinstance(value, tuple) else value  # no named tuples
+                     for name, value in options.items()},
+            "images": data["images"], "data": data, "vae": origin._asdict()}
+
+
+def content_of(network, ema, optimizer, scaler, progress, record):
+    """What a training checkpoint holds; record: see record()."""
     return {
+        **record,
         "model": network.state_dict(),
         "model_ema": ema.module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "epoch": progress.epoch - 1,  # the last one that is complete, as the release counts
         "scaler": scaler.state_dict(),
-        "args": {name: tuple(value) if isinstance(value, tuple) else value  # no named tuples
-                 for name, value in options.items()},
         "progress": progress.state_dict(),
-        "images": images,
     }
 
 
@@ -279,9 +309,34 @@ def find_start(resume, output_dir):
     return (path, read_file(path, mmap=True)) if path else (None, {})
 
 
-def resume(path, content, parts, images, options):
-    """Load content into parts (network, EMA, optimizer, scaler); returns the Progress to go on from. See content_of."""
+def class_num_of(content, path):
+    """Number of classes of a checkpoint's content, None without one."""
+    return len(model_state(content, path, "model")["class_emb.weight"]) - 1 if content else None
+
+
+def geometry_of(content, path, vae_embed_dim):
+    """What a checkpoint's tensors say of the options, see recognise_geometry."""
+    return recognise_geometry(model_state(content, path, "model"), path, vae_embed_dim)
+
+
+def begins_anew(content, options):
+    """Whether --start_epoch asks for another epoch than the one after the checkpoint's."""
+    return options["start_epoch"] not in (None, saved_options(content).get("start_epoch"))
+
+
+def check_trained_on(content, path, record):
+    """FlowARError if a checkpoint to go on from is of another VAE, or its labels were other classes."""
+    check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
+    if "optimizer" in content and not begins_anew(content, record["args"]):
+        check_data(content, path, record["data"])
+
+
+def resume(path, content, parts, record):
+    """Load content into parts (network, EMA, optimizer, scaler); returns the Progress to go on from. record: of now, to
+    compare with the content's.
+    """
     network, ema, optimizer, scaler = parts
+    options, images = record["args"], record["images"]
     batch, start, before = options["global_batch"], options["start_epoch"], saved_options(content)
     steps = images // batch
     fresh = Progress(epoch=start or 0, step=(start or 0) * steps)
@@ -293,7 +348,7 @@ def resume(path, content, parts, images, options):
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
     load_optimizer(optimizer, scaler, content, path)
-    if start not in (None, before.get("start_epoch")):
+    if begins_anew(content, options):
         log(f"{path}: --start_epoch: going on with epoch {start + 1}")
         return fresh
     progress = load_progress(content, path, steps)

@@ -9,6 +9,7 @@ from models import FlowARError
 BETAS = (0.9, 0.95)
 LR_SCHEDULES = ("cosine", "constant")
 LR_REFERENCE_BATCH = 256
+EMA_HOLDS = 0.01  # of the random start: more shows in samples
 
 
 def peak_learning_rate(blr, global_batch):
@@ -42,6 +43,17 @@ def adjust_learning_rate(optimizer, epoch, **schedule):
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+def ema_advice(rate, steps):
+    """A line where the EMA of so many steps will still hold more than 1 % of the weights it began with, else None."""
+    held = rate**steps
+    if held <= EMA_HOLDS:
+        return None
+    suits = 1 - float(f"{1 - EMA_HOLDS ** (1 / steps):.1g}")
+    return (f"--ema_rate {rate:g}: after the {steps} steps of this training the EMA will still be {held:.0%} random "
+            f"start, and its samples noise; --ema_rate {suits:g} suits so few steps, or look at the raw weights "
+            "(--weights raw)")
 
 
 class EMA:

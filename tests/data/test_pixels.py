@@ -1,0 +1,222 @@
+"""From a file to RGB: what a viewer shows, whatever the mode; what ImageNet's files give is Pillow's convert("RGB"), bit for bit."""
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin, TiffImagePlugin
+
+from models import FlowARError
+from util.data import Images, open_image
+from util.data.pixels import DEEP, FLOATS, TRANSPARENT, TURNED, read_image
+
+INK, PAPER, HIDDEN = (10, 20, 30), (255, 255, 255), (255, 0, 255)
+
+
+def drawing(mode="RGBA"):
+    """A dark square on a hidden colour: 8x8, the square in its middle half."""
+    pixels = np.full((8, 8, 4), (*HIDDEN, 0), np.uint8)
+    pixels[2:6, 2:6] = (*INK, 255)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def palette_drawing():
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([*HIDDEN, *INK] + [0] * 762)
+    image.paste(1, (2, 2, 6, 6))
+    return image
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def palette_alpha():
+    return saved(palette_drawing(), "PNG", transparency=bytes([0, 255]))
+
+
+def rgb_key():
+    image = Image.new("RGB", (8, 8), HIDDEN)
+    image.paste(INK, (2, 2, 6, 6))
+    return saved(image, "PNG", transparency=HIDDEN)
+
+
+def grey_key():
+    image = Image.new("L", (8, 8), 200)
+    image.paste(18, (2, 2, 6, 6))
+    return saved(image, "PNG", transparency=200)
+
+
+def deep_grey_key():
+    values = np.full((8, 8), 51400, np.uint16)
+    values[2:6, 2:6] = 18 * 257
+    return saved(Image.fromarray(values), "PNG", transparency=51400)
+
+
+def few_bits_key(bits):
+    """A PNG of 2 or 4 bits of grey, of which 2 is transparent and 0 the ink: Pillow writes none."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    values = np.full((8, 8), 2)
+    values[2:6, 2:6] = 0
+    rows = [b"\0" + int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(bits) for row in values]
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0)) + chunk(b"tRNS", b"\0\2")
+                      + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+
+
+def two_frames():
+    first = palette_drawing()
+    return saved(first, "GIF", save_all=True, append_images=[Image.new("P", (8, 8), 1)], transparency=0, disposal=2)
+
+
+TRANSPARENCY = {
+    "RGBA PNG": lambda: saved(drawing(), "PNG"), "LA PNG": lambda: saved(drawing("LA"), "PNG"), "RGBA TIFF": lambda: saved(drawing(), "TIFF"),
+    "RGBA WebP": lambda: saved(drawing(), "WEBP", lossless=True, exact=True), "palette, one colour": lambda: saved(palette_drawing(), "PNG", transparency=0),
+    "palette, alpha": palette_alpha, "RGB with a transparent colour": rgb_key, "L with a transparent grey": grey_key,
+    "16 bits of grey with a transparent one": deep_grey_key, "GIF": lambda: saved(palette_drawing(), "GIF", transparency=0), "GIF of two frames": two_frames,
+    "2 bits of grey": lambda: few_bits_key(2), "4 bits of grey": lambda: few_bits_key(4),
+    "APNG": lambda: saved(drawing(), "PNG", save_all=True, append_images=[Image.new("RGBA", (8, 8), (0, 255, 0, 255))]),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENCY)
+def test_transparency_lies_over_the_background(kind):
+    image, conversions = read_image(TRANSPARENCY[kind]())
+    pixels = np.asarray(image)
+    assert TRANSPARENT in conversions and image.mode == "RGB"
+    assert (pixels[0, 0] == PAPER).all() and pixels[4, 4].max() <= 30
+    assert (np.asarray(open_image(TRANSPARENCY[kind](), background=(0, 128, 255)))[0, 0] == (0, 128, 255)).all()
+
+
+def test_half_transparent_pixels_mix():
+    pixels = np.asarray(open_image(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 51)), "PNG")))
+    assert (pixels == 204).all()
+
+
+def test_alpha_that_hides_nothing_changes_nothing():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    image, conversions = read_image(saved(Image.fromarray(pixels), "PNG"))
+    assert not conversions and (np.asarray(image) == pixels[..., :3]).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(kind, orientation):
+    upright = np.zeros((24, 40, 3), np.uint8)
+    upright[:12, :20], upright[12:, 20:] = (255, 0, 0), (0, 0, 255)
+    turns = [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+             Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270]  # the other way round
+    stored, exif = Image.fromarray(upright), Image.Exif()
+    if orientation > 1:
+        stored = stored.transpose(turns[orientation - 1])
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    image, conversions = read_image(saved(stored, kind, exif=exif, **options))
+    assert np.abs(np.asarray(image).astype(int) - upright).max() < 12
+    assert conversions == ((TURNED,) if orientation > 1 else ())
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage" * 3, b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
+def test_a_damaged_exif_block_is_none(exif):
+    assert open_image(saved(Image.new("RGB", (8, 8), INK), "JPEG", exif=exif)).size == (8, 8)
+
+
+def tiff_of(values, photometric=1):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = photometric
+    return saved(Image.fromarray(values), "TIFF", tiffinfo=tags)
+
+
+def steps(top, dtype):
+    return np.array([0, top // 5, top]).astype(dtype)[None].repeat(3, axis=0)
+
+
+def unsigned32():
+    """Pillow writes no unsigned TIFF of 32 bits; readers get one by its sample format."""
+    content = tiff_of(steps(2**31 - 1, np.int32)).getvalue()
+    values = steps(2**32 - 1, np.uint32)
+    content = content.replace(steps(2**31 - 1, np.int32).tobytes(), values.tobytes())
+    entry = content.index(b"\x53\x01\x03\x00")  # tag 339, a short
+    return io.BytesIO(content[:entry + 8] + b"\x01" + content[entry + 9:])
+
+
+DEEP_GREY = {
+    "16-bit PNG": lambda: saved(Image.fromarray(steps(65535, np.uint16)), "PNG"), "16-bit TIFF": lambda: tiff_of(steps(65535, np.uint16)),
+    "16-bit PGM": lambda: io.BytesIO(b"P5 3 3 65535\n" + steps(65535, ">u2").tobytes()), "10-bit PGM": lambda: io.BytesIO(
+        b"P5 3 3 1020\n" + steps(1020, ">u2").tobytes()), "32-bit TIFF": lambda: tiff_of(steps(2**31 - 1, np.int32)), "unsigned 32-bit TIFF": unsigned32,
+    "big-endian TIFF": lambda: saved(Image.frombytes("I;16B", (3, 3), steps(65535, ">u2").tobytes()), "TIFF")}
+
+
+@pytest.mark.parametrize("kind", DEEP_GREY)
+def test_deep_grey_is_scaled_over_its_range(kind):
+    image, conversions = read_image(DEEP_GREY[kind]())
+    assert conversions == (DEEP,) and np.asarray(image)[1, :, 0].tolist() == [0, 51, 255]
+
+
+def test_zero_may_be_white():
+    values = np.asarray(open_image(tiff_of(steps(65535, np.uint16), photometric=0)))[0, :, 1]
+    assert values.tolist() == [255, 204, 0]
+
+
+@pytest.mark.parametrize("values,message", [
+    (np.linspace(0, 255, 9, dtype=np.float32), "floats from 0 to 255, expected 0 to 1"), (np.array([-0.5, 1] * 3, np.float32), "floats from -0.5 to 1"),
+    (np.array([np.nan, 1] * 3, np.float32), "floats from nan to nan"), (np.array([-5, 7] * 3, np.int32), "negative grey values, down to -5")])
+def test_values_without_an_agreed_range_are_refused(tmp_path, values, message):
+    path = tmp_path / "depth.tif"
+    Image.fromarray(values.reshape(3, -1)).save(path)
+    with pytest.raises(FlowARError, match=f"depth.tif: cannot be read as an image .{message}"):
+        open_image(path)
+
+
+def test_floats_from_0_to_1_are_scaled():
+    image, conversions = read_image(tiff_of(np.array([[0, 0.2, 1]] * 3, np.float32)))
+    assert conversions == (FLOATS,) and np.asarray(image)[0, :, 2].tolist() == [0, 51, 255]
+
+
+@pytest.mark.parametrize("mode,kind", [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"),
+                                       ("LAB", "TIFF"), ("RGB", "BMP"), ("RGB", "PPM")])
+def test_all_else_is_pillows_conversion(mode, kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    file = saved(noise.convert(mode), kind)
+    image, conversions = read_image(file)
+    assert not conversions and np.array_equal(np.asarray(image), np.asarray(Image.open(file).convert("RGB")))
+
+
+@pytest.mark.parametrize("content,message", [
+    (b"", "it is an empty file"), (b"\0" * 900, "it is only zeros"), (b"<!DOCTYPE html><html>", "it is a web page"), (b"\n<html>", "it is a web page"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is a HEIC image: pip install pillow-heif, or convert it"), (b"%PDF-1.4", "it is a PDF"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "it is a git-LFS pointer"), (b"<svg xmlns='x'/>", "it is an SVG drawing"),
+    (b"PK\3\4rest", "it is a zip archive"), (b"hello", "it is of no format known here .it begins with b'hello'")])
+def test_what_is_no_image_is_named(tmp_path, content, message):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(FlowARError, match=f"x.jpg: cannot be read as an image: {message}"):
+        open_image(tmp_path / "x.jpg")
+
+
+def test_avif_is_read_where_pillow_can(tmp_path):
+    path = tmp_path / "x.avif"
+    path.write_bytes(b"\0\0\0\x1cftypavif\0\0\0\0")
+    with pytest.raises(FlowARError, match="x.avif: cannot be read"):
+        open_image(path)
+    if ".avif" in Image.registered_extensions() and "AVIF" in Image.SAVE:
+        drawing().save(path)
+        pixels = np.asarray(open_image(path)).astype(int)
+        assert np.abs(pixels[0, 0] - PAPER).max() < 8
+
+
+def test_a_dataset_counts_what_it_converted(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    drawing().save(tmp_path / "a" / "0.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawing("RGB").save(tmp_path / "a" / "1.jpg", exif=exif)
+    drawing("RGB").save(tmp_path / "a" / "2.jpg", pnginfo=PngImagePlugin.PngInfo())
+    data = Images(tmp_path, 8, background=(0, 0, 255))
+    assert [data[(0, i)][0][:, 0, 0].tolist() for i in range(3)][0] == [-1, -1, 1]
+    data.say_counts()
+    assert capsys.readouterr().out == "of 3 images read: 1 with transparency over the background, 1 turned upright\n"

@@ -1,0 +1,100 @@
+"""A checkpoint knows its classes, its images and its VAE; what is at hand and differs is refused or said."""
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import make_project, train
+from PIL import Image
+
+from models import FlowARError
+from util.data.source import check_same_classes
+from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
+
+DATA = {"classes": ["cat", "dog", "owl"], "counts": [5, 5, 0], "images": 10, "sha256": "a" * 64}
+
+
+@pytest.mark.parametrize("classes,message", [
+    (["cat", "cow", "dog", "owl"], "label 1 was class dog, now it is cow"), (["cat", "dog", "uhu"], "label 2 was class owl, now it is uhu"),
+    (["cat", "dog"], "label 2 was class owl, now it is no class"), (["ape", "cat", "dog"], "label 0 was class cat, now it is ape")])
+def test_a_label_that_moved_is_refused_by_name(classes, message):
+    with pytest.raises(FlowARError, match=f"run.pth: {message}: a class folder was added, renamed or removed; put"):
+        check_data({"data": DATA}, "run.pth", {**DATA, "classes": classes})
+
+
+@pytest.mark.parametrize("now,said", [
+    (DATA, ""), ({**DATA, "sha256": "b", "images": 12}, "other data than before: 10 images of 3 classes, now 12 of 3"),
+    ({**DATA, "sha256": "b", "classes": [*DATA["classes"], "yak"]}, "other data than before: 10 images of 3 classes, now 10 of 4")])
+def test_other_images_are_said(now, said, capsys):
+    check_data({"data": DATA}, "run.pth", now)
+    assert said in capsys.readouterr().out
+
+
+def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
+    check_data({"images": 10}, "run.pth", DATA)
+    assert "run.pth: does not say what it was trained on" in capsys.readouterr().out
+    assert saved_origin({"vae": "nonsense"}) == saved_origin({}) == LatentOrigin()
+    check_origin("run.pth", saved_origin({}), LatentOrigin("mine", "abc", (1, 0)))
+
+
+@pytest.mark.parametrize("found", [LatentOrigin("a", "1" * 64, (2.0, 0.0)), LatentOrigin("a", None, (1.0, 0.0))])
+def test_latents_of_another_vae_are_refused(found):
+    with pytest.raises(FlowARError, match="what: its VAE is a .(sha256|latent_scale) .*, but b has .*: latents of two VAEs do not mix"):
+        check_origin("what", found, LatentOrigin("b", "2" * 64, (2.0, 0.0)))
+
+
+def test_a_run_remembers_and_compares(tmp_path, capsys):
+    project = make_project(tmp_path, per_class=4)
+    images = project / "images" / "train"
+    (images / "5" / "000.png").rename(images / "5" / "0 0\n0.png")
+    for file in (images / "7").iterdir():
+        file.unlink()
+    content = train(project, tmp_path / "run", "--batch_size 6")
+    printed = capsys.readouterr().out
+    assert "36 images in " in printed and "1 of 10 class folders hold no image (7)" in printed
+    assert "--ema_rate 0.9999: after the 12 steps of this training the EMA will still be 100% random start" in printed
+    assert content["data"]["classes"] == [str(i) for i in range(10)] and content["data"]["counts"] == [4] * 7 + [0] + [4] * 2
+    assert content["vae"]["name"] == f"--vae_path {project}/vae.pth" and content["vae"]["latent_scale"] == (2.0, pytest.approx(0.1))
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"samples_epoch0002.png", "samples_epoch0002_raw.png"}
+    shutil.copy(images / "1" / "000.png", images / "2" / "more.png")
+    more = f"--resume {tmp_path}/run --batch_size 6 --epochs"
+    train(project, tmp_path / "run", f"{more} 3")
+    assert "other data than before: 36 images of 10 classes, now 37 of 10" in capsys.readouterr().out
+    (images / "55").mkdir()
+    shutil.copy(images / "1" / "000.png", images / "55")
+    with pytest.raises(FlowARError, match="label 6 was class 6, now it is 55"):
+        train(project, tmp_path / "run", f"{more} 4")
+
+
+def test_the_number_of_classes_follows_from_the_folders(tmp_path):
+    """--class_num is not given: as many as there are folders, then the checkpoint's."""
+    import main_flowar
+    from helpers import GEOMETRY, training_command
+    from util.options import training_parser
+    project = make_project(tmp_path, per_class=2)
+    for label in range(7, 10):
+        shutil.rmtree(project / "images" / "train" / str(label))
+    for extra in ("", f"--resume {tmp_path}/run --epochs 3"):
+        words = training_command(project, tmp_path / "run", f"--batch_size 4 {extra}").replace(GEOMETRY, GEOMETRY.replace("--class_num 10", ""))
+        main_flowar.train(training_parser().parse_args(words.split()[1:]), torch.device("cpu"))
+        content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
+        assert len(content["model"]["class_emb.weight"]) == 8 and content["args"]["class_num"] == 7
+
+
+def test_a_validation_cache_of_other_classes_is_refused():
+    with pytest.raises(FlowARError, match="cache: the classes of the validation set are not those of the training set .only in one of them: b, c."):
+        check_same_classes(SimpleNamespace(classes=["a", "b"]), "cache", ["a", "c"])
+
+
+@pytest.mark.parametrize("spoil,said", [
+    (lambda val: shutil.rmtree(val / "3"), "val: the classes of the validation set are not those of the training set (only in one of them: 3)"),
+    (lambda val: [shutil.rmtree(path) for path in val.iterdir()], "val: no class folders"),
+    (lambda val: [shutil.rmtree(path) for path in val.iterdir()] + [Image.new("RGB", (8, 8)).save(val / "1.png")], "val: 1 images but no class folders")])
+def test_a_val_that_cannot_be_used_is_left_out_with_a_word(tmp_path, capsys, spoil, said):
+    project = make_project(tmp_path, per_class=2)
+    spoil(project / "images" / "val")
+    train(project, tmp_path / "run", "--batch_size 10 --epochs 1")
+    printed = capsys.readouterr().out
+    assert "warning: no validation loss: " in printed and said in printed and "--no_val" in printed and "val loss" not in printed
+    train(project, tmp_path / "quiet", "--batch_size 10 --epochs 1 --no_val")
+    assert "validation" not in capsys.readouterr().out

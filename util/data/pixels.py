@@ -1,0 +1,174 @@
+"""From an image file to RGB: what a viewer shows, for training, caches, references and scripts alike.
+
+* Transparency, of any kind, lies over a background (white unless --background says otherwise).
+* The EXIF orientation is applied; a damaged EXIF block counts as none.
+* Grey values of 16 or 32 bits are scaled from the range of their type (0 is black) to 8 bits.
+* Floats from 0 to 1 are scaled to 8 bits; others have no agreed range and are refused.
+* Of several frames the first is taken. Colour profiles are not applied, as in the loaders of ImageNet.
+
+Everything else is Pillow's convert("RGB"), bit for bit: 8-bit JPEGs and PNGs, CMYK, palettes, LAB.
+"""
+import contextlib
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, UnidentifiedImageError
+
+from models import FlowARError
+from models.files import first_line
+
+# Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
+LONGEST_SIDES = 100
+WHITE = (255, 255, 255)
+ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 258, 262, 339  # of EXIF; of TIFF
+SIGNED, WHITE_IS_ZERO = 2, 0  # values of SAMPLE_FORMAT, PHOTOMETRIC
+
+TRANSPARENT, TURNED, DEEP, FLOATS = range(4)
+CONVERSIONS = ("with transparency over the background", "turned upright", "of deep grey scaled to 8 bits",
+               "of floats scaled to 8 bits")
+TRANSPOSED = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                             Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270,
+                             Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), start=2))  # by EXIF orientation
+
+EXPANDED = {"L;2": 85, "L;4": 17}  # Pillow expands a PNG's grey of 2 or 4 bits to 8, but not the transparent one
+# What downloads and cameras leave behind under an image's name: first bytes, at an offset.
+SIGNATURES = (
+    ("a HEIC image", 8, (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")),
+    ("an AVIF image", 8, (b"avif", b"avis")), ("a video", 4, (b"ftyp",)),
+    ("a web page", 0, (b"<!doctype html", b"<html")), ("an SVG drawing", 0, (b"<svg",)),
+    ("XML", 0, (b"<?xml",)), ("a PDF", 0, (b"%pdf",)), ("PostScript", 0, (b"%!ps",)),
+    ("a Photoshop file", 0, (b"8bps",)),
+    ("a zip archive", 0, (b"pk\3\4",)), ("gzip", 0, (b"\x1f\x8b",)), ("a NumPy array", 0, (b"\x93numpy",)),
+    ("a git-LFS pointer (git lfs pull)", 0, (b"version https://git-lfs",)), ("a damaged JPEG", 0, (b"\xff\xd8",)),
+    ("a damaged PNG", 0, (b"\x89png",)))
+CURES = {"a HEIC image": "pip install pillow-heif, or convert it",
+         "an AVIF image": "pip install 'pillow>=11.3', or convert it"}
+
+
+class Pixels(NamedTuple):
+    """What read_image found."""
+    image: Image.Image  # RGB
+    conversions: tuple  # which of CONVERSIONS were made, as indices
+
+
+def parse_color(text):
+    """'white', '#ffffff' or '255,255,255' -> (r, g, b); ValueError."""
+    color = ImageColor.getrgb(f"rgb({text})" if text[:1].isdecimal() else text)[:3]
+    if max(color) > 255:
+        raise ValueError(f"{color} is beyond 255")
+    return color
+
+
+@functools.cache
+def readable_formats():
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def format_found(path):
+    """What a file that Pillow does not know seems to be, with the cure, for a message."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start.strip(b"\0"):
+        return "only zeros" if start else "an empty file"
+    for name, offset, marks in SIGNATURES:
+        if start.lstrip().lower()[offset:].startswith(marks):
+            return f"{name}{': ' + CURES[name] if name in CURES else ''}"
+    return f"of no format known here (it begins with {start[:8]!r})"
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The file as a Pillow image, not decoded; FlowARError with the path for whatever goes wrong in the block."""
+    try:
+        with Image.open(path, formats=readable_formats()) as image:
+            if max(image.size) > LONGEST_SIDES * min(image.size):  # resized to a crop's size it would take gigabytes
+                raise ValueError(f"{image.width}x{image.height} pixels, expected sides within a factor of "
+                                 f"{LONGEST_SIDES}")
+            yield image
+    except UnidentifiedImageError:
+        raise FlowARError(f"{path}: cannot be read as an image: it is {format_found(path)}") from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        raise FlowARError(f"{path}: cannot be read as an image ({first_line(error)})") from error
+
+
+def open_image(path, background=WHITE):
+    """RGB image of a file by the rules above, or FlowARError with the path."""
+    return read_image(path, background).image
+
+
+def read_image(path, background=WHITE):
+    """Pixels of a file by the rules above, or FlowARError with the path."""
+    with opened(path) as image:
+        factor = EXPANDED.get(str(image.tile[0][3]), 1) if image.tile else 1
+        said = orientation(image)
+        image.load()  # which turns a TIFF
+        if factor > 1 and "transparency" in image.info:
+            image.info["transparency"] *= factor
+        made, turn = [TURNED] if said in TRANSPOSED else [], TRANSPOSED.get(orientation(image))
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            made.append(DEEP)
+            image = scale_integers(image)
+        elif image.mode == "F":
+            made.append(FLOATS)
+            image = scale_floats(image)
+        if image.has_transparency_data:
+            image, seen_through = over(image, background)
+            made += [TRANSPARENT] * seen_through
+        image = image.convert("RGB")
+        return Pixels(image if turn is None else image.transpose(turn), tuple(made))
+
+
+def orientation(image):
+    """Its EXIF orientation, 1 to 8, or None."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+        return value if isinstance(value, int) else None
+    except Exception:  # a damaged block makes Pillow raise almost anything
+        return None
+
+
+def over(image, background):
+    """(an image with transparency over a colour, whether any of it shows)."""
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    alpha = image.getchannel("A")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=alpha)
+    return canvas, alpha.getextrema()[0] < 255
+
+
+def scale_integers(image):
+    """8-bit grey image of one of 16 or 32 bits: 0 is black, the largest number of its type white."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    bits = tags.get(BITS, (16,))[0]  # PNG's and PGM's are of 16
+    signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
+    if bits == 32 and not signed:
+        values = values.view(np.uint32)
+    if values.min() < 0:
+        raise ValueError(f"negative grey values, down to {values.min()}: save it with values from 0 on")
+    top = 2 ** (bits - signed) - 1
+    return grey(values / top, tags, transparent=None if (t := image.info.get("transparency")) is None else values == t)
+
+
+def scale_floats(image):
+    """8-bit grey image of one of floats from 0 to 1."""
+    values = np.asarray(image)
+    if not (values.min() >= 0 and values.max() <= 1):  # not a number fails too
+        raise ValueError(f"floats from {values.min():g} to {values.max():g}, expected 0 to 1: their range is known "
+                         "to you alone, so divide by it, or save 8 or 16 bits")
+    return grey(values, getattr(image, "tag_v2", {}))
+
+
+def grey(values, tags, transparent=None):
+    """L image, or LA where some pixels are transparent, of values in 0..1."""
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = 1 - values
+    image = Image.fromarray(np.round(values * 255).astype(np.uint8))
+    if transparent is not None:
+        image.putalpha(Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8)))
+    return image

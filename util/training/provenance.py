@@ -1,0 +1,65 @@
+"""What a model was trained on, as checkpoints and caches remember it, and whether it is what is at hand.
+
+A checkpoint's `data` is {classes, counts (images of each), images, sha256 (of names and sizes)}, its `vae` a
+LatentOrigin as a dict. Older ones, and released weights, have neither.
+"""
+from itertools import zip_longest
+from typing import NamedTuple
+
+from models import FlowARError
+from util.cluster import from_main, log
+
+
+class LatentOrigin(NamedTuple):
+    """The VAE that latents are of; None: not known."""
+    name: str | None = None  # for messages: a path, or --vae's
+    sha256: str | None = None  # NamedVAE.identity
+    latent_scale: tuple | None = None  # (scale, shift)
+
+
+def origin_of(named, vae):
+    """LatentOrigin of an opened VAE; named: NamedVAE."""
+    return LatentOrigin(named.option, from_main(lambda: named.identity(vae)), tuple(vae.latent_scale))
+
+
+def check_origin(what, found, expected):
+    """FlowARError unless two LatentOrigins are, as far as they are known, of one VAE. what: has the first."""
+    for name in ("sha256", "latent_scale"):
+        one, other = (shorten(getattr(origin, name)) for origin in (found, expected))
+        if None not in (one, other) and one != other:
+            raise FlowARError(f"{what}: its VAE is {found.name or 'another one'} ({name} {one}), but {expected.name} "
+                              f"has {name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
+
+
+def shorten(value):
+    return value[:12] if isinstance(value, str) else None if value is None else tuple(float(part) for part in value)
+
+
+def saved_origin(content):
+    """LatentOrigin of a checkpoint's content."""
+    saved = content.get("vae") if isinstance(content, dict) else None
+    known = saved if isinstance(saved, dict) else {}
+    return LatentOrigin(*(known.get(name) for name in LatentOrigin._fields))
+
+
+def saved_data(content):
+    """`data` of a checkpoint's content, {} if it does not know it."""
+    saved = content.get("data") if isinstance(content, dict) else None
+    return saved if isinstance(saved, dict) and isinstance(saved.get("classes"), list) else {}
+
+
+def check_data(content, path, now):
+    """Compare a checkpoint's `data` with that of now: a label that moved is a FlowARError, other images are said."""
+    before = saved_data(content)
+    if not before:
+        log(f"{path}: does not say what it was trained on: whether these are the same classes cannot be checked")
+        return
+    for label, (old, new) in enumerate(zip_longest(before["classes"], now["classes"])):
+        if old is not None and old != new:
+            raise FlowARError(
+                f"{path}: label {label} was class {old}, now it is {'no class' if new is None else new}: a class "
+                "folder was added, renamed or removed; put the class folders back, or begin anew with --start_epoch 0, "
+                "which keeps the weights alone, or in another --output_dir")
+    if before.get("sha256") != now["sha256"]:
+        log(f"warning: {path}: other data than before: {before.get('images')} images of {len(before['classes'])} "
+            f"classes, now {now['images']} of {len(now['classes'])} (names or sizes differ)")
