@@ -27,7 +27,7 @@ from models.vaes import find_vae, open_vae
 from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
-from util.data.folders import advice
+from util.data.folders import advice, split_folder
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
 from util.data.pixels import CONVERSIONS
@@ -331,12 +331,14 @@ def main():
     args = parse_args()
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
+    if args.verify and (args.format == "npz" or not (Path(args.cached_path) / latents.INDEX).is_file()):
+        raise FlowARError(f"--verify is for a finished cache of shards, which remembers its images: there is none at {args.cached_path}")
     device = cluster.init(args.device)
     vae, _ = open_vae(args.vae, args.vae_path)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
-    images = Images(Path(args.data_path) / args.split, args.img_size, args.seed, train=not center, flip=False,
+    images = Images(split_folder(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
                     background=args.background)
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
     if not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO)):

@@ -7,7 +7,6 @@ scale, enlarged and decoded: what scale-wise generation goes through.
     python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
 """
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from models.vae import DiagonalGaussian
 from models.vaes import find_vae
 from util.data import Images, to_uint8
 from util.cluster import run_main, select_device
+from util.data.folders import split_folder
 from util.data.latents import ShardedMoments, kind_of_cache, read_texts
 from util.options import default_scales, integer_list, positive, some_path
 from util.training.provenance import check_origin, origin_of
@@ -55,7 +55,7 @@ def originals(data, chosen, args):
         return None
     index = data.index
     center = index["crops"] == "center"
-    images = Images(Path(args.data_path) / args.split, index["img_size"], index["seed"], train=not center, flip=False)
+    images = Images(split_folder(args.data_path, args.split), index["img_size"], index["seed"], train=not center, flip=False)
     position = {images.folder.name(i): i for i in range(len(images))}
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
     if len(names) != len(data):

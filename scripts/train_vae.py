@@ -27,6 +27,7 @@ from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from util.data import Images, build_loader, to_uint8
+from util.data.folders import split_folder
 from util.data.source import say_what_is_there
 from util.cluster import autocast, run_main, select_device, set_precision
 from util.evaluation.store import write_png
@@ -168,12 +169,13 @@ def evaluate(vae, data, args, device):
 
 def open_images(args):
     """(training images, held-out images or None)."""
-    root = Path(args.data_path)
-    data = Images(root / "train", args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
+    train = split_folder(args.data_path, "train")
+    data = Images(train, args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
                   background=args.background)
-    say_what_is_there(data, root / "train", args.img_size)
+    say_what_is_there(data, train, args.img_size)
     try:
-        return data, None if args.no_val else Images(root / "val", args.img_size, background=args.background)
+        return data, None if args.no_val else Images(split_folder(args.data_path, "val"), args.img_size,
+                                                          background=args.background)
     except FlowARError as error:
         print(f"warning: no PSNR on held-out images: {error}; mend it, or leave it out with --no_val", flush=True)
         return data, None

@@ -1,6 +1,8 @@
 """Small models, and the programs run in this process; runs in processes of their own are those of scripts/runs.py."""
+import importlib
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -34,6 +36,12 @@ def inputs(model, batch=2, seed=3):
             torch.randint(model.class_num, (batch,), generator=g),
             torch.rand(len(model.scale), batch, generator=g),
             [torch.randn(batch, s * s, model.token_channels, generator=g) for s in model.scale])
+
+
+def call(monkeypatch, command):
+    """Run a program's main() in this process."""
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    importlib.import_module(sys.argv[0].removesuffix(".py").replace("/", ".")).main()
 
 
 def train(project, output, extra="", device="cpu"):

@@ -1,13 +1,11 @@
 """Wrong options: each ends in one line that names the option or the file, with status 2, and nothing is lost or half-written."""
-import importlib
 import re
 import shlex
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import GEOMETRY, ROOT, evaluate, evaluation_command, make_project, run, train, training_command
+from helpers import GEOMETRY, ROOT, call, evaluate, evaluation_command, make_project, run, train, training_command
 
 from models import AutoencoderKL, FlowARError
 from models.vae import LatentScale
@@ -16,12 +14,6 @@ from util.options import SaveEvery, resolve_training, save_every, training_parse
 
 LOGS = (".lock", "log.jsonl", "events.out")  # how the names of the files begin that a training which ends with an error may leave
 NAMED = re.compile(r"--[a-z]|^\S+: |[a-z]_[a-z]|^scale |^argument what")  # an option, a file, an argument of the model
-
-
-def call(monkeypatch, command):
-    """Run a program's main() in this process."""
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    importlib.import_module(sys.argv[0].removesuffix(".py").replace("/", ".")).main()
 
 
 def command_of(program, p, out):
@@ -172,8 +164,8 @@ TABLE = [
     (TRAIN, "--online_eval --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
     (TRAIN, "--evaluate", "--resume is missing"),
     # files and folders
-    (TRAIN, "--data_path nowhere", "nowhere/train: no such folder (expected images in class folders)"),
-    (TRAIN, "--data_path {p}/file", "{p}/file/train: no such folder"),
+    (TRAIN, "--data_path nowhere", "--data_path nowhere: there is no train/ in it: it holds train/ and val/, each with a folder per class"),
+    (TRAIN, "--data_path {p}/file", "--data_path {p}/file: there is no train/ in it"),
     (TRAIN, "--vae nothing", "--vae nothing: expected one of kl16, diffusers"),
     (TRAIN, "--vae diffusers:{p}/empty", "--vae diffusers:{p}/empty: cannot be opened"),
     (TRAIN, "--vae_path nowhere.ckpt", "nowhere.ckpt: no such file"),
@@ -237,7 +229,9 @@ TABLE = [
     (CACHE, "--crops many", "--crops: 'many' is not an integer"),
     (CACHE, "--crops 100000000000", "--crops: 100000000000 is out of range: expected between 1 and 1000"),
     (CACHE, "--format npz --crops 2", "--format npz is MAR's layout, which holds the centre crop only: leave out --crops"),
-    (CACHE, "--data_path {p}/empty", "{p}/empty/train: no such folder"),
+    (CACHE, "--cached_path {p}/npz --format npz --verify", "--verify is for a finished cache of shards"),
+    (CACHE, "--verify", "--verify is for a finished cache of shards, which remembers its images: there is none at {out}"),
+    (CACHE, "--data_path {p}/images/train", "--data_path {p}/images/train: there is no train/ in it: give {p}/images"),
     (CACHE, "--cached_path {p}/shards --seed 3", "{p}/shards: this cache was made with seed 0, now it is 3; choose another --cached_path"),
     (CACHE, "--cached_path {p}/npz", "{p}/npz: this cache was made with another --format"),
     (CACHE, "--cached_path {p}/shards --format npz", "{p}/shards: this cache was made with another --format"),
@@ -250,7 +244,7 @@ TABLE = [
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),
     (VAE, "--precision fp16", "--precision: invalid choice: 'fp16'"),
     (VAE, "--seed 99999999999999", "--seed: 99999999999999 is out of range"),
-    (VAE, "--data_path {p}/run", "{p}/run/train: no such folder"),
+    (VAE, "--data_path {p}/run", "--data_path {p}/run: there is no train/ in it"),
     (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already, which this run would overwrite"),
     (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (SAMPLE, "--labels 3,10", "--labels 10: the model has classes 0..9"),
@@ -272,7 +266,7 @@ TABLE = [
     (TRAIN, "--cached_path {p}/npz --vae_path {p}/other.pth", "{p}/npz: its VAE is kl16 (sha256 "),
     (TRAIN, "--cached_val_path {p}/shards --vae_path {p}/other.pth", "--cached_val_path {p}/shards: its VAE is kl16 (sha256 "),
     (TRAIN, "--cached_val_path {p}/npz --vae_path {p}/other.pth", "--cached_val_path {p}/npz: its VAE is kl16 (sha256 "),
-    (INSPECT, "--data_path {p}/empty", "{p}/empty/train: no such folder"),
+    (INSPECT, "--data_path {p}/empty", "--data_path {p}/empty: there is no train/ in it"),
     (INSPECT, "--output {out}/latents", "{out}/latents: no kind of picture ends so"),
     (PLOT, "--x steps", "{p}/table.csv: no column 'steps'; it has cfg, nfe, solver, fid"),
     (PLOT, "--x solver", "{p}/table.csv: solver 'euler' and fid '3.5' are not numbers"),

@@ -1,5 +1,6 @@
 """Caches of latents: what they hold, what they say of themselves, how they go on, and what is refused."""
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_project, run, train
+from helpers import ROOT, call, make_project, run, train, write_digits
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -316,6 +317,48 @@ def test_bad_images_are_left_out_of_a_cache(spoiled):
     run(cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip"))
     index = read_index(spoiled / "cache2")
     assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0]
+
+
+@pytest.mark.parametrize("form", ["shards", "npz"])
+def test_a_finished_cache_notices_that_its_images_changed(project, tmp_path, monkeypatch, capsys, form):
+    write_digits(tmp_path / "images", 2, splits=("train",))
+    images, odd = tmp_path / "images" / "train", b"n\xe9w\nline .png"
+    Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(images / "3" / os.fsdecode(odd))
+    (images / "55").mkdir()
+    shutil.copy(project / "vae.pth", tmp_path)
+    command = cache_command(tmp_path, tmp_path / "cache", f"--format {form}")
+    call(monkeypatch, command)
+    said = capsys.readouterr().out
+    assert "21 images in " in said and "1 of 11 class folders hold no image (55)" in said and "1 with transparency" in said
+    if form == "shards":
+        data = ShardedMoments(tmp_path / "cache")
+        assert data.index["converted"] == {"with transparency over the background": 1} and data.index["left_out"] == {}
+        names = [os.fsencode(name) for name in latents.read_texts(tmp_path / "cache" / "shard-00000.safetensors", "names")]
+        assert b"3/" + odd in names and len(names) == 21
+    else:
+        data = NpzMoments(tmp_path / "cache", (8, 4, 4))
+        assert (tmp_path / "cache" / "3" / os.fsdecode(odd + b".npz")).is_file()
+    origin = Images(images, 16).identity()
+    assert len(data.classes) == 11 and data.identity()["counts"] == origin["counts"] == [2, 2, 2, 3, 2, 2, 0, 2, 2, 2, 2]
+    assert form == "npz" or data.identity() == origin  # going on from images to their cache is no other data
+
+    first = images / "0" / "000.png"
+    content, times = first.read_bytes(), (first.stat().st_atime_ns, first.stat().st_mtime_ns)
+    os.utime(first, (0, 0))
+    call(monkeypatch, f"{command} {'--verify' * (form == 'shards')}")
+    said = capsys.readouterr().out
+    assert "images were written since this cache was made" in said
+    if form == "shards":
+        assert "all images are those that it was made of" in said
+        first.write_bytes(content[:-1] + b"x")
+        os.utime(first, ns=times)
+        with pytest.raises(FlowARError, match="1 images are not those that it was made of: 0/000.png"):
+            call(monkeypatch, f"{command} --verify")
+    with pytest.raises(FlowARError, match="this cache was made with background .255, 255, 255., now it is .0, 0, 0."):
+        call(monkeypatch, f"{command} --background black")
+    first.rename(images / "0" / "other.png")
+    with pytest.raises(FlowARError, match="the images are not those of this cache .names or sizes changed since"):
+        call(monkeypatch, command)
 
 
 def test_inspection(project, shards, tmp_path):

@@ -139,6 +139,16 @@ def list_classes(root, suffixes=IMAGE_SUFFIXES, what="images"):
     return listing
 
 
+def split_folder(data_path, split):
+    """data_path/train or data_path/val; FlowARError if it is not there."""
+    folder = os.path.join(data_path, split)
+    if not os.path.isdir(folder):
+        above, name = os.path.split(os.path.normpath(data_path))
+        hint = f"give {above}" if name in ("train", "val") else "it holds train/ and val/, each with a folder per class"
+        raise FlowARError(f"--data_path {data_path}: there is no {split}/ in it: {hint}")
+    return folder
+
+
 def check_folder(root, what):
     if not os.path.isdir(root):
         raise FlowARError(f"{root}: no such folder (expected {what} in class folders)")

@@ -9,7 +9,7 @@ from models.vae import DiagonalGaussian
 from models.vaes import find_vae
 from util.cluster import from_main, log, rank, world_size
 from util.data.door import DATASETS, DataSettings, find_data, open_data
-from util.data.folders import advice
+from util.data.folders import advice, split_folder
 from util.data.images import Images
 from util.data.inspection import sample_advice
 from util.data.loaders import build_loader
@@ -59,7 +59,7 @@ def open_sources(args, device, class_num=None):
     origin = LatentOrigin() if vae is None else origin_of(named, vae)
     settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
                             args.on_bad_image, args.background)
-    path = args.cached_path if kind else f"{args.data_path}/train"
+    path = args.cached_path if kind else split_folder(args.data_path, "train")
     data = open_data(path, settings, cached=bool(kind))
     say_what_is_there(data, path, args.img_size)
     args = with_options(args, class_num=asked or len(data.classes))
@@ -83,7 +83,10 @@ def open_sources(args, device, class_num=None):
 
 def open_if_there(named, device, needed):
     """The VAE on a device; None if it is not there and not needed: cached latents need none."""
-    if not needed and not named.is_there():
+    if not named.is_there():
+        if needed:
+            raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them; give its path, or "
+                              "cached latents as --cached_path")
         return None
     vae, unused = named.open()
     if unused:
