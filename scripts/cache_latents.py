@@ -249,7 +249,9 @@ def main():
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
     device = cluster.init(args.device)
-    vae, _ = open_vae(args.vae, args.vae_path)
+    vae, notes = open_vae(args.vae, args.vae_path)
+    for note in notes:
+        cluster.log(note)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"

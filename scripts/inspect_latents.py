@@ -19,7 +19,7 @@ from models import FlowARError
 from models.vae import DiagonalGaussian
 from models.vaes import open_vae
 from util.data import Images, to_uint8
-from util.cluster import run_main, select_device
+from util.cluster import log, run_main, select_device
 from util.data.latents import ShardedMoments, kind_of_cache, read_text
 from util.options import default_scales, integer_list, positive, some_path
 
@@ -84,7 +84,9 @@ def main():
         raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes one")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
-    vae, _ = open_vae(args.vae, args.vae_path)
+    vae, notes = open_vae(args.vae, args.vae_path)
+    for note in notes:
+        log(note)
     if vae.embed_dim != data.index["channels"]:
         raise FlowARError(f"{args.cached_path}: {data.index['channels']} channels, but the VAE has {vae.embed_dim}")
     vae.to(device)

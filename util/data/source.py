@@ -30,9 +30,9 @@ class LazyVAE:
 
     def open(self):
         if self.opened is None:
-            vae, unused = self.named.open()
-            if unused:
-                log(f"{self.named.name}: {len(unused)} tensors are not the VAE's and were left out")
+            vae, notes = self.named.open()
+            for note in notes:
+                log(note)
             self.check(vae)
             self.opened = vae.eval().requires_grad_(False).to(self.device)
         return self.opened

@@ -15,7 +15,8 @@ import torch
 
 from models import FlowARError
 from models.files import read_file, write_file
-from models.registry import LAST, load_model, model_state, saved_options
+from models.files.checkpoints import find_model, saved_options
+from models.registry import LAST, load_model
 from util.cluster import from_main, log
 from util.training.progress import Progress
 
@@ -287,8 +288,11 @@ def resume(path, content, parts, images, options):
     fresh = Progress(epoch=start or 0, step=(start or 0) * steps)
     if path is None:
         return fresh
-    load_model(network, model_state(content, path, "model"), path)
-    load_model(ema.module, model_state(content, path, "model_ema"), path)
+    raw, average = find_model(content, path, "raw first"), find_model(content, path)
+    left_out = load_model(network, raw.tensors, path)
+    load_model(ema.module, average.tensors, path)
+    if left_out or "optimizer" not in content:
+        log(f"{path}: network: {raw.said(left_out)}; EMA: {average.said(left_out)}")
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
