@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from models.errors import FlowARError
-from models.files import read_file, reading, say
+from models.files import notify, read_file, reading
 from models.files.checkpoints import depth, find_model, recognise_geometry, saved_vae
 from models.files.states import check_fits
 from models.flowar import FlowAR
@@ -82,7 +82,7 @@ def load_flowar(source, weights=None):
     img_size = scale[-1] * geometry["patch_size"] * vae["vae_stride"]
     known = dict(img_size=img_size, scale=scale, **geometry, **size, **vae)
     model, left_out = open_model(found.tensors, path, known.pop("model"), **known)
-    say(f"{path}: {found.said(left_out)}")
+    notify(f"{path}: {found.describe(left_out)}")
     return model
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from models.errors import FlowARError
-from models.files import (file_hash, first_line, load_state, read_file, read_latent_scale, reading, say, tensors_hash,
-                          write_file)
+from models.files import (file_hash, first_line, load_state, notify, read_file, read_latent_scale, reading,
+                          tensors_hash, write_file)
 from models.files.diffusers import open_network
 from models.files.vaes import find_vae_weights, vae_config, vae_notes
 from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
@@ -121,7 +121,7 @@ def read_vae(path):
 
     Nothing is allocated before the file's tensors are found to be of the sizes that its configuration asks for.
     """
-    content = read_file(path)
+    content = read_file(path, mmap=True)
     weights = find_vae_weights(content, path)
     config = vae_config(content, weights.tensors, path)
     try:
@@ -136,7 +136,7 @@ def read_vae(path):
 def load_vae(path):
     """The AutoencoderKL of a file, in eval mode without gradients; see read_vae."""
     vae, notes = read_vae(path)
-    say(*notes)
+    notify(*notes)
     return vae
 
 

@@ -16,8 +16,9 @@ LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the stor
 # What files of tensors name. weights_only lets more through: functions that multiply what they are given.
 NAMES = re.compile(r"collections OrderedDict|argparse Namespace|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|"
                    r"torch (\w+Storage|Size|device|bool|(u?int|b?float|complex)\d+)")
+NEWEST_PROTOCOL = 3  # that weights_only knows
 DEEPEST = 100  # containers in containers
-TAKE_OUT = (
+EXTRACTION = (
     'import pickle, types, torch; S = type("S", (dict,), {"__init__": lambda s, *a, **k: None, '
     '"__hash__": lambda s: 0, "__setstate__": lambda s, x: s.update(x) if isinstance(x, dict) else None}); '
     'U = type("U", (pickle.Unpickler,), {"find_class": lambda s, m, n: pickle.Unpickler.find_class(s, m, n) '
@@ -56,20 +57,21 @@ def check_torch_file(path, legacy=False):
             return size, False
     if start == LEGACY:
         raise FlowARError(f"{path}: a torch file of before PyTorch 1.6, expected a newer one: torch.load it and "
-                          f"torch.save it again; {take_out(path)}")
+                          f"torch.save it again; {extraction_command(path)}")
     what = "a bare pickle: if you trust where it is from, torch.save what pickle.load returns" if (
         start[:1] == b"\x80") else "or damaged"
     raise FlowARError(f"{path}: not a weights file, {what}; expected one of torch.save, or of safetensors")
 
 
-def take_out(path):
+def extraction_command(path):
     """What to do about a torch file that safe loading refuses: a command that keeps its tensors and plain values.
 
     It makes objects of what tensors are made of; whatever else the pickle names becomes an empty stand-in (S): what
     wrote the file need not be installed.
     """
     target = path.with_suffix(".tensors.pth")
-    code = TAKE_OUT.replace("SOURCE", json.dumps(str(path))).replace("TARGET", json.dumps(str(target)))
+    names = {"SOURCE": json.dumps(str(path)), "TARGET": json.dumps(str(target))}
+    code = re.sub("SOURCE|TARGET", lambda match: names[match[0]], EXTRACTION)
     return f"if you trust where it is from, this takes its tensors out, into {target}: python -c {shlex.quote(code)}"
 
 
@@ -106,7 +108,10 @@ def check_pickle(pickle, limit, path):
     for code, argument, _ in pickletools.genops(pickle):
         if code.name == "GLOBAL" and not NAMES.fullmatch(argument):
             name = ascii(argument.replace(" ", "."))[1:-1]
-            raise FlowARError(f"{path}: not a file of tensors (it names {name}); {take_out(path)}")
+            raise FlowARError(f"{path}: not a file of tensors (it names {name}); {extraction_command(path)}")
+        if code.name == "PROTO" and argument > NEWEST_PROTOCOL:
+            raise FlowARError(f"{path}: pickled with protocol {argument}, expected at most {NEWEST_PROTOCOL}, for safe "
+                              f"loading; {extraction_command(path)}")
         if code.name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif code.name in ("BINPUT", "LONG_BINPUT"):

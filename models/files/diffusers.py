@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from models.errors import FlowARError
-from models.files.states import grouped, shown
+from models.files.states import grouped, printable
 from models.files.tensors import first_line, name_some
 from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST, beyond
 
@@ -41,7 +41,7 @@ def check_loaded(network, found, spec):
     others, modules = found["unexpected_keys"], {name for name, _ in network.named_children()}
     inside = [name for name in others if name.split(".")[0] in modules]
     wrong = [f"{name} is missing" for name in found["missing_keys"]]
-    wrong += [f"{shown(name)} is not in the VAE" for name in inside]
+    wrong += [f"{printable(name)} is not in the VAE" for name in inside]
     if wrong:
         raise FlowARError(f"--vae diffusers:{spec}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
     return [f"--vae diffusers:{spec}: not used: {name_some(grouped(others))}"] if others else []

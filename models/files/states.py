@@ -29,12 +29,12 @@ class Weights(NamedTuple):
     key: str  # where in the file, "" for the file itself
     others: list  # names of the file's other tensors
 
-    def said(self, left_out=()):
+    def describe(self, left_out=()):
         """Which weights these are and what of the file is not used. left_out: further names, of `tensors`."""
         prefix = f"{self.key}." if self.key else ""
         others = [*self.others, *(prefix + name for name in left_out)]
-        others = map(shown, others) if len(others) <= 5 else grouped(others, prefix)
-        return KINDS[self.kind] + place(prefix) + f"; not used: {name_some(others) or 'nothing'}"
+        others = map(printable, others) if len(others) <= 5 else grouped(others, prefix)
+        return KINDS[self.kind] + location(prefix) + f"; not used: {name_some(others) or 'nothing'}"
 
 
 def find_weights(content, path, what, markers, wanted=None, computed=None):
@@ -60,19 +60,20 @@ def find_weights(content, path, what, markers, wanted=None, computed=None):
         kinds = {"": "unnamed"}
     kind = next((kind for kind in ORDER[wanted] if kind in kinds.values()), None)
     if kind is None:
-        there = name_some([KINDS[kinds[prefix]] + place(prefix) for prefix in found])
+        there = name_some([KINDS[kinds[prefix]] + location(prefix) for prefix in found])
         raise FlowARError(f"{path}: it holds only {there}, but --weights is {wanted}: leave it out")
     first, *others = (prefix for prefix in found if kinds[prefix] == kind)
     differ = [prefix for prefix in others if not same(found[prefix], found[first])]
     if differ:
-        there = name_some(KINDS[kind] + place(prefix) for prefix in [first, *differ])
+        there = name_some(KINDS[kind] + location(prefix) for prefix in [first, *differ])
         raise FlowARError(f"{path}: it holds several {what} weights, which differ: {there}: expected one; torch.load "
                           "the file, and torch.save the one that is meant")
     tensors = found[first]
     for name in tensors:
         if first + name in twice:
-            raise FlowARError(f"{path}: {' and '.join(map(shown, twice[first + name]))} are both {shown(name)} without "
-                              "keys and the prefixes of wrappers: expected one of them")
+            both = " and ".join(map(printable, twice[first + name]))
+            raise FlowARError(f"{path}: {both} are both {printable(name)} without keys and the prefixes of wrappers: "
+                              "expected one of them")
     used = {first + name for name in tensors}
     if computed and kind == "ema":
         tensors = {name: value for beside in found.values() for name, value in beside.items()
@@ -162,7 +163,7 @@ def check_fits(network, state, path, what="model"):
     for name in (name for name in state if name not in own):
         module, dot, _ = name.partition(".")
         if module in modules or module in own or not dot and state[name].numel() > 1:
-            wrong.append(f"{shown(name)} is not in the {what}")
+            wrong.append(f"{printable(name)} is not in the {what}")
         else:
             left_out.append(name)
     if wrong:
@@ -178,15 +179,15 @@ def grouped(names, prefix=""):
         while depth < len(parts) and prefix.startswith(".".join(parts[:depth]) + "."):
             depth += 1
         groups.setdefault(".".join(parts[:depth]), []).append(name)
-    return [shown(members[0]) if len(members) == 1 else f"{shown(group)} ({len(members)} tensors)"
+    return [printable(members[0]) if len(members) == 1 else f"{printable(group)} ({len(members)} tensors)"
             for group, members in groups.items()]
 
 
-def place(prefix):
-    return f" under {shown(prefix[:-1])!r}" if prefix else ""
+def location(prefix):
+    return f" under {printable(prefix[:-1])!r}" if prefix else ""
 
 
-def shown(name):
+def printable(name):
     """A name out of a file for a line of text."""
     name = "".join(char if char.isprintable() else "?" for char in name[:200])
     return name + "..." * (len(name) == 200)

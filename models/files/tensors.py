@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from models.files.archives import DEEPEST, check_torch_file, take_out
+from models.files.archives import DEEPEST, check_torch_file, extraction_command
 from models.files.downloads import check_download, is_safetensors
 from models.errors import FlowARError
 
@@ -40,7 +40,7 @@ def read_file(path, mmap=False, legacy=False):
     except FlowARError:
         raise
     except pickle.UnpicklingError as error:
-        raise FlowARError(f"{path}: not a file of tensors ({first_line(error)}); {take_out(path)}") from error
+        raise FlowARError(f"{path}: not a file of tensors ({first_line(error)}); {extraction_command(path)}") from error
     except Exception as error:  # a damaged file makes torch, zipfile and safetensors raise almost anything
         raise FlowARError(f"{path}: cannot be read, truncated or not a weights file ({first_line(error)})") from error
 
@@ -128,7 +128,7 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-def say(*lines):
+def notify(*lines):
     """What the user of a function should know who has no log."""
     for line in lines:
         print(line, file=sys.stderr)

@@ -4,7 +4,7 @@ import reprlib
 from models.errors import FlowARError
 from models.files.checkpoints import KL16, depth
 from models.files.states import check_fits, find_weights
-from models.files.tensors import read_file, reading, say
+from models.files.tensors import notify, read_file, reading
 
 MARKERS = "encoder.conv_in.weight", "decoder.conv_in.weight"  # of the names of any AutoencoderKL
 LARGEST_SCALE = 1e6
@@ -72,15 +72,15 @@ def load_state(vae, state, path):
 
 def load_vae_file(vae, path):
     """Load the weights of a file into an AutoencoderKL; what else there is to say of it goes to stderr."""
-    weights = find_vae_weights(read_file(path), path)
-    say(*vae_notes(vae, weights, load_state(vae, weights.tensors, path), {"latent_scale": vae.latent_scale}, path))
+    weights = find_vae_weights(read_file(path, mmap=True), path)
+    notify(*vae_notes(vae, weights, load_state(vae, weights.tensors, path), {"latent_scale": vae.latent_scale}, path))
 
 
 def vae_notes(vae, weights, left_out, config, path):
     """Lines that say which weights of a file a VAE has, where there was a choice, and what of the file is not used."""
     notes = []
     if weights.kind == "ema" or weights.others or left_out:
-        notes.append(f"{path}: {weights.said(left_out)}")
+        notes.append(f"{path}: {weights.describe(left_out)}")
     if "latent_scale" not in config and (vae.embed_dim, vae.stride) != tuple(KL16.values()):
         notes.append(f"warning: {path} does not tell its latent scale: KL-16's is taken, {vae.latent_scale.scale}; its "
                      "own is (1 / standard deviation, mean) of its latents, kept as 'config': {'latent_scale': [...]}")

@@ -67,12 +67,11 @@ def same(state, other):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_of_other_people(tmp_path, name):
+def test_shapes_of_other_people(name):
     content, expected, key = SHAPES[name]
-    torch.save(content, tmp_path / "x.pth")
-    found = find_model(read_file(tmp_path / "x.pth"), "x.pth")
+    found = find_model(content, "x.pth")
     assert same({name: found.tensors[name] for name in expected}, expected) and found.key == key
-    assert f"under '{key}'" in found.said() if key else "under" not in found.said()
+    assert f"under '{key}'" in found.describe() if key else "under" not in found.describe()
 
 
 def test_averages_and_raw_weights_by_choice(tmp_path, capsys):

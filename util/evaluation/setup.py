@@ -68,7 +68,7 @@ def open_for_sampling(args, device):
     args = recognise(args, weights.tensors, path, vae)
     check_vae(vae, args)
     model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
-    for note in (f"{path}: {weights.said(left_out)}", *notes):
+    for note in (f"{path}: {weights.describe(left_out)}", *notes):
         log(note)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
                    "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name}

@@ -292,7 +292,7 @@ def resume(path, content, parts, images, options):
     left_out = load_model(network, raw.tensors, path)
     load_model(ema.module, average.tensors, path)
     if left_out or "optimizer" not in content:
-        log(f"{path}: network: {raw.said(left_out)}; EMA: {average.said(left_out)}")
+        log(f"{path}: network: {raw.describe(left_out)}; EMA: {average.describe(left_out)}")
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
