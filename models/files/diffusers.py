@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from models.errors import FlowARError
-from models.files.states import grouped, printable
+from models.files.states import printable, unused
 from models.files.tensors import first_line, name_some
 from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST, beyond
 
@@ -44,7 +44,7 @@ def check_loaded(network, found, spec):
     wrong += [f"{printable(name)} is not in the VAE" for name in inside]
     if wrong:
         raise FlowARError(f"--vae diffusers:{spec}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
-    return [f"--vae diffusers:{spec}: not used: {name_some(grouped(others))}"] if others else []
+    return [f"--vae diffusers:{spec}: {unused(others)}"] if others else []
 
 
 def check_size(kind, config, folder, spec):

@@ -29,12 +29,14 @@ class Weights(NamedTuple):
     key: str  # where in the file, "" for the file itself
     others: list  # names of the file's other tensors
 
+    def source(self):
+        """Which weights these are."""
+        return KINDS[self.kind] + location(self.key)
+
     def describe(self, left_out=()):
-        """Which weights these are and what of the file is not used. left_out: further names, of `tensors`."""
+        """That, and what of the file is not used. left_out: further names, of `tensors`."""
         prefix = f"{self.key}." if self.key else ""
-        others = [*self.others, *(prefix + name for name in left_out)]
-        others = map(printable, others) if len(others) <= 5 else grouped(others, prefix)
-        return KINDS[self.kind] + location(prefix) + f"; not used: {name_some(others) or 'nothing'}"
+        return f"{self.source()}; {unused([*self.others, *(prefix + name for name in left_out)], prefix)}"
 
 
 def find_weights(content, path, what, markers, wanted=None, computed=None):
@@ -60,12 +62,12 @@ def find_weights(content, path, what, markers, wanted=None, computed=None):
         kinds = {"": "unnamed"}
     kind = next((kind for kind in ORDER[wanted] if kind in kinds.values()), None)
     if kind is None:
-        there = name_some([KINDS[kinds[prefix]] + location(prefix) for prefix in found])
+        there = name_some([KINDS[kinds[prefix]] + location(prefix[:-1]) for prefix in found])
         raise FlowARError(f"{path}: it holds only {there}, but --weights is {wanted}: leave it out")
     first, *others = (prefix for prefix in found if kinds[prefix] == kind)
     differ = [prefix for prefix in others if not same(found[prefix], found[first])]
     if differ:
-        there = name_some(KINDS[kind] + location(prefix) for prefix in [first, *differ])
+        there = name_some([KINDS[kind] + location(prefix[:-1]) for prefix in [first, *differ]])
         raise FlowARError(f"{path}: it holds several {what} weights, which differ: {there}: expected one; torch.load "
                           "the file, and torch.save the one that is meant")
     tensors = found[first]
@@ -183,8 +185,14 @@ def grouped(names, prefix=""):
             for group, members in groups.items()]
 
 
-def location(prefix):
-    return f" under {printable(prefix[:-1])!r}" if prefix else ""
+def unused(names, prefix=""):
+    """What to say of tensors that nothing uses."""
+    names = grouped(names, prefix) if len(names) > 5 else map(printable, names)
+    return f"not used: {name_some(names) or 'nothing'}"
+
+
+def location(key):
+    return f" under {printable(key)!r}" if key else ""
 
 
 def printable(name):

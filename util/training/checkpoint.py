@@ -16,6 +16,7 @@ import torch
 from models import FlowARError
 from models.files import read_file, write_file
 from models.files.checkpoints import find_model, saved_options
+from models.files.states import unused
 from models.registry import LAST, load_model
 from util.cluster import from_main, log
 from util.training.progress import Progress
@@ -291,8 +292,9 @@ def resume(path, content, parts, images, options):
     raw, average = find_model(content, path, "raw first"), find_model(content, path)
     left_out = load_model(network, raw.tensors, path)
     load_model(ema.module, average.tensors, path)
-    if left_out or "optimizer" not in content:
-        log(f"{path}: network: {raw.describe(left_out)}; EMA: {average.describe(left_out)}")
+    others = left_out + [name for name in raw.others if name in average.others and not name.startswith("optimizer.")]
+    if others or "optimizer" not in content:
+        log(f"{path}: network: {raw.source()}; EMA: {average.source()}; {unused(others)}")
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
