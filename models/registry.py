@@ -4,12 +4,12 @@ from pathlib import Path
 import torch
 
 from models.errors import FlowARError
-from models.files import read_file, reading
-from models.files.checkpoints import check_fits, depth, model_state, recognise_geometry, saved_options
+from models.files import notify, read_file, reading
+from models.files.checkpoints import depth, find_model, recognise_geometry, saved_vae
+from models.files.states import check_fits
 from models.flowar import FlowAR
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
-KL16 = {"vae_embed_dim": 16, "vae_stride": 16}
 HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
 
 
@@ -36,14 +36,15 @@ def build_model(name, **overrides):
 
 
 def load_model(model, state, path):
-    """Load all tensors. FlowARError if some do not fit, or if a buffer says that they were trained otherwise."""
-    check_fits(model, state, path)
+    """Load all tensors; see check_fits. FlowARError too if a buffer says that they were trained otherwise."""
+    left_out = check_fits(model, state, path)
     with reading(path):
         for name, own in model.named_buffers():
             if not torch.allclose(state[name].to(own), own, rtol=HALF_PRECISION):
                 what = "attention pattern" if name == "mask" else "rotary frequencies"
                 raise FlowARError(f"{path}: {name} is not the model's: these weights were trained with another {what}")
-        model.load_state_dict({**state, **dict(model.named_buffers())})
+        model.load_state_dict({name: state[name] for name in model.state_dict()} | dict(model.named_buffers()))
+    return left_out
 
 
 def recognise_size(state, path):
@@ -66,28 +67,29 @@ def recognise_size(state, path):
     return {"model": names[0], **head}
 
 
-def load_flowar(source):
-    """The FlowAR of a weights file, or of a training run's folder (its EMA), in eval mode on the CPU.
+def load_flowar(source, weights=None):
+    """The FlowAR of a weights file, or of a training run's folder, in eval mode on the CPU. Raises FlowARError.
+    weights: "ema", the average, or "raw"; by default the average where there is one. Which it is goes to stderr.
 
     Its size is recognised from the tensors. Channels and stride of the VAE, which they do not tell, are those of the
-    run's options, else KL-16's. Raises FlowARError.
+    run's options, else KL-16's.
     """
     path = Path(source) / LAST if Path(source).is_dir() else Path(source)
     content = read_file(path, mmap=True)
-    state, options = model_state(content, path), saved_options(content)
-    vae = {name: options.get(name) or KL16[name] for name in KL16}
-    if any(type(value) is not int for value in vae.values()):
-        raise FlowARError(f"{path}: its options have {vae}, expected whole numbers")
-    geometry = recognise_geometry(state, path, vae["vae_embed_dim"])
-    size, scale = recognise_size(state, path), geometry.pop("scales")
+    found, vae = find_model(content, path, weights), saved_vae(content, path)
+    geometry = recognise_geometry(found.tensors, path, vae["vae_embed_dim"])
+    size, scale = recognise_size(found.tensors, path), geometry.pop("scales")
     img_size = scale[-1] * geometry["patch_size"] * vae["vae_stride"]
-    return open_model(state, path, size.pop("model"), img_size=img_size, scale=scale, **geometry, **size, **vae)
+    known = dict(img_size=img_size, scale=scale, **geometry, **size, **vae)
+    model, left_out = open_model(found.tensors, path, known.pop("model"), **known)
+    notify(f"{path}: {found.describe(left_out)}")
+    return model
 
 
 def open_model(state, path, name, **options):
-    """The model of a state dict, in eval mode; options: see build_model. FlowARError if the tensors do not fit it."""
+    """(Model of a state dict, in eval mode, names that it leaves out); options: see build_model, errors: check_fits."""
     with torch.device("meta"):  # sizes that a file claims are compared with its tensors before memory is taken
         check_fits(build_model(name, **options), state, path)
     model = build_model(name, **options)
-    load_model(model, state, path)
-    return model.eval()
+    left_out = load_model(model, state, path)
+    return model.eval(), left_out

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from models.errors import FlowARError
-from models.files import (file_hash, first_line, load_state, read_file, read_latent_scale, reading, tensors_hash,
-                          vae_tensors, write_file)
+from models.files import (file_hash, first_line, load_state, notify, read_file, read_latent_scale, reading,
+                          tensors_hash, write_file)
 from models.files.diffusers import open_network
-from models.files.vaes import check_state, vae_config
+from models.files.vaes import find_vae_weights, vae_config, vae_notes
 from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
 
 NO_VARIANCE = -30.0  # log-variance of a deterministic encoder's "posterior": a sample is the mean
@@ -33,7 +33,7 @@ class NamedVAE:
         return True
 
     def open(self):
-        """(VAE, names of tensors in its file that it does not use), or FlowARError."""
+        """(VAE, lines for a log on what its file holds besides), or FlowARError."""
         raise NotImplementedError
 
     def identity(self, opened=None):
@@ -93,11 +93,11 @@ class Diffusers(NamedVAE):
     """
 
     def open(self):
-        network = open_network(self.spec)
+        network, notes = open_network(self.spec)
         with reading(self.option):
             config = network.config
             scale = read_latent_scale((config.scaling_factor, config.get("shift_factor") or 0.0), self.option)
-            return DiffusersVAE(network, LatentScale(*scale)).eval().requires_grad_(False), []
+            return DiffusersVAE(network, LatentScale(*scale)).eval().requires_grad_(False), notes
 
 
 VAES = {"kl16": VAEFile, "diffusers": Diffusers}
@@ -112,30 +112,32 @@ def find_vae(vae, path):
 
 
 def open_vae(vae, path):
-    """(VAE of --vae and --vae_path in eval mode without gradients, names in its file that it does not use)."""
+    """(VAE of --vae and --vae_path in eval mode without gradients, lines for a log on what its file holds besides)."""
     return find_vae(vae, path).open()
 
 
 def read_vae(path):
-    """(AutoencoderKL of a file, names of tensors in it that it does not use): `kl16.ckpt`, or what save_vae wrote.
+    """(AutoencoderKL of a file, lines for a log: see vae_notes): `kl16.ckpt`, what save_vae wrote, or the like.
 
     Nothing is allocated before the file's tensors are found to be of the sizes that its configuration asks for.
     """
-    content = read_file(path)
-    state, config = vae_tensors(content, path), vae_config(content, path)
+    content = read_file(path, mmap=True)
+    weights = find_vae_weights(content, path)
+    config = vae_config(content, weights.tensors, path)
     try:
         with torch.device("meta"):
             vae = AutoencoderKL(**config)
     except (FlowARError, RuntimeError) as error:
         raise FlowARError(f"{path}: bad VAE configuration ({first_line(error)})") from error
-    check_state(vae, state, path)
-    unused = load_state(vae.to_empty(device="cpu"), state, path)
-    return vae.eval().requires_grad_(False), unused
+    left_out = load_state(vae, weights.tensors, path)
+    return vae.eval().requires_grad_(False), vae_notes(vae, weights, left_out, config, path)
 
 
 def load_vae(path):
     """The AutoencoderKL of a file, in eval mode without gradients; see read_vae."""
-    return read_vae(path)[0]
+    vae, notes = read_vae(path)
+    notify(*notes)
+    return vae
 
 
 def save_vae(vae, path):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import project_root  # noqa: F401
 from models import FlowARError
 from models.vae import DiagonalGaussian
-from models.vaes import find_vae, open_vae
+from models.vaes import find_vae
 from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
@@ -31,6 +31,7 @@ from util.data.folders import advice, split_folder
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
 from util.data.pixels import CONVERSIONS
+from util.data.source import open_if_there
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.options import between, color, pixels, positive, seed, some_path, workers
 
@@ -334,7 +335,8 @@ def main():
     if args.verify and (args.format == "npz" or not (Path(args.cached_path) / latents.INDEX).is_file()):
         raise FlowARError(f"--verify is for a finished cache of shards, which remembers its images: there is none at {args.cached_path}")
     device = cluster.init(args.device)
-    vae, _ = open_vae(args.vae, args.vae_path)
+    named = find_vae(args.vae, args.vae_path)
+    vae = open_if_there(named, device, needed=True)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
@@ -348,10 +350,10 @@ def main():
         "left_out": dict(images.folder.left_out), "background": list(args.background), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
         "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
-        "vae": args.vae, "vae_sha256": find_vae(args.vae, args.vae_path).identity(vae), "channels": vae.embed_dim,
+        "vae": args.vae, "vae_sha256": named.identity(vae), "channels": vae.embed_dim,
         "stride": vae.stride, "latent_scale": list(vae.latent_scale)}
     write = cache_shards if args.format == "shards" else cache_npz
-    write(data, vae.to(device), args, device, Path(args.cached_path), settings)
+    write(data, vae, args, device, Path(args.cached_path), settings)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from util.data import Images, to_uint8
 from util.cluster import run_main, select_device
 from util.data.folders import split_folder
 from util.data.latents import ShardedMoments, kind_of_cache, read_texts
+from util.data.source import open_if_there
 from util.options import default_scales, integer_list, positive, some_path
 from util.training.provenance import check_origin, origin_of
 
@@ -86,11 +87,10 @@ def main():
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
     named = find_vae(args.vae, args.vae_path)
-    vae, _ = named.open()
+    vae = open_if_there(named, device, needed=True)
     if vae.embed_dim != data.index["channels"]:
         raise FlowARError(f"{args.cached_path}: {data.index['channels']} channels, but the VAE has {vae.embed_dim}")
     check_origin(args.cached_path, data.origin, origin_of(named, vae))
-    vae.to(device)
     chosen = np.linspace(0, len(data) - 1, min(args.images, len(data))).astype(int)
     scale = data.index["latent_scale"]
     latents = scale.normalize(DiagonalGaussian(torch.stack([data[(0, int(i))][0].float() for i in chosen])).mode())

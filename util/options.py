@@ -184,6 +184,8 @@ def add_checkpoint_options(parser):
     add = parser.add_argument_group("run").add_argument
     add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training --output_dir "
         "itself, which may still be empty), a .pth or a .safetensors")
+    add("--weights", choices=("ema", "raw"),
+        help="which weights of --resume are evaluated or sampled; default: the average (EMA) where the file has one")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS,
         help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
@@ -353,6 +355,8 @@ def check_training(args):
     for name in ("cached_path", "cached_val_path"):
         if Path(getattr(args, name)).is_file():
             raise FlowARError(f"--{name} {getattr(args, name)}: is a file, expected a directory of cached latents")
+    if args.weights:
+        raise FlowARError(f"--weights {args.weights} is for an evaluation: training goes on with both")
     for name in ("save_images", "save_npz"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is for an evaluation: training does not write images")

@@ -1,19 +1,33 @@
 """Zip archives from strangers, torch files and .npz: looked at before anything of them is unpickled or allocated."""
+import json
 import math
 import pickletools
 import re
+import shlex
 import zipfile
 
 import numpy as np
 
 from models.errors import FlowARError
+from models.files.downloads import AGAIN
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages
 # What files of tensors name. weights_only lets more through: functions that multiply what they are given.
 NAMES = re.compile(r"collections OrderedDict|argparse Namespace|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|"
                    r"torch (\w+Storage|Size|device|bool|(u?int|b?float|complex)\d+)")
+NEWEST_PROTOCOL = 3  # that weights_only knows
 DEEPEST = 100  # containers in containers
+EXTRACTION = (
+    'import pickle, types, torch; S = type("S", (dict,), {"__init__": lambda s, *a, **k: None, '
+    '"__hash__": lambda s: 0, "__setstate__": lambda s, x: s.update(x) if isinstance(x, dict) else None}); '
+    'U = type("U", (pickle.Unpickler,), {"find_class": lambda s, m, n: pickle.Unpickler.find_class(s, m, n) '
+    'if m in ("collections", "torch", "torch._utils", "torch.storage") else S}); '
+    'f = lambda x: x.data if isinstance(x, torch.Tensor) else {str(k): f(v) for k, v in x.items()} '
+    'if isinstance(x, dict) else [f(v) for v in x] if isinstance(x, (list, tuple)) '
+    'else x if type(x) in (int, float, bool, str) else None; '
+    'M = types.ModuleType("M"); M.Unpickler, M.load = U, lambda *a, **k: U(*a, **k).load(); '
+    'torch.save(f(torch.load(open(SOURCE, "rb"), "cpu", M, weights_only=False)), TARGET)')
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -28,7 +42,12 @@ def check_torch_file(path, legacy=False):
         start = file.read(len(LEGACY))
         file.seek(0)
         if start.startswith(ZIP):
-            with zipfile.ZipFile(file) as archive:
+            try:
+                archive = zipfile.ZipFile(file)
+            except zipfile.BadZipFile as error:
+                raise FlowARError(f"{path}: damaged or cut short, {size} bytes of a zip file without its end: "
+                                  f"{AGAIN}") from error
+            with archive:
                 data = archive.read(find_pickle(archive, size, path))
             check_pickle(data, len(data), path)
             return len(data), True
@@ -37,15 +56,37 @@ def check_torch_file(path, legacy=False):
                 check_pickle(file, size, path)
             return size, False
     if start == LEGACY:
-        raise FlowARError(f"{path}: a torch file of before PyTorch 1.6, expected a newer one: torch.load it with "
-                          "weights_only=True and torch.save it again")
-    raise FlowARError(f"{path}: not a weights file, or damaged; expected one of torch.save, or .safetensors")
+        raise FlowARError(f"{path}: a torch file of before PyTorch 1.6, expected a newer one: torch.load it and "
+                          f"torch.save it again; {extraction_command(path)}")
+    what = "a bare pickle: if you trust where it is from, torch.save what pickle.load returns" if (
+        start[:1] == b"\x80") else "or damaged"
+    raise FlowARError(f"{path}: not a weights file, {what}; expected one of torch.save, or of safetensors")
+
+
+def extraction_command(path):
+    """What to do about a torch file that safe loading refuses: a command that keeps its tensors and plain values.
+
+    It makes objects of what tensors are made of; whatever else the pickle names becomes an empty stand-in (S): what
+    wrote the file need not be installed.
+    """
+    target = path.with_suffix(".tensors.pth")
+    names = {"SOURCE": json.dumps(str(path)), "TARGET": json.dumps(str(target))}
+    code = re.sub("SOURCE|TARGET", lambda match: names[match[0]], EXTRACTION)
+    return f"if you trust where it is from, this takes its tensors out, into {target}: python -c {shlex.quote(code)}"
 
 
 def find_pickle(archive, size, path):
     """The member that holds the pickle. Every way in which another reader of zip files finds another one is refused."""
     members = archive.infolist()
     names = [member.filename.lower() for member in members]
+    pickles = [member for member, name in zip(members, names) if name.endswith("/data.pkl")]
+    if not pickles:
+        what = ", ".join(ascii(member.filename[:100]) for member in members[:3]) + ", ..." * (len(members) > 3)
+        raise FlowARError(f"{path}: not a weights file, but a zip archive of {what or 'nothing'}: unpack it (unzip), "
+                          "and take the file in it")
+    if any("/code/" in name for name in names):
+        raise FlowARError(f"{path}: a TorchScript archive, expected tensors: where it is trusted, torch.save what "
+                          "torch.jit.load(...).state_dict() returns")
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
             raise FlowARError(f"{path}: {member.filename} is compressed, expected members as torch.save stores them")
@@ -54,7 +95,6 @@ def find_pickle(archive, size, path):
     if archive.comment or len(set(names)) < len(names) or min(member.header_offset for member in members) != 0:
         raise FlowARError(f"{path}: not a zip file as torch.save writes it "
                           "(comment, repeated names or something before it)")
-    pickles = [member for member, name in zip(members, names) if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise FlowARError(f"{path}: {len(pickles)} members are called data.pkl, expected one")
     return pickles[0]
@@ -67,7 +107,11 @@ def check_pickle(pickle, limit, path):
     stack, memo = [], {}  # of (items, depth); None is a mark
     for code, argument, _ in pickletools.genops(pickle):
         if code.name == "GLOBAL" and not NAMES.fullmatch(argument):
-            raise FlowARError(f"{path}: not a file of tensors (it names {argument.replace(' ', '.')})")
+            name = ascii(argument.replace(" ", "."))[1:-1]
+            raise FlowARError(f"{path}: not a file of tensors (it names {name}); {extraction_command(path)}")
+        if code.name == "PROTO" and argument > NEWEST_PROTOCOL:
+            raise FlowARError(f"{path}: pickled with protocol {argument}, expected at most {NEWEST_PROTOCOL}, for safe "
+                              f"loading; {extraction_command(path)}")
         if code.name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif code.name in ("BINPUT", "LONG_BINPUT"):

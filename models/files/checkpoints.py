@@ -3,38 +3,19 @@ import argparse
 import math
 import re
 
-import torch
-
 from models.errors import FlowARError
-from models.files.tensors import first_line, name_some
+from models.files.states import find_weights
+from models.files.tensors import first_line
 
+KL16 = {"vae_embed_dim": 16, "vae_stride": 16}
 DEEPEST = 256  # blocks of a kind: building far more, even without memory for them, would take minutes
-PREFIXES = re.compile(r"(module\.|_orig_mod\.)*")  # of DDP and torch.compile
+MARKERS = "class_emb.weight", "z_proj.weight"  # of the names of any FlowAR
+COMPUTED = re.compile(r"mask|.*\.rope\.freqs")  # buffers
 
 
-def model_state(content, path, key="model_ema"):
-    """State dict of a file's content: `key` of a training checkpoint, or the bare state dict. Names are cleaned."""
-    state = content.get(key, content.get("model", content)) if isinstance(content, dict) else content
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    state = {name[PREFIXES.match(name).end():]: value for name, value in state.items()} if named else {}
-    if "class_emb.weight" not in state:
-        raise FlowARError(f"{path}: no FlowAR weights in this file (expected a state dict with class_emb.weight, or a "
-                          "training checkpoint)")
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise FlowARError(f"{path}: {name} is {type(value).__name__}, expected a tensor")
-    return state
-
-
-def check_fits(model, state, path):
-    """FlowARError with the first names and shapes that are not the model's, which may be on the meta device."""
-    own = model.state_dict()
-    wrong = [f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}" for name in own
-             if name in state and state[name].shape != own[name].shape]
-    wrong += [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is not in the model" for name in state if name not in own]
-    if wrong:
-        raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the model: {name_some(wrong, 3)}")
+def find_model(content, path, wanted=None):
+    """The Weights of a FlowAR in a file's content; wanted: see find_weights."""
+    return find_weights(content, path, "FlowAR", MARKERS, wanted, COMPUTED)
 
 
 def recognise_geometry(state, path, vae_embed_dim):
@@ -79,3 +60,12 @@ def saved_options(content):
     args = content.get("args") if isinstance(content, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return args if isinstance(args, dict) else {}
+
+
+def saved_vae(content, path):
+    """{vae_embed_dim, vae_stride} of those options, KL-16's where there are none."""
+    options = saved_options(content)
+    vae = {name: options.get(name) or value for name, value in KL16.items()}
+    if any(type(value) is not int for value in vae.values()):
+        raise FlowARError(f"{path}: its options have {vae}, expected whole numbers")
+    return vae

@@ -4,7 +4,8 @@ from pathlib import Path
 import torch
 
 from models.errors import FlowARError
-from models.files.tensors import first_line
+from models.files.states import printable, unused
+from models.files.tensors import first_line, name_some
 from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST, beyond
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -12,7 +13,7 @@ MOST_WEIGHTS = 2**30  # of a repository, whose file is not here yet
 
 
 def open_network(spec):
-    """The pretrained network of '<path or repository>[:subfolder]', from safetensors only."""
+    """(The pretrained network of '<path or repository>[:subfolder]', from safetensors only, lines for a log)."""
     try:
         import diffusers
     except ImportError as error:
@@ -26,11 +27,24 @@ def open_network(spec):
                               f"{', '.join(CLASSES)}")
         kind = getattr(diffusers, config["_class_name"])
         check_size(kind, config, Path(source) / subfolder, spec)
-        return kind.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False, **options)
+        network, found = kind.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False,
+                                              output_loading_info=True, **options)
+        return network, check_loaded(network, found, spec)
     except FlowARError:
         raise
     except Exception as error:  # of a configuration that makes no network, or of what is no configuration
         raise FlowARError(f"--vae diffusers:{spec}: cannot be opened ({first_line(error)})") from error
+
+
+def check_loaded(network, found, spec):
+    """Lines on tensors that were not used. FlowARError as of check_fits: diffusers draws at random what is missing."""
+    others, modules = found["unexpected_keys"], {name for name, _ in network.named_children()}
+    inside = [name for name in others if name.split(".")[0] in modules]
+    wrong = [f"{name} is missing" for name in found["missing_keys"]]
+    wrong += [f"{printable(name)} is not in the VAE" for name in inside]
+    if wrong:
+        raise FlowARError(f"--vae diffusers:{spec}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
+    return [f"--vae diffusers:{spec}: {unused(others)}"] if others else []
 
 
 def check_size(kind, config, folder, spec):

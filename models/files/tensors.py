@@ -5,18 +5,20 @@ import copy
 import hashlib
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from models.files.archives import DEEPEST, check_torch_file
+from models.files.archives import DEEPEST, check_torch_file, extraction_command
+from models.files.downloads import check_download, is_safetensors
 from models.errors import FlowARError
 
 
 def read_file(path, mmap=False, legacy=False):
-    """Contents of a .safetensors or torch file on the CPU; FlowARError, whatever is in it. Only tensors, plain values
-    and argparse.Namespace are unpickled: training checkpoints of the release carry their options as one.
+    """Contents of a safetensors or torch file, whatever its suffix, on the CPU; FlowARError, whatever is in it. Only
+    tensors, plain values and argparse.Namespace are unpickled: the release's checkpoints carry their options as one.
 
     With mmap=True the tensors of a zip-format torch file stay on disk until they are copied. Files of PyTorch before
     1.6 are read only with legacy=True: published feature networks are such, and torch allocates what they claim.
@@ -25,18 +27,20 @@ def read_file(path, mmap=False, legacy=False):
     if not path.is_file():
         raise FlowARError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             return load_file(path)
+        check_download(path)
         length, zipped = check_torch_file(path, legacy)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Always mapped: a storage that claims more than its member ends with the file, not in foreign memory.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            # Always mapped: a storage that claims more than its member ends with the file, not in foreign memory. By
+            # the open file's name, as torch goes by the suffix.
+            content = torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=zipped)
         check_claims(content, path, 8 * length)
         return content if mmap or not zipped else copy.deepcopy(content)
     except FlowARError:
         raise
     except pickle.UnpicklingError as error:
-        raise FlowARError(f"{path}: not a file of tensors ({first_line(error)})") from error
+        raise FlowARError(f"{path}: not a file of tensors ({first_line(error)}); {extraction_command(path)}") from error
     except Exception as error:  # a damaged file makes torch, zipfile and safetensors raise almost anything
         raise FlowARError(f"{path}: cannot be read, truncated or not a weights file ({first_line(error)})") from error
 
@@ -51,19 +55,20 @@ def check_claims(content, path, limit):
         visited += len(values)
         if visited > limit or depth > DEEPEST:
             raise FlowARError(f"{path}: not a file of tensors (containers in containers without end)")
-        claimed = 0
+        views = {}  # what two names share counts once
         for value in values:
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
-                claimed += value.numel() * value.element_size()
+                view = storage._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype
+                views[view] = value.numel() * value.element_size()
                 stored += 0 if storage._cdata in storages else storage.nbytes()
                 storages.add(storage._cdata)
             elif isinstance(value, (dict, list, tuple)):
                 waiting.append(([*value, *value.values()] if isinstance(value, dict) else value, depth + 1))
             elif isinstance(value, argparse.Namespace):
                 waiting.append(([vars(value)], depth + 1))
-        if max(claimed, stored) > size:
-            raise FlowARError(f"{path}: its tensors claim {max(claimed, stored)} bytes, but the file has {size}")
+        if (claimed := max(sum(views.values()), stored)) > size:
+            raise FlowARError(f"{path}: its tensors claim {claimed} bytes, but the file has {size}")
 
 
 @contextlib.contextmanager
@@ -123,9 +128,17 @@ def file_hash(path):
     return digest.hexdigest()
 
 
+def notify(*lines):
+    """What the user of a function should know who has no log."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
 def first_line(error):
-    """First sentence of an error's message, or its type where there is none."""
+    """First sentence of an error's message, or its type where there is none. A line that ends with a colon goes on."""
     lines = str(error).splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += " " + lines[1].strip()
     return lines[0].split(". ")[0] if lines and not isinstance(error, KeyError) else type(error).__name__
 
 

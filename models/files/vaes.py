@@ -1,11 +1,12 @@
 """What a VAE's file says: tensors, configuration, latent scale. It is believed only as far as it fits."""
 import reprlib
 
-import torch
-
 from models.errors import FlowARError
-from models.files.tensors import name_some, reading
+from models.files.checkpoints import KL16, depth
+from models.files.states import check_fits, find_weights
+from models.files.tensors import notify, read_file, reading
 
+MARKERS = "encoder.conv_in.weight", "decoder.conv_in.weight"  # of the names of any AutoencoderKL
 LARGEST_SCALE = 1e6
 # What a file may ask for: beyond, even the names of the layers would take memory.
 WIDEST, DEEPEST, MOST_LEVELS = 8192, 32, 12
@@ -20,21 +21,25 @@ def read_latent_scale(value, path):
     return tuple(map(float, (*value, 0.0)[:2]))
 
 
-def vae_tensors(content, path):
-    """The state dict of a VAE file's content."""
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        raise FlowARError(f"{path}: expected the state dict of a VAE, or a dict with one under 'model'")
-    return state
+def find_vae_weights(content, path):
+    """The Weights of a VAE in a file's content."""
+    weights = find_weights(content, path, "VAE", MARKERS)
+    if any(".down_blocks." in name for name in weights.tensors):
+        raise FlowARError(f"{path}: a VAE of the diffusers library, by its names: give --vae diffusers:FOLDER, where "
+                          "its config.json is, or its repository")
+    return weights
 
 
-def vae_config(content, path):
-    """AutoencoderKL's arguments that a VAE file holds beside its tensors, if any; FlowARError for what none can be."""
-    config = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
+def vae_config(content, state, path):
+    """AutoencoderKL's arguments that a VAE file holds beside its tensors, else those that its tensors tell; FlowARError
+    for what none can be.
+    """
+    ranges = {"embed_dim": (1, WIDEST), "ch": (1, WIDEST), "ch_mult": (1, WIDEST), "num_res_blocks": (0, DEEPEST)}
+    held = content.get("config") if isinstance(content, dict) else None
+    ours = isinstance(held, dict) and any(name in held for name in (*ranges, "latent_scale"))
+    config = {**recognise_config(state), **(held if ours else {})}
     if "latent_scale" in config:
         config["latent_scale"] = read_latent_scale(config["latent_scale"], path)
-    ranges = {"embed_dim": (1, WIDEST), "ch": (1, WIDEST), "ch_mult": (1, WIDEST), "num_res_blocks": (0, DEEPEST)}
     for name, value in config.items():
         numbers, (low, high) = value if name == "ch_mult" else [value], ranges.get(name, (1, 0))
         if name != "latent_scale" and not (
@@ -44,24 +49,42 @@ def vae_config(content, path):
     return config
 
 
-def check_state(vae, state, path):
-    """FlowARError naming tensors of the VAE (it may be on the meta device) that `state` lacks or has misshapen."""
-    own = vae.state_dict()
-    missing = [name for name in own if name not in state]
-    if missing:
-        raise FlowARError(f"{path}: {len(missing)} tensors of the VAE are missing: {name_some(missing)}")
-    wrong = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own
-             if state[name].shape != own[name].shape]
-    if wrong:
-        raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
+def recognise_config(state):
+    """AutoencoderKL's arguments that a state dict's tensors tell, none where they tell nothing; no latent scale."""
+    try:
+        ch, levels = len(state["encoder.conv_in.weight"]), depth(state, "decoder.up.")
+        widths = [len(state[f"decoder.up.{level}.block.0.conv1.weight"]) for level in range(levels)]
+        return {"embed_dim": len(state["post_quant_conv.weight"]), "ch": ch, "ch_mult": tuple(w // ch for w in widths),
+                "num_res_blocks": depth(state, "decoder.up.0.block.") - 1}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return {}
 
 
 def load_state(vae, state, path):
-    """Load `state` into the VAE. Raises FlowARError, see check_state; returns the extra names."""
-    check_state(vae, state, path)
+    """Load `state` into the VAE; see check_fits. From the meta device it comes to the CPU for that."""
+    left_out = check_fits(vae, state, path, "VAE")
     with reading(path):
+        if next(vae.parameters()).is_meta:
+            vae.to_empty(device="cpu")
         vae.load_state_dict({name: state[name] for name in vae.state_dict()})
-    return [name for name in state if name not in vae.state_dict()]
+    return left_out
+
+
+def load_vae_file(vae, path):
+    """Load the weights of a file into an AutoencoderKL; what else there is to say of it goes to stderr."""
+    weights = find_vae_weights(read_file(path, mmap=True), path)
+    notify(*vae_notes(vae, weights, load_state(vae, weights.tensors, path), {"latent_scale": vae.latent_scale}, path))
+
+
+def vae_notes(vae, weights, left_out, config, path):
+    """Lines that say which weights of a file a VAE has, where there was a choice, and what of the file is not used."""
+    notes = []
+    if weights.kind == "ema" or weights.others or left_out:
+        notes.append(f"{path}: {weights.describe(left_out)}")
+    if "latent_scale" not in config and (vae.embed_dim, vae.stride) != tuple(KL16.values()):
+        notes.append(f"warning: {path} does not tell its latent scale: KL-16's is taken, {vae.latent_scale.scale}; its "
+                     "own is (1 / standard deviation, mean) of its latents, kept as 'config': {'latent_scale': [...]}")
+    return notes
 
 
 def beyond(value, high):

@@ -225,6 +225,20 @@ def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, 
         assert torch.equal(value[tuple(map(slice, expected.shape))], expected)  # layers are padded for sampling
 
 
+def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_path, capsys):
+    trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
+    for extra, kind, key in (("", "ema", "model_ema"), ("--weights ema", "ema", "model_ema"), ("--weights raw", "raw", "model")):
+        args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
+        model, _, description, _ = open_for_sampling(args, torch.device("cpu"))
+        assert torch.equal(model.class_emb.weight, trained[key]["class_emb.weight"])
+        assert (description["weights"], description["weights_key"]) == (kind, key)
+        assert f"under '{key}'; not used: " in capsys.readouterr().out
+    report = evaluate(project, checkpoint, tmp_path / "out", "--weights raw")
+    assert (report["weights"], report["weights_key"]) == ("raw", "model")
+    with pytest.raises(FlowARError, match="the evaluation there has weights raw, now it is ema"):
+        evaluate(project, checkpoint, tmp_path / "out")
+
+
 @pytest.mark.parametrize("extra,message", [
     ("--model flowar_small", "tensors do not fit the model"),
     ("--vae_stride 8", "--vae_stride is 8, but the VAE"),

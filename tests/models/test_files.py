@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import struct
+import tarfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from models import AutoencoderKL, FlowARError, build_model
 from models import registry
 from models.vaes import load_vae, open_vae, save_vae
 from models.files import read_file
+from models.files.states import clean_names
 from scripts import plot_results, train_vae
 from util.data import latents
 from util.evaluation import metrics, references, reports, store
@@ -137,7 +140,7 @@ def snapshot_parts():
 
 def load_flowar(path):
     """What eval.py does with a checkpoint."""
-    state = registry.model_state(read_file(path, mmap=True), path)
+    state = registry.find_model(read_file(path, mmap=True), path).tensors
     known = {**registry.recognise_geometry(state, path, 4), **registry.recognise_size(state, path)}
     scale = known.pop("scales")
     registry.open_model(state, path, known.pop("model"), img_size=4 * known["patch_size"] * scale[-1], vae_stride=4, vae_embed_dim=4,
@@ -354,6 +357,80 @@ def test_code_in_other_files_is_not_run(tmp_path, monkeypatch, valid):
     assert not (tmp_path / "exploited").exists()
 
 
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+
+def packed(name, content):
+    file = io.BytesIO()
+    if name == "zip":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("kl16.ckpt", content)
+    else:
+        with tarfile.open(fileobj=file, mode=name) as archive:
+            archive.addfile(tarfile.TarInfo("kl16.ckpt"), io.BytesIO(content))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("content,message", [
+    (b"", "it is empty; it was not downloaded or copied to its end: do that again"), (bytes(9000), "it holds zeros alone at its start"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 687430000\n",
+     "but the pointer of git-LFS to one of 687,430,000 bytes: git lfs install, then git lfs pull"),
+    (b"\n<!DOCTYPE html>\n<html>", "but a web page"), (b"<HTML><body>Sign in", "but a web page"), (b"<?xml version='1.0'?><Error>", "but a web page"),
+    (b"Entry not found", "it is text, which begins with 'Entry not found'"), ("R\u00e9pertoire\n".encode() * 99, "begins with 'R\u00e9pertoire'"),
+    (b'{"error": "Repository not found"}', "it is text"), (packed("zip", b"x"), "but a zip archive of 'kl16.ckpt': unpack it"),
+    (packed("w", b"x"), "but a tar archive: unpack it"), (packed("w:gz", b"x"), "but a gzip archive: unpack it .gunzip, or tar -xzf"),
+    (packed("w:xz", b"x"), "but a xz archive"), (packed("w:bz2", b"x"), "but a bzip2 archive"), (pickle.dumps({"a": 1}), "a bare pickle: if you trust")])
+def test_failed_downloads_and_archives_are_named_with_the_cure(tmp_path, content, message, suffix):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(content)
+    refused(read_file, path, f"not a weights file.*{message}")
+
+
+def test_files_that_are_cut_short_are_named(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "x.pth")
+    save_file({"a": torch.zeros(1000)}, tmp_path / "x.safetensors")
+    for path, messages in ((tmp_path / "x.pth", ["bytes of a zip file without its end: it was not downloaded"] * 3),
+                           (tmp_path / "x.safetensors", ["cut short, 2036 of 4072 bytes", "cut short, 60 of 72 bytes", "cut short, 9 of 72 bytes"])):
+        content = path.read_bytes()
+        for length, message in zip((len(content) // 2, 60, 9), messages):
+            path.write_bytes(content[:length])
+            refused(read_file, path, message)
+
+
+class Callback:
+    def __init__(self):
+        self.best, self.folder = 1.5, Path("runs")
+
+
+class Attributes(dict):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("more", [
+    {"callbacks": {Callback: Callback()}}, {"best": np.float64(0.5), "step": np.int64(3), "array": np.zeros(3)}, {Path("a"): Path("b")},
+    {"hyper_parameters": Attributes(lr=1)}, {"net": torch.nn.Linear(3, 2)}], ids=["callbacks", "numpy", "paths", "attributes", "a module"])
+def test_the_line_that_takes_tensors_out_of_what_safe_loading_refuses(tmp_path, more, old):
+    """It works where the classes that the file names are not installed, and runs nothing of theirs."""
+    path = tmp_path / "it's.ckpt"
+    torch.save({"state_dict": {"w": torch.arange(3.0), "p": torch.nn.Parameter(torch.ones(2))}, "evil": Payload(), "config": {"ch": (1, 2)}, **more},
+               path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(FlowARError, match="it names|of before PyTorch 1.6") as caught:
+        read_file(path)
+    _, option, code = shlex.split(str(caught.value).split("takes its tensors out, ")[1].split(": ", 1)[1])
+    assert option == "-c"
+    exec(code, {})  # what a shell would start
+    content = read_file(tmp_path / "it's.tensors.pth")
+    assert content["state_dict"]["w"].tolist() == [0, 1, 2] and content["state_dict"]["p"].tolist() == [1, 1] and content["config"] == {"ch": [1, 2]}
+    torch.save({"w": torch.ones(2)}, path, pickle_protocol=4)
+    refused(read_file, path, "pickled with protocol 4, expected at most 3, for safe loading; if you trust where it is from, this takes")
+    if "net" in more:
+        assert clean_names(content["net"])[0].keys() == {"weight", "bias"}
+    assert not Path("exploited").exists()
+
+
 # ---- torch files -----------------------------------------------------------------------------------------------------
 
 
@@ -375,7 +452,7 @@ def test_views_and_storages_that_claim_more_than_the_file(tmp_path):
     shared = torch.zeros(1000)
     torch.save({str(i): shared[i:] for i in range(100)}, path)
     refused(read_file, path, "claim")
-    torch.save({"a": {"x": shared}, "b": {"x": shared}, "c": {"y": shared[3:]}}, path)
+    torch.save({"a": {"x": shared, "z": shared}, "b": {"x": shared}, "c": {"y": shared[3:]}}, path)
     assert torch.equal(read_file(path)["c"]["y"], shared[3:])  # what a model and its copy share is no claim
     for numbers in (5, 2**31 - 1):  # numbers of the storage and of the tensor; the file has 4
         torch.save({"a": torch.arange(4.0)}, path)
@@ -460,8 +537,8 @@ def test_absurd_sizes_of_the_model(tmp_path):
     load({"flownet.cond_embed.weight": torch.zeros(())}, "size cannot be recognised")
     load({"class_emb.weight": torch.zeros(())}, "geometry cannot be recognised")
     load({"z_proj.weight": torch.zeros(128, 0)}, "tokens have 0 channels")
-    load({3: torch.zeros(1)}, "no FlowAR weights")
-    load({"module." * 100000 + "x": torch.zeros(1)}, "is not in the model")
+    load({3: torch.zeros(2)}, "3 is not in the model")
+    load({"module." * 100000 + "x": torch.zeros(2)}, "x is not in the model")
     for mask in (torch.zeros(()), torch.zeros(1, 1, 5, 7), torch.zeros(1, 1, 21, 21).bool(), torch.full((1, 1, 21, 21), float("nan")),
                  torch.ones(1, 1, 0, 0), torch.zeros(1, 1, 2, 2)):
         load({"mask": mask}, "cannot be recognised|tensors do not fit|scale ")

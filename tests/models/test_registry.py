@@ -15,7 +15,7 @@ TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=
 
 def state_of(path):
     path, content = checkpoint.read_model_file(path)
-    return registry.model_state(content, path)
+    return registry.find_model(content, path).tensors
 
 
 @pytest.fixture(scope="module")

@@ -55,10 +55,11 @@ def test_kl16_file_missing_is_named_and_extra_is_counted(tmp_path):
     vae = AutoencoderKL()
     state = {**vae.state_dict(), "loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
-    assert read_vae(tmp_path / "kl16.ckpt")[1] == ["loss.discriminator.weight", "loss.logvar"]
+    assert read_vae(tmp_path / "kl16.ckpt")[1] == [
+        f"{tmp_path}/kl16.ckpt: weights (not called an average) under 'model'; not used: model.loss.discriminator.weight, model.loss.logvar"]
     del state["decoder.conv_in.weight"]
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
-    with pytest.raises(FlowARError, match="kl16.ckpt: 1 tensors of the VAE are missing: decoder.conv_in.weight"):
+    with pytest.raises(FlowARError, match="kl16.ckpt: 1 tensors do not fit the VAE: decoder.conv_in.weight is missing"):
         AutoencoderKL(ckpt_path=tmp_path / "kl16.ckpt")
     state["decoder.conv_in.weight"] = torch.zeros(1)
     torch.save({"model": state}, tmp_path / "kl16.ckpt")

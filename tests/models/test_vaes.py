@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from helpers import run, train, write_digits
+from safetensors.torch import load_file, save_file
 
 from models import FlowARError
 from models.vaes import open_vae
@@ -84,6 +85,25 @@ def test_cache_training_sampling_and_decoding(saved, tmp_path):
     report = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert report["scales"] == [1, 2, 4] and report["img_size"] == size and report["vae"] == vae
     assert len(list((tmp_path / "eval" / "images").iterdir())) == 3
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda state: state.pop("encoder.conv_in.weight"), "1 tensors do not fit the VAE: encoder.conv_in.weight is missing"),
+    (lambda state: state.update({"encoder.extra.weight": torch.zeros(2)}), "1 tensors do not fit the VAE: encoder.extra.weight is not in the VAE"),
+    (lambda state: state.update({"quant_conv.bias": torch.zeros(3)}), "size mismatch for quant_conv.bias"),
+    (lambda state: state.update({"loss.logvar": torch.zeros(1)}), None)])
+def test_tensors_that_are_missing_or_left_over(tmp_path, change, message):
+    """diffusers draws what is missing at random, and goes on without what is left over."""
+    small_kl(2).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    if message:
+        with pytest.raises(FlowARError, match=message):
+            open_vae(f"diffusers:{tmp_path}", None)
+    else:
+        assert open_vae(f"diffusers:{tmp_path}", None)[1] == [f"--vae diffusers:{tmp_path}: not used: loss.logvar"]
 
 
 def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):

@@ -88,9 +88,9 @@ def open_if_there(named, device, needed):
             raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them; give its path, or "
                               "cached latents as --cached_path")
         return None
-    vae, unused = named.open()
-    if unused:
-        log(f"{named.name}: {len(unused)} tensors are not the VAE's and were left out")
+    vae, notes = named.open()
+    for note in notes:
+        log(note)
     return vae.eval().requires_grad_(False).to(device)
 
 

@@ -6,7 +6,8 @@ import torch
 
 from models import FlowARError
 from models.files import file_hash, tensors_hash
-from models.registry import model_state, open_model, recognise_geometry, recognise_size
+from models.files.checkpoints import find_model, recognise_geometry
+from models.registry import open_model, recognise_size
 from models.vaes import find_vae
 from util.cluster import AUTOCAST, check_compiler, is_main, log, set_precision
 from util.evaluation.metrics import build_extractor, compute_metrics
@@ -60,17 +61,17 @@ def open_for_sampling(args, device):
     release = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
     precision = set_precision(args.precision or release, device)
     path, content = read_model_file(args.resume)
-    state = model_state(content, path)
+    weights = find_model(content, path, args.weights)
     del content
     named = find_vae(args.vae, args.vae_path)
-    vae, unused = named.open()
-    if unused:
-        log(f"{named.name}: {len(unused)} tensors are not the VAE's and were left out")
-    args = recognise(args, state, path, vae)
+    vae, notes = named.open()
+    args = recognise(args, weights.tensors, path, vae)
     check_vae(vae, args)
-    model = open_model(state, path, args.model, **model_options(args))
+    model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
+    for note in (f"{path}: {weights.describe(left_out)}", *notes):
+        log(note)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
-                   "checkpoint": str(path), "vae": named.name}
+                   "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name}
     if is_main():
         description.update(checkpoint_sha256=file_hash(path), vae_sha256=named.identity(vae))
     prepare.for_sampling(model.to(device), AUTOCAST.get(precision))

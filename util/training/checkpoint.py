@@ -16,7 +16,9 @@ import torch
 
 from models import FlowARError
 from models.files import read_file, write_file
-from models.registry import LAST, load_model, model_state, recognise_geometry, saved_options
+from models.files.checkpoints import find_model, recognise_geometry, saved_options
+from models.files.states import unused
+from models.registry import LAST, load_model
 from util.cluster import from_main, log
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
@@ -311,12 +313,12 @@ def find_start(resume, output_dir):
 
 def class_num_of(content, path):
     """Number of classes of a checkpoint's content, None without one."""
-    return len(model_state(content, path, "model")["class_emb.weight"]) - 1 if content else None
+    return len(find_model(content, path, "raw first").tensors["class_emb.weight"]) - 1 if content else None
 
 
 def geometry_of(content, path, vae_embed_dim):
     """What a checkpoint's tensors say of the options, see recognise_geometry."""
-    return recognise_geometry(model_state(content, path, "model"), path, vae_embed_dim)
+    return recognise_geometry(find_model(content, path, "raw first").tensors, path, vae_embed_dim)
 
 
 def begins_anew(content, options):
@@ -342,8 +344,12 @@ def resume(path, content, parts, record):
     fresh = Progress(epoch=start or 0, step=(start or 0) * steps)
     if path is None:
         return fresh
-    load_model(network, model_state(content, path, "model"), path)
-    load_model(ema.module, model_state(content, path, "model_ema"), path)
+    raw, average = find_model(content, path, "raw first"), find_model(content, path)
+    left_out = load_model(network, raw.tensors, path)
+    load_model(ema.module, average.tensors, path)
+    others = left_out + [name for name in raw.others if name in average.others and not name.startswith("optimizer.")]
+    if others or "optimizer" not in content:
+        log(f"{path}: network: {raw.source()}; EMA: {average.source()}; {unused(others)}")
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
