@@ -1,6 +1,7 @@
 """Statistics of a folder of images for --fid_stats: mu and sigma in a feature extractor, in one .npz that says what it is.
 
-With --keep_features also the features, which KID, precision and recall need.
+With --keep_features also the features, which KID, precision and recall need. Of class folders also how many images each
+has: an evaluation says if its own are of another mix.
 
     torchrun --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
 """
@@ -34,6 +35,8 @@ def save_statistics(path, found, extractor):
     content = {**found.statistics, "feature_extractor": extractor.name,
                "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize,
                "num_images": found.count, "img_size": found.img_size}
+    if found.classes:
+        content.update(classes=np.array(list(found.classes)), class_counts=np.array(list(found.classes.values())))
     if found.features is not None:
         content["features"] = np.asarray(found.features, dtype=np.float32)
     with writing(path) as file:
