@@ -15,8 +15,7 @@ from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, auto
 from util.data.source import Source
 from util.evaluation import metrics, reports
 from util.evaluation.reports import RESULTS, Stopwatch
-from util.evaluation.sampler import image_label
-from util.evaluation.store import PARTIAL, FinishedBatches, PngWriter, open_store, write_npz
+from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, write_npz
 from util.files import write_json
 from util.training import health
 from util.training.checkpoint import CheckpointWriter, content_of
@@ -263,7 +262,7 @@ def evaluate_sweep(samplers, plan, measure, description, output):
             continue
         reports.print_report(report, output / name)
         if len(samplers) > 1:
-            rows = reports.sweep_rows(output)  # with those of earlier sweeps into the same folder
+            rows = reports.sweep_rows(output, reports.CODE)  # with those of earlier sweeps into the same folder
             reports.write_table(rows, output / "results.csv")
             if report["metrics"] and all(report["metrics"][0] in row for row in rows):
                 reports.plot_sweep(rows, report["metrics"][0], output / "sweep.png")
@@ -281,11 +280,12 @@ def evaluate(sampler, plan, measure, description, output):
     """
     output, count = Path(output), plan.num_images
     batches = [range(first, min(first + sampler.batch, count)) for first in range(0, count, sampler.batch)]
-    planned = {**description, **sampler.settings(), **plan.settings(), **measure.settings()}
+    planned = {**description, **sampler.settings(), **plan.settings(), **measure.settings(), CODE_KEY: reports.CODE}
     done, missing = from_main(lambda: open_store(output, planned, batches, measure.extractor.dim, plan.persistent))
     if done is not None:
         log(f"{output}: evaluated already, with the same settings")
         return done if is_main() else None
+    measure.open()
     start = time.time()
     mine = {number: batches[number] for number in missing[rank()::world_size()]}
     found = sample_and_measure(sampler, plan, measure.extractor, mine, output)
@@ -301,8 +301,7 @@ def evaluate(sampler, plan, measure, description, output):
     report = {**measure.compute(found, sampler.device), **planned, **reports.timing(found, batches),
               "images_per_second": sampled / max(seconds, 1e-9), **reports.machine(sampler.device)}
     if plan.save_npz:
-        labels = [image_label(i, count, sampler.model.class_num) for i in range(count)]
-        write_npz(output / "samples.npz", kept, len(batches), labels)
+        write_npz(output / "samples.npz", kept, len(batches), plan.labels.values)
     write_json(report, output / RESULTS)
     if plan.persistent:
         kept.remove()
@@ -326,7 +325,7 @@ def sample_and_measure(sampler, plan, extractor, batches, output):
         found[number] = tensors
 
     for number, indices in batches.items():
-        labels, nfe = [image_label(i, plan.num_images, sampler.model.class_num) for i in indices], []
+        labels, nfe = plan.labels.of(indices), []
         with watch("sampling"):
             latents = sampler.model.unpatchify(sampler.pyramid(labels, indices, nfe)[-1])
         with watch("decoding"):

@@ -17,7 +17,8 @@ from models import FlowARError, build_model
 from util import cluster
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
-from util.evaluation.setup import Plan, build_measure, build_sampler, open_evaluation
+from util.evaluation.labels import classes_of
+from util.evaluation.setup import Plan, build_labels, build_measure, build_sampler, open_evaluation
 from util.evaluation.store import write_png
 from util.files import make_directory
 from util.speed import prepare
@@ -51,7 +52,11 @@ def train(args, device):
     check_classes(record["data"]["classes"], args.class_num)
     if args.online_eval and vae is None:
         raise FlowARError(f"--online_eval needs the VAE to decode with: there is none at --vae_path {args.vae_path}")
-    measure = build_measure(args, args.img_size, args.num_images, device) if args.online_eval else None
+    classes = classes_of(record["data"], args.class_num, "the training set")
+    plan = Plan(build_labels(args, args.eval_num_images, classes), persistent=False)
+    measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
+    if measure is not None:
+        measure.open()
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
@@ -94,7 +99,7 @@ def train(args, device):
             log(f"warning: {advice}")
         reported = from_main(lambda: progress.step in logger.reported)
         if progress.done == 0 and is_report_epoch(args, progress.epoch) and not reported:
-            report_or_stop(run, args, validation, measure)  # the run before did not end this one
+            report_or_stop(run, args, validation, plan, measure)  # the run before did not end this one
         while progress.epoch < args.epochs:
             train_one_epoch(run)
             source.report_images()
@@ -102,7 +107,7 @@ def train(args, device):
             if saved or is_report_epoch(args, progress.epoch):
                 save_checkpoint(run)
             if is_report_epoch(args, progress.epoch):
-                report_or_stop(run, args, validation, measure)
+                report_or_stop(run, args, validation, plan, measure)
     if writer is not None:
         writer.wait()
     cluster.barrier()
@@ -114,19 +119,19 @@ def is_report_epoch(args, finished):
     return finished > 0 and (finished % args.eval_freq == 0 or finished == args.epochs)
 
 
-def report_or_stop(run, args, validation, measure):
+def report_or_stop(run, args, validation, plan, measure):
     """report(); a signal ends it at once, since the step before it is or is being saved. It is then made again."""
     step = run.progress.step
     try:
         with run.signals.at_once(f"asked to leave: saved after step {step}, the report after it will be made again"):
-            report(run, args, validation, measure)
+            report(run, args, validation, plan, measure)
     except cluster.Preempted:
         if run.writer is not None:
             run.writer.wait()
         raise
 
 
-def report(run, args, validation, measure):
+def report(run, args, validation, plan, measure):
     """Validation loss of raw and EMA weights, a sample grid, --online_eval, all after the last finished epoch."""
     step, epoch = run.progress.step, run.progress.epoch
     if validation is not None:
@@ -135,7 +140,8 @@ def report(run, args, validation, measure):
             run.logger.scalars(name, step, epoch, {"loss": loss, **{f"loss_scale_{s}": v for s, v in scales.items()}})
             log(f"epoch {epoch}: {name} loss {loss:.4f}")
     if run.source.vae is not None:
-        sampler = build_sampler(with_options(args, resume=""), run.ema.module, run.source.vae, args.precision)
+        sampler = build_sampler(with_options(args, resume=""), run.ema.module, run.source.vae, args.precision,
+                                plan.labels.allowed)
         if is_main():
             drawn = {"ema": sampler, "raw": sampler._replace(model=run.network.eval(), weights="the model")}
             for name in drawn if run.ema.rate**step > EMA_HOLDS else ("ema",):  # it may hide what the model has learned
@@ -144,8 +150,7 @@ def report(run, args, validation, measure):
                 write_png(grid.permute(1, 2, 0).numpy(), Path(args.output_dir) / file)
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}
-            found = evaluate(sampler, Plan(args.eval_num_images, persistent=False), measure, description,
-                             Path(args.output_dir) / f"eval_epoch{epoch:04d}")
+            found = evaluate(sampler, plan, measure, description, Path(args.output_dir) / f"eval_epoch{epoch:04d}")
             if found is not None:
                 values = {name: found[name] for name in found["metrics"]}
                 run.logger.scalars("eval", step, epoch, values)

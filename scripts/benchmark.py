@@ -50,9 +50,9 @@ from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_ma
 from util.data import Images, build_loader, latents
 from util.data.latents import NpzMoments, ShardedMoments
 from util.evaluation.metrics import build_extractor
+from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.references import folder_features
 from util.evaluation.reports import machine
-from util.evaluation.sampler import image_label
 from util.evaluation.setup import Measure, Plan, build_sampler
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
 from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,
@@ -329,8 +329,7 @@ def through_files(sampler, plan, extractor, folder):
     """The release's way: PNGs one after the other, then a second pass over the files."""
     for first in range(0, plan.num_images, sampler.batch):
         indices = range(first, min(first + sampler.batch, plan.num_images))
-        labels = [image_label(i, plan.num_images, sampler.model.class_num) for i in indices]
-        for index, image in zip(indices, sampler.images(labels, first)):
+        for index, image in zip(indices, sampler.images(plan.labels.of(indices), first)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
     return folder_features(folder, extractor, sampler.device)
 
@@ -340,7 +339,7 @@ def benchmark_evaluate(args, device):
     extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
     seconds = {"in_memory": 0.0, "through_files": 0.0}
     for warm_up in (True, False):
-        plan = Plan(args.eval_bsz if warm_up else args.num_images)
+        plan = Plan(choose_labels("balanced", args.eval_bsz if warm_up else args.num_images, Classes(args.class_num)))
         for way in (in_memory, through_files):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()

@@ -53,11 +53,9 @@ fi
 if [ "$OUT/run/checkpoint-last.pth" -nt "$OUT/eval/settings.json" ]; then
     rm -rf "$OUT/eval" # of an older checkpoint
 fi
-if [ ! -f "$OUT/eval/results.json" ]; then
-    torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 --eval_bsz 250 \
-        --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
-        --feature_extractor efficientnet-lite0 --device "$DEVICE" --save_images --evaluate
-fi
+torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 --eval_bsz 250 \
+    --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
+    --feature_extractor efficientnet-lite0 --device "$DEVICE" --save_images --evaluate
 
 stage "pictures and table"
 python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 3 --guidance 1 --device "$DEVICE" \

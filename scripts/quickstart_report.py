@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import project_root  # noqa: F401
+from distance import distance, through_vae
 from models import FlowARError
 from models.files import read_file, reading, write_file
 from models.vaes import load_vae
-from util.data import Images, to_uint8
+from util.data import Images
 from util.cluster import run_main, select_device
-from util.evaluation.metrics import build_extractor, extract, frechet_distance, statistics
+from util.evaluation.labels import image_label
+from util.evaluation.metrics import build_extractor, extract
 from util.evaluation.references import load_statistics, load_uint8
 from util.evaluation.reports import read_report
-from util.evaluation.sampler import image_label
 from util.files import write_json
 
 plt.switch_backend("Agg")
@@ -95,18 +96,6 @@ def get_classifier(root, device):
     return network
 
 
-@torch.no_grad()
-def reconstruct(images, vae, device):
-    """Gray uint8 images after the VAE: what a perfect generator of latents could reach."""
-    pixels = images.float() / 127.5 - 1
-    return torch.cat([to_uint8(vae.decode(vae.encode(part.to(device)).mode())).cpu() for part in pixels.split(250)])
-
-
-def distance(images, extractor, reference, device):
-    features, _ = extract(extractor, images.to(device))
-    return frechet_distance(statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
-
-
 def plot_loss(root):
     lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
@@ -143,14 +132,15 @@ def main():
     train, train_labels, _ = real_images(root / "images" / "train", count)
     files = [root / "eval" / "images" / f"{i:06d}.png" for i in range(count)]
     asked = torch.tensor([image_label(i, count, classes) for i in range(count)])
-    decoded = reconstruct(test, load_vae(root / "vae.pth").to(device), device)
+    # what a perfect generator of latents could reach
+    decoded = through_vae(load_vae(root / "vae.pth").to(device))(test.to(device)).cpu()
     rows = {
         "generated": (load_uint8(files), asked),
         "test images through the VAE": (decoded, test_labels),
         "training images (the floor)": (train, train_labels),
     }
     summary = {row: {"classifier_accuracy": accuracy(network, gray(images), labels, device),
-                     name: distance(images, extractor, reference, device)} for row, (images, labels) in rows.items()}
+                     name: distance(extract(extractor, images.to(device))[0], reference)} for row, (images, labels) in rows.items()}
     summary["test images"] = {"classifier_accuracy": accuracy(network, gray(test), test_labels, device)}
     write_json({"images": count, **summary}, root / "summary.json")
     table = [f"| {count} images | classifier finds the label | {name} to the test split |", "|---|---|---|"]

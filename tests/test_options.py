@@ -28,6 +28,7 @@ def command_of(program, p, out):
         "scripts/sample.py": f"scripts/sample.py --resume {p}/run {vae} --num_step 4 --per_class 1 --grid {out}/grid.png",
         "scripts/reference_stats.py": f"scripts/reference_stats.py --ref_images {p}/images/val --output {out}/stats.npz "
                                       "--feature_extractor efficientnet-lite0",
+        "scripts/distance.py": f"scripts/distance.py {p}/images/val --feature_extractor efficientnet-lite0",
         "scripts/inspect_latents.py": f"scripts/inspect_latents.py --cached_path {p}/shards {vae} --images 2 --output {out}/latents.png",
         "scripts/plot_results.py": f"scripts/plot_results.py {p}/table.csv --output {out}/plot.png",
         "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --eval_bsz 2 --num_images 2 --num_step 4 "
@@ -69,9 +70,9 @@ def message_of(monkeypatch, capsys, command):
     return str(ended.value)
 
 
-TRAIN, EVAL, CACHE, VAE, SAMPLE, STATS, INSPECT, PLOT, BENCH = (
+TRAIN, EVAL, CACHE, VAE, SAMPLE, STATS, DISTANCE, INSPECT, PLOT, BENCH = (
     "main_flowar.py", "eval.py", *(f"scripts/{name}.py" for name in (
-        "cache_latents", "train_vae", "sample", "reference_stats", "inspect_latents", "plot_results", "benchmark")))
+        "cache_latents", "train_vae", "sample", "reference_stats", "distance", "inspect_latents", "plot_results", "benchmark")))
 
 # Program, options, the essential part of the message. {p} is the fixture `project`, {out} the output folder.
 TABLE = [
@@ -154,6 +155,9 @@ TABLE = [
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
     (TRAIN, "--batch_size 512", "80 training images are fewer than one global batch of 512 (--batch_size 512"),
     (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --max_bad_steps 3", "3 steps in a row were not finite, up to step 4 (--max_bad_steps 3)"),
+    (TRAIN, "--labels train", "--labels train is for an evaluation: in training it needs --online_eval"),
+    (TRAIN, "--online_eval --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
+    (TRAIN, "--online_eval --labels train --all_classes", "--all_classes is for --labels balanced or a file"),
     (TRAIN, "--save_images", "--save_images is for an evaluation"),
     (TRAIN, "--weights raw", "--weights raw is for an evaluation: training goes on with both"),
     (TRAIN, "--save_npz", "--save_npz is for an evaluation"),
@@ -192,6 +196,11 @@ TABLE = [
     (TRAIN, "--output_dir {p}/file", "{p}/file: cannot be made"),
     (TRAIN, "--log_dir {p}/file/logs", "{p}/file/logs: cannot be made"),
     # evaluation
+    (EVAL, "--labels ''", "--labels: it is empty: expected a path"),
+    (EVAL, "--labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
+    (EVAL, "--labels {p}/empty", "--labels {p}/empty: expected balanced, train, or a file with a label in each line"),
+    (EVAL, "--labels {p}/file", "--labels {p}/file: line 1 is 'nothing', expected a label from 0 to 9"),
+    (EVAL, "--labels train --all_classes", "--all_classes is for --labels balanced or a file"),
     (EVAL, "--epochs 3", "unrecognized arguments: --epochs 3"),
     (EVAL, "--num_images 0", "--num_images: 0 is out of range: expected 1 or more"),
     (EVAL, "--eval_bsz 4,8", "--eval_bsz: '4,8' is not an integer"),
@@ -260,6 +269,11 @@ TABLE = [
     (STATS, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (STATS, "--img_size 1000000", "--img_size: 1000000 is out of range"),
     (STATS, "--fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae or --vae_path, or one and --halves: give one of these"),
+    (DISTANCE, "nowhere", "nowhere: no such folder of images"),
+    (DISTANCE, "--vae nothing", "--vae nothing: expected one of kl16, diffusers"),
+    (DISTANCE, "--vae_path {p}/vae.pth --img_size 18", "images of 18x18 pixels, but the VAE's stride is 4: give --img_size a multiple of it"),
+    (DISTANCE, "--seed -1", "--seed: -1 is out of range"),
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
     (INSPECT, "--scales 0,4", "--scales 0,4: expected numbers from 1 to 4, the latent's size"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: 4 channels, but the VAE has 2"),

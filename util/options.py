@@ -156,6 +156,10 @@ def add_evaluation_options(parser):
     add("--save_images", action="store_true", help="write the images to images/ in the output directory, as PNGs")
     add("--save_npz", action="store_true",
         help="write the images to samples.npz in the output directory, as ADM's evaluator reads them")
+    add("--labels", type=some_path, default="balanced",
+        help="balanced: as many images of each class; train: in the proportions of the training images; or a file with "
+             "one label (or class name) a line")
+    add("--all_classes", action="store_true", help="sample classes that had no training images too")
     add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall); "
         "default fid_stats/adm_in256_stats.npz if it is there")
     add("--ref_images", help="folder of reference images, instead of --fid_stats")
@@ -360,6 +364,8 @@ def check_training(args):
     for name in ("save_images", "save_npz"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is for an evaluation: training does not write images")
+    if args.labels != "balanced" and not args.online_eval:
+        raise FlowARError(f"--labels {args.labels} is for an evaluation: in training it needs --online_eval")
     for name in ("fid_stats", "ref_images", "fid_weights"):
         if getattr(args, name) and not args.online_eval:
             raise FlowARError(f"--{name} is for an evaluation: in training it needs --online_eval")

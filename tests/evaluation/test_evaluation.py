@@ -1,8 +1,10 @@
 """Evaluation: in memory, the same on any number of processes, resumable, swept, measured, honest."""
+import contextlib
 import csv
 import itertools
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +14,7 @@ from PIL import Image
 
 import seams
 from models import FlowARError
-from util.evaluation import metrics, references, reports
-from util.evaluation.sampler import image_label
+from util.evaluation import metrics, references, reports, setup, store
 from util.evaluation.setup import open_for_sampling
 from util.options import evaluation_parser
 
@@ -111,13 +112,6 @@ def test_images_do_not_depend_on_processes(project, checkpoint, tmp_path):
         assert found[METRIC] == pytest.approx(report[METRIC], rel=1e-6 if bsz == 4 else 1e-3)
 
 
-def test_labels_are_balanced():
-    labels = [image_label(i, 50000, 1000) for i in range(50000)]
-    assert set(np.bincount(labels)) == {50}
-    uneven = np.bincount([image_label(i, 2003, 10) for i in range(2003)])
-    assert uneven.max() - uneven.min() <= 1
-
-
 # ---- interrupted -------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +149,83 @@ def test_other_settings_in_the_same_place_are_refused(project, checkpoint, tmp_p
     with pytest.raises(FlowARError, match=f"{message}; choose another --output_dir"):
         evaluate(project, checkpoint, tmp_path, f"--eval_bsz 4 {extra}")
     assert evaluate(project, checkpoint, tmp_path, "--eval_bsz 4")["cfg"] == 2.0
+
+
+# ---- bound to code and content, not to places ----------------------------------------------------------------------
+
+
+def test_a_moved_run_is_known_again(project, checkpoint, tmp_path, monkeypatch, capsys):
+    """Checkpoint, VAE, reference and output elsewhere: the same evaluation, at once."""
+    for name, source in {"run": checkpoint, "images": project / "images" / "val"}.items():
+        shutil.copytree(source, tmp_path / "a" / name)
+    shutil.copy(project / "vae.pth", tmp_path / "a" / "vae.pth")
+    first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"--ref_images {tmp_path}/a/images")
+    assert len(first["code_sha256"]) == len(first["labels_sha256"]) == len(first["reference_sha256"]) == 64
+    (tmp_path / "a").rename(tmp_path / "b")
+    calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (references, "folder_features"), (setup, "file_hash"))]
+    again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
+    assert again == first and "evaluated already" in capsys.readouterr().out
+    assert calls == [[], [], []]  # no image, no feature, and the checksum that was verified already
+    (tmp_path / "b" / "images" / "3" / "000.png").unlink()
+    with pytest.raises(FlowARError, match="has reference_sha256 "):
+        evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
+    torch.save(torch.load(tmp_path / "b" / "run" / "checkpoint-last.pth", weights_only=True)["model"], tmp_path / "other.pth")
+    with pytest.raises(FlowARError, match="has checkpoint_sha256 "):
+        evaluate(tmp_path / "b", tmp_path / "other.pth", tmp_path / "b" / "out")
+
+
+@pytest.mark.parametrize("where", [None, seams.METRICS])
+def test_other_code_computes_anew_and_mixes_nothing(project, checkpoint, tmp_path, monkeypatch, capsys, where):
+    options = "--eval_bsz 4 --save_images --save_npz --num_step 2"
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(reports, "CODE", "other")
+        if where:
+            seams.interrupt(patch, where)
+        evaluate(project, checkpoint, tmp_path, options)
+    sampled = seams.count(monkeypatch, seams.LATENTS)
+    assert evaluate(project, checkpoint, tmp_path, options)["code_sha256"] == reports.CODE and len(sampled) == 3
+    assert f"other code made the evaluation there (models/, util/ or engine_flowar.py have changed since): computing anew; the earlier one " \
+           f"is kept in {tmp_path}/earlier-1" in capsys.readouterr().out
+    assert (tmp_path / "earlier-1" / "results.json").is_file() == (where is None)
+    assert len(list((tmp_path / "earlier-1" / "images").iterdir())) == len(list((tmp_path / "images").iterdir())) == 10
+    assert json.loads((tmp_path / "earlier-1" / "settings.json").read_text())["code_sha256"] == "other"
+    with monkeypatch.context() as patch, pytest.raises(FlowARError, match="has cfg 2.0, now it is 3.0"):
+        patch.setattr(reports, "CODE", "other")
+        evaluate(project, checkpoint, tmp_path, f"{options} --cfg 3")
+
+
+def test_an_evaluation_of_before_it_was_bound_to_code_is_set_aside(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "settings.json").write_text('{"cfg": 1.0, "checkpoint_sha256": "of the file"}')
+        (tmp_path / "results.json").write_text("{}")
+        assert store.check_settings(tmp_path, {"cfg": 1.0, "checkpoint_sha256": "of the content", "code_sha256": "c"}) is None
+        assert (tmp_path / f"earlier-{number}" / "results.json").is_file() and not (tmp_path / "results.json").exists()
+    assert store.check_settings(tmp_path, {"cfg": 2.0, "code_sha256": "c"}) is None  # nothing there to lose
+
+
+def test_the_codes_hash_is_of_what_makes_images(tmp_path):
+    for name in ("models/a.py", "models/files/b.py", "util/c.py", "engine_flowar.py", "scripts/d.py", "util/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    found = reports.code_hash(tmp_path)
+    for name in ("scripts/d.py", "util/e.txt"):
+        (tmp_path / name).write_text("x = 2")
+    assert reports.code_hash(tmp_path) == found
+    hashes = {found}
+    for name in ("models/a.py", "models/files/b.py", "util/c.py", "engine_flowar.py"):
+        (tmp_path / name).write_text("x = 2")
+        hashes.add(reports.code_hash(tmp_path))
+    (tmp_path / "util/c.py").rename(tmp_path / "util/d.py")
+    assert len(hashes | {reports.code_hash(tmp_path)}) == 6
+
+
+def test_a_sweeps_table_has_rows_of_one_code(project, checkpoint, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(reports, "CODE", "other")
+        evaluate(project, checkpoint, tmp_path, "--cfg 1,2 --num_step 2")
+    evaluate(project, checkpoint, tmp_path, "--cfg 2,3 --num_step 2")
+    assert "1 results there are of other code and stay out of the table" in capsys.readouterr().out
+    assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["2.0", "3.0"]
 
 
 # ---- sweeps and solvers ------------------------------------------------------------------------------------------

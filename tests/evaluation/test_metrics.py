@@ -55,7 +55,7 @@ def test_inception_metrics_equal_torch_fidelitys_own(tmp_path, random_inception)
     extractor = build(fid_weights=random_inception)
     flat = references.folder_features(tmp_path / "flat_val", extractor, cpu, 16)
     reference = references.Reference("val", **flat.statistics, features=flat.features)
-    found = metrics.compute_metrics(*metrics.extract(extractor, references.load_uint8(references.image_files(tmp_path / "flat_train"))),
+    found = metrics.compute_metrics(*metrics.extract(extractor, references.load_uint8([path for path, _ in references.list_images(tmp_path / "flat_train")])),
                             reference, extractor, cpu)
     names = {"fid": "frechet_inception_distance", "inception_score_mean": "inception_score_mean",
              "inception_score_std": "inception_score_std", "kid_mean": "kernel_inception_distance_mean",
@@ -92,7 +92,7 @@ def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
 def test_efficientnet_features_tell_images_apart(tmp_path):
     write_digits(tmp_path, 3)
     extractor = build(feature_extractor="efficientnet-lite0")
-    images = references.load_uint8(references.image_files(tmp_path / "train"))
+    images = references.load_uint8([path for path, _ in references.list_images(tmp_path / "train")])
     features, logits = metrics.extract(extractor, images)
     alone, _ = metrics.extract(extractor, images[3:4])
     assert features.shape == (30, 1280) and logits is None
@@ -164,15 +164,48 @@ def test_statistics_say_what_they_are(tmp_path, keep):
         references.load_statistics(path, other, 16)
 
 
-def test_adms_file_is_taken_as_inception_at_256(tmp_path):
-    path, inception = tmp_path / "adm_in256_stats.npz", Flat()
+def test_statistics_of_others_are_taken_for_inceptions_with_one_warning(tmp_path, capsys):
+    """ADM's hold mu_s, sigma_s and more, CIFAR-10's and pytorch-fid's mu and sigma alone: of any image size."""
+    path, inception = tmp_path / "stats.npz", Flat()
     inception.name = "inception"
-    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
-    assert references.load_statistics(path, inception, 256).mu.shape == (4,)
+    for more in ({}, {"mu_s": np.zeros(7), "sigma_s": np.eye(7), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}):
+        np.savez(path, mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32), **more)
+        for size in (32, 256, 512):
+            assert references.load_statistics(path, inception, size).mu.shape == (4,)
+            assert capsys.readouterr().out.splitlines() == [
+                f"warning: --fid_stats {path} does not say its feature network, image size, preprocessing, extractor weights, number of "
+                f"images: whether they are those of this evaluation (inception, {size} pixels) cannot be checked"]
+    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .one that says nothing"):
+        references.load_statistics(path, Flat(), 256)
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), img_size=256)
     with pytest.raises(FlowARError, match="its img_size is 256, here it is 512"):
         references.load_statistics(path, inception, 512)
-    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat"):
-        references.load_statistics(path, Flat(), 256)
+
+
+@pytest.mark.parametrize("changed,message", [
+    ({"sigma": np.triu(np.ones((4, 4)))}, "sigma is no covariance: it is not symmetric"),
+    ({"sigma": -np.eye(4)}, "a variance is negative"), ({"sigma": np.full((4, 4), np.inf)}, "not finite"),
+    ({"mu": np.zeros(5)}, r"mu is \(5,\)"), ({"mu": np.zeros((1, 4))}, r"mu is \(1, 4\)"), ({"mu": np.zeros(4, complex)}, "not real numbers"),
+    ({"resize": "bicubic"}, "its resize is bicubic, here it is none"),
+    ({"features": np.zeros((9, 4)), "num_images": 10}, "features of 9 images and says num_images 10"),
+    ({"classes": np.array(["a", "b"])}, "not names and as many numbers"),
+    ({"classes": np.array(["a", "b"]), "class_counts": np.array([1])}, "not names and as many numbers"),
+    ({"classes": np.array(["a", "b"]), "class_counts": np.array([1, -1])}, "not names and as many numbers")])
+def test_statistics_that_contradict_themselves_are_refused(tmp_path, changed, message):
+    path = tmp_path / "stats.npz"
+    np.savez(path, **{"mu": np.zeros(4), "sigma": np.eye(4), "feature_extractor": "flat", **changed})
+    with pytest.raises(FlowARError, match=f"stats.npz: .*{message}"):
+        references.load_statistics(path, Flat(), 16)
+
+
+def test_statistics_know_their_classes(tmp_path):
+    write_digits(tmp_path, 2)
+    (tmp_path / "val" / "3" / "000.png").unlink()
+    found = references.folder_features(tmp_path / "val", Flat(), torch.device("cpu"))
+    assert found.classes == {str(digit): 2 - (digit == 3) for digit in range(10)}
+    reference_stats.save_statistics(tmp_path / "stats.npz", found, Flat())
+    assert references.load_statistics(tmp_path / "stats.npz", Flat(), 16).classes == found.classes
+    assert references.folder_features(tmp_path / "val" / "0", Flat(), torch.device("cpu")).classes is None  # flat
 
 
 def test_folder_features_crop_and_refuse(tmp_path):
@@ -196,7 +229,8 @@ def test_reference_stats_script(tmp_path):
         run(f"scripts/reference_stats.py --ref_images {tmp_path}/digits/val --output {tmp_path}/{processes}.npz --keep_features "
             "--feature_extractor efficientnet-lite0 --device cpu", processes=processes)
     with np.load(tmp_path / "0.npz") as one, np.load(tmp_path / "2.npz") as two:
-        assert set(one) == {"mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "num_images", "img_size"}
+        assert set(one) == {"mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "num_images", "img_size",
+                            "classes", "class_counts", "left_out"}
         np.testing.assert_allclose(one["features"], two["features"], atol=1e-5)
         np.testing.assert_allclose(one["sigma"], two["sigma"], atol=1e-5)
         assert one["num_images"] == two["num_images"] == 20 and one["img_size"] == 16
@@ -204,10 +238,10 @@ def test_reference_stats_script(tmp_path):
 
 def test_bad_reference_folders_are_named(tmp_path):
     with pytest.raises(FlowARError, match="no such folder of images"):
-        references.image_files(tmp_path / "nowhere")
+        references.list_images(tmp_path / "nowhere")
     with pytest.raises(FlowARError, match="0 images found"):
-        references.image_files(tmp_path)
+        references.list_images(tmp_path)
     for i, size in enumerate((8, 9)):
         Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
     with pytest.raises(FlowARError, match="1.png: 9x9 pixels, but .*0.png is 8x8"):
-        references.load_uint8(references.image_files(tmp_path))
+        references.load_uint8([path for path, _ in references.list_images(tmp_path)])

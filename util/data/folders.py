@@ -108,14 +108,16 @@ def pack(rows, left_out):
 
 def list_files(root, suffixes=IMAGE_SUFFIXES, what="images"):
     """Listing of all files below a folder, without classes."""
-    check_folder(root, what)
+    if not os.path.isdir(root):
+        raise FlowARError(f"{root}: no such folder of {what}")
     part = walk(str(root), "", suffixes, set())
     return Listing(root, [], [part], part.left_out)
 
 
 def list_classes(root, suffixes=IMAGE_SUFFIXES, what="images"):
     """Listing of the files in class folders; a class without any keeps its label. FlowARError if there is no file."""
-    check_folder(root, what)
+    if not os.path.isdir(root):
+        raise FlowARError(f"{root}: no such folder (expected {what} in class folders)")
     root, classes, left_out, itself = str(root), [], Counter(), identify(os.stat(root))
     for entry, status in entries(root, left_out):
         if not stat.S_ISDIR(status.st_mode):
@@ -147,11 +149,6 @@ def split_folder(data_path, split):
         hint = f"give {above}" if name in ("train", "val") else "it holds train/ and val/, each with a folder per class"
         raise FlowARError(f"--data_path {data_path}: there is no {split}/ in it: {hint}")
     return folder
-
-
-def check_folder(root, what):
-    if not os.path.isdir(root):
-        raise FlowARError(f"{root}: no such folder (expected {what} in class folders)")
 
 
 def walk(root, top, suffixes, seen):

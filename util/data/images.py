@@ -11,7 +11,7 @@ from torchvision.transforms import functional as TF
 from models import FlowARError
 from util.cluster import from_main, gather_to_main, log
 from util.data.folders import list_classes
-from util.data.pixels import CONVERSIONS, WHITE, read_image
+from util.data.pixels import CONVERSIONS, WHITE, describe_conversions, read_image
 
 RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
 SKIPPED, READ, FIRST_CONVERSION = range(3)  # what Images counts
@@ -79,9 +79,8 @@ class Images(Dataset):
         skipped, read, *made = np.sum(counts, axis=0).tolist()
         if skipped:
             log(f"{skipped} times an image could not be read and the next one took its place")
-        if conversions and any(made):
-            log(f"of {read:,} images read: "
-                + ", ".join(f"{count:,} {how}" for count, how in zip(made, CONVERSIONS) if count))
+        if conversions and (line := describe_conversions(read, made)):
+            log(line)
 
     def load(self, index):
         """(Pixels, label) of an index, or with on_bad="skip" of the first readable one from there on."""

@@ -53,6 +53,14 @@ class Pixels(NamedTuple):
     conversions: tuple  # which of CONVERSIONS were made, as indices
 
 
+def describe_conversions(read, made):
+    """'of 900 images read: 62 with transparency ..., 14 turned upright', '' if nothing was converted. made: how many
+    times each of CONVERSIONS, by its index.
+    """
+    found = [f"{made[number]:,} {how}" for number, how in enumerate(CONVERSIONS) if made[number]]
+    return f"of {read:,} images read: {', '.join(found)}" if found else ""
+
+
 def parse_color(text):
     """'white', '#ffffff' or '255,255,255' -> (r, g, b); ValueError."""
     color = ImageColor.getrgb(f"rgb({text})" if text[:1].isdecimal() else text)[:3]

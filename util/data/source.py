@@ -85,8 +85,8 @@ def open_if_there(named, device, needed):
     """The VAE on a device; None if it is not there and not needed: cached latents need none."""
     if not named.is_there():
         if needed:
-            raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them; give its path, or "
-                              "cached latents as --cached_path")
+            raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them: give its path, "
+                              "or cached latents as --cached_path")
         return None
     vae, notes = named.open()
     for note in notes:

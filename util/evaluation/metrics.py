@@ -15,7 +15,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from models import FlowARError
 from models.files import first_line, read_file
-from util.cluster import first_on_host
+from util.cluster import first_on_host, log
 
 IS_SPLITS, NEIGHBOURS = 10, 3
 KID_SUBSET = 1000  # images; all of them where there are fewer
@@ -111,6 +111,13 @@ def statistics(features):
 def frechet_distance(a, b):
     """Frechet distance of two {mu, sigma}."""
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
+
+
+def warn_of_few(count, extractor):
+    """Say it if a distance of so many images' features means little."""
+    if count <= extractor.dim:
+        log(f"warning: {count} images for {extractor.dim} features: the covariance is rank-deficient and the distance "
+            "is biased upwards")
 
 
 # The metrics of a report: function(features, logits, reference, device) -> {name: number}, without what cannot be had.

@@ -1,6 +1,7 @@
 """Reports: what results.json holds, on the terminal, in tables and plots; sweeps over options."""
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import platform
@@ -13,12 +14,24 @@ import torch
 import torchvision
 
 from models.flow_matching import SOLVERS
-from util.cluster import world_size
+from util.cluster import log, world_size
 from util.options import SWEPT
 from util.files import check_fields, is_count, is_number, is_strings, read_json, write_bytes
 
 RESULTS = "results.json"
 STAGES = ("sampling", "decoding", "features", "writing")
+
+
+def code_hash(root):
+    """SHA-256 over the names and contents of the code that makes and measures images: models/, util/, the engine."""
+    digest, root = hashlib.sha256(), Path(root)
+    for path in sorted([*root.glob("models/**/*.py"), *root.glob("util/**/*.py"), root / "engine_flowar.py"]):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+CODE = code_hash(Path(__file__).parents[2])  # now, of what runs: the files may change before the first report
 
 
 class Stopwatch:
@@ -97,9 +110,14 @@ def write_table(rows, path):
     write_bytes(text.getvalue().encode(errors="backslashreplace"), Path(path))
 
 
-def sweep_rows(folder):
-    """What fits a table of every combination of options evaluated so far into sub-folders of a sweep's folder."""
-    reports = [read_report(path) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))]
+def sweep_rows(folder, code=None):
+    """What fits a table of every combination of options evaluated so far into sub-folders of a sweep's folder. code:
+    whose results alone belong into one table."""
+    reports = {path: read_report(path) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))}
+    others = [path for path, report in reports.items() if code and report.get("code_sha256") != code]
+    if others:
+        log(f"{folder}: {len(others)} results there are of other code and stay out of the table, {others[0]} the first")
+    reports = [report for path, report in reports.items() if path not in others]
     return [{"nfe": sum(report["nfe"]), "seconds_per_image": sum(report["seconds_per_image"].values()),
              **{key: value for key, value in report.items() if isinstance(value, (int, float, str)) or value is None}}
             for report in reports]

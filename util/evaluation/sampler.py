@@ -2,6 +2,7 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torchvision.utils import make_grid
 
@@ -10,15 +11,11 @@ from models.errors import FlowARError
 from models.files import name_some
 from util.cluster import autocast
 from util.data import to_uint8
+from util.evaluation.labels import image_label
 from util.training.randomness import image_noise
 
 GRID_IMAGES = 16
 DECODED_AT_ONCE = 32  # a batch of 256 images of 256 pixels would take tens of GiB in the VAE
-
-
-def image_label(index, num_images, class_num):
-    """Label of image `index` of `num_images`: classes in order, as evenly as can be (50 each for 50,000 of 1000)."""
-    return index * class_num // num_images
 
 
 class Sampler(NamedTuple):
@@ -30,6 +27,7 @@ class Sampler(NamedTuple):
     seed: int
     batch: int  # images at once
     weights: str = "the EMA"  # where they come from, for messages
+    classes: np.ndarray | None = None  # labels that a grid may have; None: all
 
     @property
     def device(self):
@@ -67,7 +65,8 @@ class Sampler(NamedTuple):
 
     def grid(self):
         """(3, H, W) uint8: a grid of images of classes spread over all."""
-        labels = [image_label(i, GRID_IMAGES, self.model.class_num) for i in range(GRID_IMAGES)]
+        classes = range(self.model.class_num) if self.classes is None else self.classes.tolist()
+        labels = [classes[image_label(i, GRID_IMAGES, len(classes))] for i in range(GRID_IMAGES)]
         return make_grid(self.images(labels), nrow=math.isqrt(GRID_IMAGES), padding=1)
 
     def refuse_not_finite(self, bad, count):

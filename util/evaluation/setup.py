@@ -9,13 +9,16 @@ from models.files import file_hash, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry
 from models.registry import open_model, recognise_size
 from models.vaes import find_vae
-from util.cluster import AUTOCAST, check_compiler, is_main, log, set_precision
-from util.evaluation.metrics import build_extractor, compute_metrics
+from util.cluster import AUTOCAST, agree, check_compiler, from_main, is_main, log, set_precision
+from util.evaluation.labels import Labels, choose_labels, read_classes, warn_of_mix
+from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_few
 from util.evaluation.references import Reference, find_reference
+from util.evaluation.reports import CODE
 from util.evaluation.sampler import Sampler
 from util.options import check_geometry, check_vae, model_options, resolve_geometry, sampling_options, sweep_points
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
+from util.training.provenance import check_origin, origin_of, saved_origin
 
 
 class Measure(NamedTuple):
@@ -23,10 +26,16 @@ class Measure(NamedTuple):
     extractor: object  # of metrics.EXTRACTORS
     reference: Reference | None
 
+    def open(self):
+        """Extract what of the reference is still to be had, all ranks together."""
+        if self.reference is not None:
+            self.reference.open()
+
     def settings(self):
         """What must agree when an evaluation goes on."""
-        extractor, name = self.extractor, self.reference.name if self.reference else None
-        return {"reference": name, "feature_extractor": extractor.name,
+        extractor, reference = self.extractor, self.reference or Reference(None)
+        return {"reference": reference.name, "reference_sha256": reference.sha256,
+                "reference_background": reference.background, "feature_extractor": extractor.name,
                 "extractor_sha256": tensors_hash(extractor.network.state_dict()),
                 "extractor_resize": extractor.resize, "extractor_batch": extractor.batch}
 
@@ -34,23 +43,28 @@ class Measure(NamedTuple):
         """The metrics, and their names, of all batches' {features, logits if any} in the images' order."""
         features = torch.cat([part["features"] for part in found])
         logits = torch.cat([part["logits"] for part in found]) if "logits" in found[0] else None
-        if len(features) <= self.extractor.dim and self.reference is not None:
-            log(f"warning: {len(features)} images for {self.extractor.dim} features: the covariance is rank-deficient "
-                "and the distance is biased upwards")
+        if self.reference is not None:
+            warn_of_few(len(features), self.extractor)
         values = compute_metrics(features, logits, self.reference, self.extractor, device)
-        return {**values, "metrics": list(values)}
+        left_out = {"reference_left_out": self.reference.left_out} if self.reference is not None else {}
+        return {**values, "metrics": list(values), **left_out}
 
 
 class Plan(NamedTuple):
     """What an evaluation makes and writes."""
-    num_images: int
+    labels: Labels
     save_images: bool = False  # as PNGs
     save_npz: bool = False  # as ADM's sample file
     persistent: bool = True  # False keeps nothing and starts anew: the evaluations during training
 
+    @property
+    def num_images(self):
+        return len(self.labels.values)
+
     def settings(self):
         """What must agree when an evaluation goes on."""
-        return {"num_images": self.num_images, "save_images": self.save_images, "save_npz": self.save_npz}
+        return {"num_images": self.num_images, "save_images": self.save_images, "save_npz": self.save_npz,
+                **self.labels.settings()}
 
 
 def open_for_sampling(args, device):
@@ -62,9 +76,14 @@ def open_for_sampling(args, device):
     precision = set_precision(args.precision or release, device)
     path, content = read_model_file(args.resume)
     weights = find_model(content, path, args.weights)
+    checksum = content.get("checksum")  # of its content, and verified when it was found
+    checksum = checksum if isinstance(checksum, str) else None
+    trained_with = saved_origin(content)
     del content
     named = find_vae(args.vae, args.vae_path)
     vae, notes = named.open()
+    origin = origin_of(named, vae)
+    check_origin(path, trained_with, origin)
     args = recognise(args, weights.tensors, path, vae)
     check_vae(vae, args)
     model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
@@ -73,7 +92,7 @@ def open_for_sampling(args, device):
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
                    "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name}
     if is_main():
-        description.update(checkpoint_sha256=file_hash(path), vae_sha256=named.identity(vae))
+        description.update(checkpoint_sha256=checksum or file_hash(path), vae_sha256=origin.sha256)
     prepare.for_sampling(model.to(device), AUTOCAST.get(precision))
     if args.compile:
         check_compiler(device)
@@ -93,23 +112,34 @@ def recognise(args, state, path, vae):
     return resolve_geometry(args, {**known, **(recognise_size(state, path) if args.model is None else {})})
 
 
-def build_sampler(args, model, vae, precision):
-    """The Sampler of options with one value each."""
-    return Sampler(model, vae, sampling_options(args), precision, args.seed, args.eval_bsz, args.resume or "the EMA")
+def build_sampler(args, model, vae, precision, classes=None):
+    """The Sampler of options with one value each; classes: see Sampler."""
+    return Sampler(model, vae, sampling_options(args), precision, args.seed, args.eval_bsz, args.resume or "the EMA",
+                   classes)
 
 
-def build_measure(args, img_size, num_images, device):
+def build_labels(args, count, classes):
+    """The Labels of the options for `count` images of a model's Classes."""
+    return from_main(lambda: choose_labels(args.labels, count, classes, args.all_classes))
+
+
+def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is said before anything is sampled or trained."""
     extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
-    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device)
-    if reference is not None and num_images < 2:
+    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device,
+                               args.background)
+    if reference is not None and len(labels.values) < 2:
         raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
+    warn_of_mix(labels, reference)
     return Measure(extractor, reference)
 
 
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
+    agree("the code (models/, util/, engine_flowar.py)", CODE)
     model, vae, description, precision = open_for_sampling(args, device)
-    measure = build_measure(args, model.img_size, args.num_images, device)
+    classes = from_main(lambda: read_classes(Path(description["checkpoint"]), model.class_num))
+    labels = build_labels(args, args.num_images, classes)
+    measure = build_measure(args, model.img_size, labels, device)
     samplers = {name: build_sampler(point, model, vae, precision) for name, point in sweep_points(args).items()}
-    return samplers, Plan(args.num_images, args.save_images, args.save_npz), measure, description, Path(args.output_dir)
+    return samplers, Plan(labels, args.save_images, args.save_npz), measure, description, Path(args.output_dir)

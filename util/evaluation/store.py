@@ -1,5 +1,6 @@
 """What an evaluation keeps: finished batches, pictures, and the settings that must agree."""
 import io
+import itertools
 import json
 import shutil
 import zipfile
@@ -19,6 +20,9 @@ from util.evaluation.reports import RESULTS, STAGES, read_report
 from util.files import make_directory, read_json, write_bytes, write_json
 
 SETTINGS, PARTIAL = "settings.json", "partial"
+MADE = ("images", "samples.npz", SETTINGS, RESULTS)  # of an evaluation, in its folder; the last stands for all
+CODE_KEY = "code_sha256"
+PLACES = ("checkpoint", "vae", "reference", "labels_file")  # told in a report; what is bound is the content's hash
 WRITERS = 8  # threads; PNG compression releases the interpreter lock
 
 
@@ -117,22 +121,38 @@ def write_npz(path, finished, count, labels):
 
 
 def check_settings(output, settings):
-    """Remember the settings in a new place; in a used one refuse others. Returns the finished results, if any."""
-    path, results = Path(output) / SETTINGS, Path(output) / RESULTS
-    settings = json.loads(json.dumps(settings))  # tuples become lists
-    if path.is_file():
-        before = read_json(path)
-        for key in {**before, **settings}:
-            if before.get(key) != settings.get(key):
+    """Remember the settings in a new place; in a used one refuse others. Returns the finished results, if any. What
+    other code made there is set aside: never one set of images, or of figures, of two codes.
+    """
+    output = Path(output)
+    path, results = output / SETTINGS, output / RESULTS
+    settings = {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in PLACES}
+    before = read_json(path) if path.is_file() else {}
+    if results.is_file() or any((output / PARTIAL).glob("batch-*")):
+        same_code = bool(before) and before.get(CODE_KEY) == settings.get(CODE_KEY)
+        # Other code may know other settings; before they were bound to code, some had other meanings.
+        shared = [key for key in settings if key in before and CODE_KEY in before]
+        for key in {**before, **settings} if same_code else shared:
+            if key != CODE_KEY and before.get(key) != settings.get(key):
                 raise FlowARError(f"{output}: the evaluation there has {key} {before.get(key)}, now it is "
                                   f"{settings.get(key)}; choose another --output_dir or remove it")
-        if results.is_file():
-            return read_report(results)
-    else:
-        results.unlink(missing_ok=True)
-        shutil.rmtree(Path(output) / PARTIAL, ignore_errors=True)
+        if same_code:
+            return read_report(results) if results.is_file() else None
+        set_aside(output)
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
     write_json(settings, path)
     return None
+
+
+def set_aside(output):
+    """Move an evaluation that other code made into a folder of its own, and say so."""
+    aside = next(path for number in itertools.count(1) if not (path := output / f"earlier-{number}").exists())
+    log(f"{output}: other code made the evaluation there (models/, util/ or engine_flowar.py have changed since): "
+        f"computing anew; the earlier one is kept in {aside}")
+    make_directory(aside)
+    for name in MADE:
+        if (output / name).exists():
+            (output / name).rename(aside / name)
 
 
 def open_store(output, planned, batches, dim, persistent):

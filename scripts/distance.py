@@ -1,0 +1,103 @@
+"""Distance between two folders of images, in the features of an evaluation, with the floor that makes it readable.
+
+A distance falls as the images become more. So it is given for all images, and for as many as the floor has, which is
+the distance of two random halves of one folder: what is left between images of one source.
+
+    python scripts/distance.py samples/images imagenet/val --img_size 256        # two folders, of any depth
+    python scripts/distance.py imagenet/val --img_size 256 --vae_path kl16.ckpt  # a folder and itself through a VAE
+    python scripts/distance.py --halves imagenet/val --img_size 256              # the floor alone
+"""
+import argparse
+
+import torch
+
+import project_root  # noqa: F401
+from models import FlowARError
+from models.vaes import find_vae
+from util import cluster
+from util.data import to_uint8
+from util.data.source import open_if_there
+from util.evaluation.metrics import EXTRACTORS, build_extractor, frechet_distance, statistics, warn_of_few
+from util.evaluation.references import FolderFeatures, folder_features
+from util.evaluation.sampler import DECODED_AT_ONCE
+from util.options import color, pixels, seed, some_path
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("folders", type=some_path, nargs="+", help="one or two folders of images, searched recursively")
+    parser.add_argument("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
+    parser.add_argument("--vae", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
+    parser.add_argument("--vae_path", type=some_path, help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
+    parser.add_argument("--feature_extractor", "--extractor", default="inception", choices=EXTRACTORS, help="network")
+    parser.add_argument("--fid_weights", help="local file of torch-fidelity's Inception weights")
+    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+    parser.add_argument("--seed", type=seed, default=0, help="of the halves")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    args = parser.parse_args()
+    if len(args.folders) > 2:
+        raise FlowARError(f"{len(args.folders)} folders, expected one or two: {' '.join(args.folders)}")
+    if len(args.folders) == 2 and (args.halves or args.vae or args.vae_path) or args.halves and (args.vae or args.vae_path):
+        raise FlowARError("two folders, or one and --vae or --vae_path, or one and --halves: give one of these")
+    return args
+
+
+def through_vae(vae):
+    """A function: images (B, 3, H, W) uint8 -> those encoded (the posterior's mode) and decoded again."""
+    @torch.no_grad()
+    def reconstruct(images):
+        if any(side % vae.stride for side in images.shape[2:]):
+            raise FlowARError(f"images of {images.shape[3]}x{images.shape[2]} pixels, but the VAE's stride is "
+                              f"{vae.stride}: give --img_size a multiple of it")
+        parts = (images.float() / 127.5 - 1).split(DECODED_AT_ONCE)
+        return torch.cat([to_uint8(vae.decode(vae.encode(part).mode())) for part in parts])
+    return reconstruct
+
+
+def distance(a, b):
+    """Frechet distance of two of: features (n, dim), FolderFeatures, References."""
+    def of(x):
+        if isinstance(x, torch.Tensor):
+            return statistics(x)
+        return x.statistics if isinstance(x, FolderFeatures) else {"mu": x.mu, "sigma": x.sigma}
+    return frechet_distance(of(a), of(b))
+
+
+def halves(features, count, seed):
+    """Two random sets, without an image in common, of `count` of the features (n, dim)."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    return features[order[:count]], features[order[count:2 * count]]
+
+
+def main():
+    args = parse_args()
+    device = cluster.init(args.device)
+    extractor, through = build_extractor(args.feature_extractor, args.fid_weights, device), [None] * len(args.folders)
+    if args.vae or args.vae_path:
+        named = find_vae(args.vae or "kl16", args.vae_path or "pretrained_models/vae/kl16.ckpt")
+        through.append(through_vae(open_if_there(named, device, needed=True)))
+    folders = (args.folders * 2)[:len(through)]
+    crop = args.img_size is not None
+    found = [folder_features(folder, extractor, device, args.img_size, crop, through=way, background=args.background)
+             for folder, way in zip(folders, through)]
+    if found[0] is None:  # rank 0 has them
+        return
+    if len({part.img_size for part in found}) > 1:
+        raise FlowARError(f"images of {found[0].img_size} pixels in {folders[0]}, of {found[1].img_size} in {folders[1]}: "
+                          "give --img_size")
+    half = min(part.count for part in found) // 2
+    if half < 2:
+        raise FlowARError(f"{folders[-1]}: too few images for two halves, expected at least 4")
+    warn_of_few(half, extractor)
+    parts, name = [halves(part.features, half, args.seed) for part in found], extractor.distance
+    if len(found) == 2:
+        what = f"{args.folders[0]} to {args.folders[1] if not through[1] else f'itself through the VAE {named.name}'}"
+        print(f"{name} of {what}: {distance(*found):.4f} ({found[0].count} and {found[1].count} images)")
+        print(f"{name} of {what}: {distance(parts[0][0], parts[1][1]):.4f} ({half} and {half} images)")
+    for folder, part in zip(args.folders, parts):
+        print(f"{name} of two halves of {folder}, the floor: {distance(*part):.4f} ({half} and {half} images)")
+
+
+if __name__ == "__main__":
+    cluster.run_main(main)

@@ -1,0 +1,194 @@
+"""Which classes the images of an evaluation are of, and the distance between folders of images."""
+import sys
+
+import distance
+import numpy as np
+import pytest
+import torch
+from helpers import evaluate, make_project, train
+
+from models import FlowARError
+from util.data import latents
+from util.evaluation.labels import Classes, choose_labels, classes_of, image_label, warn_of_mix
+from util.evaluation.references import Reference
+from util.files import read_json
+from util.training.checkpoint import content_hash
+
+FEW = {"classes": ["ant", "bee", "cat", "dog"], "counts": [90, 0, 9, 1], "images": 100, "sha256": "x"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A run that knows nothing of its data, and one whose checkpoint says FEW."""
+    p = make_project(tmp_path_factory.mktemp("project"))
+    content = train(p, p / "run", "--epochs 1")
+    content.pop("data", None)
+    for name, data in (("old", {}), ("few", {"data": FEW})):
+        (p / name).mkdir()
+        said = {**{key: value for key, value in content.items() if key != "checksum"}, **data}
+        torch.save({**said, "checksum": content_hash(said)}, p / name / "checkpoint-last.pth")
+    torch.save(content["model_ema"], p / "weights.pth")
+    return p
+
+
+def test_balanced_labels_are_the_published_ones():
+    found = choose_labels("balanced", 50000, Classes(1000)).values
+    assert found.dtype == np.int64 and found.tolist() == [i * 1000 // 50000 for i in range(50000)]
+    assert choose_labels("balanced", 50000, Classes(1000, None, np.full(1000, 3))).values.tolist() == found.tolist()
+    uneven = np.bincount([image_label(i, 2003, 10) for i in range(2003)])
+    assert uneven.max() - uneven.min() <= 1
+
+
+def test_classes_without_training_images_are_not_sampled():
+    few = classes_of(FEW, 1000, "x.pth")
+    assert set(choose_labels("balanced", 9, few).values) == {0, 2, 3}
+    assert choose_labels("balanced", 1000, few, all_classes=True).values.tolist() == list(range(1000))
+
+
+def test_training_proportions_are_exact():
+    counts = np.array([1300, 0, 732, 1, 977, 2**52])
+    for total in (1, 7, 50000, 2**21):
+        found = np.bincount(choose_labels("train", total, Classes(6, None, counts)).values, minlength=6)
+        shares = [total * int(count) / sum(map(int, counts)) for count in counts]
+        assert found.sum() == total and all(abs(a - b) < 1 for a, b in zip(found, shares)) and found[1] == 0
+    assert np.bincount(choose_labels("train", 10, Classes(3, None, np.array([1, 1, 1]))).values).tolist() == [4, 3, 3]
+    assert np.bincount(choose_labels("train", 10, Classes(3, None, np.array([5, 3, 2]))).values).tolist() == [5, 3, 2]
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("ant\ncat\n0\n2\n", [0, 2, 0, 2]), ("\ufeff3\r\n ant \r\n0\r\n0", [3, 0, 0, 0]),
+    ("", "is empty, expected a label in each line"), ("0\n0\n0", "3 lines, one for each image, but 4 images are asked for: give --num_images 3"),
+    ("0\n\n0\n0\n", "line 2 is '', expected a label from 0 to 9 or the name of a class"), ("0\n10\n0\n0", "line 2 is '10', expected a label"),
+    ("-1\n0\n0\n0", "line 1 is '-1'"), ("0\n1.0\n0\n0", "line 2 is '1.0'"), ("0\n0\n0\nbee", "line 4 asks for class 1, which had no training images"),
+    ("0\n9\n0\n0", "line 2 asks for class 9, which had no training images; --all_classes samples")])
+def test_labels_of_a_file(tmp_path, text, expected):
+    file, few = tmp_path / "labels.txt", classes_of(FEW, 10, "x.pth")
+    file.write_text(text, newline="")
+    if isinstance(expected, list):
+        assert choose_labels(str(file), 4, few).values.tolist() == expected
+    else:
+        with pytest.raises(FlowARError, match=f"--labels .*labels.txt: {expected}"):
+            choose_labels(str(file), 4, few)
+
+
+def test_numbers_that_name_other_classes_are_labels_and_that_is_said(tmp_path, capsys):
+    file, numbers = tmp_path / "labels.txt", Classes(10, sorted(map(str, range(1, 11))), np.ones(10, int))
+    file.write_text("1\n2\n")
+    assert choose_labels(str(file), 2, numbers).values.tolist() == [1, 2]
+    assert "its numbers are taken as labels, not as the classes' names, some of which are numbers too (the class named '1' has label 0)" \
+        in capsys.readouterr().out
+    file.write_text("1\n10\n")
+    with pytest.raises(FlowARError, match="line 2 is '10', expected a label from 0 to 9"):
+        choose_labels(str(file), 2, numbers)
+    assert choose_labels(str(file), 2, Classes(20, [f"{i:02d}" for i in range(20)], np.ones(20, int))).values.tolist() == [1, 10]
+    assert "warning" not in capsys.readouterr().out.splitlines()[1:]
+
+
+@pytest.mark.parametrize("data,message", [
+    ({"classes": ["a"], "counts": [1, 2]}, "data has 1 classes and 2 counts"), ({"classes": ["a"], "counts": [0]}, "counts of 0 images"),
+    ({"classes": ["a"], "counts": ["1"]}, "counts is .'1'., expected a list of numbers"), ({"classes": "a", "counts": [1]}, "classes is 'a'"),
+    ({"classes": list("abcdefghijk"), "counts": [1] * 11}, "at most 10 classes"), ({"classes": ["a"], "counts": [-1]}, "expected a list of numbers")])
+def test_what_a_checkpoint_says_is_checked(data, message):
+    with pytest.raises(FlowARError, match=f"x.pth: ?.*{message}"):
+        classes_of(data, 10, "x.pth")
+    assert classes_of([1, 2], 10, "x.pth") == classes_of({"images": 3}, 10, "x.pth") == classes_of(None, 10, "x.pth") == Classes(10)
+
+
+def test_evaluation_samples_what_was_trained(project, tmp_path, capsys):
+    report = evaluate(project, project / "few", tmp_path / "few", "--save_npz --num_step 2")
+    assert "few/checkpoint-last.pth: 7 of 10 classes had no training images and are not sampled (--all_classes samples them)" \
+        in capsys.readouterr().out
+    with np.load(tmp_path / "few" / "samples.npz") as file:
+        assert file["arr_1"].tolist() == [0, 0, 0, 0, 2, 2, 2, 3, 3, 3]
+    assert (report["labels"], report["classes_sampled"]) == ("balanced", 3)
+    with pytest.raises(FlowARError, match="has labels balanced, now it is train; choose another --output_dir"):
+        evaluate(project, project / "few", tmp_path / "few", "--save_npz --num_step 2 --labels train")
+    report = evaluate(project, project / "old", tmp_path / "old", "--num_step 2")
+    assert "old/checkpoint-last.pth: does not say which classes had training images: labels are drawn over all 10" in capsys.readouterr().out
+    assert report["classes_sampled"] == 10
+    with pytest.raises(FlowARError, match="--labels train: .*checkpoint-last.pth does not say how many training images each class had"):
+        evaluate(project, project / "old", tmp_path / "train", "--labels train")
+    evaluate(project, project / "weights.pth", tmp_path / "weights", "--num_step 2")
+    assert "classes" not in capsys.readouterr().out
+
+
+def test_training_knows_its_own_counts(tmp_path, capsys):
+    """Online evaluation in the proportions of the training images, the reference of another mix."""
+    p = make_project(tmp_path, 8)
+    for path in sorted((p / "images" / "train" / "0").iterdir())[2:]:
+        path.unlink()
+    train(p, p / "run", f"--epochs 1 --batch_size 8 --eval_freq 1 --online_eval --eval_num_images 6 --labels train --ref_images {p}/images/val "
+          "--class_num 12 --feature_extractor efficientnet-lite0")
+    report = read_json(p / "run" / "eval_epoch0001" / "results.json")
+    assert (report["labels"], report["classes_sampled"], report["num_images"]) == ("train", 6, 6)
+    out = capsys.readouterr().out
+    assert "of the reference" in out and "8 to 8 images), those of the samples are drawn in the proportions of the training images (of 10)" in out
+
+
+@pytest.mark.parametrize("kind,classes,reference,share", [
+    ("balanced", Classes(3), {"a": 300, "b": 100, "c": 50}, "33%"), ("balanced", Classes(3), {"a": 30, "b": 30, "c": 31}, None),
+    ("balanced", Classes(10), {"a": 5, "b": 5}, "80%"), ("balanced", Classes(3), None, None),
+    ("train", Classes(3, list("abc"), np.array([300, 100, 50])), {"a": 600, "b": 200, "c": 100}, None),
+    ("train", Classes(3, list("abc"), np.array([300, 100, 50])), {"c": 50, "b": 100, "a": 300}, None),
+    ("train", Classes(3, list("abc"), np.array([300, 100, 50])), {"a": 9, "b": 9, "c": 9}, "33%"),
+    ("balanced", Classes(4, list("abc"), np.array([3, 1, 5, 0])), {"a": 9, "b": 9, "x": 9}, "33%")])
+def test_a_reference_of_another_mix_is_said(capsys, kind, classes, reference, share):
+    warn_of_mix(choose_labels(kind, 60, classes), Reference("ref", classes=reference))
+    found = capsys.readouterr().out
+    assert (share is None and not found) or f"the distance counts that {share} of the images are of other classes" in found
+    assert ("--labels train" in found) == (kind == "balanced" and classes.counts is not None and share is not None)
+
+
+def test_imagenets_own_mix_is_no_warning(capsys):
+    counts = np.array([1300] * 895 + np.linspace(942, 1299, 105).astype(int).tolist())
+    warn_of_mix(choose_labels("balanced", 50000, Classes(1000)), Reference("train", classes=dict(zip(map(str, range(1000)), counts))))
+    assert not capsys.readouterr().out
+
+
+# ---- the distance between folders ----------------------------------------------------------------------------------
+
+
+class Means:
+    """A feature network of the 16 means of an image's squares: distances cost no time."""
+    name, dim, suffix, distance, batch, resize = "means", 16, "_means", "frechet_distance_means", 8, "none"
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1), 4).flatten(1), None
+
+
+def ask(monkeypatch, capsys, *options):
+    """[(what, distance, images)] that the script prints."""
+    monkeypatch.setattr(distance, "build_extractor", lambda *args: Means())
+    monkeypatch.setattr(sys, "argv", ["distance.py", *map(str, options), "--device", "cpu"])
+    distance.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("warning")]
+    parts = [line.removeprefix("frechet_distance_means of ").rpartition(": ") for line in lines]
+    return [(what, float(value.split()[0]), value.split(" ", 1)[1]) for what, _, value in parts]
+
+
+def test_distance_script(project, monkeypatch, capsys):
+    a, b = project / "images" / "train", project / "images" / "val" / "0"
+    whole, half, *floors = ask(monkeypatch, capsys, a, b)
+    assert whole[0] == half[0] == f"{a} to {b}" and (whole[2], half[2]) == ("(80 and 8 images)", "(4 and 4 images)")
+    assert [what for what, *_ in floors] == [f"two halves of {folder}, the floor" for folder in (a, b)]
+    same, apart, floor, again = ask(monkeypatch, capsys, a, a)
+    assert abs(same[1]) < 1e-2 < 10 * floor[1] and apart[1] == floor[1] == again[1] > 10  # halves of one folder have no image in common
+    assert ask(monkeypatch, capsys, "--halves", a) == ask(monkeypatch, capsys, a) == [floor]
+    assert ask(monkeypatch, capsys, a, "--seed", 1)[0][1] != floor[1]
+    through, *_ = ask(monkeypatch, capsys, a, "--vae_path", project / "vae.pth")
+    assert through[0] == f"{a} to itself through the VAE {project}/vae.pth" and through[1] > floor[1]  # it is untrained
+
+
+@pytest.mark.parametrize("options,message", [
+    ("{p}/images/val {p}/images/train {p}/images", "3 folders, expected one or two"), ("{p}/images/val {p}/images/train --halves", "give one of these"),
+    ("{p}/images/val {p}/images/train --vae_path x.pth", "give one of these"), ("{p}/images/val --vae_path x.pth", "x.pth: no such file"),
+    ("{p}/images/val {p}/nowhere", "nowhere: no such folder of images"), ("{p}/images/val --vae_path {p}/vae.pth --img_size 15", "VAE's stride is 4"),
+    ("{p}/pair", "pair: too few images for two halves"), ("{p}/images/val {p}/large", "images of 16 pixels in .*, of 20 in .*: give --img_size")])
+def test_what_has_no_distance_is_named(project, monkeypatch, capsys, options, message):
+    from PIL import Image
+    for name, count, size in (("pair", 2, 16), ("large", 4, 20)):
+        (project / name).mkdir(exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (size, size)).save(project / name / f"{i}.png")
+    with pytest.raises(FlowARError, match=message):
+        ask(monkeypatch, capsys, *options.format(p=project).split())
