@@ -17,8 +17,7 @@ from models import FlowARError, build_model
 from util import cluster
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
-from util.evaluation.labels import classes_of
-from util.evaluation.setup import Plan, build_labels, build_measure, build_sampler, open_evaluation
+from util.evaluation.setup import build_measure, build_sampler, open_evaluation, plan_reports
 from util.evaluation.store import write_png
 from util.files import make_directory
 from util.speed import prepare
@@ -52,11 +51,8 @@ def train(args, device):
     check_classes(record["data"]["classes"], args.class_num)
     if args.online_eval and vae is None:
         raise FlowARError(f"--online_eval needs the VAE to decode with: there is none at --vae_path {args.vae_path}")
-    classes = classes_of(record["data"], args.class_num, "the training set")
-    plan = Plan(build_labels(args, args.eval_num_images, classes), persistent=False)
-    measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
-    if measure is not None:
-        measure.open()
+    plan = plan_reports(args, record["data"])
+    measure = build_measure(args, args.img_size, plan.labels, device).open() if args.online_eval else None
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)

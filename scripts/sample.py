@@ -5,7 +5,6 @@
 """
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +12,8 @@ import project_root  # noqa: F401
 from pictures import check_picture, draw_table, save
 from models import FlowARError
 from util.cluster import run_main, select_device
+from util.data.folders import name_classes
+from util.evaluation.labels import read_classes
 from util.evaluation.setup import build_sampler, open_for_sampling
 from util.options import integer_list, positive, sampling_parser, single_point
 
@@ -21,21 +22,18 @@ def parse_args():
     parser = sampling_parser(__doc__.splitlines()[0])
     parser.add_argument("--grid", help="PNG to write: a row of --per_class samples of each class")
     parser.add_argument("--strip", help="PNG to write: the first sample of the first class after every scale")
-    parser.add_argument("--labels", type=integer_list, help="classes to draw; default: the first 10")
+    parser.add_argument("--labels", type=integer_list, help="classes to draw; default: the first 10 that had training images")
     parser.add_argument("--per_class", type=positive, default=8, help="samples of each class")
-    parser.add_argument("--class_names", help="folder whose class folders name the classes")
+    parser.add_argument("--class_names", help="folder whose class folders name the classes; default: the checkpoint's names")
     return parser.parse_args()
 
 
-def class_names(folder, class_num):
-    if not folder:
-        return [str(label) for label in range(class_num)]
-    if not Path(folder).is_dir():
-        raise FlowARError(f"--class_names {folder}: no such folder")
-    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-    if len(names) > class_num:
-        raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {class_num} classes")
-    return names + [str(label) for label in range(len(names), class_num)]
+def class_names(folder, classes):
+    """Names of a model's Classes: of class folders, or else those that the checkpoint knows; others are numbers."""
+    names = name_classes(folder) if folder else classes.names or []
+    if len(names) > classes.number:
+        raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {classes.number} classes")
+    return names + [str(label) for label in range(len(names), classes.number)]
 
 
 def grid(sampler, labels, names, per_class):
@@ -61,13 +59,13 @@ def main():
         raise FlowARError(f"--grid and --strip are one file, {args.grid}: give two")
     for output in filter(None, (args.grid, args.strip)):
         check_picture(output)
-    model, vae, _, precision = open_for_sampling(args, select_device(args.device))
-    sampler = build_sampler(args, model, vae, precision)
-    labels = args.labels or tuple(np.arange(min(10, model.class_num)).tolist())
+    model, vae, description, precision = open_for_sampling(args, select_device(args.device))
+    sampler, classes = build_sampler(args, model, vae, precision), read_classes(Path(description["checkpoint"]), model.class_num)
+    labels = args.labels or tuple(classes.sampled()[:10].tolist())
     wrong = [label for label in labels if not 0 <= label < model.class_num]
     if wrong:
         raise FlowARError(f"--labels {wrong[0]}: the model has classes 0..{model.class_num - 1}")
-    names = class_names(args.class_names, model.class_num)
+    names = class_names(args.class_names, classes)
     if args.grid:
         save(grid(sampler, labels, names, args.per_class), args.grid)
     if args.strip:

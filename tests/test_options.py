@@ -264,7 +264,7 @@ TABLE = [
     (SAMPLE, "--grid ''", "nothing to draw: give --grid or --strip"),
     (SAMPLE, "--strip {out}/grid.png", "--grid and --strip are one file, {out}/grid.png: give two"),
     (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
-    (SAMPLE, "--class_names {p}/file", "--class_names {p}/file: no such folder"),
+    (SAMPLE, "--class_names {p}/file", "{p}/file: no such folder (expected class folders)"),
     (STATS, "--ref_images {p}/file", "{p}/file: no such folder of images"),
     (STATS, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (STATS, "--img_size 1000000", "--img_size: 1000000 is out of range"),

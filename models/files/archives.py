@@ -1,5 +1,4 @@
 """Zip archives from strangers, torch files and .npz: looked at before anything of them is unpickled or allocated."""
-import json
 import math
 import pickletools
 import re
@@ -18,16 +17,6 @@ NAMES = re.compile(r"collections OrderedDict|argparse Namespace|torch\._utils _r
                    r"torch (\w+Storage|Size|device|bool|(u?int|b?float|complex)\d+)")
 NEWEST_PROTOCOL = 3  # that weights_only knows
 DEEPEST = 100  # containers in containers
-EXTRACTION = (
-    'import pickle, types, torch; S = type("S", (dict,), {"__init__": lambda s, *a, **k: None, '
-    '"__hash__": lambda s: 0, "__setstate__": lambda s, x: s.update(x) if isinstance(x, dict) else None}); '
-    'U = type("U", (pickle.Unpickler,), {"find_class": lambda s, m, n: pickle.Unpickler.find_class(s, m, n) '
-    'if m in ("collections", "torch", "torch._utils", "torch.storage") else S}); '
-    'f = lambda x: x.data if isinstance(x, torch.Tensor) else {str(k): f(v) for k, v in x.items()} '
-    'if isinstance(x, dict) else [f(v) for v in x] if isinstance(x, (list, tuple)) '
-    'else x if type(x) in (int, float, bool, str) else None; '
-    'M = types.ModuleType("M"); M.Unpickler, M.load = U, lambda *a, **k: U(*a, **k).load(); '
-    'torch.save(f(torch.load(open(SOURCE, "rb"), "cpu", M, weights_only=False)), TARGET)')
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -64,15 +53,9 @@ def check_torch_file(path, legacy=False):
 
 
 def extraction_command(path):
-    """What to do about a torch file that safe loading refuses: a command that keeps its tensors and plain values.
-
-    It makes objects of what tensors are made of; whatever else the pickle names becomes an empty stand-in (S): what
-    wrote the file need not be installed.
-    """
-    target = path.with_suffix(".tensors.pth")
-    names = {"SOURCE": json.dumps(str(path)), "TARGET": json.dumps(str(target))}
-    code = re.sub("SOURCE|TARGET", lambda match: names[match[0]], EXTRACTION)
-    return f"if you trust where it is from, this takes its tensors out, into {target}: python -c {shlex.quote(code)}"
+    """What to do about a torch file that safe loading refuses."""
+    names = " ".join(shlex.quote(str(name)) for name in (path, path.with_suffix(".tensors.pth")))
+    return f"if you trust where it is from: python scripts/take_tensors.py {names}"
 
 
 def find_pickle(archive, size, path):

@@ -8,7 +8,6 @@ import torch
 from helpers import evaluate, make_project, train
 
 from models import FlowARError
-from util.data import latents
 from util.evaluation.labels import Classes, choose_labels, classes_of, image_label, warn_of_mix
 from util.evaluation.references import Reference
 from util.files import read_json

@@ -141,6 +141,13 @@ def list_classes(root, suffixes=IMAGE_SUFFIXES, what="images"):
     return listing
 
 
+def name_classes(root):
+    """Names of the class folders, in the order of the labels; what is in them is not looked at."""
+    if not os.path.isdir(root):
+        raise FlowARError(f"{root}: no such folder (expected class folders)")
+    return [entry.name for entry, status in entries(root, Counter()) if stat.S_ISDIR(status.st_mode)]
+
+
 def split_folder(data_path, split):
     """data_path/train or data_path/val; FlowARError if it is not there."""
     folder = os.path.join(data_path, split)

@@ -10,7 +10,7 @@ from models.files.checkpoints import find_model, recognise_geometry
 from models.registry import open_model, recognise_size
 from models.vaes import find_vae
 from util.cluster import AUTOCAST, agree, check_compiler, from_main, is_main, log, set_precision
-from util.evaluation.labels import Labels, choose_labels, read_classes, warn_of_mix
+from util.evaluation.labels import Labels, choose_labels, classes_of, read_classes, warn_of_mix
 from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_few
 from util.evaluation.references import Reference, find_reference
 from util.evaluation.reports import CODE
@@ -27,9 +27,10 @@ class Measure(NamedTuple):
     reference: Reference | None
 
     def open(self):
-        """Extract what of the reference is still to be had, all ranks together."""
+        """Extract what of the reference is still to be had, all ranks together; returns self."""
         if self.reference is not None:
             self.reference.open()
+        return self
 
     def settings(self):
         """What must agree when an evaluation goes on."""
@@ -123,11 +124,16 @@ def build_labels(args, count, classes):
     return from_main(lambda: choose_labels(args.labels, count, classes, args.all_classes))
 
 
+def plan_reports(args, data):
+    """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.provenance."""
+    classes = classes_of(data, args.class_num, "the training set")
+    return Plan(build_labels(args, args.eval_num_images, classes), persistent=False)
+
+
 def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is said before anything is sampled or trained."""
     extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
-    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device,
-                               args.background)
+    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device, args.background)
     if reference is not None and len(labels.values) < 2:
         raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
     warn_of_mix(labels, reference)
