@@ -34,8 +34,9 @@ def train(args, device):
     args = with_options(args, precision=cluster.set_precision(args.precision, device))
     if is_main():
         make_directory(Path(args.output_dir))
-        checkpoint.refuse_overwriting(args.output_dir, args.resume)
         held = checkpoint.lock(args.output_dir)  # noqa: F841: until this run ends
+        checkpoint.refuse_overwriting(args.output_dir, args.resume)  # what a run left that this one waited for, too
+    cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
 
@@ -57,7 +58,7 @@ def train(args, device):
     progress = checkpoint.resume(path, content, parts, len(source.loader.dataset), vars(args))
     del content
     cluster.agree("where to go on", (progress.epoch, progress.step))
-    log(f"attention kernel: {prepare.attention_kernel(network, cluster.AUTOCAST.get(args.precision))}")
+    log(prepare.describe_attention(network, cluster.AUTOCAST.get(args.precision)))
     if args.compile:
         cluster.check_compiler(device)
         prepare.compile_training(network)

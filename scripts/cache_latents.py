@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import project_root  # noqa: F401
@@ -25,6 +25,7 @@ from models.files import file_hash, writing
 from util import cluster
 from util.data import Images, latents
 from util.data.images import RESIZE_MARGIN
+from util.data.loaders import Loader
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.options import between, pixels, positive, seed, some_path, workers
 
@@ -51,7 +52,7 @@ def parse_args():
     parser.add_argument("--shard_size", type=positive, default=10000, help="images a shard")
     parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
     parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
-    parser.add_argument("--num_workers", type=workers, default=8, help="data loading processes of every rank")
+    parser.add_argument("--num_workers", type=workers, help="data loading processes of every rank; default: as in training")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
@@ -68,7 +69,7 @@ class Crops(Dataset):
             crops, labels = zip(*(self.images[(crop, index)] for crop in range(self.crops)))
             return torch.stack(crops), labels[0], index
         except FlowARError as error:
-            if not self.skip:
+            if not self.skip or cluster.is_shortage(error):
                 raise
             return str(error)
 
@@ -88,7 +89,7 @@ def batches_of(groups, size):
 def encoded(data, groups, vae, args, device, progress):
     """Yield, for each group of image indices, (indices, labels, moments, messages of unreadable images)."""
     per_batch = max(1, args.batch_size // (2 * data.crops))
-    loader = iter(DataLoader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
+    loader = iter(Loader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
     for group in groups:
         parts, bad = [], []
         for _ in range(-(-len(group) // per_batch)):
@@ -249,6 +250,7 @@ def main():
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
     device = cluster.init(args.device)
+    cluster.set_way_on("the same command goes on", "with what is not finished")
     vae, _ = open_vae(args.vae, args.vae_path)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")

@@ -12,6 +12,7 @@ from torchvision.transforms import functional as TF
 
 from models import FlowARError
 from models.files import first_line
+from util.cluster import is_shortage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # of any name; others start programs (Ghostscript)
 LONGEST_SIDES = 100
@@ -83,7 +84,7 @@ class Images(Dataset):
             try:
                 return open_image(path), label
             except FlowARError as error:
-                if self.on_bad != "skip":
+                if self.on_bad != "skip" or is_shortage(error):
                     raise
                 if offset >= MOST_UNREADABLE:
                     raise FlowARError(f"{path}: neither this image nor the {offset} before it can be read: is the disk "

@@ -8,7 +8,7 @@ from models import FlowARError
 from models.files import file_hash, tensors_hash
 from models.registry import model_state, open_model, recognise_geometry, recognise_size
 from models.vaes import find_vae
-from util.cluster import AUTOCAST, check_compiler, is_main, log, set_precision
+from util.cluster import AUTOCAST, check_compiler, is_main, log, set_precision, set_way_on
 from util.evaluation.metrics import build_extractor, compute_metrics
 from util.evaluation.references import Reference, find_reference
 from util.evaluation.sampler import Sampler
@@ -77,7 +77,7 @@ def open_for_sampling(args, device):
     if args.compile:
         check_compiler(device)
         prepare.compile_sampling(model, args.compile)
-    log(f"attention kernel: {prepare.attention_kernel(model, AUTOCAST.get(precision))}")
+    log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
     return model, vae.to(device), description, precision
 
@@ -108,6 +108,7 @@ def build_measure(args, img_size, num_images, device):
 
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
+    set_way_on("the same command goes on", "with the batches that are missing")
     model, vae, description, precision = open_for_sampling(args, device)
     measure = build_measure(args, model.img_size, args.num_images, device)
     samplers = {name: build_sampler(point, model, vae, precision) for name, point in sweep_points(args).items()}
