@@ -34,9 +34,9 @@ def train(args, device):
     args = with_options(args, precision=cluster.set_precision(args.precision, device))
     if is_main():
         make_directory(Path(args.output_dir))
+        checkpoint.refuse_overwriting(args.output_dir, args.resume)
         held = checkpoint.lock(args.output_dir)  # noqa: F841: until this run ends
-        checkpoint.refuse_overwriting(args.output_dir, args.resume)  # what a run left that this one waited for, too
-    cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
+        checkpoint.refuse_overwriting(args.output_dir, args.resume)  # those of the run that it waited for
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
 
@@ -83,6 +83,7 @@ def train(args, device):
         log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {args.epochs}")
 
     # ---- 5. epochs, and reports between them
+    cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
     with cluster.stop_signals() as signals:
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, vars(args))
         reported = from_main(lambda: progress.step in logger.reported)
@@ -95,8 +96,8 @@ def train(args, device):
                 save_checkpoint(run)
             if is_report_epoch(args, progress.epoch):
                 report_or_stop(run, args, validation, measure)
-    if writer is not None:
-        writer.wait()
+        if writer is not None:
+            writer.wait()
     cluster.barrier()
     logger.close()
 

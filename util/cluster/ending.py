@@ -21,7 +21,7 @@ UNHEARD = 128 + signal.SIGPIPE  # of one whose output nobody reads any more
 SAID = 3  # of a data worker that has said why it ends
 
 
-class Preempted(Exception):
+class Preempted(BaseException):  # whoever handles the errors of a file does not mean it
     """The run was asked to leave, and has saved. together: all ranks leave at this point. status: of the process."""
 
     def __init__(self, message, together, status=RESTART):
@@ -79,7 +79,9 @@ def answer_interrupts(receiver):
     heard = False
     while number := os.read(receiver, 1)[0]:
         if heard and number in (signal.SIGINT, signal.SIGTERM):  # the second: torchrun makes a SIGTERM of it
-            end_process(f"interrupted again: left without saving; {way_on()}", INTERRUPTED)
+            if is_main():
+                print_error("", f"interrupted again: left without saving; {way_on()}")
+            os._exit(INTERRUPTED)
         if number == signal.SIGINT and is_main():
             print("\ninterrupted: saving first; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
         heard |= number == signal.SIGINT
@@ -91,10 +93,9 @@ def run_main(main):
     try:
         main()
         shutdown()
-        sys.stdout.flush()
+        flush()
     except SystemExit:  # of argparse, which may have printed its help
-        if not flushed():
-            os._exit(UNHEARD)
+        flush()
         raise
     except FlowARError as error:
         end_process(with_remedy(line_of(error)), 2)
@@ -117,12 +118,13 @@ def run_main(main):
         os._exit(INTERRUPTED)
 
 
-def flushed():
-    """Whether what was printed has reached its reader, or there still is one."""
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        return True
-    return False
+def flush():
+    """Bring what was printed to its reader, and end as other programs do if there is none any more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(UNHEARD)
 
 
 def is_unheard():

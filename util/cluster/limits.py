@@ -54,8 +54,8 @@ LIMITS = [  # the first that fits
     Limit(r"Disk quota exceeded", "the quota on this disk is used up", "make room there, or write to another"),
     Limit(r"File too large", "the largest size of a file is reached", "raise the limit (ulimit -f)"),
     Limit(r"No usable temporary directory", "no temporary file can be made", "let TMPDIR name a folder with room"),
-    Limit(r"Input/output error|Stale file handle|not connected|Host is down|Connection timed out",
-          "the disk does not answer", "look whether it is mounted and whole"),
+    Limit(r"Input/output error|Stale file handle|Transport endpoint is not connected", "the disk does not answer",
+          "look whether it is mounted and whole"),
 ]
 
 

@@ -132,5 +132,6 @@ def activity(processes):
 
 def print_error(who, message):
     """One error line, in one write and on a line of its own: ranks and progress bars share the terminal."""
-    print(f"\nerror{f' ({who})' if who else ''}: {message}\n", end="", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):  # nobody may read any more, or ever did
+        print(f"\nerror{f' ({who})' if who else ''}: {message}\n", end="", file=sys.stderr, flush=True)
+        sys.stdout.flush()
