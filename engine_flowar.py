@@ -228,7 +228,7 @@ def stop_saved(run):
     if run.writer is not None:
         run.writer.wait()
     barrier()
-    raise Preempted(f"asked to leave: saved after step {run.progress.step}", together=True)
+    raise Preempted(f"asked to leave: saved after step {run.progress.step}", True, run.signals.status)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ def train(args, device):
         make_directory(Path(args.output_dir))
         checkpoint.refuse_overwriting(args.output_dir, args.resume)
         held = checkpoint.lock(args.output_dir)  # noqa: F841: until this run ends
+        checkpoint.refuse_overwriting(args.output_dir, args.resume)  # those of the run that it waited for
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
 
@@ -64,7 +65,7 @@ def train(args, device):
     progress = checkpoint.resume(path, content, parts, record)
     del content
     cluster.agree("where to go on", (progress.epoch, progress.step))
-    log(f"attention kernel: {prepare.attention_kernel(network, cluster.AUTOCAST.get(args.precision))}")
+    log(prepare.describe_attention(network, cluster.AUTOCAST.get(args.precision)))
     if args.compile:
         cluster.check_compiler(device)
         prepare.compile_training(network)
@@ -89,6 +90,7 @@ def train(args, device):
         log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {args.epochs}")
 
     # ---- 5. epochs, and reports between them
+    cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
     with cluster.stop_signals() as signals:
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
         if path is None and (advice := ema_advice(args.ema_rate, args.epochs * run.steps)):
@@ -104,8 +106,8 @@ def train(args, device):
                 save_checkpoint(run)
             if is_report_epoch(args, progress.epoch):
                 report_or_stop(run, args, validation, plan, measure)
-    if writer is not None:
-        writer.wait()
+        if writer is not None:
+            writer.wait()
     cluster.barrier()
     logger.close()
 

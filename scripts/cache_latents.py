@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import project_root  # noqa: F401
@@ -30,6 +30,7 @@ from util.data import Images, latents
 from util.data.folders import advice, split_folder
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
+from util.data.loaders import Loader
 from util.data.pixels import CONVERSIONS
 from util.data.source import open_if_there
 from util.files import make_directory, read_json, write_bytes, write_json
@@ -62,7 +63,7 @@ def parse_args():
     parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--verify", action="store_true", help="compare the contents of all images with those a finished cache was made of")
     parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
-    parser.add_argument("--num_workers", type=workers, default=8, help="data loading processes of every rank")
+    parser.add_argument("--num_workers", type=workers, help="data loading processes of every rank; default: as in training")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
@@ -83,7 +84,7 @@ class Crops(Dataset):
             converted = sum(1 << number for number in pixels.conversions)
             return torch.stack(crops), Row(index, label, converted, digest(self.images.folder[index][0]))
         except FlowARError as error:
-            if not self.skip:
+            if not self.skip or cluster.is_shortage(error):
                 raise
             return str(error)
 
@@ -115,7 +116,7 @@ def batches_of(groups, size):
 def encoded(data, groups, vae, args, device, progress):
     """Yield, for each group of image indices, (Rows, moments, messages of unreadable images)."""
     per_batch = max(1, args.batch_size // (2 * data.crops))
-    loader = iter(DataLoader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
+    loader = iter(Loader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
     for group in groups:
         rows, parts, bad = [], [], []
         for _ in range(-(-len(group) // per_batch)):
@@ -335,6 +336,7 @@ def main():
     if args.verify and (args.format == "npz" or not (Path(args.cached_path) / latents.INDEX).is_file()):
         raise FlowARError(f"--verify is for a finished cache of shards, which remembers its images: there is none at {args.cached_path}")
     device = cluster.init(args.device)
+    cluster.set_way_on("the same command goes on", "with what is not finished")
     named = find_vae(args.vae, args.vae_path)
     vae = open_if_there(named, device, needed=True)
     if args.img_size % vae.stride:

@@ -62,7 +62,7 @@ def parse_args():
     parser.add_argument("--kl_weight", type=real, default=1e-4, help="weight of the KL term, per latent element")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    parser.add_argument("--num_workers", type=workers, default=2, help="data loading processes")
+    parser.add_argument("--num_workers", type=workers, help="data loading processes; default: as in training")
     parser.add_argument("--seed", type=seed, default=0, help="seed of weights, order, crops and posterior noise")
     return parser.parse_args()
 

@@ -242,7 +242,8 @@ def add_training_options(parser):
         help="FID or the like of the EMA during training, every --eval_freq epochs")
     add("--eval_num_images", type=at_least_two, default=10000, help="images of --online_eval")
     add("--log_dir", help="TensorBoard files; default: the output directory")
-    add("--num_workers", type=workers, default=10, help="data loading processes of every rank")
+    add("--num_workers", type=workers,
+        help="data loading processes of every rank; default: the host's CPUs dealt to its ranks, at most 10")
     add("--pin_mem", action="store_true", default=True,
         help="page-locked host memory for batches (CUDA); on by default")
     add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")

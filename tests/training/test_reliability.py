@@ -2,11 +2,11 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
@@ -24,7 +24,6 @@ from util.training import checkpoint
 from util.data import build_loader
 from util.training.health import first_not_finite
 from util.cluster import RESTART, Preempted, init
-from util.cluster.ending import explain
 from util.training.progress import Progress
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
@@ -212,6 +211,53 @@ def test_a_signal_saves_and_leaves_with_a_status_of_its_own(project, undisturbed
     assert f"asked to leave: saved after step {step}; the same command goes on (exit status 75)" in output and 9 <= step < 40
     assert finish(start(command))[0] == 0
     assert_same_run(tmp_path, undisturbed / "1")
+
+
+def test_workers_of_a_fork_server_end_with_the_run(project, undisturbed, tmp_path):
+    """Python 3.14's way to start them: SIGTERM and Ctrl-C to the whole group, then to the end; no process stays."""
+    def run_until(step, *numbers):
+        process = start(f"{ROOT}/tests/start_method.py forkserver {training_command(project, tmp_path, f'{LONG} --num_workers 1 --resume {tmp_path}')}")
+        if numbers:
+            wait_for(tmp_path / f"checkpoint-{step:09d}.pth", process)
+        for number in numbers:
+            os.killpg(process.pid, number)
+        output = process.communicate(timeout=240)[0]
+        wait_for_the_end(process.pid)
+        return process.returncode, output
+
+    status, output = run_until(9, signal.SIGTERM, signal.SIGINT)
+    step = read_checkpoint(tmp_path)["progress"]["step"]
+    assert status == 130 and "interrupted: saving first; Ctrl-C again leaves at once" in output, output
+    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 130)" in output and 9 <= step < 40
+    assert run_until(40)[0] == 0
+    assert_same_run(tmp_path, undisturbed / "1")
+
+
+def wait_for_the_end(group, seconds=20):
+    """AssertionError if a process of a group is still there after some seconds."""
+    for _ in range(10 * seconds):
+        if subprocess.run(["pgrep", "-g", str(group)], stdout=subprocess.DEVNULL).returncode:
+            return
+        time.sleep(0.1)
+    raise AssertionError(subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True).stdout)
+
+
+def test_ctrl_c_saves_and_names_the_command_that_goes_on(project, tmp_path, monkeypatch):
+    """It would be refused without --resume."""
+    def interrupt_in_step_3(original, run, parts, number):
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(run, parts, number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        seams.wrap(monkeypatch, seams.STEP, interrupt_in_step_3)
+        with pytest.raises(Preempted, match=f"saved after step 4; the same command with --resume {tmp_path} goes on .exit status 130.") as ended:
+            train(project, tmp_path)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.status == 130 and read_checkpoint(tmp_path)["progress"]["step"] == 4
 
 
 def test_torchrun_starts_a_run_again_that_left(project, undisturbed, tmp_path):
@@ -442,43 +488,6 @@ def test_data_that_vanishes_ends_in_one_line_on_all_ranks(tmp_path):
     assert status != 0 and "cannot be read as an image ([Errno 2] No such file or directory" in output
     assert output.count("\nerror (rank") == 1, output
     checkpoint.find(tmp_path / "out")
-
-
-class Sleeping(Dataset):
-    classes = []
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, key):
-        time.sleep(3)
-
-
-class Dying(Sleeping):
-    def __getitem__(self, key):
-        with tempfile.TemporaryFile() as file:  # a mapped file that is cut short under its reader
-            file.write(bytes(1 << 20))
-            file.flush()
-            numbers = np.memmap(file, dtype=np.uint8)
-            file.truncate(0)
-            return int(numbers[-1])
-
-
-def test_data_that_does_not_come_is_not_waited_for_for_ever():
-    loader = build_loader(Sleeping(), 1, train=True, num_workers=1, timeout=1)
-    with pytest.raises(RuntimeError) as caught:
-        next(iter(loader))
-    message, status = explain(caught.value)
-    assert message.startswith("the data cannot be read: DataLoader timed out after 1 seconds; is its disk there") and status == 2
-
-
-def test_a_worker_that_dies_is_explained():
-    loader = build_loader(Dying(), 1, train=True, num_workers=1)
-    with pytest.raises(RuntimeError) as caught:
-        next(iter(loader))
-    message, status = explain(caught.value)
-    assert message.startswith("the data cannot be read: DataLoader worker") and "; is its disk there" in message and status == 2
-    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == (None, None)
 
 
 def test_many_unreadable_images_in_a_row_are_gone_not_damaged(project, tmp_path, monkeypatch):

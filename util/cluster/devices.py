@@ -75,7 +75,18 @@ def autocast(device, precision):
 
 
 def check_compiler(device):
-    """FlowARError if --compile would find no C++ compiler: on a CPU for its kernels, on CUDA for what launches them."""
+    """FlowARError unless --compile can make a small kernel: on a CPU with a C++ compiler, which launches CUDA's too."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if not any(map(shutil.which, names)):
         raise FlowARError(f"--compile needs a C++ compiler on {device.type}, and {' or '.join(names)} is not on PATH")
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compiler, its cache or its libraries raise
+        raise FlowARError(f"--compile: nothing can be compiled on {device.type} ({compiler_line(error)}): mend that (a "
+                          "compiler, Python's headers, room in TMPDIR), or leave out --compile") from error
+
+
+def compiler_line(error):
+    """The line of a compiler's error that says most: its first error, else the first line that is no heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
+    return next((line for line in lines if " error: " in line), (lines or [type(error).__name__])[0])

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models import FlowARError
+from models.files import first_line
 from util.cluster.devices import select_device
 from util.cluster.watch import Watch
 
@@ -82,7 +83,7 @@ def init(device_name, timeout=TIMEOUT):
         if missing:
             raise FlowARError(f"the environment has RANK but not {' and '.join(missing)}: start with torchrun, or "
                               "unset RANK for one process")
-        store, number, size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store, number, size = rendezvous()
         store = fresh(store, number, size)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
                                 world_size=size, timeout=COLLECTIVE_TIMEOUT)
@@ -90,6 +91,19 @@ def init(device_name, timeout=TIMEOUT):
         _watch.start()
         barrier()  # every heart beats before anyone looks
     return device
+
+
+def rendezvous():
+    """(store, rank, world size); FlowARError where the port is in use, or rank 0 is not there."""
+    place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    try:
+        return next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise FlowARError(f"--master_port (MASTER_PORT) of {place} is in use on this host, by another run or "
+                              "program: choose another, the same on all hosts") from error
+        raise FlowARError(f"--master_addr, --master_port: rank 0 was not found at {place} ({first_line(error)}): does "
+                          "it run there, do all hosts name the same, does a firewall close the port?") from error
 
 
 def fresh(store, number, size):

@@ -9,12 +9,14 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 from torch.distributed import DistError
 
 FAILED = "flowar/failed"
 DONE = b"done"
 LOST = 1  # exit status of a process that lost another one
+_way_on = "start it again", ""  # what to do after this program ended before it was done, and from where it then goes on
 
 
 class Watch:
@@ -100,12 +102,36 @@ class Watch:
 
     def _end(self, message):
         if self.is_first(message):
-            print_error(f"rank {self.rank}", f"{message}: it was killed, or its host or network is down; the same "
-                                             "command goes on from the last checkpoint")
+            print_error(f"rank {self.rank}", f"{message}: it was killed (for memory?), or its host or network is down; "
+                                             f"{way_on()}")
         os._exit(LOST)
+
+
+def set_way_on(command, start):
+    """What the last line of a program that did not come to its end says: which command goes on, and from where."""
+    global _way_on
+    _way_on = command, start
+
+
+def way_on(whole=True):
+    command, start = _way_on
+    return f"{command} {start}" if whole and start else command
+
+
+def activity(processes):
+    """(CPU seconds, bytes read and pages fetched) of processes so far, as Linux counts them: who is busy is alive."""
+    seconds = moved = 0
+    for process in processes:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            moved += int(fields[9])
+            moved += int(Path(f"/proc/{process.pid}/io").read_text().split()[1])
+    return seconds, moved
 
 
 def print_error(who, message):
     """One error line, in one write and on a line of its own: ranks and progress bars share the terminal."""
-    print(f"\nerror{f' ({who})' if who else ''}: {message}\n", end="", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):  # nobody may read any more, or ever did
+        print(f"\nerror{f' ({who})' if who else ''}: {message}\n", end="", file=sys.stderr, flush=True)
+        sys.stdout.flush()

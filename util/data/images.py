@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from models import FlowARError
-from util.cluster import from_main, gather_to_main, log
+from util.cluster import from_main, gather_to_main, is_shortage, log
 from util.data.folders import list_classes
 from util.data.pixels import CONVERSIONS, WHITE, describe_conversions, read_image
 
@@ -89,7 +89,7 @@ class Images(Dataset):
             try:
                 pixels = read_image(path, self.background)
             except FlowARError as error:
-                if self.on_bad != "skip":
+                if self.on_bad != "skip" or is_shortage(error):
                     raise
                 if offset >= MOST_UNREADABLE:
                     raise FlowARError(f"{path}: neither this image nor the {offset} before it can be read: is the disk "

@@ -9,7 +9,7 @@ from models.files import file_hash, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry
 from models.registry import open_model, recognise_size
 from models.vaes import find_vae
-from util.cluster import AUTOCAST, agree, check_compiler, from_main, is_main, log, set_precision
+from util.cluster import AUTOCAST, agree, check_compiler, from_main, is_main, log, set_precision, set_way_on
 from util.evaluation.labels import Labels, choose_labels, classes_of, read_classes, warn_of_mix
 from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_few
 from util.evaluation.references import Reference, find_reference
@@ -98,7 +98,7 @@ def open_for_sampling(args, device):
     if args.compile:
         check_compiler(device)
         prepare.compile_sampling(model, args.compile)
-    log(f"attention kernel: {prepare.attention_kernel(model, AUTOCAST.get(precision))}")
+    log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
     return model, vae.to(device), description, precision
 
@@ -143,6 +143,7 @@ def build_measure(args, img_size, labels, device):
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     agree("the code (models/, util/, engine_flowar.py)", CODE)
+    set_way_on("the same command goes on", "with the batches that are missing")
     model, vae, description, precision = open_for_sampling(args, device)
     classes = from_main(lambda: read_classes(Path(description["checkpoint"]), model.class_num))
     labels = build_labels(args, args.num_images, classes)

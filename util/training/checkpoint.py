@@ -95,7 +95,7 @@ class CheckpointWriter:
 
 def lock(folder, patience=LOCK_PATIENCE):
     """Hold a folder until this process ends; FlowARError if another still does after `patience` s. Keep the file."""
-    end = time.monotonic() + patience
+    end, told = time.monotonic() + patience, False
     try:
         file = open(Path(folder) / LOCK, "a+")
     except OSError as error:
@@ -105,10 +105,13 @@ def lock(folder, patience=LOCK_PATIENCE):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = f"{folder}: another run writes here ({file.read().strip() or 'unknown'})"
             if time.monotonic() > end:
-                file.seek(0)
-                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
-                                  "it or stop it, or choose another --output_dir") from None
+                raise FlowARError(f"{holder}: wait for it or stop it, or choose another --output_dir") from None
+            if not told:
+                log(f"{holder}: waiting up to {patience} s for it to leave")
+            told = True
             time.sleep(0.5)
         except OSError:  # a file system without locks
             break
@@ -296,6 +299,13 @@ def refuse_overwriting(output_dir, resume):
     if all_in(output_dir) and not (resume and folder.is_dir() and folder.samefile(output_dir)):
         raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: go on from them "
                           f"with --resume {output_dir}, or choose another --output_dir")
+
+
+def way_on(output_dir, resume):
+    """What cluster.set_way_on takes: without --resume the same command would be refused, with a file it would go back.
+    """
+    same = resume and Path(resume).resolve() == Path(output_dir).resolve()
+    return f"the same command{'' if same else f' with --resume {output_dir}'} goes on", "from the last checkpoint"
 
 
 def find_start(resume, output_dir):
