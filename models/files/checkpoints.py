@@ -24,7 +24,8 @@ def recognise_geometry(state, path, vae_embed_dim):
         channels, class_num = state["z_proj.weight"].shape[1], len(state["class_emb.weight"]) - 1
         scales = scales_of(state["mask"])
     except KeyError as error:
-        raise FlowARError(f"{path}: the geometry cannot be recognised: {error} is missing") from error
+        raise FlowARError(f"{path}: the geometry cannot be recognised: {error} is missing (an average of "
+                          "parameters lacks the buffers; they are read from a state dict beside it)") from error
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise FlowARError(f"{path}: the geometry cannot be recognised ({first_line(error)})") from error
     patch_size = math.isqrt(channels // vae_embed_dim)

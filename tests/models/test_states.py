@@ -58,6 +58,8 @@ SHAPES = {
         "state_dict.model_ema"),
     "AveragedModel": ({"model": RAW, "other": {**under("module.", EMA), "n_averaged": torch.tensor(3)}}, EMA, "other"),
     "ema-pytorch": ({"ema": {**under("online_model.", RAW), **under("ema_model.", EMA)}}, EMA, "ema.ema_model"),
+    "moments of an optimizer": (
+        {"model": EMA, "optimizer": {"exp_avg": list(parameters(RAW).values()), "exp_avg_sq": RAW}, "exp_avg": RAW, "grads": RAW}, EMA, "model"),
     "one network under two names": ({"state_dict": {**under("a.", EMA), **under("b._orig_mod.", EMA)}}, EMA, "state_dict.a"),
 }
 
