@@ -24,8 +24,8 @@ EXTRACTION = (
     'U = type("U", (pickle.Unpickler,), {"find_class": lambda s, m, n: pickle.Unpickler.find_class(s, m, n) '
     'if m in ("collections", "torch", "torch._utils", "torch.storage") else S}); '
     'f = lambda x: x.data if isinstance(x, torch.Tensor) else '
-    '{k if type(k) is int else str(k): f(v) for k, v in x.items()} if isinstance(x, dict) else [f(v) for v in x] if isinstance(x, (list, tuple)) '
-    'else x if type(x) in (int, float, bool, str) else None; '
+    '{k if type(k) is int else str(k): f(v) for k, v in x.items()} if isinstance(x, dict) else '
+    '[f(v) for v in x] if isinstance(x, (list, tuple)) else x if type(x) in (int, float, bool, str) else None; '
     'M = types.ModuleType("M"); M.Unpickler, M.load = U, lambda *a, **k: U(*a, **k).load(); '
     'torch.save(f(torch.load(open(SOURCE, "rb"), "cpu", M, weights_only=False)), TARGET)')
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
