@@ -59,7 +59,7 @@ def find_weights(content, path, what, markers, wanted=None, computed=None):
                           "or under a key such as model, state_dict, ema); it holds "
                           f"{name_some(grouped(names)) or 'no tensors'}")
     kinds = {prefix: kind_of(prefix, names) for prefix in found}
-    if kinds == {"": "raw"}:
+    if kinds == {"": "raw"} and not of_averages(names):
         kinds = {"": "unnamed"}
     kind = next((kind for kind in ORDER[wanted] if kind in kinds.values()), None)
     if kind is None:
@@ -123,6 +123,11 @@ def kind_of(prefix, names):
         return "ema"
     parts = [part for part in reversed(prefix.split(".")) if AVERAGE.search(part) or ONLINE.search(part)]
     return "ema" if parts and not ONLINE.search(parts[0]) else "raw"
+
+
+def of_averages(names):
+    """Those names whose keys name an average."""
+    return [name for name in names if not OPTIMIZER.search(name) and any(map(AVERAGE.search, name.split(".")[:-1]))]
 
 
 def restore_names(names, markers, computed):
