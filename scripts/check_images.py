@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--flat", action="store_true", help="no class folders: a folder of reference images")
     parser.add_argument("--whole", action="store_true", help="decode every image, not only its header")
     parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side of training, to name smaller images")
-    parser.add_argument("--num_workers", type=workers, default=8, help="processes that look")
+    parser.add_argument("--num_workers", type=workers, help="processes that look; default: the CPUs, at most 10")
     args = parser.parse_args()
     listing = list_files(args.folder) if args.flat else list_classes(args.folder)
     print(f"{args.folder}: {listing.summary()}")

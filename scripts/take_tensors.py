@@ -47,7 +47,7 @@ def plain(value):
     if isinstance(value, torch.Tensor):
         return value.data
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {key if type(key) is int else str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
     return value if type(value) in (int, float, bool, str) else None

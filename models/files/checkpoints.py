@@ -4,8 +4,8 @@ import math
 import re
 
 from models.errors import FlowARError
-from models.files.states import find_weights
-from models.files.tensors import first_line
+from models.files.states import find_weights, grouped, of_averages
+from models.files.tensors import first_line, name_some
 
 KL16 = {"vae_embed_dim": 16, "vae_stride": 16}
 DEEPEST = 256  # blocks of a kind: building far more, even without memory for them, would take minutes
@@ -15,7 +15,12 @@ COMPUTED = re.compile(r"mask|.*\.rope\.freqs")  # buffers
 
 def find_model(content, path, wanted=None):
     """The Weights of a FlowAR in a file's content; wanted: see find_weights."""
-    return find_weights(content, path, "FlowAR", MARKERS, wanted, COMPUTED)
+    weights = find_weights(content, path, "FlowAR", MARKERS, wanted, COMPUTED)
+    lost = of_averages([*weights.others, *weights.tensors]) if wanted is None and weights.kind != "ema" else []
+    if 2 * len(lost) > len(weights.tensors.keys() - lost):
+        raise FlowARError(f"{path}: its average (EMA) cannot be used, as names or shapes are not the model's: "
+                          f"{name_some(grouped(lost))}; sample with --weights raw, or leave it out of the file")
+    return weights
 
 
 def recognise_geometry(state, path, vae_embed_dim):
@@ -24,7 +29,8 @@ def recognise_geometry(state, path, vae_embed_dim):
         channels, class_num = state["z_proj.weight"].shape[1], len(state["class_emb.weight"]) - 1
         scales = scales_of(state["mask"])
     except KeyError as error:
-        raise FlowARError(f"{path}: the geometry cannot be recognised: {error} is missing") from error
+        raise FlowARError(f"{path}: the geometry cannot be recognised: {error} is missing (an average of "
+                          "parameters lacks the buffers; they are read from a state dict beside it)") from error
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise FlowARError(f"{path}: the geometry cannot be recognised ({first_line(error)})") from error
     patch_size = math.isqrt(channels // vae_embed_dim)

@@ -13,6 +13,7 @@ WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_c
                       r"_forward_module|_modules|_parameters|_buffers)\.")
 AVERAGE = re.compile(r"(?:^|_)(?:ema|shadow|swa|avg|averaged?)(?:_|\d|$)", re.IGNORECASE)  # a part of a key
 ONLINE = re.compile(r"(?:^|_)online(?:_|$)")  # beside ema_model in ema-pytorch's state: the weights themselves
+OPTIMIZER = re.compile(r"(?:^|\.)(?:optim\w*|\w*exp_avg\w*|momentum\w*|grads?|gradients?)\.")  # names like the weights'
 AVERAGED = "n_averaged"  # in the state of torch's AveragedModel
 LONGEST = 1000  # characters of keys in keys
 KINDS = {"ema": "the average (EMA)", "raw": "weights (not called an average)",
@@ -58,7 +59,7 @@ def find_weights(content, path, what, markers, wanted=None, computed=None):
                           "or under a key such as model, state_dict, ema); it holds "
                           f"{name_some(grouped(names)) or 'no tensors'}")
     kinds = {prefix: kind_of(prefix, names) for prefix in found}
-    if kinds == {"": "raw"}:
+    if kinds == {"": "raw"} and not of_averages(names):
         kinds = {"": "unnamed"}
     kind = next((kind for kind in ORDER[wanted] if kind in kinds.values()), None)
     if kind is None:
@@ -104,8 +105,9 @@ def find_prefixes(names, markers):
     seen = {}
     for name in names:
         for marker in markers:
-            if name == marker or name.endswith(f".{marker}"):
-                seen.setdefault(name[:-len(marker)], set()).add(marker)
+            prefix = name[:-len(marker)]
+            if name == marker or name.endswith(f".{marker}") and not OPTIMIZER.search(prefix):
+                seen.setdefault(prefix, set()).add(marker)
     found = {prefix: {} for prefix in seen if len(seen[prefix]) == len(markers)} or {prefix: {} for prefix in seen}
     lengths = sorted(set(map(len, found)), reverse=True)
     for name, value in names.items():  # the longest prefix has it
@@ -123,6 +125,11 @@ def kind_of(prefix, names):
     return "ema" if parts and not ONLINE.search(parts[0]) else "raw"
 
 
+def of_averages(names):
+    """Those names whose keys name an average."""
+    return [name for name in names if not OPTIMIZER.search(name) and any(map(AVERAGE.search, name.split(".")[:-1]))]
+
+
 def restore_names(names, markers, computed):
     """Give tensors of averages that were kept without dots in their names (LDM's LitEma), or in a list (torch-ema,
     diffusers), the names of the weights beside them.
@@ -133,7 +140,7 @@ def restore_names(names, markers, computed):
     undotted = {"".join(parts[i:]) + name.replace(".", ""): name for i in range(len(parts)) for name in own}
     for name in list(names):
         key, _, last = name.rpartition(".")
-        if AVERAGE.search(key.rpartition(".")[2]):
+        if AVERAGE.search(key.rpartition(".")[2]) and not OPTIMIZER.search(name):
             if last.isdecimal():
                 lists.setdefault(key, []).append(name)
             elif last in undotted and f"{key}.{undotted[last]}" not in names:

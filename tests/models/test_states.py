@@ -58,6 +58,8 @@ SHAPES = {
         "state_dict.model_ema"),
     "AveragedModel": ({"model": RAW, "other": {**under("module.", EMA), "n_averaged": torch.tensor(3)}}, EMA, "other"),
     "ema-pytorch": ({"ema": {**under("online_model.", RAW), **under("ema_model.", EMA)}}, EMA, "ema.ema_model"),
+    "moments of an optimizer": (
+        {"model": EMA, "optimizer": {"exp_avg": list(parameters(RAW).values()), "exp_avg_sq": RAW}, "exp_avg": RAW, "grads": RAW}, EMA, "model"),
     "one network under two names": ({"state_dict": {**under("a.", EMA), **under("b._orig_mod.", EMA)}}, EMA, "state_dict.a"),
 }
 
@@ -83,6 +85,8 @@ def test_averages_and_raw_weights_by_choice(tmp_path, capsys):
         assert same(load_flowar(tmp_path / "x.pth", weights).state_dict(), expected)
         assert capsys.readouterr().err == f"{tmp_path}/x.pth: {line}\n"
     assert same(find_model(both, "x", "raw first").tensors, RAW) and same(find_model({"ema": EMA}, "x", "raw first").tensors, EMA)
+    odd = {**RAW, "ema": {name.replace(".", "/"): value for name, value in EMA.items()}}
+    assert same(find_model(odd, "x", "raw").tensors, RAW | {f"ema.{name}": value for name, value in odd["ema"].items()})
     assert find_model(EMA, "x").kind == "unnamed" and find_model({"model": EMA}, "x", "raw").kind == "raw"
     for content, weights, message in (
             ({"ema": EMA}, "raw", "x: it holds only the average (EMA) under 'ema', but --weights is raw: leave it out"),
@@ -97,6 +101,8 @@ def test_averages_and_raw_weights_by_choice(tmp_path, capsys):
     ({"ema1": EMA, "ema2": OTHER}, "several FlowAR weights, which differ: the average (EMA) under 'ema1', the average (EMA) under 'ema2'"),
     ({"model": RAW, "ema": {0.99: EMA, 0.999: OTHER}}, "under 'ema.0.99', the average (EMA) under 'ema.0.999'"),
     ({"model": RAW, "best": EMA}, "several FlowAR weights, which differ: weights (not called an average) under 'model', weights"),
+    ({"model": RAW, "ema": {"shadow_params": list(parameters(EMA).values())[1:]}}, "its average (EMA) cannot be used, as names or shapes are not the model's: ema ("),
+    ({**RAW, "ema": under("x/", EMA)}, "its average (EMA) cannot be used, as names or shapes are not the model's: ema ("),
     ({**EMA, "old": RAW}, "several FlowAR weights, which differ"),
     ({"model": {**EMA, "module.mask": EMA["mask"]}}, "model.mask and model.module.mask are both mask without keys and the prefixes"),
     ({"model": {**EMA, **under("_orig_mod.", RAW)}}, "are both encoder_pos_embed_learned without"),

@@ -10,7 +10,7 @@ from helpers import ROOT, SCALES
 import models.files.tensors
 from models import FlowARError, build_model
 from util.training import checkpoint
-from util.training.optimization import build_optimizer
+from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
 
 TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=10)
@@ -193,3 +193,18 @@ def test_a_wrong_progress_is_refused(progress):
     assert checkpoint.load_progress({"epoch": 3}, "x.pth", 10) == Progress(epoch=4, step=40)
     with pytest.raises(FlowARError, match="x.pth: its epoch is None"):
         checkpoint.load_progress({}, "x.pth", 10)
+
+
+def test_training_starts_from_the_weights_of_other_code(tiny, capsys):
+    """Raw weights go into the network, the average into the EMA, and what is not used is named."""
+    network, average = build_model("flowar_tiny", **TINY), tiny.state_dict()
+    raw = {name: value if name == "mask" or "freqs" in name else value + 1 for name, value in average.items()}
+    ema = EMA(network, 0.9)
+    state = {**{f"model.{name}": value for name, value in raw.items()}, **{f"ema.module.{name}": value for name, value in average.items()}}
+    content = {"state_dict": {**state, "loss.w": torch.zeros(3)}}
+    progress = checkpoint.resume("x.ckpt", content, (network, ema, None, None), 80, {"global_batch": 16, "start_epoch": None})
+    assert progress == Progress()
+    assert torch.equal(network.z_proj.bias, raw["z_proj.bias"]) and torch.equal(ema.module.z_proj.bias, average["z_proj.bias"])
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "x.ckpt: network: weights (not called an average) under 'state_dict.model'; EMA: the average (EMA) under 'state_dict.ema'; "
+        "not used: state_dict.loss.w")

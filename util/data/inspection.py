@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models import FlowARError
+from util.data.loaders import default_workers
 from util.data.pixels import opened, read_image
 
 SAMPLE = 512  # images looked at when a training starts
@@ -34,7 +35,10 @@ def look_at_all(paths, whole):
 
 
 def inspect(listing, indices, workers=0, whole=False):
-    """Yield (index, Look) of files of a Listing, looked at by so many processes, or by threads of this one."""
+    """Yield (index, Look) of files of a Listing, looked at by so many processes (None: default_workers()), or for 0 by
+    threads of this one.
+    """
+    workers = default_workers() if workers is None else workers
     chunks = np.array_split(indices, max(1, -(-len(indices) // CHUNK)))
     pool = ProcessPoolExecutor(workers) if workers else ThreadPoolExecutor(THREADS)
     with pool:
