@@ -35,7 +35,7 @@ def parse_args():
     parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--seed", type=seed, default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if len(args.folders) > 2:
         raise FlowARError(f"{len(args.folders)} folders, expected one or two: {' '.join(args.folders)}")
     if len(args.folders) == 2 and (args.halves or args.vae or args.vae_path) or args.halves and (args.vae or args.vae_path):

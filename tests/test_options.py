@@ -219,7 +219,7 @@ TABLE = [
     (EVAL, "--resume ''", "--resume is missing: give a checkpoint"),
     (EVAL, "--resume {p}/empty", "{p}/empty: no checkpoint-last.pth in this directory"),
     (EVAL, "--resume {p}/file", "{p}/file: not a weights file, or damaged"),
-    (EVAL, "--vae_path {p}/channels2.pth", "tokens have 4 channels, which 2 latent channels of the VAE do not make with any patch size"),
+    (EVAL, "--vae_path {p}/channels2.pth", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (sha256 "),
     (EVAL, "--vae_stride 8", "--vae_stride is 8, but the VAE {p}/vae.pth has 4"),
     (EVAL, "--class_num 12", "--class_num is 12, but {p}/run/"),
     (EVAL, "--patch_size 2", "--patch_size is 2, but {p}/run/"),

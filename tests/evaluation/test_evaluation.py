@@ -170,7 +170,7 @@ def test_a_moved_run_is_known_again(project, checkpoint, tmp_path, monkeypatch, 
     with pytest.raises(FlowARError, match="has reference_sha256 "):
         evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
     torch.save(torch.load(tmp_path / "b" / "run" / "checkpoint-last.pth", weights_only=True)["model"], tmp_path / "other.pth")
-    with pytest.raises(FlowARError, match="has checkpoint_sha256 "):
+    with pytest.raises(FlowARError, match="has (checkpoint_sha256|weights) "):
         evaluate(tmp_path / "b", tmp_path / "other.pth", tmp_path / "b" / "out")
 
 

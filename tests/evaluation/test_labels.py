@@ -160,7 +160,7 @@ def ask(monkeypatch, capsys, *options):
     monkeypatch.setattr(distance, "build_extractor", lambda *args: Means())
     monkeypatch.setattr(sys, "argv", ["distance.py", *map(str, options), "--device", "cpu"])
     distance.main()
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("warning")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frechet_distance")]
     parts = [line.removeprefix("frechet_distance_means of ").rpartition(": ") for line in lines]
     return [(what, float(value.split()[0]), value.split(" ", 1)[1]) for what, _, value in parts]
 

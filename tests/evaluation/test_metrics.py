@@ -148,12 +148,14 @@ def test_bad_statistics_are_named(tmp_path):
 def test_statistics_say_what_they_are(tmp_path, keep):
     path, features = tmp_path / "stats.npz", torch.randn(20, 4)
     statistics = metrics.statistics(features)
-    reference_stats.save_statistics(path, references.FolderFeatures(statistics, features if keep else None, 20, 16), Flat())
+    listing = references.Listing("nowhere", [], [], {".txt": 2})
+    listing.samples = [(f"nowhere/{i}.png", 0) for i in range(20)]
+    reference_stats.save_statistics(path, references.FolderFeatures(statistics, features if keep else None, 16, listing), Flat())
     found = references.load_statistics(path, Flat(), 16)
     np.testing.assert_array_equal(found.mu, features.double().numpy().mean(axis=0))
     assert (found.features is not None) == keep and (not keep or torch.equal(found.features, features))
     with np.load(path) as file:
-        assert file["num_images"] == 20 and file["resize"] == "none"
+        assert file["num_images"] == 20 and file["resize"] == "none" and file["left_out"] == 2
     with pytest.raises(FlowARError, match="its img_size is 16, here it is 32; make statistics with scripts/reference_stats.py"):
         references.load_statistics(path, Flat(), 32)
     with pytest.raises(FlowARError, match="its weights_sha256 is"):

@@ -83,7 +83,7 @@ def open_sources(args, device, class_num=None):
 
 def open_if_there(named, device, needed):
     """The VAE on a device; None if it is not there and not needed: cached latents need none."""
-    if not named.is_there():
+    if not named.is_there() and not (needed and Path(named.path).exists()):
         if needed:
             raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them: give its path, "
                               "or cached latents as --cached_path")
