@@ -22,6 +22,8 @@ from util.evaluation.references import FolderFeatures, folder_features
 from util.evaluation.sampler import DECODED_AT_ONCE
 from util.options import color, pixels, seed, some_path
 
+LARGEST_HALF = 50000  # images; more than the distances of the literature have
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -35,10 +37,10 @@ def parse_args():
     parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--seed", type=seed, default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()  # folders may stand after options
     if len(args.folders) > 2:
         raise FlowARError(f"{len(args.folders)} folders, expected one or two: {' '.join(args.folders)}")
-    if len(args.folders) == 2 and (args.halves or args.vae or args.vae_path) or args.halves and (args.vae or args.vae_path):
+    if (len(args.folders) == 2) + args.halves + bool(args.vae or args.vae_path) > 1:
         raise FlowARError("two folders, or one and --vae or --vae_path, or one and --halves: give one of these")
     return args
 
@@ -86,7 +88,7 @@ def main():
     if len({part.img_size for part in found}) > 1:
         raise FlowARError(f"images of {found[0].img_size} pixels in {folders[0]}, of {found[1].img_size} in {folders[1]}: "
                           "give --img_size")
-    half = min(part.count for part in found) // 2
+    half = min(LARGEST_HALF, *(part.count // 2 for part in found))
     if half < 2:
         raise FlowARError(f"{folders[-1]}: too few images for two halves, expected at least 4")
     warn_of_few(half, extractor)

@@ -174,7 +174,8 @@ def warn_of_mix(labels, reference):
 def align(classes, counts):
     """Images of each label in a reference's {class folder: images}: by name where the checkpoint knows the names."""
     names = classes.names or []
-    if not set(counts) & set(names):
+    if not counts.keys() & set(names):
         return np.array(list(counts.values()))
-    known = [counts.get(name, 0) for name in names] + [0] * (classes.number - len(names))
-    return np.array(known + [counts[name] for name in counts if name not in set(names)])
+    mine = {**dict.fromkeys(names, 0), **counts}  # the folders that no class is called after come last
+    found = np.array(list(mine.values()))
+    return np.insert(found, [len(names)] * (classes.number - len(names)), 0)

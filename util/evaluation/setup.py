@@ -68,8 +68,9 @@ class Plan(NamedTuple):
                 **self.labels.settings()}
 
 
-def open_for_sampling(args, device):
-    """(model, VAE, description for a report, precision) of --resume and --vae_path, as the other options want them."""
+def open_for_sampling(args, device, identify=False):
+    """(model, VAE, description for a report, precision) of --resume and --vae_path, as the other options want them.
+    identify: with their hashes, for which weights without a checksum, and the VAE, are read once more, by rank 0."""
     if not args.resume:
         raise FlowARError("--resume is missing: "
                           "give a checkpoint, a directory with checkpoint-last.pth or a .safetensors")
@@ -91,9 +92,10 @@ def open_for_sampling(args, device):
     for note in (f"{path}: {weights.describe(left_out)}", *notes):
         log(note)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
-                   "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name}
-    if is_main():
-        description.update(checkpoint_sha256=checksum or file_hash(path), vae_sha256=origin.sha256)
+                   "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name,
+                   "vae_sha256": origin.sha256}
+    if identify and is_main():
+        description.update(checkpoint_sha256=checksum or file_hash(path))
     prepare.for_sampling(model.to(device), AUTOCAST.get(precision))
     if args.compile:
         check_compiler(device)
@@ -144,7 +146,7 @@ def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     agree("the code (models/, util/, engine_flowar.py)", CODE)
     set_way_on("the same command goes on", "with the batches that are missing")
-    model, vae, description, precision = open_for_sampling(args, device)
+    model, vae, description, precision = open_for_sampling(args, device, identify=True)
     classes = from_main(lambda: read_classes(Path(description["checkpoint"]), model.class_num))
     labels = build_labels(args, args.num_images, classes)
     measure = build_measure(args, model.img_size, labels, device)
