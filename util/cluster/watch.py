@@ -20,11 +20,12 @@ LOST = 1  # exit status of a process that lost another one
 class Watch:
     """Heartbeats of this process in the rendezvous' store, and an eye on the next rank's, from start() to stop().
 
+    store: a connection to it that nobody else waits on.
     timeout: seconds of silence after which a rank, or the store itself, counts as dead.
     """
 
     def __init__(self, store, rank, world_size, timeout):
-        self.store, self.rank, self.world_size, self.timeout = store.clone(), rank, world_size, timeout
+        self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.interval = min(timeout / 5, 2.0)
         self.stopped = threading.Event()
         self.answered = time.monotonic()
