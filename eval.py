@@ -1,11 +1,12 @@
 """Evaluate FlowAR: sample class-balanced images with the EMA (or --weights raw), then FID and Inception Score.
 
-    torchrun --nproc_per_node=8 eval.py --model flowar_small --diffloss_d 2 --diffloss_w 1024 --eval_bsz 256 \\
-        --num_images 50000 --num_step 25 --cfg 4.3 --guidance 0.9 --output_dir output \\
+    torchrun --standalone --nproc_per_node=8 eval.py --model flowar_small --diffloss_d 2 --diffloss_w 1024 \\
+        --eval_bsz 256 --num_images 50000 --num_step 25 --cfg 4.3 --guidance 0.9 --output_dir output \\
         --resume FlowAR-S.pth --vae_path kl16.ckpt --fid_stats adm_in256_stats.npz --evaluate
 
 The size and the geometry are recognised from the checkpoint and the VAE where they are not given.
 """
+import util.versions  # noqa: F401  first: it names what is too old
 from engine_flowar import evaluate_sweep
 from util import cluster
 from util.evaluation.setup import open_evaluation

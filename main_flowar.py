@@ -9,6 +9,8 @@ Run the same command again to go on. Everything that can be asked for is in util
 """
 from pathlib import Path
 
+import util.versions  # noqa: F401  first: it names what is too old
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 

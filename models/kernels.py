@@ -60,13 +60,14 @@ class Linear(nn.Linear):
 # ---- dropout -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flowar::dropout_factors", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
+@torch.library.custom_op("flowar::dropout_factors", mutates_args=())
+def dropout_factors(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """0 with probability p, else 1 / (1 - p), for each element of x and in its dtype.
 
-    PyTorch draws number by number on one core of a CPU; here its generator seeds a faster one.
+    PyTorch draws number by number on one core of a CPU; here its generator seeds a faster one. The seed is drawn by the
+    caller: the compiler knows that draw for one, and neither merges two of them nor makes one again for the gradient.
     """
-    generator = np.random.Generator(np.random.SFC64(torch.randint(2**62, ()).item()))
+    generator = np.random.Generator(np.random.SFC64(seed.item()))
     draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
     kept = torch.empty(x.numel(), dtype=torch.int16)
     torch.ge(torch.from_numpy(draws), round(p * LEVELS) - LEVELS // 2, out=kept)
@@ -76,7 +77,7 @@ def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 @dropout_factors.register_fake
-def _(x, p):
+def _(x, p, seed):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -84,7 +85,7 @@ def dropout(x, p):
     """F.dropout(x, p)."""
     if p == 0 or p == 1 or x.device.type != "cpu":
         return F.dropout(x, p)
-    return x * dropout_factors(x.detach(), p)
+    return x * dropout_factors(x.detach(), p, torch.randint(2**62, ()))
 
 
 class Dropout(nn.Dropout):

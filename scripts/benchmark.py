@@ -34,13 +34,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
 
 import flops
-import project_root  # noqa: F401
 from engine_flowar import evaluate
 from measure import Peak, alternate, count_kernels, count_work
 from models import AutoencoderKL, FlowARError, build_model, kernels

@@ -4,8 +4,8 @@
 is stored twice, as it is and flipped: the flipped image is encoded, not its moments flipped. Killed at any time, the
 next run keeps finished shards and redoes the rest; the index appears last.
 
-    torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path imagenet --cached_path imagenet_feature \\
-        --vae_path kl16.ckpt --img_size 256
+    torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path imagenet \\
+        --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
 """
 import argparse
 import hashlib
@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import project_root  # noqa: F401
 from models import FlowARError
 from models.vae import DiagonalGaussian
 from models.vaes import find_vae

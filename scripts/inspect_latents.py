@@ -8,11 +8,12 @@ scale, enlarged and decoded: what scale-wise generation goes through.
 """
 import argparse
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import project_root  # noqa: F401
 from pictures import check_picture, draw_table, save, stack
 from models import FlowARError
 from models.vae import DiagonalGaussian

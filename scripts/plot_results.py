@@ -6,9 +6,10 @@ import argparse
 import csv
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import matplotlib.pyplot as plt
 
-import project_root  # noqa: F401
 from models import FlowARError
 from models.files import name_some, reading
 from util.cluster import run_main

@@ -11,10 +11,11 @@ import gzip
 import shutil
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 from PIL import Image
 
-import project_root  # noqa: F401
 from models import FlowARError
 from util.cluster import run_main
 

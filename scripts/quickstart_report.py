@@ -8,13 +8,14 @@ import argparse
 import json
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import project_root  # noqa: F401
 from distance import distance, through_vae
 from models import FlowARError
 from models.files import read_file, reading, write_file

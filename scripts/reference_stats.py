@@ -3,13 +3,14 @@
 With --keep_features also the features, which KID, precision and recall need. Of class folders also how many images each
 has: an evaluation says if its own are of another mix.
 
-    torchrun --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
+    torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
 """
 import argparse
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 
-import project_root  # noqa: F401
 from models.files import tensors_hash, writing
 from util import cluster
 from util.evaluation.metrics import EXTRACTORS, build_extractor

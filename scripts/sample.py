@@ -5,10 +5,11 @@
 """
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import torch
 import torch.nn.functional as F
 
-import project_root  # noqa: F401
 from pictures import check_picture, draw_table, save
 from models import FlowARError
 from util.cluster import run_main, select_device

@@ -15,13 +15,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=flowar-%j.log
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
-export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-OUTPUT=${OUTPUT:-./output_dir/}
+export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+OUTPUT="${OUTPUT:-./output_dir/}"
 
 # One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back.
+# shellcheck disable=SC2016 # that bash's own variables
 srun --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
     "${PYTHON:-python}" main_flowar.py --model flowar_huge --diffloss_d 12 --diffloss_w 1536 \
     --img_size 256 --vae_path "${VAE:-pretrained_models/vae/kl16.ckpt}" --vae_embed_dim 16 --vae_stride 16 --patch_size 1 \

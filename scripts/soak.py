@@ -20,9 +20,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import torch
 
-import project_root  # noqa: F401
 from runs import assert_same_run, finish, make_project, ranks_of, read_checkpoint, run, start, training_command
 from models import FlowARError
 from util.cluster import run_main

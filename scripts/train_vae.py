@@ -14,13 +14,14 @@ import reprlib
 import time
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import project_root  # noqa: F401
 from models import AutoencoderKL, FlowARError
 from models.files import first_line, load_state, name_some, read_file, write_file
 from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST

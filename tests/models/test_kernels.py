@@ -7,9 +7,10 @@ import plain
 import pytest
 import torch
 from helpers import inputs, small_model
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from models import build_model
+from models import FlowARError, build_model
 from models import kernels
 from models.kernels import dense_attention, dropout
 from models.layers import GatedMLP, Pattern, within_scales
@@ -260,7 +261,10 @@ def test_sampling_compiles_once_for_all_scales_steps_and_batches(cross, what, li
     assert graphs() == first
 
 
-@pytest.mark.parametrize("cross,recompute", [(False, False), (True, False), (True, True)])
+OLD = pytest.mark.skipif(torch.__version__ < (2, 10), reason="refused with this PyTorch, see the next test")
+
+
+@pytest.mark.parametrize("cross,recompute", [(False, False), (True, False), pytest.param(True, True, marks=OLD)])
 def test_training_compiles_one_graph_a_kind_of_block(cross, recompute, graphs, no_codegen):
     model = small_model(cross=cross, diffloss_d=3, encoder_depth=3, decoder_depth=2, use_checkpoint=recompute).train()
     latents, labels, t, noise = inputs(model)
@@ -273,6 +277,12 @@ def test_training_compiles_one_graph_a_kind_of_block(cross, recompute, graphs, n
     assert list(model.state_dict()) == list(small_model(cross=cross, diffloss_d=3, encoder_depth=3, decoder_depth=2).state_dict())
     step()
     assert graphs() == 2
+
+
+def test_what_an_old_pytorch_would_not_compile_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cu128"))
+    with pytest.raises(FlowARError, match=r"--compile with --use_checkpoint needs torch>=2.10: torch 2.9.1\+cu128 would compile nothing"):
+        prepare.compile_training(small_model(use_checkpoint=True))
 
 
 # ---- the optimizer -------------------------------------------------------------------------------------------

@@ -84,10 +84,12 @@ def init(device_name, timeout=TIMEOUT):
             raise FlowARError(f"the environment has RANK but not {' and '.join(missing)}: start with torchrun, or "
                               "unset RANK for one process")
         store, number, size = rendezvous()
-        store = fresh(store, number, size)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
-                                world_size=size, timeout=COLLECTIVE_TIMEOUT)
-        _watch = Watch(store, number, size, timeout)
+        name = fresh_name(store, number, size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(name, store),
+                                rank=number, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        connection = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                   timeout=RENDEZVOUS_TIMEOUT)
+        _watch = Watch(dist.PrefixStore(name, connection), number, size, timeout)
         _watch.start()
         barrier()  # every heart beats before anyone looks
     return device
@@ -106,8 +108,8 @@ def rendezvous():
                           "it run there, do all hosts name the same, does a firewall close the port?") from error
 
 
-def fresh(store, number, size):
-    """The part of the rendezvous' store that belongs to this start of the job alone.
+def fresh_name(store, number, size):
+    """The name, in the rendezvous' store, of what belongs to this start of the job alone.
 
     torchrun's store may outlive a restart (PyTorch 2.14 keeps it), and a rank that reads an address of the start before
     waits for the dead. So rank 0 makes up a name for this start and answers every rank that asks with its own token.
@@ -126,7 +128,7 @@ def fresh(store, number, size):
     else:
         name = store.get(f"flowar/start/{token}").decode()
         store.set(f"flowar/joined/{name}/{number}", "yes")
-    return dist.PrefixStore(name, store)
+    return name
 
 
 def shutdown():

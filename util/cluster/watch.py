@@ -22,11 +22,12 @@ _way_on = "start it again", ""  # what to do after this program ended before it 
 class Watch:
     """Heartbeats of this process in the rendezvous' store, and an eye on the next rank's, from start() to stop().
 
+    store: a connection to it that nobody else waits on.
     timeout: seconds of silence after which a rank, or the store itself, counts as dead.
     """
 
     def __init__(self, store, rank, world_size, timeout):
-        self.store, self.rank, self.world_size, self.timeout = store.clone(), rank, world_size, timeout
+        self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.interval = min(timeout / 5, 2.0)
         self.stopped = threading.Event()
         self.answered = time.monotonic()

@@ -123,8 +123,9 @@ def find_cache(args):
     """The kind of dataset in --cached_path, None without one; then say how to make it."""
     if args.cached_path and (kind := find_data(args.cached_path, cached=True)):
         return kind
-    command = (f"torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} --cached_path "
-               f"{args.cached_path} {find_vae(args.vae, args.vae_path).option} --img_size {args.img_size or 256}")
+    command = (f"torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} "
+               f"--cached_path {args.cached_path} {find_vae(args.vae, args.vae_path).option} "
+               f"--img_size {args.img_size or 256}")
     if args.use_cached:
         raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")
     if args.cached_path:

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
+from models import FlowARError
 from models.kernels import Linear
 
 
@@ -21,6 +22,9 @@ def for_sampling(model, dtype=None):
 
 def compile_training(model):
     """torch.compile of every block of a FlowAR: one graph a kind of block, however many there are."""
+    if model.use_checkpoint and torch.__version__ < (2, 10):
+        raise FlowARError("--compile with --use_checkpoint needs torch>=2.10: torch "
+                          f"{torch.__version__} would compile nothing; leave out one of the two")
     for block in (*model.blocks, *model.flownet.res_blocks):
         block.compile()
 
