@@ -21,7 +21,6 @@ from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
 from util.evaluation.setup import build_measure, build_sampler, open_evaluation, plan_reports
 from util.evaluation.store import write_png
-from util.files import make_directory
 from util.speed import prepare
 from util.options import (check_geometry, check_training, model_options, resolve_training, single_point,
                           training_parser, with_options)
@@ -36,10 +35,7 @@ def train(args, device):
     check_training(args)
     args = with_options(args, precision=cluster.set_precision(args.precision, device))
     if is_main():
-        make_directory(Path(args.output_dir))
-        checkpoint.refuse_overwriting(args.output_dir, args.resume)
-        held = checkpoint.lock(args.output_dir)  # noqa: F841: until this run ends
-        checkpoint.refuse_overwriting(args.output_dir, args.resume)  # those of the run that it waited for
+        held = checkpoint.hold(args.output_dir, args.resume)  # noqa: F841: until this run ends
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
 
@@ -88,8 +84,6 @@ def train(args, device):
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
-    if progress.epoch >= args.epochs:
-        log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {args.epochs}")
 
     # ---- 5. epochs, and reports between them
     cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))

@@ -4,10 +4,11 @@
 """
 import argparse
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import numpy as np
 from tqdm import tqdm
 
-import project_root  # noqa: F401
 from models import FlowARError
 from util.cluster import run_main
 from util.data.folders import advice, list_classes, list_files

@@ -9,9 +9,10 @@ the distance of two random halves of one folder: what is left between images of 
 """
 import argparse
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import torch
 
-import project_root  # noqa: F401
 from models import FlowARError
 from models.vaes import find_vae
 from util import cluster

@@ -10,9 +10,10 @@ import pickle
 import types
 from pathlib import Path
 
+import project_root  # noqa: F401  first: it names what is too old
+
 import torch
 
-import project_root  # noqa: F401
 from models import FlowARError
 from models.files import reading, write_file
 from util.cluster import run_main

@@ -90,6 +90,8 @@ def answer_interrupts(receiver):
 
 def run_main(main):
     """Run main(). One line and exit status 2: what a user can put right; 1: a lost process; RESTART: asked to leave."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main()
         shutdown()
@@ -149,11 +151,15 @@ def end_worker(error, *_):
 
 
 def line_of(error):
-    """An error's message in one line. A data loader's worker wraps it in its traceback: there the last line has it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if not lines[0].startswith("Caught "):
-        return lines[0]
-    return lines[-1].removeprefix("models.errors.FlowARError: ")
+    """An error's message in one line. A data loader's worker wraps it in its traceback: there the end has it. The name
+    of a file may hold line breaks.
+    """
+    text, ours = str(error).strip() or type(error).__name__, "models.errors.FlowARError: "
+    if text.startswith("Caught "):
+        text = text.rpartition(ours)[2] if ours in text else text.splitlines()[-1]
+    elif not isinstance(error, FlowARError):
+        text = text.splitlines()[0]
+    return text.replace("\n", "\\n")
 
 
 def explain(error):

@@ -20,6 +20,7 @@ from models.files.checkpoints import find_model, recognise_geometry, saved_optio
 from models.files.states import unused
 from models.registry import LAST, load_model
 from util.cluster import from_main, log
+from util.files import make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
 
@@ -119,6 +120,15 @@ def lock(folder, patience=LOCK_PATIENCE):
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def hold(folder, resume):
+    """A run's output folder, made and locked; FlowARError if it would overwrite another run's checkpoints there."""
+    make_directory(Path(folder))
+    refuse_overwriting(folder, resume)
+    held = lock(folder)
+    refuse_overwriting(folder, resume)  # those of the run that it waited for
+    return held
 
 
 def set_aside(later, step):
@@ -378,4 +388,6 @@ def resume(path, content, parts, record):
                         if name in before and before[name] != options[name])
     log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changed}" if changed else ""))
+    if progress.epoch >= options["epochs"]:
+        log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {options['epochs']}")
     return progress
