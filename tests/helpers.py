@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from project_root import ROOT  # noqa: F401
-from runs import (CLASSES, GEOMETRY, assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run,  # noqa: F401
+from runs import (CLASSES, GEOMETRY, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
+                  read_checkpoint, read_log, run, save_vae,
                   small_vae, start, training_command, wait_for, write_digits)
 
 import engine_flowar

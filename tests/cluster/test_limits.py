@@ -128,7 +128,7 @@ def real(act):
     (lambda: OSError(errno.ENOENT, os.strerror(errno.ENOENT), "data"), "data: No such file or directory"),
     (lambda: real(lambda: socket.create_connection(("127.0.0.1", 1))), "a file or connection: Connection refused"),
     (lambda: BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), "a file or connection: Broken pipe"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_every_limit_has_its_own_name(error, expected):
     message, status = explain(error())
     assert message.startswith(expected) and "is its disk there" not in message and "\n" not in message and status == 2

@@ -191,10 +191,12 @@ class FolderFeatures(NamedTuple):
 
 
 def folder_features(listing, extractor, device, img_size=None, crop=False, keep=True, through=None, background=WHITE):
-    """FolderFeatures of a folder's images on rank 0, None elsewhere; the ranks share the work. listing: the folder, or
-    what list_images found in it. Images must have img_size pixels a side (any one size if None), or are centre-cropped to it with
-    crop=True. Sums are float64; with keep=False features are not held, for folders of a million images. through: what
-    is done to images (B, 3, H, W) uint8 on the device before they are measured.
+    """FolderFeatures of a folder's images on rank 0, None elsewhere; the ranks share the work.
+
+    listing: the folder, or what list_images found in it. Images must have img_size pixels a side (any one size if
+    None), or are centre-cropped to it with crop=True. Sums are float64; with keep=False features are not held, for
+    folders of a million images. through: what is done to images (B, 3, H, W) uint8 on the device before they are
+    measured.
     """
     listing = listing if isinstance(listing, Listing) else list_images(listing)
     folder, dim, made = listing.root, extractor.dim, Counter()
