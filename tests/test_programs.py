@@ -221,7 +221,7 @@ def test_compile_changes_nothing(project, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     again = train(project, tmp_path, "--compile --eval_freq 2")
     torch._dynamo.reset()
-    assert len(compiled) == 2 + 3 + 3  # 2 transformer and 3 flow blocks of the network, 3 flow blocks of the EMA
+    assert len(compiled) == 1 + 2 + 3 + 3  # a trial, 2 transformer and 3 flow blocks of the network, 3 flow blocks of the EMA
     assert distance(trained[0], again) < 1e-5
 
 

@@ -104,7 +104,8 @@ def run_main(main):
     except Preempted as preempted:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if watch() is None or watch().is_first(str(preempted)):
-            print(preempted, flush=True)
+            with contextlib.suppress(OSError):  # nobody may read any more
+                print(preempted, flush=True)
         if preempted.together:
             shutdown()
         os._exit(preempted.status)
@@ -116,7 +117,8 @@ def run_main(main):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if watch() is None or watch().is_first("interrupted"):
-            print(f"\ninterrupted; {way_on()}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"\ninterrupted; {way_on()}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
 
