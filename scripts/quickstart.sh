@@ -40,7 +40,7 @@ stage "training -> $OUT/run"
 images=$(find "$OUT/images/train" -name '*.png' | wc -l)
 epochs=$((80000 / images)) # 4 of Fashion-MNIST, more of a smaller set
 torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$OUT/vae.pth" --vae_embed_dim 4 --vae_stride 4 \
-    --patch_size 2 --class_num 10 --model flowar_tiny --epochs "$epochs" --warmup_epochs "$((epochs * 5))e-2" --batch_size 64 --lr 2e-3 \
+    --patch_size 2 --model flowar_tiny --epochs "$epochs" --warmup_epochs "$((epochs * 5))e-2" --batch_size 64 --lr 2e-3 \
     --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --save_last_freq 1 --eval_freq "$((epochs / 2))" --cfg 3 --guidance 1 \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" \
     --cached_val_path "$OUT/latents_val" --num_workers 1 --device "$DEVICE"
@@ -59,7 +59,7 @@ torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path 
 
 stage "pictures and table"
 python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 3 --guidance 1 --device "$DEVICE" \
-    --class_names "$OUT/images/train" --grid "$OUT/grid.png" --strip "$OUT/strip.png"
+    --grid "$OUT/grid.png" --strip "$OUT/strip.png"
 python scripts/quickstart_report.py --root "$OUT" --device "$DEVICE"
 
 echo

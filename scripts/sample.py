@@ -1,7 +1,7 @@
 """Draw samples: a labelled grid of classes, and a strip that shows one image growing scale by scale.
 
     python scripts/sample.py --resume output/quickstart/run --vae_path output/quickstart/vae.pth --cfg 3 \\
-        --class_names output/quickstart/images/train --grid grid.png --strip strip.png
+        --grid grid.png --strip strip.png
 """
 from pathlib import Path
 

@@ -30,7 +30,7 @@ from models.vaes import load_vae, save_vae
 from util.data import Images, build_loader, to_uint8
 from util.data.folders import split_folder
 from util.data.source import say_what_is_there
-from util.cluster import autocast, run_main, select_device, set_precision
+from util.cluster import autocast, run_main, select_device, set_precision, set_way_on
 from util.evaluation.store import write_png
 from util.files import check_output
 from util.options import between, color, integer_list, pixels, positive, real, seed, some_path, workers
@@ -202,6 +202,7 @@ def refuse_overwriting(output, resume):
 
 def main():
     args = parse_args()
+    set_way_on("the same command goes on", "from its last snapshot")
     device = select_device(args.device)
     precision = set_precision(args.precision, device)
     output = Path(args.output)
