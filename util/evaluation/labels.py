@@ -163,7 +163,8 @@ def warn_of_mix(labels, reference):
     unlike, there = abs(mix[0] - mix[1]).sum() / 2, theirs[theirs > 0]
     if unlike > UNLIKE:
         cures = ["--labels balanced samples evenly" if labels.kind == "train" else
-                 "--labels train samples in the proportions of the training images", "--labels FILE in any others"]
+                 "--labels train samples in the proportions of the training images",
+                 "--labels FILE samples what a file says"]
         cures = cures[labels.kind == "balanced" and labels.classes.counts is None:]
         log(f"warning: the classes of the reference {reference.name} are {'un' if len(set(there)) > 1 else ''}balanced "
             f"({len(there)} of {there.min()} to {there.max()} images), those of the samples are drawn {how} (of "
