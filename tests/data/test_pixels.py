@@ -51,14 +51,8 @@ def grey_key():
     return saved(image, "PNG", transparency=200)
 
 
-def deep_grey_key():
-    values = np.full((8, 8), 51400, np.uint16)
-    values[2:6, 2:6] = 18 * 257
-    return saved(Image.fromarray(values), "PNG", transparency=51400)
-
-
-def few_bits_key(bits):
-    """A PNG of 2 or 4 bits of grey, of which 2 is transparent and 0 the ink: Pillow writes none."""
+def grey_key_of(bits):
+    """A PNG of 2, 4 or 16 bits of grey, of which 2 is transparent and 0 the ink: Pillow writes none."""
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     values = np.full((8, 8), 2)
@@ -77,8 +71,8 @@ TRANSPARENCY = {
     "RGBA PNG": lambda: saved(drawing(), "PNG"), "LA PNG": lambda: saved(drawing("LA"), "PNG"), "RGBA TIFF": lambda: saved(drawing(), "TIFF"),
     "RGBA WebP": lambda: saved(drawing(), "WEBP", lossless=True, exact=True), "palette, one colour": lambda: saved(palette_drawing(), "PNG", transparency=0),
     "palette, alpha": palette_alpha, "RGB with a transparent colour": rgb_key, "L with a transparent grey": grey_key,
-    "16 bits of grey with a transparent one": deep_grey_key, "GIF": lambda: saved(palette_drawing(), "GIF", transparency=0), "GIF of two frames": two_frames,
-    "2 bits of grey": lambda: few_bits_key(2), "4 bits of grey": lambda: few_bits_key(4),
+    "16 bits of grey with a transparent one": lambda: grey_key_of(16), "GIF": lambda: saved(palette_drawing(), "GIF", transparency=0), "GIF of two frames": two_frames,
+    "2 bits of grey": lambda: grey_key_of(2), "4 bits of grey": lambda: grey_key_of(4),
     "APNG": lambda: saved(drawing(), "PNG", save_all=True, append_images=[Image.new("RGBA", (8, 8), (0, 255, 0, 255))]),
 }
 
