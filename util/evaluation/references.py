@@ -36,6 +36,7 @@ class Reference:
     classes: dict | None = None  # {class folder: images}, if known
     sha256: str | None = None  # of its content, or of a folder's names and sizes; on rank 0
     background: list | None = None  # of a folder's images
+    images: int | None = None  # in a folder
     left_out: dict | None = None  # {reason: files} of a folder
     extract: Callable | None = None  # -> FolderFeatures: how a folder's features are still to be had
 
@@ -53,8 +54,8 @@ def find_reference(fid_stats, ref_images, extractor, img_size, device, backgroun
         raise FlowARError("--fid_stats and --ref_images are two references: give one")
     if ref_images:
         listing = list_images(ref_images)
-        return Reference(ref_images, classes=class_counts(listing), background=list(background), left_out=dict(
-            listing.left_out), sha256=listing.identity()["sha256"], extract=functools.partial(
+        return Reference(ref_images, classes=class_counts(listing), background=list(background), images=len(
+            listing), left_out=dict(listing.left_out), sha256=listing.identity()["sha256"], extract=functools.partial(
                 folder_features, listing, extractor, device, img_size, background=background))
     default = extractor.name == Inception.name and img_size == ADM_SIZE
     if fid_stats or default and DEFAULT_STATS.is_file():

@@ -47,8 +47,9 @@ class Measure(NamedTuple):
         if self.reference is not None:
             warn_of_few(len(features), self.extractor)
         values = compute_metrics(features, logits, self.reference, self.extractor, device)
-        left_out = {"reference_left_out": self.reference.left_out} if self.reference is not None else {}
-        return {**values, "metrics": list(values), **left_out}
+        reference = self.reference or Reference(None)
+        return {**values, "metrics": list(values), "reference_images": reference.images,
+                "reference_left_out": reference.left_out}
 
 
 class Plan(NamedTuple):
@@ -81,6 +82,8 @@ def open_for_sampling(args, device, identify=False):
     checksum = content.get("checksum")  # of its content, and verified when it was found
     checksum = checksum if isinstance(checksum, str) else None
     trained_with = saved_origin(content)
+    if trained_with.sha256 is None and "optimizer" in content:
+        log(f"{path}: does not say with which VAE it was trained: whether it is this one cannot be checked")
     del content
     named = find_vae(args.vae, args.vae_path)
     vae, notes = named.open()

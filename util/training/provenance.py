@@ -52,7 +52,8 @@ def check_data(content, path, now):
     """Compare a checkpoint's `data` with that of now: a label that moved is a FlowARError, other images are said."""
     before = saved_data(content)
     if not before:
-        log(f"{path}: does not say what it was trained on: whether these are the same classes cannot be checked")
+        log(f"{path}: does not say what it was trained on: whether classes, images and VAE are the same cannot be "
+            "checked")
         return
     for label, (old, new) in enumerate(zip_longest(before["classes"], now["classes"])):
         if old is not None and old != new:
