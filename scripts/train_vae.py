@@ -122,11 +122,12 @@ def resume(vae, optimizer, snapshot, record):
         step = content["step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"step is {reprlib.repr(step)}")
+        before = dict(content.get("record", {}))
+        changed = [f"{name} {before[name]} -> {value}" for name, value in record.items()
+                   if name in before and repr(before[name]) != repr(value)]
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise FlowARError(f"{snapshot}: snapshot of another configuration ({first_line(error)}); remove it to start again") from error
-    before = content.get("record", {})
-    changed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in record.items() if before.get(name, value) != value)
-    print(f"going on from {snapshot}, step {step}" + (f", with other options or data than before: {changed}" if changed else ""))
+    print(f"going on from {snapshot}, step {step}" + (f", with other options or data than before: {', '.join(changed)}" if changed else ""))
     return step
 
 

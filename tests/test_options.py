@@ -278,7 +278,7 @@ TABLE = [
     (INSPECT, "--scales 0,4", "--scales 0,4: expected numbers from 1 to 4, the latent's size"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: 4 channels, but the VAE has 2"),
     (INSPECT, "--vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (sha256 "),
-    (TRAIN, "--resume {p}/run --output_dir {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (sha256 "),
+    (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (sha256 "),
     (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (sha256 "),
     (TRAIN, "--cached_path {p}/npz --vae_path {p}/other.pth", "{p}/npz: its VAE is kl16 (sha256 "),
     (TRAIN, "--cached_val_path {p}/shards --vae_path {p}/other.pth", "--cached_val_path {p}/shards: its VAE is kl16 (sha256 "),

@@ -158,7 +158,7 @@ def test_an_image_that_could_not_be_opened_for_want_of_something_else_is_not_ski
     with pytest.raises(FlowARError, match="1.png: cannot be read as an image .*Too many open files") as caught:
         data[0, 0]
     assert "1.png" in limits.with_remedy(line_of(caught.value)) and "ulimit -n" in limits.with_remedy(line_of(caught.value))
-    assert data.skipped.value == 0
+    assert data.counts[images.SKIPPED] == 0
 
 
 def test_workers_follow_the_machine(monkeypatch):

@@ -193,7 +193,7 @@ def load_image(path):
 
 
 def load_snapshot(path):
-    return train_vae.resume(*snapshot_parts(), path, torch.device("cpu"))
+    return train_vae.resume(*snapshot_parts(), path, {"lr": 1e-3})
 
 
 def load_diffusers(path):

@@ -202,7 +202,8 @@ def test_training_starts_from_the_weights_of_other_code(tiny, capsys):
     ema = EMA(network, 0.9)
     state = {**{f"model.{name}": value for name, value in raw.items()}, **{f"ema.module.{name}": value for name, value in average.items()}}
     content = {"state_dict": {**state, "loss.w": torch.zeros(3)}}
-    progress = checkpoint.resume("x.ckpt", content, (network, ema, None, None), 80, {"global_batch": 16, "start_epoch": None})
+    progress = checkpoint.resume("x.ckpt", content, (network, ema, None, None),
+                                 {"images": 80, "args": {"global_batch": 16, "start_epoch": None}})
     assert progress == Progress()
     assert torch.equal(network.z_proj.bias, raw["z_proj.bias"]) and torch.equal(ema.module.z_proj.bias, average["z_proj.bias"])
     assert capsys.readouterr().out.splitlines()[0] == (

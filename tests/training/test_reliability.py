@@ -157,7 +157,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(project, tmp_path, cap
     newest.write_bytes(newest.read_bytes()[:-5000])
     train(project, tmp_path / "parts", f"{common} --resume {tmp_path}/parts")
     said = capsys.readouterr().out
-    assert "checkpoint-000000006.pth: cannot be read" in said and "going back to checkpoint-000000004.pth" in said
+    assert "checkpoint-000000006.pth: damaged or cut short" in said and "going back to checkpoint-000000004.pth" in said
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
