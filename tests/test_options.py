@@ -182,6 +182,8 @@ TABLE = [
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
     (TRAIN, "--cached_path {p}/shards --class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but --class_num is 7"),
     (TRAIN, "--background blueish", "--background: 'blueish' is no colour: expected white, '#ff8000' or 255,128,0"),
+    (TRAIN, "--no_val --cached_val_path {p}/shards", "--no_val and --cached_val_path: give one of them"),
+    (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background [255, 255, 255], but --background is [0, 0, 0]"),
     (TRAIN, "--background 300,0,0", "--background: '300,0,0' is no colour"),
     (TRAIN, "--cached_path {p}/npz --class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but --class_num is 7"),
     (TRAIN, "--cached_path {p}/npz --img_size 32", "is (8, 4, 4): expected (8, 8, 8)"),

@@ -181,7 +181,8 @@ def add_file_options(parser):
 
 def add_image_options(parser):
     add = parser.add_argument_group("images").add_argument
-    add("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+    add("--background", type=color, help="under transparent pixels: white (the default, or what the cache was made "
+        "with), '#ff8000' or 255,128,0")
 
 
 def add_checkpoint_options(parser):
@@ -357,6 +358,8 @@ def check_training(args):
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}, "
                           "numbered from 0")
+    if args.no_val and args.cached_val_path:
+        raise FlowARError("--no_val and --cached_val_path: give one of them")
     for name in ("cached_path", "cached_val_path"):
         if Path(getattr(args, name)).is_file():
             raise FlowARError(f"--{name} {getattr(args, name)}: is a file, expected a directory of cached latents")

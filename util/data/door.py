@@ -33,12 +33,13 @@ class DataKind(NamedTuple):
     is_at: Callable  # path -> whether one of this kind is there
     open: Callable  # (path, DataSettings) -> dataset, or FlowARError
     is_cache: bool = False  # of latents: --cached_path takes it
-    geometry: Callable = lambda path: {}  # path -> what it says of itself: img_size, vae_embed_dim, vae_stride
+    geometry: Callable = lambda path: {}  # path -> what it says of itself, by options
 
 
 def shards_geometry(path):
     index = latents.read_index(path)
-    return {"vae_embed_dim": index["channels"], "vae_stride": index["stride"], "img_size": index["img_size"]}
+    known = {"vae_embed_dim": index["channels"], "vae_stride": index["stride"], "img_size": index["img_size"]}
+    return {**known, "background": tuple(index["background"])} if index["background"] else known
 
 
 def open_shards(path, settings):
@@ -46,8 +47,8 @@ def open_shards(path, settings):
     data = latents.ShardedMoments(path, settings.seed, settings.train, settings.flip)
     for key, option, value in (
             ("stride", "--vae_stride", settings.vae_stride), ("channels", "--vae_embed_dim", settings.vae_embed_dim),
-            ("img_size", "--img_size", settings.img_size)):
-        if data.index[key] != value:
+            ("img_size", "--img_size", settings.img_size), ("background", "--background", list(settings.background))):
+        if data.index[key] not in (value, None):
             raise FlowARError(f"{path}: this cache has {key} {data.index[key]}, but {option} is {value}")
     latents.verify_checksums(path, data.index, rank(), world_size())
     return data

@@ -24,7 +24,7 @@ from util.cluster import from_main
 from util.data.folders import list_classes
 from util.data.pixels import CONVERSIONS
 from util.files import check_fields, is_count, is_number, is_strings, read_json
-from util.training.provenance import LatentOrigin
+from util.training.provenance import LatentOrigin, saved_origin
 
 INDEX = "index.json"
 UNFINISHED = "index.unfinished.json"  # the settings of a cache that is being written
@@ -73,7 +73,10 @@ FIELDS = {
     "crops": (lambda value: value == "center" or is_count(value, 1), "center or a number above 0"),
     "seed": (is_count, "a number of 0 or more"),
     "classes": (is_strings, "a list of names"), "skipped": (is_strings, "a list of messages"),
-    "vae_sha256": (lambda value: value is None or isinstance(value, str), "a text or null"),
+    "background": (lambda value: value is None or isinstance(value, list) and list(map(is_count, value)) == [True] * 3,
+                   "three numbers"),
+    **dict.fromkeys(("vae", "vae_sha256", "source_sha256"), (lambda value: value is None or isinstance(value, str),
+                                                             "a text or null")),
     "measured": (is_measured, "scale, shift, channel_mean and channel_std"),
     "shards": (lambda value: isinstance(value, list), "a list"),
 }
@@ -88,7 +91,7 @@ def shape_of(index):
 
 def parse_index(file):
     """The content of an index.json, whose values are of the right types and go together; no shard is looked at."""
-    index = read_json(file)
+    index = {**dict.fromkeys(("background", "vae", "source_sha256")), **read_json(file)}  # unknown to older ones
     if index.get("format") != FORMAT:
         raise FlowARError(f"{file}: format is {reprlib.repr(index.get('format'))}, expected {FORMAT!r}")
     words = f"{file}: not an index of latents"
@@ -162,7 +165,7 @@ class ShardedMoments(Dataset):
     @property
     def origin(self):
         """LatentOrigin of the moments."""
-        return LatentOrigin(self.index.get("vae"), self.index["vae_sha256"], self.latent_scale)
+        return LatentOrigin(self.index["vae"], self.index["vae_sha256"], self.latent_scale)
 
     def identity(self):
         """Of the images that were cached, as far as the cache knows them; see util.data.folders.Listing."""
@@ -171,7 +174,7 @@ class ShardedMoments(Dataset):
         digest = hashlib.sha256("".join(shard["sha256"] for shard in self.index["shards"]).encode()).hexdigest()
         return {"classes": self.classes, "images": len(self),
                 "counts": np.bincount(np.concatenate(labels), minlength=len(self.classes)).tolist(),
-                "sha256": self.index.get("source_sha256", digest)}
+                "sha256": self.index["source_sha256"] or digest}
 
     def order(self, seed, epoch):
         """Permutation of the indices: the shards in random order, their images in random order."""
@@ -277,7 +280,8 @@ class NpzMoments(Dataset):
     def origin(self):
         """LatentOrigin of the moments; a cache of MAR says nothing of itself."""
         info = read_json(self.root / NPZ_INFO) if (self.root / NPZ_INFO).is_file() else {}
-        return LatentOrigin(info.get("vae"), info.get("vae_sha256"), self.latent_scale)
+        known = {"name": info.get("vae"), "sha256": info.get("vae_sha256")}
+        return saved_origin({"vae": known})._replace(latent_scale=self.latent_scale)
 
     def identity(self):
         return self.folder.identity()

@@ -13,6 +13,7 @@ from util.data.folders import advice, split_folder
 from util.data.images import Images
 from util.data.inspection import sample_advice
 from util.data.loaders import build_loader
+from util.data.pixels import WHITE
 from util.options import check_vae, resolve_geometry, with_options
 from util.training.provenance import LatentOrigin, check_origin, origin_of
 
@@ -58,7 +59,7 @@ def open_sources(args, device, class_num=None):
         check_vae(vae, args)
     origin = LatentOrigin() if vae is None else origin_of(named, vae)
     settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
-                            args.on_bad_image, args.background)
+                            args.on_bad_image, args.background or WHITE)
     path = args.cached_path if kind else split_folder(args.data_path, "train")
     data = open_data(path, settings, cached=bool(kind))
     say_what_is_there(data, path, args.img_size)

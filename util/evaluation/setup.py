@@ -10,6 +10,7 @@ from models.files.checkpoints import find_model, recognise_geometry
 from models.registry import open_model, recognise_size
 from models.vaes import find_vae
 from util.cluster import AUTOCAST, agree, check_compiler, from_main, is_main, log, set_precision, set_way_on
+from util.data.pixels import WHITE
 from util.evaluation.labels import Labels, choose_labels, classes_of, read_classes, warn_of_mix
 from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_few
 from util.evaluation.references import Reference, find_reference
@@ -138,7 +139,8 @@ def plan_reports(args, data):
 def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is said before anything is sampled or trained."""
     extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
-    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device, args.background)
+    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device,
+                               args.background or WHITE)
     if reference is not None and len(labels.values) < 2:
         raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
     warn_of_mix(labels, reference)

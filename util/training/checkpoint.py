@@ -27,7 +27,7 @@ from util.training.provenance import LatentOrigin, check_data, check_origin, sav
 STEP, OWN = "checkpoint-{:09d}.pth", re.compile(r"checkpoint-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
-            "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
+            "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "background", "precision", "seed")
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 
 

@@ -36,10 +36,12 @@ def shorten(value):
 
 
 def saved_origin(content):
-    """LatentOrigin of a checkpoint's content."""
+    """LatentOrigin of a checkpoint's content; what is not of its kind is not known."""
     saved = content.get("vae") if isinstance(content, dict) else None
-    known = saved if isinstance(saved, dict) else {}
-    return LatentOrigin(*(known.get(name) for name in LatentOrigin._fields))
+    name, sha256, scale = ((saved if isinstance(saved, dict) else {}).get(key) for key in LatentOrigin._fields)
+    is_scale = isinstance(scale, (tuple, list)) and all(type(part) in (int, float) for part in scale)
+    texts = (value if isinstance(value, str) else None for value in (name, sha256))
+    return LatentOrigin(*texts, tuple(scale) if is_scale else None)
 
 
 def saved_data(content):
