@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from models import FlowARError
-from util.cluster import rank, world_size
+from util.cluster import from_main, rank, world_size
 from util.data import latents
 from util.data.images import Images
 from util.data.pixels import WHITE
@@ -77,4 +77,4 @@ def find_data(path, cached):
 
 def open_data(path, settings, cached=False):
     """The dataset at a path, see find_data; without any, what opening a folder of images says of it."""
-    return DATASETS[find_data(path, cached) or "images"].open(path, settings)
+    return DATASETS[from_main(lambda: find_data(path, cached)) or "images"].open(path, settings)

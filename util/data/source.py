@@ -50,7 +50,7 @@ def open_sources(args, device, class_num=None):
     """From options: (they with the geometry filled in, Source of training, Source of validation or None, VAE or None,
     its LatentOrigin). class_num: of the checkpoint to go on from.
     """
-    kind, named = find_cache(args), find_vae(args.vae, args.vae_path)
+    kind, named = from_main(lambda: find_cache(args)), find_vae(args.vae, args.vae_path)
     vae = open_if_there(named, device, needed=kind is None)
     known = DATASETS[kind].geometry(args.cached_path) if kind else {
         "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
@@ -83,8 +83,8 @@ def open_sources(args, device, class_num=None):
 
 
 def open_if_there(named, device, needed):
-    """The VAE on a device; None if it is not there and not needed: cached latents need none."""
-    if not named.is_there() and not (needed and Path(named.path).exists()):
+    """The VAE on a device; None if rank 0 does not see it and it is not needed: cached latents need none."""
+    if not from_main(named.is_there) and not (needed and Path(named.path).exists()):
         if needed:
             raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them: give its path, "
                               "or cached latents as --cached_path")
@@ -143,14 +143,14 @@ def open_validation(args, settings, vae, classes, origin):
     if args.no_val:
         return None
     if path := args.cached_val_path:
-        if find_data(path, cached=True) is None:
+        if from_main(lambda: find_data(path, cached=True)) is None:
             raise FlowARError(f"--cached_val_path {path}: no cached latents there")
         data = open_data(path, settings, cached=True)
         check_origin(f"--cached_val_path {path}", cache_origin(data, path), origin)
         check_same_classes(data, path, classes)
         return data
     path = Path(args.data_path) / "val"
-    if not path.is_dir() or vae is None:
+    if not from_main(path.is_dir) or vae is None:
         log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
         return None
     try:
