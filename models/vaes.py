@@ -22,8 +22,6 @@ NO_VARIANCE = -30.0  # log-variance of a deterministic encoder's "posterior": a 
 class NamedVAE:
     """What --vae NAME:SPEC means, before anything is opened. One's own kind needs open() alone."""
 
-    needs_opening = True  # to tell which one it is
-
     def __init__(self, name, spec, path):
         self.spec, self.path = spec, path
         self.name, self.option = name, f"--vae {name}"  # for messages and reports, and to name it on a command line
@@ -43,8 +41,6 @@ class NamedVAE:
 
 class VAEFile(NamedVAE):
     """--vae kl16: the file of --vae_path, KL-16's or one of scripts/train_vae.py."""
-
-    needs_opening = False
 
     def __init__(self, name, spec, path):
         super().__init__(name, spec, path)

@@ -35,11 +35,12 @@ from util.data.loaders import Loader
 from util.data.pixels import CONVERSIONS
 from util.data.source import open_if_there
 from util.files import make_directory, read_json, write_bytes, write_json
+from util.training.provenance import origin_of
 from util.options import between, color, pixels, positive, seed, some_path, workers
 
 MOST_CROPS = 1000
 FREE = ("complete", "on_bad_image", "left_out")  # settings that may change: skipping may begin when a bad image is met
-NEWER = ("source_sha256", "source_times", "background")  # that older caches do not know
+NEWER = ("source_sha256", "source_times", "background", "vae_tensors")  # that older caches do not know
 SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
 
 
@@ -239,13 +240,16 @@ def begin(folder, name, settings):
 
 def check_same(folder, found, settings):
     """FlowARError unless a cache is of these settings and images; those that older caches lack are not known."""
-    for key, value in settings.items():
+    for key, value in list(settings.items()):
         if found.get(key) == value or key in FREE or key in NEWER and key not in found:
             continue
+        if key == "vae_sha256" and found.get("vae_tensors") == settings["vae_tensors"]:
+            continue  # the same in another file
         if key == "source_sha256":
             raise FlowARError(f"{folder}: the images are not those of this cache (names or sizes changed since); choose "
                               "another --cached_path or remove it")
         if key == "source_times":
+            settings[key] = found[key]  # those of the images that were encoded
             cluster.log(f"warning: {folder}: images were written since this cache was made, with the same names and sizes: "
                         "--verify compares their contents")
             continue
@@ -340,20 +344,21 @@ def main():
     cluster.set_way_on("the same command goes on", "with what is not finished")
     named = find_vae(args.vae, args.vae_path)
     vae = open_if_there(named, device, needed=True)
+    origin = origin_of(named, vae)
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
     images = Images(split_folder(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
                     background=args.background)
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
-    if not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO)):
+    if cluster.from_main(lambda: not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO))):
         look_before(images.folder, args)
     settings = {
         "source_images": len(images), "source_sha256": images.identity()["sha256"], "source_times": images.folder.times_sha256(),
         "left_out": dict(images.folder.left_out), "background": list(args.background), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
         "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
-        "vae": args.vae, "vae_sha256": named.identity(vae), "channels": vae.embed_dim,
+        "vae": args.vae, "vae_sha256": origin.sha256, "vae_tensors": origin.tensors, "channels": vae.embed_dim,
         "stride": vae.stride, "latent_scale": list(vae.latent_scale)}
     write = cache_shards if args.format == "shards" else cache_npz
     write(data, vae, args, device, Path(args.cached_path), settings)

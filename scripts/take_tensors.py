@@ -16,11 +16,10 @@ import torch
 
 from models import FlowARError
 from models.files import reading, write_file
+from models.files.archives import NAMES
 from util.cluster import run_main
 from util.files import check_output
 from util.options import some_path
-
-KNOWN = ("collections", "torch", "torch._utils", "torch.storage")  # modules that tensors are made of
 
 
 class StandIn(dict):
@@ -40,7 +39,7 @@ class StandIn(dict):
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        return super().find_class(module, name) if module in KNOWN else StandIn
+        return super().find_class(module, name) if NAMES.fullmatch(f"{module} {name}") else StandIn
 
 
 def plain(value):

@@ -84,6 +84,8 @@ def train(vae, data, args, device, precision):
     snapshot = Path(f"{args.output}.training")
     record = {**{name: getattr(args, name) for name in LEARNING}, "data_sha256": data.identity()["sha256"]}
     first = resume(vae, optimizer, snapshot, record)
+    if first:
+        set_way_on("the same command goes on", "from its last snapshot")
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
                           pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -105,6 +107,7 @@ def train(vae, data, args, device, precision):
             progress.set_postfix(loss=f"{loss.item():.4f}")
             write_file({"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict(),
                         "record": record}, snapshot)
+            set_way_on("the same command goes on", "from its last snapshot")
 
 
 def resume(vae, optimizer, snapshot, record):
@@ -203,7 +206,6 @@ def refuse_overwriting(output, resume):
 
 def main():
     args = parse_args()
-    set_way_on("the same command goes on", "from its last snapshot")
     device = select_device(args.device)
     precision = set_precision(args.precision, device)
     output = Path(args.output)

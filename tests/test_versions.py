@@ -51,7 +51,7 @@ def test_no_pytorch_is_named():
     assert status == 2 and error.startswith("error: torch>=2.6 is needed and no version is installed for "), error
 
 
-@pytest.mark.parametrize("version,expected", [("2.14.1+cu130", (2, 14, 1)), ("2.6.0a0+ecf3bae40a.nv25.01", (2, 6)), ("0.4", (0, 4)),
+@pytest.mark.parametrize("version,expected", [("2.14.1+cu130", (2, 14, 1)), ("2.6.0a0+ecf3bae40a.nv25.01", (2, 6, 0)), ("2.7rc1", (2, 7)), ("0.4", (0, 4)),
                                               ("none", ())])
 def test_numbers_of_a_version(version, expected):
     assert versions.numbers(version) == expected

@@ -368,6 +368,8 @@ def check_training(args):
     for name in ("save_images", "save_npz"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is for an evaluation: training does not write images")
+    if args.all_classes and not args.online_eval:
+        raise FlowARError("--all_classes is for an evaluation: in training it needs --online_eval")
     if args.labels != "balanced" and not args.online_eval:
         raise FlowARError(f"--labels {args.labels} is for an evaluation: in training it needs --online_eval")
     for name in ("fid_stats", "ref_images", "fid_weights"):

@@ -43,9 +43,12 @@ def numbers(version):
     """'2.14.1+cu130' -> (2, 14, 1); letters end it."""
     parts = []
     for part in version.split("+")[0].split("."):
-        if not part.isdigit():
+        digits = part[:len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
             break
-        parts.append(int(part))
+        parts.append(int(digits))
+        if digits != part:
+            break
     return tuple(parts)
 
 

@@ -233,7 +233,7 @@ def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_
     ("--img_size 32", "this cache has img_size 16, but --img_size is 32"),
     ("--vae_stride 2", "--vae_stride is 2, but the VAE .*/vae.pth has 4"),
     ("--vae_embed_dim 8", "--vae_embed_dim is 8, but the VAE .*/vae.pth has 4"),
-    ("--class_num 7", "the training set has 10 classes .0, 1, 2 and 7 more., but --class_num is 7"),
+    ("--class_num 7", "the training set has 10 classes .0, 1, 2 and 7 more., but the model has 7 .--class_num"),
 ])
 def test_training_refuses_a_cache_of_other_settings(project, shards, tmp_path, extra, message):
     with pytest.raises(FlowARError, match=message):

@@ -53,13 +53,18 @@ def grey_key():
 
 def grey_key_of(bits):
     """A PNG of 2, 4 or 16 bits of grey, of which 2 is transparent and 0 the ink: Pillow writes none."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     values = np.full((8, 8), 2)
     values[2:6, 2:6] = 0
-    rows = [b"\0" + int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(bits) for row in values]
-    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0)) + chunk(b"tRNS", b"\0\2")
-                      + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+    return png_of(bits, 0, [int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(bits) for row in values], b"\0\2")
+
+
+def png_of(bits, color, rows, transparent):
+    """An 8x8 PNG of rows of bytes; one row stands for all."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    rows = [rows] * 8 if isinstance(rows, bytes) else rows
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, color, 0, 0, 0)) + chunk(b"tRNS", transparent)
+                      + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + chunk(b"IEND", b""))
 
 
 def two_frames():
@@ -170,6 +175,12 @@ def test_values_without_an_agreed_range_are_refused(tmp_path, values, message):
 def test_floats_from_0_to_1_are_scaled():
     image, conversions = read_image(tiff_of(np.array([[0, 0.2, 1]] * 3, np.float32)))
     assert conversions == (FLOATS,) and np.asarray(image)[0, :, 2].tolist() == [0, 51, 255]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused():
+    """Pillow compares the upper 8 bits: it would show what is hidden, or hide what is not."""
+    with pytest.raises(FlowARError, match="colours of 16 bits, one of which is transparent"):
+        open_image(png_of(16, 2, struct.pack(">3H", 1000, 2000, 3000) * 8, struct.pack(">3H", 1000, 2000, 3000)))
 
 
 @pytest.mark.parametrize("mode,kind", [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"),

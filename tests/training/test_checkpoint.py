@@ -22,7 +22,8 @@ def tiny():
 
 
 def content(number=0):
-    return {"model": {"class_emb.weight": torch.full((3, 2), float(number))}, "args": {"lr": 0.1, "scales": (1, 2)}, "epoch": number}
+    return {"model": {"class_emb.weight": torch.full((3, 2), float(number))}, "args": {"lr": 0.1, "scales": (1, 2)}, "epoch": number,
+            "progress": {"step": number, "epoch": number, "done": 1}}
 
 
 def keep(folder, *steps, keep=2):
@@ -102,9 +103,11 @@ def test_files_of_the_user_are_left_alone(tmp_path):
     """Copies and dated backups are neither the newest, nor in the way, nor old; nothing goes before something newer is there."""
     keep(tmp_path, 1, 2, 3, keep=3)
     mine = ["checkpoint-100.pth", "checkpoint-20261101.pth", "checkpoint-best.pth", "checkpoint-0000000004.pth", "checkpoint-000020000.pth"]
-    torch.save({**content(2), "progress": {"step": 2}}, tmp_path / mine[-1])
-    for name in mine[:-1]:
-        (tmp_path / name).write_bytes((tmp_path / mine[-1]).read_bytes())
+    torch.save(content(2), tmp_path / mine[-1])
+    torch.save(content(2)["model"], tmp_path / "checkpoint-000000001.pth")  # bare weights under a name like ours
+    mine.append("checkpoint-000000001.pth")
+    for name in mine[:-2]:
+        (tmp_path / name).write_bytes((tmp_path / mine[-2]).read_bytes())
     (tmp_path / "checkpoint-100.pth.tmp").write_bytes(b"mine")
     before = names(tmp_path)
     assert checkpoint.find(tmp_path).name == "checkpoint-000000003.pth"

@@ -1,12 +1,13 @@
 """Parameter groups, schedule, EMA."""
 import math
+import re
 
 import pytest
 import torch
 from helpers import small_model
 
 from models import FlowARError
-from util.training.optimization import EMA, build_optimizer, learning_rate, peak_learning_rate
+from util.training.optimization import EMA, build_optimizer, ema_advice, learning_rate, peak_learning_rate
 
 SCHEDULE = dict(lr=4e-4, min_lr=1e-5, epochs=400, warmup_epochs=100)
 
@@ -61,3 +62,11 @@ def test_ema_is_told_on_the_device_to_skip_a_step():
     for found, value, untouched, doubled in zip(ema.module.parameters(), expected, other.parameters(), model.parameters()):
         torch.testing.assert_close(found, value)
         assert torch.equal(doubled, 2 * untouched)  # what is averaged stays as it is
+
+
+def test_the_rate_that_is_advised_suits():
+    assert "93% random start" in ema_advice(0.9999, 765) and "--ema_rate 0.993 suits" in ema_advice(0.9999, 765)
+    assert ema_advice(0.9999, 50000) is None
+    for steps in (1, 2, 59, 307, 765, 12345, 45000):
+        rate = float(re.search("--ema_rate (\\S+) suits", ema_advice(0.999999, steps))[1])
+        assert 0 <= rate < 1 and ema_advice(rate, steps) is None

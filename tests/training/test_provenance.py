@@ -19,19 +19,24 @@ DATA = {"classes": ["cat", "dog", "owl"], "counts": [5, 5, 0], "images": 10, "sh
     (["cat", "dog"], "label 2 was class owl, now it is no class"), (["ape", "cat", "dog"], "label 0 was class cat, now it is ape")])
 def test_a_label_that_moved_is_refused_by_name(classes, message):
     with pytest.raises(FlowARError, match=f"run.pth: {message}: a class folder was added, renamed or removed; put"):
-        check_data({"data": DATA}, "run.pth", {**DATA, "classes": classes})
+        check_data({"data": DATA}, "run.pth", {**DATA, "classes": classes}, 5)
+
+
+def test_a_label_without_room_is_refused_by_name():
+    with pytest.raises(FlowARError, match="run.pth: label 3 was no class, now it is yak: a class folder was added"):
+        check_data({"data": DATA}, "run.pth", {**DATA, "classes": [*DATA["classes"], "yak"]}, 3)
 
 
 @pytest.mark.parametrize("now,said", [
     (DATA, ""), ({**DATA, "sha256": "b", "images": 12}, "other data than before: 10 images of 3 classes, now 12 of 3"),
     ({**DATA, "sha256": "b", "classes": [*DATA["classes"], "yak"]}, "other data than before: 10 images of 3 classes, now 10 of 4")])
 def test_other_images_are_said(now, said, capsys):
-    check_data({"data": DATA}, "run.pth", now)
+    check_data({"data": DATA}, "run.pth", now, 5)
     assert said in capsys.readouterr().out
 
 
 def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
-    check_data({"images": 10}, "run.pth", DATA)
+    check_data({"images": 10}, "run.pth", DATA, 3)
     assert "run.pth: does not say what it was trained on" in capsys.readouterr().out
     nonsense = [{"vae": "x"}, {}, {"vae": {"name": 5, "sha256": [1], "latent_scale": 3}}, {"vae": {"latent_scale": ["a", None]}}]
     assert {saved_origin(content) for content in nonsense} == {LatentOrigin()}
@@ -42,6 +47,12 @@ def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
 def test_latents_of_another_vae_are_refused(found):
     with pytest.raises(FlowARError, match="what: its VAE is a .(sha256|latent_scale) .*, but b has .*: latents of two VAEs do not mix"):
         check_origin("what", found, LatentOrigin("b", "2" * 64, (2.0, 0.0)))
+
+
+def test_the_same_vae_in_another_file_is_the_same():
+    check_origin("what", LatentOrigin("a", "1" * 64, (2.0, 0.0), "t"), LatentOrigin("b", "2" * 64, [2, 0], "t"))
+    with pytest.raises(FlowARError, match="tensors t, but b has tensors u"):
+        check_origin("what", LatentOrigin("a", "1" * 64, None, "t"), LatentOrigin("b", "1" * 64, None, "u"))
 
 
 def test_a_run_remembers_and_compares(tmp_path, capsys):

@@ -107,7 +107,8 @@ def run_main(main):
             with contextlib.suppress(OSError):  # nobody may read any more
                 print(preempted, flush=True)
         if preempted.together:
-            shutdown()
+            with contextlib.suppress(RuntimeError):  # the others may have left already
+                shutdown()
         os._exit(preempted.status)
     except (OSError, RuntimeError, MemoryError) as error:
         message, status = explain(error)

@@ -118,17 +118,21 @@ def list_classes(root, suffixes=IMAGE_SUFFIXES, what="images"):
     """Listing of the files in class folders; a class without any keeps its label. FlowARError if there is no file."""
     if not os.path.isdir(root):
         raise FlowARError(f"{root}: no such folder (expected {what} in class folders)")
-    root, classes, left_out, itself = str(root), [], Counter(), identify(os.stat(root))
+    root, folders, left_out = str(root), [], Counter()
     for entry, status in entries(root, left_out):
-        if not stat.S_ISDIR(status.st_mode):
-            left_out[OUTSIDE if suffix_of(entry.name) in suffixes else kind_of(entry.name)] += 1
-        elif identify(status) == itself:
-            left_out[AGAIN] += 1
+        if stat.S_ISDIR(status.st_mode):
+            folders.append((entry.is_symlink(), entry.name, identify(status)))
         else:
-            classes.append(entry.name)
+            left_out[OUTSIDE if suffix_of(entry.name) in suffixes else kind_of(entry.name)] += 1
+    taken = {identify(os.stat(root)): None}  # {folder: its class}: a link to another class is no class
+    for _, name, mine in sorted(folders):
+        left_out[AGAIN] += mine in taken
+        taken.setdefault(mine, name)
+    classes = sorted(filter(None, taken.values()))
+    around = {name: set(taken) - {mine} for mine, name in taken.items()}
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda name: walk(root, name, suffixes, {itself}), classes))
-    left_out = sum((part.left_out for part in parts), left_out)
+        parts = list(pool.map(lambda name: walk(root, name, suffixes, around[name]), classes))
+    left_out = +sum((part.left_out for part in parts), left_out)
     listing = Listing(root, classes, parts, left_out)
     if not classes:
         flat = left_out[OUTSIDE]
@@ -237,7 +241,8 @@ def advice(listing):
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
         label, name = next((i, name) for i, name in enumerate(classes) if name != sorted(classes, key=int)[i])
         lines.append(f"class names are numbers but are in the order of text, so label {label} is folder {name}; with "
-                     f"leading zeros ({int(name):0{max(map(len, classes))}d}) the label would be the number's place")
+                     f"leading zeros ({int(classes[0]):0{max(map(len, classes))}d} for {classes[0]}) they would be in "
+                     "that of numbers")
     return lines
 
 

@@ -1,16 +1,15 @@
 """A look at images before hours of work: whether they can be read, and how large they are."""
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from models import FlowARError
-from util.data.loaders import default_workers
+from util.data.loaders import Loader
 from util.data.pixels import opened, read_image
 
 SAMPLE = 512  # images looked at when a training starts
-THREADS = 16
-CHUNK = 256  # images a task of a process
+BATCH = 64  # images that a process looks at before it tells
 
 
 class Look(NamedTuple):
@@ -30,21 +29,24 @@ def look_at(path, whole=False):
         return Look(str(error))
 
 
-def look_at_all(paths, whole):
-    return [look_at(path, whole) for path in paths]
+class Looks(Dataset):
+    """Item i: (index, Look) of the i-th of some files of a Listing."""
+
+    def __init__(self, listing, indices, whole):
+        self.listing, self.indices, self.whole = listing, indices, whole
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        index = int(self.indices[i])
+        return index, look_at(self.listing[index][0], self.whole)
 
 
 def inspect(listing, indices, workers=0, whole=False):
-    """Yield (index, Look) of files of a Listing, looked at by so many processes (None: default_workers()), or for 0 by
-    threads of this one.
-    """
-    workers = default_workers() if workers is None else workers
-    chunks = np.array_split(indices, max(1, -(-len(indices) // CHUNK)))
-    pool = ProcessPoolExecutor(workers) if workers else ThreadPoolExecutor(THREADS)
-    with pool:
-        paths = ([listing[int(i)][0] for i in chunk] for chunk in chunks)
-        for chunk, looks in zip(chunks, pool.map(look_at_all, paths, [whole] * len(chunks))):
-            yield from zip(chunk.tolist(), looks)
+    """Yield (index, Look) of files of a Listing, looked at by so many processes, see Loader."""
+    for batch in Loader(Looks(listing, indices, whole), batch_size=BATCH, num_workers=workers, collate_fn=list):
+        yield from batch
 
 
 def sample_advice(listing, img_size):

@@ -75,7 +75,7 @@ FIELDS = {
     "classes": (is_strings, "a list of names"), "skipped": (is_strings, "a list of messages"),
     "background": (lambda value: value is None or isinstance(value, list) and list(map(is_count, value)) == [True] * 3,
                    "three numbers"),
-    **dict.fromkeys(("vae", "vae_sha256", "source_sha256"), (lambda value: value is None or isinstance(value, str),
+    **dict.fromkeys(("vae", "vae_sha256", "vae_tensors", "source_sha256"), (lambda value: value is None or isinstance(value, str),
                                                              "a text or null")),
     "measured": (is_measured, "scale, shift, channel_mean and channel_std"),
     "shards": (lambda value: isinstance(value, list), "a list"),
@@ -91,7 +91,7 @@ def shape_of(index):
 
 def parse_index(file):
     """The content of an index.json, whose values are of the right types and go together; no shard is looked at."""
-    index = {**dict.fromkeys(("background", "vae", "source_sha256")), **read_json(file)}  # unknown to older ones
+    index = {**dict.fromkeys(("background", "vae", "vae_tensors", "source_sha256")), **read_json(file)}  # unknown to older ones
     if index.get("format") != FORMAT:
         raise FlowARError(f"{file}: format is {reprlib.repr(index.get('format'))}, expected {FORMAT!r}")
     words = f"{file}: not an index of latents"
@@ -165,7 +165,7 @@ class ShardedMoments(Dataset):
     @property
     def origin(self):
         """LatentOrigin of the moments."""
-        return LatentOrigin(self.index["vae"], self.index["vae_sha256"], self.latent_scale)
+        return LatentOrigin(self.index["vae"], self.index["vae_sha256"], self.latent_scale, self.index["vae_tensors"])
 
     def identity(self):
         """Of the images that were cached, as far as the cache knows them; see util.data.folders.Listing."""
@@ -280,7 +280,7 @@ class NpzMoments(Dataset):
     def origin(self):
         """LatentOrigin of the moments; a cache of MAR says nothing of itself."""
         info = read_json(self.root / NPZ_INFO) if (self.root / NPZ_INFO).is_file() else {}
-        known = {"name": info.get("vae"), "sha256": info.get("vae_sha256")}
+        known = {"name": info.get("vae"), "sha256": info.get("vae_sha256"), "tensors": info.get("vae_tensors")}
         return saved_origin({"vae": known})._replace(latent_scale=self.latent_scale)
 
     def identity(self):

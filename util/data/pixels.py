@@ -113,11 +113,14 @@ def open_image(path, background=WHITE):
 def read_image(path, background=WHITE):
     """Pixels of a file by the rules above, or FlowARError with the path."""
     with opened(path) as image:
-        factor = EXPANDED.get(str(image.tile[0][3]), 1) if image.tile else 1
-        said = orientation(image)
+        raw, said = str(image.tile[0][3]) if image.tile else "", orientation(image)
         image.load()  # which turns a TIFF
-        if factor > 1 and "transparency" in image.info:
-            image.info["transparency"] *= factor
+        if "transparency" in image.info:
+            if raw == "RGB;16B":
+                raise ValueError("colours of 16 bits, one of which is transparent: Pillow decodes 8 of them, which do "
+                                 "not tell it; save it with an alpha channel")
+            if raw in EXPANDED:
+                image.info["transparency"] *= EXPANDED[raw]
         made, turn = [TURNED] if said in TRANSPOSED else [], TRANSPOSED.get(orientation(image))
         if image.mode == "I" or image.mode.startswith("I;16"):
             made.append(DEEP)

@@ -115,7 +115,7 @@ def check_classes(classes, class_num):
     """FlowARError if the data has more classes than the model, a warning if it has fewer."""
     found = f"the training set has {len(classes)} classes ({name_some(classes, 3)})"
     if len(classes) > class_num:
-        raise FlowARError(f"{found}, but --class_num is {class_num}")
+        raise FlowARError(f"{found}, but the model has {class_num} (--class_num, or the checkpoint's)")
     if len(classes) < class_num:
         log(f"warning: {found} for --class_num {class_num}: the others are not trained")
 

@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
 def open_for_sampling(args, device, identify=False):
     """(model, VAE, description for a report, precision) of --resume and --vae_path, as the other options want them.
-    identify: with their hashes, for which weights without a checksum, and the VAE, are read once more, by rank 0."""
+    identify: with the weights' hash, for which those without a checksum are read once more, by rank 0."""
     if not args.resume:
         raise FlowARError("--resume is missing: "
                           "give a checkpoint, a directory with checkpoint-last.pth or a .safetensors")

@@ -20,7 +20,7 @@ from util.evaluation.reports import RESULTS, STAGES, read_report
 from util.files import make_directory, read_json, write_bytes, write_json
 
 SETTINGS, PARTIAL = "settings.json", "partial"
-MADE = ("images", "samples.npz", SETTINGS, RESULTS)  # of an evaluation, in its folder; the last stands for all
+MADE = (PARTIAL, "images", "samples.npz", SETTINGS, RESULTS)  # of an evaluation, in its folder; the last stands for all
 CODE_KEY = "code_sha256"
 PLACES = ("checkpoint", "vae", "reference", "labels_file")  # told in a report; what is bound is the content's hash
 WRITERS = 8  # threads; PNG compression releases the interpreter lock

@@ -48,6 +48,7 @@ class CheckpointWriter:
             if OWN.fullmatch(torn.stem) or torn.stem == LAST:
                 torn.unlink()
         last, owned = self.folder / LAST, of_steps(self.folder)
+        self.spared = {path.name for path in numbered(self.folder) if path not in owned}  # and milestones
         aside = [later for later in owned if step_of(later) > step]
         left = [path for path in owned if path not in aside]
         if left and last.is_file() and any(last.samefile(later) for later in aside):
@@ -79,8 +80,12 @@ class CheckpointWriter:
             raise self.error
 
     def _remove_old(self):
-        for old in of_steps(self.folder)[self.keep:]:
-            if not is_milestone(old, self.keep_every):
+        mine = [path for path in numbered(self.folder) if path.name not in self.spared]
+        for old in mine[self.keep:]:
+            progress = saved_progress(old) or {}
+            if progress.get("step") != step_of(old) or is_milestone(progress, self.keep_every):
+                self.spared.add(old.name)
+            else:
                 old.unlink(missing_ok=True)
 
     def _write(self, content, path):
@@ -185,10 +190,15 @@ def link(path, name):
 
 
 def of_steps(folder):
-    """checkpoint-<step>.pth of a folder, the latest step first: of nine digits, and of that step if it can be read."""
-    found = [path for path in Path(folder).glob("checkpoint-*.pth") if OWN.fullmatch(path.name)]
-    return sorted((path for path in found if saved_progress(path).get("step", step_of(path)) == step_of(path)),
-                  key=step_of, reverse=True)
+    """checkpoint-<step>.pth of a folder, the latest step first: of nine digits, and of that step, or damaged."""
+    return [path for path in numbered(folder) if (saved_progress(path) or {"step": step_of(path)}).get("step")
+            == step_of(path)]
+
+
+def numbered(folder):
+    """Files that are named as a run's checkpoints, the latest step first."""
+    found = Path(folder).glob("checkpoint-*.pth")
+    return sorted((path for path in found if OWN.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def step_of(path):
@@ -196,19 +206,18 @@ def step_of(path):
 
 
 def saved_progress(path):
-    """`progress` of a checkpoint's file, {} where it cannot be read."""
+    """`progress` of a checkpoint's file, of step None where it has none; None where it cannot be read."""
     try:
         content = read_file(path, mmap=True)
     except FlowARError:
-        return {}
+        return None
     progress = content.get("progress") if isinstance(content, dict) else None
-    return progress if isinstance(progress, dict) else {}
+    return progress if isinstance(progress, dict) and progress else {"step": None}
 
 
-def is_milestone(path, epochs):
+def is_milestone(progress, epochs):
     """Whether a checkpoint was saved after a multiple of so many epochs; 0: none is."""
-    progress = saved_progress(path) if epochs else {}
-    return progress.get("done") == 0 and progress["epoch"] > 0 and progress["epoch"] % epochs == 0
+    return epochs > 0 and progress.get("done") == 0 and progress["epoch"] > 0 and progress["epoch"] % epochs == 0
 
 
 def all_in(folder):
@@ -350,7 +359,7 @@ def check_trained_on(content, path, record):
     """FlowARError if a checkpoint to go on from is of another VAE, or its labels were other classes."""
     check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
     if "optimizer" in content and not begins_anew(content, record["args"]):
-        check_data(content, path, record["data"])
+        check_data(content, path, record["data"], record["args"]["class_num"])
 
 
 def resume(path, content, parts, record):

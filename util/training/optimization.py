@@ -50,9 +50,11 @@ def ema_advice(rate, steps):
     held = rate**steps
     if held <= EMA_HOLDS:
         return None
-    suits = 1 - float(f"{1 - EMA_HOLDS ** (1 / steps):.1g}")
+    forgets = 1 - EMA_HOLDS ** (1 / steps)  # a step
+    places = math.ceil(-math.log10(forgets))
+    suits = f"{1 - math.ceil(forgets * 10**places) / 10**places:.{places}f}"
     return (f"--ema_rate {rate:g}: after the {steps} steps of this training the EMA will still be {held:.0%} random "
-            f"start, and its samples noise; --ema_rate {suits:g} suits so few steps, or look at the raw weights "
+            f"start, and its samples noise; --ema_rate {suits} suits so few steps, or look at the raw weights "
             "(--weights raw)")
 
 

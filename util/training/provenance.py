@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from models import FlowARError
+from models.files import tensors_hash
 from util.cluster import from_main, log
 
 
@@ -15,16 +16,18 @@ class LatentOrigin(NamedTuple):
     name: str | None = None  # for messages: a path, or --vae's
     sha256: str | None = None  # NamedVAE.identity
     latent_scale: tuple | None = None  # (scale, shift)
+    tensors: str | None = None  # SHA-256 over its tensors: the same in whatever file
 
 
 def origin_of(named, vae):
     """LatentOrigin of an opened VAE; named: NamedVAE."""
-    return LatentOrigin(named.option, from_main(lambda: named.identity(vae)), tuple(vae.latent_scale))
+    hashes = from_main(lambda: (named.identity(vae), tensors_hash(vae.state_dict())))
+    return LatentOrigin(named.option, hashes[0], tuple(vae.latent_scale), hashes[1])
 
 
 def check_origin(what, found, expected):
     """FlowARError unless two LatentOrigins are, as far as they are known, of one VAE. what: has the first."""
-    for name in ("sha256", "latent_scale"):
+    for name in ("tensors" if found.tensors and expected.tensors else "sha256", "latent_scale"):
         one, other = (shorten(getattr(origin, name)) for origin in (found, expected))
         if None not in (one, other) and one != other:
             raise FlowARError(f"{what}: its VAE is {found.name or 'another one'} ({name} {one}), but {expected.name} "
@@ -38,10 +41,10 @@ def shorten(value):
 def saved_origin(content):
     """LatentOrigin of a checkpoint's content; what is not of its kind is not known."""
     saved = content.get("vae") if isinstance(content, dict) else None
-    name, sha256, scale = ((saved if isinstance(saved, dict) else {}).get(key) for key in LatentOrigin._fields)
+    name, sha256, scale, tensors = ((saved if isinstance(saved, dict) else {}).get(key) for key in LatentOrigin._fields)
     is_scale = isinstance(scale, (tuple, list)) and all(type(part) in (int, float) for part in scale)
-    texts = (value if isinstance(value, str) else None for value in (name, sha256))
-    return LatentOrigin(*texts, tuple(scale) if is_scale else None)
+    name, sha256, tensors = (value if isinstance(value, str) else None for value in (name, sha256, tensors))
+    return LatentOrigin(name, sha256, tuple(scale) if is_scale else None, tensors)
 
 
 def saved_data(content):
@@ -50,19 +53,21 @@ def saved_data(content):
     return saved if isinstance(saved, dict) and isinstance(saved.get("classes"), list) else {}
 
 
-def check_data(content, path, now):
-    """Compare a checkpoint's `data` with that of now: a label that moved is a FlowARError, other images are said."""
+def check_data(content, path, now, class_num):
+    """Compare a checkpoint's `data` with that of now: a label that moved, or for which a model of class_num classes has
+    no room, is a FlowARError; other images are said.
+    """
     before = saved_data(content)
     if not before:
         log(f"{path}: does not say what it was trained on: whether classes, images and VAE are the same cannot be "
             "checked")
         return
     for label, (old, new) in enumerate(zip_longest(before["classes"], now["classes"])):
-        if old is not None and old != new:
+        if old != new and (old is not None or label >= class_num):
             raise FlowARError(
-                f"{path}: label {label} was class {old}, now it is {'no class' if new is None else new}: a class "
-                "folder was added, renamed or removed; put the class folders back, or begin anew with --start_epoch 0, "
-                "which keeps the weights alone, or in another --output_dir")
+                f"{path}: label {label} was {'no class' if old is None else f'class {old}'}, now it is "
+                f"{'no class' if new is None else new}: a class folder was added, renamed or removed; put the class "
+                "folders back, or begin a new training, without --resume and in another --output_dir")
     if before.get("sha256") != now["sha256"]:
         log(f"warning: {path}: other data than before: {before.get('images')} images of {len(before['classes'])} "
             f"classes, now {now['images']} of {len(now['classes'])} (names or sizes differ)")
