@@ -28,7 +28,7 @@ from models.vaes import find_vae
 from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
-from util.data.folders import advice, split_folder
+from util.data.folders import advice, list_classes, split_folder
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
 from util.data.loaders import Loader
@@ -323,7 +323,8 @@ def cache_npz(data, vae, args, device, folder, settings):
     os.sync()  # the latents reach the disk before the cache is called complete
     cluster.barrier()
     if cluster.is_main():
-        write_json({**info, "complete": True}, folder / latents.NPZ_INFO)
+        files = len(list_classes(folder, {".npz"}, "cached latents"))  # unreadable images have none
+        write_json({**info, "files": files, "complete": True}, folder / latents.NPZ_INFO)
     cluster.log(f"{folder}: {len(listing)} latents ({len(missing)} new on rank 0)")
     data.images.say_counts()
 

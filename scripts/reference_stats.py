@@ -6,11 +6,13 @@ has: an evaluation says if its own are of another mix.
     torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
 """
 import argparse
+from pathlib import Path
 
 import project_root  # noqa: F401  first: it names what is too old
 
 import numpy as np
 
+from models import FlowARError
 from models.files import tensors_hash, writing
 from util import cluster
 from util.evaluation.metrics import EXTRACTORS, build_extractor
@@ -49,6 +51,8 @@ def main():
     args = parse_args()
     device = cluster.init(args.device)
     check_output(args.output)
+    if Path(args.output).exists() or not args.output.endswith(".npz"):
+        raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
     extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
     found = folder_features(args.ref_images, extractor, device, args.img_size, crop=True, keep=args.keep_features,
                             background=args.background)

@@ -56,7 +56,7 @@ def main():
     args = single_point(parse_args())
     if not (args.grid or args.strip):
         raise FlowARError("nothing to draw: give --grid or --strip")
-    if args.grid == args.strip:
+    if args.grid and args.strip and Path(args.grid).resolve() == Path(args.strip).resolve():
         raise FlowARError(f"--grid and --strip are one file, {args.grid}: give two")
     for output in filter(None, (args.grid, args.strip)):
         check_picture(output)

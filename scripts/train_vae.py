@@ -35,7 +35,7 @@ from util.evaluation.store import write_png
 from util.files import check_output
 from util.options import between, color, integer_list, pixels, positive, real, seed, some_path, workers
 
-LEARNING = ("img_size", "crop", "flip", "steps", "batch_size", "lr", "kl_weight", "seed", "background")
+LEARNING = ("resume", "img_size", "crop", "flip", "steps", "batch_size", "lr", "kl_weight", "seed", "background")
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50
 STATISTICS_IMAGES = 2048
@@ -126,6 +126,8 @@ def resume(vae, optimizer, snapshot, record):
         if type(step) is not int or step < 0:
             raise ValueError(f"step is {reprlib.repr(step)}")
         before = dict(content.get("record", {}))
+        if before.get("resume", record.get("resume")) != record.get("resume"):
+            raise ValueError(f"it began with --resume {before['resume']}, now it is {record.get('resume')}")
         changed = [f"{name} {before[name]} -> {value}" for name, value in record.items()
                    if name in before and repr(before[name]) != repr(value)]
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:

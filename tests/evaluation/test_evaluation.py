@@ -1,15 +1,18 @@
 """Evaluation: in memory, the same on any number of processes, resumable, swept, measured, honest."""
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import GEOMETRY, evaluate, evaluation_command, make_project, run, train
+from helpers import GEOMETRY, ROOT, evaluate, evaluation_command, make_project, run, train
 from PIL import Image
 
 import seams
@@ -17,6 +20,7 @@ from models import FlowARError
 from util.evaluation import metrics, references, reports, setup, store
 from util.evaluation.setup import open_for_sampling
 from util.options import evaluation_parser
+from util.training.checkpoint import lock
 
 METRIC = "frechet_distance_efficientnet_lite0"
 
@@ -81,7 +85,7 @@ def test_npz_is_what_adms_evaluator_reads(whole):
 
 def test_nothing_is_written_unless_asked(project, checkpoint, tmp_path):
     evaluate(project, checkpoint, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json", ".lock"}
 
 
 def test_no_reference_and_few_images_are_said(project, checkpoint, tmp_path, capsys):
@@ -184,14 +188,32 @@ def test_other_code_computes_anew_and_mixes_nothing(project, checkpoint, tmp_pat
         evaluate(project, checkpoint, tmp_path, options)
     sampled = seams.count(monkeypatch, seams.LATENTS)
     assert evaluate(project, checkpoint, tmp_path, options)["code_sha256"] == reports.CODE and len(sampled) == 3
-    assert f"other code made the evaluation there (models/, util/ or engine_flowar.py have changed since): computing anew; the earlier one " \
-           f"is kept in {tmp_path}/earlier-1" in capsys.readouterr().out
+    assert "the evaluation there cannot go on, other code made it (models/, util/ or engine_flowar.py have changed since): computing anew; " \
+           f"the earlier one is kept in {tmp_path}/earlier-1" in capsys.readouterr().out
     assert (tmp_path / "earlier-1" / "results.json").is_file() == (where is None)
     assert len(list((tmp_path / "earlier-1" / "images").iterdir())) == len(list((tmp_path / "images").iterdir())) == 10
     assert json.loads((tmp_path / "earlier-1" / "settings.json").read_text())["code_sha256"] == "other"
     with monkeypatch.context() as patch, pytest.raises(FlowARError, match="has cfg 2.0, now it is 3.0"):
         patch.setattr(reports, "CODE", "other")
         evaluate(project, checkpoint, tmp_path, f"{options} --cfg 3")
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path, monkeypatch):
+    code = f"import sys, time; from util.training import checkpoint; held = checkpoint.lock({str(tmp_path)!r}); print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    monkeypatch.setattr(store, "lock", functools.partial(lock, patience=0))
+    with pytest.raises(FlowARError, match=f"another run writes here .process {other.pid} on "):
+        store.open_store(tmp_path, {}, [range(4)], 3, True)
+    other.kill()
+
+
+def test_pictures_of_an_evaluation_that_is_gone_are_set_aside(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000023.png").touch()
+    assert store.open_store(tmp_path, {"code_sha256": "x"}, [range(4)], 3, True) == (None, [0])
+    assert not (tmp_path / "images").exists() and (tmp_path / "earlier-1" / "images" / "000023.png").exists()
+    assert "cannot go on, its results are gone: computing anew" in capsys.readouterr().out
 
 
 def test_an_evaluation_of_before_it_was_bound_to_code_is_set_aside(tmp_path):

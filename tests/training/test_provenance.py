@@ -51,7 +51,7 @@ def test_latents_of_another_vae_are_refused(found):
 
 def test_the_same_vae_in_another_file_is_the_same():
     check_origin("what", LatentOrigin("a", "1" * 64, (2.0, 0.0), "t"), LatentOrigin("b", "2" * 64, [2, 0], "t"))
-    with pytest.raises(FlowARError, match="tensors t, but b has tensors u"):
+    with pytest.raises(FlowARError, match="what: its VAE is a .tensors t., but b has tensors u"):
         check_origin("what", LatentOrigin("a", "1" * 64, None, "t"), LatentOrigin("b", "1" * 64, None, "u"))
 
 

@@ -5,6 +5,7 @@ hidden folders (.thumbnails) neither. Links are followed, each folder once, so a
 counted by reason. Classes are the folders at the top, in the order of their names, at whatever depth their files lie;
 files are in torchvision's order. Names are what the disk holds: bytes, which need not be UTF-8.
 """
+import copy
 import hashlib
 import os
 import stat
@@ -89,6 +90,12 @@ class Listing:
         for values in (self.text, self.ends, self.sizes):
             digest.update(np.ascontiguousarray(values))
         return {"classes": self.classes, "counts": self.counts, "images": len(self), "sha256": digest.hexdigest()}
+
+    def for_workers(self):
+        """A copy without what they do not need, smaller where it has to be sent to them."""
+        smaller = copy.copy(self)
+        smaller.sizes = smaller.times = np.zeros(0, np.int64)
+        return smaller
 
     def times_sha256(self):
         return hashlib.sha256(np.ascontiguousarray(self.times)).hexdigest()

@@ -65,6 +65,9 @@ class Images(Dataset):
     def __len__(self):
         return len(self.folder)
 
+    def __getstate__(self):
+        return {**self.__dict__, "folder": self.folder.for_workers()}
+
     def identity(self):
         """See util.data.folders.Listing."""
         return self.folder.identity()

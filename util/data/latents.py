@@ -75,11 +75,12 @@ FIELDS = {
     "classes": (is_strings, "a list of names"), "skipped": (is_strings, "a list of messages"),
     "background": (lambda value: value is None or isinstance(value, list) and list(map(is_count, value)) == [True] * 3,
                    "three numbers"),
-    **dict.fromkeys(("vae", "vae_sha256", "vae_tensors", "source_sha256"), (lambda value: value is None or isinstance(value, str),
-                                                             "a text or null")),
+    **dict.fromkeys(("vae", "vae_sha256", "vae_tensors", "source_sha256"),
+                    (lambda value: value is None or isinstance(value, str), "a text or null")),
     "measured": (is_measured, "scale, shift, channel_mean and channel_std"),
     "shards": (lambda value: isinstance(value, list), "a list"),
 }
+NEWER = ("background", "vae", "vae_tensors", "source_sha256")  # that older caches do not know
 SHARD_FIELDS = {"file": (TEXT[0], "a name"), "images": POSITIVE, "bytes": POSITIVE, "sha256": TEXT}
 
 
@@ -91,7 +92,7 @@ def shape_of(index):
 
 def parse_index(file):
     """The content of an index.json, whose values are of the right types and go together; no shard is looked at."""
-    index = {**dict.fromkeys(("background", "vae", "vae_tensors", "source_sha256")), **read_json(file)}  # unknown to older ones
+    index = {**dict.fromkeys(NEWER), **read_json(file)}
     if index.get("format") != FORMAT:
         raise FlowARError(f"{file}: format is {reprlib.repr(index.get('format'))}, expected {FORMAT!r}")
     words = f"{file}: not an index of latents"
@@ -273,18 +274,31 @@ class NpzMoments(Dataset):
         self.limit = LARGER * math.prod(shape) * np.dtype(np.float64).itemsize
 
     @functools.cached_property
+    def info(self):
+        """What the cache says of itself; one of MAR says nothing."""
+        return read_json(self.root / NPZ_INFO) if (self.root / NPZ_INFO).is_file() else {}
+
+    @functools.cached_property
     def latent_scale(self):
-        return npz_latent_scale(self.root, self.shape[0] // 2)
+        scale = npz_latent_scale(self.root, self.shape[0] // 2)
+        for what, said, found in (("files", self.info.get("files"), len(self.folder)),
+                                  ("classes", self.info.get("classes"), self.classes)):
+            if said not in (None, found):
+                raise FlowARError(f"{self.root}: its {what} are not those that {NPZ_INFO} tells of ({len(self.folder)} "
+                                  f"files in {len(self.classes)} class folders are there): some are missing, or were "
+                                  "added; run scripts/cache_latents.py again")
+        return scale
 
     @functools.cached_property
     def origin(self):
-        """LatentOrigin of the moments; a cache of MAR says nothing of itself."""
-        info = read_json(self.root / NPZ_INFO) if (self.root / NPZ_INFO).is_file() else {}
-        known = {"name": info.get("vae"), "sha256": info.get("vae_sha256"), "tensors": info.get("vae_tensors")}
+        """LatentOrigin of the moments."""
+        known = dict(zip(("name", "sha256", "tensors"), map(self.info.get, ("vae", "vae_sha256", "vae_tensors"))))
         return saved_origin({"vae": known})._replace(latent_scale=self.latent_scale)
 
     def identity(self):
-        return self.folder.identity()
+        """As that of a cache of shards."""
+        source = self.info.get("source_sha256")
+        return {**self.folder.identity(), **({"sha256": source} if isinstance(source, str) else {})}
 
     def __len__(self):
         return len(self.folder)

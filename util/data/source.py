@@ -76,10 +76,13 @@ def open_sources(args, device, class_num=None):
                           f"(--batch_size {args.batch_size} x {world_size()} processes x "
                           f"--accum_iter {args.accum_iter})")
     held_out = open_validation(args, settings._replace(train=False), vae, data.classes, origin)
+    source = Source(loader, vae, device)
     validation = None if held_out is None else Source(build_loader(held_out, args.batch_size, **workers), vae, device)
+    if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
+        log("warning: the validation set is the training set: its loss says nothing of images that were not seen")
     if vae is None:
         log(f"no VAE at {args.vae_path} (--vae_path): no sample grids")
-    return args, Source(loader, vae, device), validation, vae, origin
+    return args, source, validation, vae, origin
 
 
 def open_if_there(named, device, needed):

@@ -18,11 +18,14 @@ from models.files import reading, writing
 from util.cluster import log
 from util.evaluation.reports import RESULTS, STAGES, read_report
 from util.files import make_directory, read_json, write_bytes, write_json
+from util.training.checkpoint import lock
 
 SETTINGS, PARTIAL = "settings.json", "partial"
-MADE = (PARTIAL, "images", "samples.npz", SETTINGS, RESULTS)  # of an evaluation, in its folder; the last stands for all
+PICTURES = ("images", "samples.npz")
+MADE = (PARTIAL, *PICTURES, SETTINGS, RESULTS)  # of an evaluation, in its folder; the last stands for all
 CODE_KEY = "code_sha256"
 PLACES = ("checkpoint", "vae", "reference", "labels_file")  # told in a report; what is bound is the content's hash
+HELD = {}  # {folder: its lock} of this process
 WRITERS = 8  # threads; PNG compression releases the interpreter lock
 
 
@@ -138,21 +141,28 @@ def check_settings(output, settings):
                                   f"{settings.get(key)}; choose another --output_dir or remove it")
         if same_code:
             return read_report(results) if results.is_file() else None
-        set_aside(output)
+        set_aside(output, "other code made it (models/, util/ or engine_flowar.py have changed since)")
+    elif any((output / name).exists() for name in PICTURES):
+        set_aside(output, "its results are gone")
     shutil.rmtree(output / PARTIAL, ignore_errors=True)
     write_json(settings, path)
     return None
 
 
-def set_aside(output):
-    """Move an evaluation that other code made into a folder of its own, and say so."""
+def set_aside(output, why):
+    """Move an evaluation that cannot go on into a folder of its own, and say so."""
     aside = next(path for number in itertools.count(1) if not (path := output / f"earlier-{number}").exists())
-    log(f"{output}: other code made the evaluation there (models/, util/ or engine_flowar.py have changed since): "
-        f"computing anew; the earlier one is kept in {aside}")
+    log(f"{output}: the evaluation there cannot go on, {why}: computing anew; the earlier one is kept in {aside}")
     make_directory(aside)
     for name in MADE:
         if (output / name).exists():
             (output / name).rename(aside / name)
+
+
+def hold(output):
+    """Lock a folder until this process ends: two evaluations in it would mix."""
+    if output.resolve() not in HELD:
+        HELD[output.resolve()] = lock(output)
 
 
 def open_store(output, planned, batches, dim, persistent):
@@ -160,6 +170,7 @@ def open_store(output, planned, batches, dim, persistent):
     make_directory(output)
     if not persistent:
         return None, list(range(len(batches)))
+    hold(output)
     done, kept = check_settings(output, planned), FinishedBatches(output / PARTIAL)
     if done is not None:
         kept.remove()  # if the program was killed before it could

@@ -48,7 +48,7 @@ def adjust_learning_rate(optimizer, epoch, **schedule):
 def ema_advice(rate, steps):
     """A line where the EMA of so many steps will still hold more than 1 % of the weights it began with, else None."""
     held = rate**steps
-    if held <= EMA_HOLDS:
+    if held <= EMA_HOLDS * (1 + 1e-9):
         return None
     forgets = 1 - EMA_HOLDS ** (1 / steps)  # a step
     places = math.ceil(-math.log10(forgets))
