@@ -262,7 +262,7 @@ def evaluate_sweep(samplers, plan, measure, description, output):
             continue
         reports.print_report(report, output / name)
         if len(samplers) > 1:
-            rows = reports.sweep_rows(output, reports.CODE)  # with those of earlier sweeps into the same folder
+            rows = reports.sweep_rows(output, report)  # with those of earlier sweeps into the same folder
             reports.write_table(rows, output / "results.csv")
             if report["metrics"] and all(report["metrics"][0] in row for row in rows):
                 reports.plot_sweep(rows, report["metrics"][0], output / "sweep.png")

@@ -241,13 +241,15 @@ def test_the_codes_hash_is_of_what_makes_images(tmp_path):
     assert len(hashes | {reports.code_hash(tmp_path)}) == 6
 
 
-def test_a_sweeps_table_has_rows_of_one_code(project, checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_sweeps_table_has_rows_of_one_code_and_other_settings_alike(project, checkpoint, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(reports, "CODE", "other")
         evaluate(project, checkpoint, tmp_path, "--cfg 1,2 --num_step 2")
     evaluate(project, checkpoint, tmp_path, "--cfg 2,3 --num_step 2")
-    assert "1 results there are of other code and stay out of the table" in capsys.readouterr().out
+    assert "1 results there are of other code or settings and stay out of the table" in capsys.readouterr().out
     assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["2.0", "3.0"]
+    evaluate(project, checkpoint, tmp_path, "--cfg 4,5 --num_step 2 --weights raw")
+    assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["4.0", "5.0"]
 
 
 # ---- sweeps and solvers ------------------------------------------------------------------------------------------

@@ -110,13 +110,21 @@ def write_table(rows, path):
     write_bytes(text.getvalue().encode(errors="backslashreplace"), Path(path))
 
 
-def sweep_rows(folder, code=None):
-    """What fits a table of every combination of options evaluated so far into sub-folders of a sweep's folder. code:
-    whose results alone belong into one table."""
+# What results have in common that belong into one table.
+SAME = ("code_sha256", "checkpoint_sha256", "weights", "vae_sha256", "num_images", "labels_sha256", "reference_sha256",
+        "feature_extractor", "precision", "seed", "temperature", "cfg_schedule")
+
+
+def sweep_rows(folder, like=None):
+    """What fits a table of every combination of options evaluated so far into sub-folders of a sweep's folder. like: a
+    report; others may differ from it in what is swept alone.
+    """
     reports = {path: read_report(path) for path in sorted(Path(folder).glob(f"*/{RESULTS}"))}
-    others = [path for path, report in reports.items() if code and report.get("code_sha256") != code]
+    others = [path for path, report in reports.items()
+              if like is not None and any(report.get(key) != like.get(key) for key in SAME)]
     if others:
-        log(f"{folder}: {len(others)} results there are of other code and stay out of the table, {others[0]} the first")
+        log(f"{folder}: {len(others)} results there are of other code or settings and stay out of the table, "
+            f"{others[0]} the first")
     reports = [report for path, report in reports.items() if path not in others]
     return [{"nfe": sum(report["nfe"]), "seconds_per_image": sum(report["seconds_per_image"].values()),
              **{key: value for key, value in report.items() if isinstance(value, (int, float, str)) or value is None}}
