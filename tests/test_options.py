@@ -181,6 +181,7 @@ TABLE = [
     (TRAIN, "--cached_path {p}/file", "--cached_path {p}/file: is a file, expected a directory"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
     (TRAIN, "--cached_path {p}/shards --class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 7 (--class_num"),
+    (EVAL, "--num_step 4 --num_step_last 9", "--num_step_last 9 is above --num_step 4: steps are annealed down to it"),
     (TRAIN, "--background blueish", "--background: 'blueish' is no colour: expected white, '#ff8000' or 255,128,0"),
     (TRAIN, "--no_val --cached_val_path {p}/shards", "--no_val and --cached_val_path: give one of them"),
     (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background [255, 255, 255], but --background is [0, 0, 0]"),
@@ -356,6 +357,11 @@ def test_global_batches_that_cannot_be_dealt(options, processes, saved, message)
     with pytest.raises(FlowARError) as ended:
         resolved(options, processes, saved)
     assert message in str(ended.value)
+
+
+def test_a_base_rate_that_is_not_used_is_said(capsys):
+    resolved("--lr 1e-3 --blr 1e-4", 1)
+    assert "warning: --blr 0.0001 is not used: --lr is given" in capsys.readouterr().out
 
 
 def test_a_warm_up_that_does_not_end_is_said(capsys):

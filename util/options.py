@@ -18,6 +18,7 @@ from util.evaluation.metrics import EXTRACTORS
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
+BASE_RATE = 5e-5
 LARGEST = 2**31 - 1  # what every library below can count to
 
 
@@ -208,7 +209,7 @@ def add_training_options(parser):
         help="images a process and forward pass; global batch = this x processes x accum_iter")
     add("--accum_iter", type=positive, default=1, help="forward passes that make one optimizer step")
     add("--lr", type=real, help="peak learning rate; default blr x global batch / 256")
-    add("--blr", type=real, default=5e-5, help="base learning rate")
+    add("--blr", type=real, help="base learning rate; default 5e-5")
     add("--min_lr", type=real, default=1e-5, help="rate at the end of the cosine")
     add("--lr_schedule", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
     add("--weight_decay", type=real, default=0.02, help="AdamW, on parameters with two or more dimensions")
@@ -322,6 +323,9 @@ def model_options(args):
 
 def sampling_options(args):
     """The arguments of FlowAR.sample_tokens out of the options, one value each (sweep_points)."""
+    if args.num_step_last is not None and args.num_step_last > args.num_step:
+        raise FlowARError(f"--num_step_last {args.num_step_last} is above --num_step {args.num_step}: steps are "
+                          "annealed down to it")
     return dict(num_steps=args.num_step, num_steps_last=args.num_step_last, cfg=args.cfg, guidance=args.guidance,
                 cfg_schedule=args.cfg_schedule, temperature=args.temperature, solver=args.solver)
 
@@ -387,8 +391,11 @@ def resolve_training(args, world_size, saved_batch=None):
     args = with_options(args, global_batch=args.global_batch or saved_batch or asked)
     if args.global_batch != asked:
         args = deal_global_batch(args, world_size)
+    if args.lr is not None and args.blr is not None:
+        log(f"warning: --blr {args.blr:g} is not used: --lr is given")
     if args.lr is None:
-        args = with_options(args, lr=peak_learning_rate(args.blr, args.global_batch))
+        base = BASE_RATE if args.blr is None else args.blr
+        args = with_options(args, lr=peak_learning_rate(base, args.global_batch))
     if args.lr_schedule == "cosine" and args.min_lr > args.lr:
         log(f"warning: --min_lr {args.min_lr:g} is above the peak learning rate {args.lr:g} (--lr, or --blr x global "
             "batch / 256): the cosine will rise")
