@@ -36,7 +36,7 @@ from util.data.pixels import CONVERSIONS
 from util.data.source import open_if_there
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.training.provenance import origin_of
-from util.options import between, color, pixels, positive, seed, some_path, workers
+from util.options import between, color, pixels, positive, seed, some_path, utf8, workers
 
 MOST_CROPS = 1000
 FREE = ("complete", "on_bad_image", "left_out")  # settings that may change: skipping may begin when a bad image is met
@@ -52,7 +52,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ (and val/), class folders of images")
-    parser.add_argument("--cached_path", type=some_path, required=True, help="folder to write")
+    parser.add_argument("--cached_path", type=lambda text: utf8(some_path(text)), required=True, help="folder to write")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
     parser.add_argument("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")

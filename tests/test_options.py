@@ -359,6 +359,13 @@ def test_global_batches_that_cannot_be_dealt(options, processes, saved, message)
     assert message in str(ended.value)
 
 
+@pytest.mark.parametrize("option", ["--output_dir", "--log_dir", "--cached_path", "--cached_val_path"])
+def test_folders_of_others_files_are_utf8(option, capsys):
+    with pytest.raises(SystemExit):
+        training_parser().parse_args([option, "n\udce9w"])
+    assert "is not UTF-8, which TensorBoard and safetensors need" in capsys.readouterr().err
+
+
 def test_a_base_rate_that_is_not_used_is_said(capsys):
     resolved("--lr 1e-3 --blr 1e-4", 1)
     assert "warning: --blr 0.0001 is not used: --lr is given" in capsys.readouterr().out

@@ -79,6 +79,15 @@ def color(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no colour: expected white, '#ff8000' or 255,128,0") from None
 
 
+def utf8(text):
+    """A folder for files of TensorBoard or safetensors."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which TensorBoard and safetensors need") from None
+    return text
+
+
 def some_path(text):
     if not text:
         raise argparse.ArgumentTypeError("it is empty: expected a path")
@@ -173,7 +182,8 @@ def add_evaluation_options(parser):
 
 def add_file_options(parser):
     add = parser.add_argument_group("files").add_argument
-    add("--output_dir", type=some_path, default="./output_dir", help="where everything is written")
+    add("--output_dir", type=lambda text: utf8(some_path(text)), default="./output_dir",
+        help="where everything is written")
     add("--data_path", type=some_path, default="./data/imagenet",
         help="folder with train/ and val/, class folders of images (eval.py needs none)")
     add("--timeout", type=seconds, default=TIMEOUT,
@@ -222,11 +232,12 @@ def add_training_options(parser):
         help="recompute activations in the backward pass")
     add("--on_bad_image", default="error", choices=("error", "skip"),
         help="an image that cannot be read stops training, or the next one takes its place")
-    add("--cached_path", default="", help="cached latents (scripts/cache_latents.py); used if they are there")
+    add("--cached_path", type=utf8, default="",
+        help="cached latents (scripts/cache_latents.py); used if they are there")
     add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
     add("--no_val", action="store_true", help="no validation loss, even if there is a val/")
-    add("--cached_val_path", default="",
+    add("--cached_val_path", type=utf8, default="",
         help="cached latents of val/ for the validation loss; default: encode data_path/val")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
     add("--global_batch", type=positive,
@@ -243,7 +254,7 @@ def add_training_options(parser):
     add("--online_eval", action="store_true",
         help="FID or the like of the EMA during training, every --eval_freq epochs")
     add("--eval_num_images", type=at_least_two, default=10000, help="images of --online_eval")
-    add("--log_dir", help="TensorBoard files; default: the output directory")
+    add("--log_dir", type=utf8, help="TensorBoard files; default: the output directory")
     add("--num_workers", type=workers,
         help="data loading processes of every rank; default: the host's CPUs dealt to its ranks, at most 10")
     add("--pin_mem", action="store_true", default=True,
