@@ -107,11 +107,6 @@ def find_vae(vae, path):
     return VAES[name](vae, spec, path)
 
 
-def open_vae(vae, path):
-    """(VAE of --vae and --vae_path in eval mode without gradients, lines for a log on what its file holds besides)."""
-    return find_vae(vae, path).open()
-
-
 def read_vae(path):
     """(AutoencoderKL of a file, lines for a log: see vae_notes): `kl16.ckpt`, what save_vae wrote, or the like.
 

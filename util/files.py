@@ -6,7 +6,7 @@ import reprlib
 from pathlib import Path
 
 from models import FlowARError
-from models.files import reading, writing
+from models.files import first_line, reading, writing
 
 
 def make_directory(path):
@@ -29,9 +29,15 @@ def check_output(path):
 def read_json(path):
     """The JSON object of a file, or FlowARError."""
     with reading(path):
-        content = json.loads(path.read_text())
+        text = path.read_text()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        content = first_line(error)
     if not isinstance(content, dict):
-        raise FlowARError(f"{path}: expected a JSON object")
+        found = content if isinstance(content, str) else f"a {type(content).__name__}"
+        raise FlowARError(f"{path}: expected a JSON object, found something else ({found}): damaged, or not written "
+                          "by this code; remove it to have it made again, or put the right one back")
     return content
 
 

@@ -335,7 +335,7 @@ def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_
 
 
 @pytest.mark.parametrize("extra,message", [
-    ("--model flowar_small", "tensors do not fit the model"),
+    ("--model flowar_small", "; leave out --model, --diffloss_d and --diffloss_w: the file tells them"),
     ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
     ("--fid_stats nowhere.npz", "nowhere.npz: no such file"),
     ("--ref_images nowhere", "nowhere: no such folder"),

@@ -25,7 +25,7 @@ from safetensors.torch import save, save_file
 
 from models import AutoencoderKL, FlowARError, build_model
 from models import registry
-from models.vaes import load_vae, open_vae, save_vae
+from models.vaes import find_vae, load_vae, save_vae
 from models.files import read_file
 from models.files.states import clean_names
 from scripts import plot_results, train_vae
@@ -197,7 +197,7 @@ def load_snapshot(path):
 
 
 def load_diffusers(path):
-    return open_vae(f"diffusers:{path.parent}", None)
+    return find_vae(f"diffusers:{path.parent}", None).open()
 
 
 LOADERS = {  # file in the folder of valid ones -> what reads it
@@ -350,7 +350,7 @@ def test_code_in_other_files_is_not_run(tmp_path, monkeypatch, valid):
     shutil.copytree(valid / "diffusers", "diffusers")
     Path("diffusers/diffusion_pytorch_model.safetensors").unlink()
     torch.save({"x": Payload()}, "diffusers/diffusion_pytorch_model.bin")
-    refused(lambda path: open_vae(f"diffusers:{path}", None), Path("diffusers"))
+    refused(lambda path: find_vae(f"diffusers:{path}", None).open(), Path("diffusers"))
     Path("image.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(touch exploited) system\n")
     refused(open_image, Path("image.png"), "cannot be read as an image")
     assert not (tmp_path / "exploited").exists()
@@ -578,7 +578,7 @@ def test_absurd_diffusers_configurations(tmp_path, valid, config):
     shutil.copytree(valid / "diffusers", tmp_path / "diffusers")
     file = tmp_path / "diffusers" / "config.json"
     file.write_text(json.dumps({**read_json(file), **config}))
-    refused(lambda path: open_vae(f"diffusers:{path}", None), tmp_path / "diffusers")
+    refused(lambda path: find_vae(f"diffusers:{path}", None).open(), tmp_path / "diffusers")
 
 
 # ---- caches and statistics -------------------------------------------------------------------------------------------
@@ -683,6 +683,7 @@ def test_deep_json(tmp_path):
     for text in ("[" * 10**6, '{"a":' * 10**6, '{"a": ' + "9" * 10**5 + "}", "[1, 2]"):
         (tmp_path / "x.json").write_text(text)
         refused(read_json, tmp_path / "x.json")
+    refused(read_json, tmp_path / "x.json", r"expected a JSON object, found something else \(a list\): ")
 
 
 # ---- evaluations and images ---------------------------------------------------------------------------------------------

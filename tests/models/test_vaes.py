@@ -9,7 +9,7 @@ from helpers import run, train, write_digits
 from safetensors.torch import load_file, save_file
 
 from models import FlowARError
-from models.vaes import open_vae
+from models.vaes import find_vae
 from util.data.latents import read_index
 
 
@@ -53,7 +53,7 @@ def saved(request, tmp_path_factory):
 def test_configuration_and_round_trip(saved):
     folder, name = saved
     make, stride, channels, scale, shift = NETWORKS[name]
-    vae, extra = open_vae(f"diffusers:{folder}:vae", None)
+    vae, extra = find_vae(f"diffusers:{folder}:vae", None).open()
     assert (vae.stride, vae.embed_dim, *vae.latent_scale) == (stride, channels, scale, shift) and extra == []
     network, images = vae.network, torch.rand(2, 3, 64, 64) * 2 - 1
     posterior = vae.encode(images)
@@ -101,9 +101,9 @@ def test_tensors_that_are_missing_or_left_over(tmp_path, change, message):
     save_file(state, file)
     if message:
         with pytest.raises(FlowARError, match=message):
-            open_vae(f"diffusers:{tmp_path}", None)
+            find_vae(f"diffusers:{tmp_path}", None).open()
     else:
-        assert open_vae(f"diffusers:{tmp_path}", None)[1] == [f"--vae diffusers:{tmp_path}: not used: loss.logvar"]
+        assert find_vae(f"diffusers:{tmp_path}", None).open()[1] == [f"--vae diffusers:{tmp_path}: not used: loss.logvar"]
 
 
 def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
@@ -113,13 +113,13 @@ def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FlowARError, match="--vae_stride is 4, but the VAE diffusers:.* has 8"):
         train(tmp_path, tmp_path / "out", f"--vae diffusers:{tmp_path}/vae")
     with pytest.raises(FlowARError, match="--vae sdxl: expected one of kl16, diffusers"):
-        open_vae("sdxl", None)
+        find_vae("sdxl", None).open()
     with pytest.raises(FlowARError, match="--vae diffusers:.*nowhere: cannot be opened"):
-        open_vae(f"diffusers:{tmp_path}/nowhere", None)
+        find_vae(f"diffusers:{tmp_path}/nowhere", None).open()
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"AutoencoderKL"', '"AutoencoderOobleck"'))
     with pytest.raises(FlowARError, match="its class is AutoencoderOobleck, expected one of AutoencoderKL"):
-        open_vae(f"diffusers:{tmp_path}/vae", None)
+        find_vae(f"diffusers:{tmp_path}/vae", None).open()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(FlowARError, match="needs: pip install diffusers"):
-        open_vae("diffusers:x", None)
+        find_vae("diffusers:x", None).open()

@@ -8,7 +8,7 @@ from helpers import make_project, train
 from PIL import Image
 
 from models import FlowARError
-from util.data.source import check_same_classes
+from util.data.source import check_same_classes, other_classes
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
 
 DATA = {"classes": ["cat", "dog", "owl"], "counts": [5, 5, 0], "images": 10, "sha256": "a" * 64}
@@ -91,6 +91,16 @@ def test_the_number_of_classes_follows_from_the_folders(tmp_path):
         main_flowar.train(training_parser().parse_args(words.split()[1:]), torch.device("cpu"))
         content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
         assert len(content["model"]["class_emb.weight"]) == 8 and content["args"]["class_num"] == 7
+
+
+def test_a_cache_beside_images_of_other_classes_is_said(tmp_path):
+    cache = SimpleNamespace(classes=["a", "b"])
+    assert other_classes(cache, tmp_path) == ""
+    for name in "abc":
+        (tmp_path / "train" / name).mkdir(parents=True)
+    assert other_classes(cache, tmp_path).endswith("train (only in one of them: c)")
+    (tmp_path / "train" / "c").rmdir()
+    assert other_classes(cache, tmp_path) == ""
 
 
 def test_a_validation_cache_of_other_classes_is_refused():

@@ -130,7 +130,7 @@ def list_classes(root, suffixes=IMAGE_SUFFIXES, what="images"):
         if stat.S_ISDIR(status.st_mode):
             folders.append((entry.is_symlink(), entry.name, identify(status)))
         else:
-            left_out[OUTSIDE if suffix_of(entry.name) in suffixes else kind_of(entry.name)] += 1
+            left_out[OUTSIDE if suffix_of(entry.name) in suffixes else suffix_reason(entry.name)] += 1
     taken = {identify(os.stat(root)): None}  # {folder: its class}: a link to another class is no class
     for _, name, mine in sorted(folders):
         left_out[AGAIN] += mine in taken
@@ -185,7 +185,7 @@ def walk(root, top, suffixes, seen):
             if stat.S_ISDIR(status.st_mode):
                 below.append(name)
             elif suffix_of(entry.name) not in suffixes:
-                left_out[kind_of(entry.name)] += 1
+                left_out[suffix_reason(entry.name)] += 1
             elif not stat.S_ISREG(status.st_mode):
                 left_out[NO_FILE] += 1
             else:
@@ -222,7 +222,7 @@ def suffix_of(name):
     return os.path.splitext(name)[1].lower()
 
 
-def kind_of(name):
+def suffix_reason(name):
     return suffix_of(name) or "without a suffix"
 
 

@@ -9,7 +9,7 @@ from models.vae import DiagonalGaussian
 from models.vaes import find_vae
 from util.cluster import from_main, log, rank, world_size
 from util.data.door import DATASETS, DataSettings, find_data, open_data
-from util.data.folders import advice, split_folder
+from util.data.folders import advice, name_classes, split_folder
 from util.data.images import Images
 from util.data.inspection import sample_advice
 from util.data.loaders import build_loader
@@ -63,6 +63,8 @@ def open_sources(args, device, class_num=None):
     path = args.cached_path if kind else split_folder(args.data_path, "train")
     data = open_data(path, settings, cached=bool(kind))
     say_what_is_there(data, path, args.img_size)
+    if kind and (other := from_main(lambda: other_classes(data, args.data_path))):
+        log(f"warning: {path}: {other}; if the images are the newer ones, run scripts/cache_latents.py again")
     args = with_options(args, class_num=asked or len(data.classes))
     if data.is_moments:
         found = cache_origin(data, path)
@@ -89,8 +91,8 @@ def open_if_there(named, device, needed):
     """The VAE on a device; None if rank 0 does not see it and it is not needed: cached latents need none."""
     if not from_main(named.is_there) and not (needed and Path(named.path).exists()):
         if needed:
-            raise FlowARError(f"{named.option}: no such file, and images need the VAE to encode them: give its path, "
-                              "or cached latents as --cached_path")
+            raise FlowARError(f"{named.option}: no such file: give the VAE's path (training alone needs none, where "
+                              "--cached_path has latents)")
         return None
     vae, notes = named.open()
     for note in notes:
@@ -112,6 +114,14 @@ def say_what_is_there(data, path, img_size):
     log(f"{data.folder.summary()} in {path}, encoded on the fly")
     for line in from_main(lambda: advice(data.folder) + sample_advice(data.folder, img_size)):
         log(f"warning: {path}: {line}")
+
+
+def other_classes(cache, data_path):
+    """In which classes a cache and the images in data_path differ, as far as these are there; "" if they do not."""
+    folder = Path(data_path or "") / "train"
+    images = name_classes(folder) if data_path and folder.is_dir() else []
+    unlike = sorted(set(images) ^ set(cache.classes)) if images else []
+    return f"its classes are not those of {folder} (only in one of them: {name_some(unlike)})" if unlike else ""
 
 
 def check_classes(classes, class_num):

@@ -103,7 +103,7 @@ def read_reference(path, dim):
     room = {"mu": LARGER * 8 * dim, "sigma": LARGER * 8 * dim**2,
             **dict.fromkeys(("features", "classes", "class_counts"), LARGER * size)}
     found = read_statistics(path, room, ("mu", "sigma"))
-    classes = read_classes(found.pop("classes", None), found.pop("class_counts", None), path)
+    classes = class_table(found.pop("classes", None), found.pop("class_counts", None), path)
     if any(value.dtype.kind not in "iuf" for value in found.values()):
         raise FlowARError(f"--fid_stats {path}: mu, sigma or features are not real numbers")
     mu, sigma = (found[key].astype(np.float64, copy=False) for key in ("mu", "sigma"))
@@ -122,7 +122,7 @@ def read_reference(path, dim):
     return Reference(str(path), mu, sigma, features, classes, sha256)
 
 
-def read_classes(names, counts, path):
+def class_table(names, counts, path):
     """{class folder: images} of the arrays of a statistics file, None if it has none."""
     if names is None and counts is None:
         return None

@@ -90,9 +90,13 @@ def open_for_sampling(args, device, identify=False):
     vae, notes = named.open()
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
-    args = recognise(args, weights.tensors, path, vae)
+    named_size, args = args.model, recognise(args, weights.tensors, path, vae)
     check_vae(vae, args)
-    model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
+    try:
+        model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
+    except FlowARError as error:
+        way_on = "; leave out --model, --diffloss_d and --diffloss_w: the file tells them" if named_size else ""
+        raise FlowARError(f"{error}{way_on}") from error
     for note in (f"{path}: {weights.describe(left_out)}", *notes):
         log(note)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),

@@ -141,15 +141,15 @@ def check_settings(output, settings):
                                   f"{settings.get(key)}; choose another --output_dir or remove it")
         if same_code:
             return read_report(results) if results.is_file() else None
-        set_aside(output, "other code made it (models/, util/ or engine_flowar.py have changed since)")
+        keep_apart(output, "other code made it (models/, util/ or engine_flowar.py have changed since)")
     elif any((output / name).exists() for name in PICTURES):
-        set_aside(output, "its results are gone")
+        keep_apart(output, "its results are gone")
     shutil.rmtree(output / PARTIAL, ignore_errors=True)
     write_json(settings, path)
     return None
 
 
-def set_aside(output, why):
+def keep_apart(output, why):
     """Move an evaluation that cannot go on into a folder of its own, and say so."""
     aside = next(path for number in itertools.count(1) if not (path := output / f"earlier-{number}").exists())
     log(f"{output}: the evaluation there cannot go on, {why}: computing anew; the earlier one is kept in {aside}")

@@ -54,7 +54,7 @@ class CheckpointWriter:
         if left and last.is_file() and any(last.samefile(later) for later in aside):
             link(left[0], last)  # it must not be another name of one that goes
         for later in aside:
-            set_aside(later, step)
+            rename_later(later, step)
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
@@ -136,7 +136,7 @@ def hold(folder, resume):
     return held
 
 
-def set_aside(later, step):
+def rename_later(later, step):
     """Rename a checkpoint later than `step`, where a run goes on. Of damaged ones one stays: they fill the disk."""
     name = later.with_name(f"{later.name}.aside")
     try:
@@ -235,14 +235,15 @@ def find(resume):
     found = all_in(path) if path.is_dir() else [path]
     if not found:
         raise FlowARError(f"{resume}: no {LAST} in this directory")
-    for path, before in zip(found, found[1:]):
+    for candidate, before in zip(found, [*found[1:], None]):
         try:
-            check_whole(path)
-            return path
+            check_whole(candidate)
+            return candidate
         except FlowARError as error:
+            if before is None:
+                none_left = f"; no whole one is left in {resume}: put one there, or begin anew in another folder"
+                raise FlowARError(f"{error}{none_left if path.is_dir() else ''}") from error
             log(f"warning: {error}; going back to {before.name}")
-    check_whole(found[-1])
-    return found[-1]
 
 
 def check_whole(path):
