@@ -149,7 +149,9 @@ def test_sampling_equals_the_plain_way(cross, cfg, schedule):
     model = small_model(cross=cross)
     _, labels, _, noise = inputs(model)
     options = dict(cfg=cfg, cfg_schedule=schedule, guidance=0.7, num_steps=10)
-    golden.assert_close(model.sample_tokens(labels, noise=noise, **options), plain.sample(model, labels, noise, **options))
+    # An untrained network under guidance enlarges what two orders of float32 sums differ by: more on some processors.
+    golden.assert_close(model.sample_tokens(labels, noise=noise, **options), plain.sample(model, labels, noise, **options),
+                        5 * golden.TOLERANCE)
 
 
 @torch.no_grad()
