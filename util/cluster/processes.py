@@ -100,7 +100,7 @@ def rendezvous():
     place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
     try:
         return next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError is one, and torch 2.6's plain
         if "EADDRINUSE" in str(error):
             raise FlowARError(f"--master_port (MASTER_PORT) of {place} is in use on this host, by another run or "
                               "program: choose another, the same on all hosts") from error

@@ -128,10 +128,8 @@ def read_image(path, background=WHITE):
         elif image.mode == "F":
             made.append(FLOATS)
             image = scale_floats(image)
-        if image.has_transparency_data:
-            image, seen_through = over(image, background)
-            made += [TRANSPARENT] * seen_through
-        image = image.convert("RGB")
+        image, seen_through = over(image, background)
+        made += [TRANSPARENT] * seen_through
         return Pixels(image if turn is None else image.transpose(turn), tuple(made))
 
 
@@ -145,7 +143,9 @@ def orientation(image):
 
 
 def over(image, background):
-    """(an image with transparency over a colour, whether any of it shows)."""
+    """(RGB image, over a colour where it is transparent; whether any of that shows)."""
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     alpha = image.getchannel("A")
     canvas = Image.new("RGB", image.size, background)
