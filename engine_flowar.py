@@ -327,7 +327,7 @@ def sample_and_measure(sampler, plan, extractor, batches, output):
     for number, indices in batches.items():
         labels, nfe = plan.labels.of(indices), []
         with watch("sampling"):
-            latents = sampler.model.unpatchify(sampler.pyramid(labels, indices, nfe)[-1])
+            latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices), nfe)[-1])
         with watch("decoding"):
             images, finite = sampler.decode(latents)
         bad = [index for index, ok in zip(indices, finite.tolist()) if not ok]

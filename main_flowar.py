@@ -49,7 +49,7 @@ def train(args, device):
         check_geometry(args, checkpoint.geometry_of(content, path, args.vae_embed_dim), path)
     check_classes(record["data"]["classes"], args.class_num)
     if args.online_eval and vae is None:
-        raise FlowARError(f"--online_eval needs the VAE to decode with: there is none at --vae_path {args.vae_path}")
+        raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
     plan = plan_reports(args, record["data"])
     measure = build_measure(args, args.img_size, plan.labels, device).open() if args.online_eval else None
 

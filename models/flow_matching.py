@@ -74,6 +74,18 @@ def guided_velocity(network, condition, both, weight, interval):
     return velocity
 
 
+def keep_known(velocity, x_known, noise, known):
+    """A velocity(x, t) that holds known cells, (B or 1, N, 1) bool, on the straight path from their noise to x_known:
+    the network reads them there at every t, and every solver follows it.
+    """
+
+    def held(x, t):
+        v = velocity(torch.where(known, interpolate(x_known, noise, t), x), t)
+        return torch.where(known, velocity_target(x_known, noise), v)
+
+    return held
+
+
 # ---- solvers -------------------------------------------------------------------------------------------------
 # Each integrates dx/dt = velocity(x, t) along `times` (n + 1,) float64 and returns the last x. velocity takes any t, a
 # float; the state is float64 whatever the network computes in; a solver that draws uses `generator`.

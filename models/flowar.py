@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import flow_matching as fm
-from models.checks import check_geometry, check_labels, check_pattern, check_sizes
+from models.files.refusals import check_geometry, check_grids, check_labels, check_pattern, check_sizes
 from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
 from models.kernels import Linear, run_block
@@ -261,7 +261,7 @@ class FlowAR(nn.Module):
 
     @torch.no_grad()
     def sample_pyramid(self, labels, *, num_steps=25, cfg=1.0, guidance=0.9, num_steps_last=None, cfg_schedule="linear",
-                       temperature=1.0, solver="euler", noise=None, generator=None, nfe=None):
+                       temperature=1.0, solver="euler", noise=None, generator=None, nfe=None, given=(), known=None):
         """Generate every scale: a list of (B, token_channels, s, s), coarse to fine.
 
         Args:
@@ -273,8 +273,11 @@ class FlowAR(nn.Module):
             temperature: factor of the starting noise.
             solver: one of flow_matching.SOLVERS; "euler" is the release's.
             noise: see draw_noise, which draws it with `generator` if None. A solver that draws uses `generator` too.
-            nfe: if given, a list that gets a list for every scale: the number of images in each evaluation of the flow
-                head, 2 B where guidance acts and B elsewhere. Its length is the scale's NFE.
+            nfe: if given, a list that gets a list for every scale drawn: the number of images in each evaluation of the
+                flow head, 2 B where guidance acts and B elsewhere. Its length is the scale's NFE.
+            given: latents of the first scales, (B, token_channels, s, s) each, which are kept as they are.
+            known: (latents of every scale like what is returned, a bool (B or 1, 1, s, s) for every scale: which cells
+                are kept as they are). The others are drawn to fit.
 
         Dropout is off whatever the module's mode.
         """
@@ -283,7 +286,8 @@ class FlowAR(nn.Module):
             raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(fm.SOLVERS)}")
         times = [fm.time_grid(n) for n in fm.annealed_steps(num_steps, num_steps_last, len(self.scale))]
         weights = fm.guidance_scales(cfg, len(self.scale), cfg_schedule)
-        noise = self._check_noise(self.draw_noise(len(labels), generator) if noise is None else noise, len(labels))
+        noise = self.draw_noise(len(labels), generator) if noise is None else noise
+        check_grids(self, len(labels), noise, given, known)
         guided = max(weights) > 1
         if guided:  # the null branch follows the class branch's latents with a cache of its own
             labels = torch.cat((labels, torch.full_like(labels, self.class_num)))
@@ -295,15 +299,27 @@ class FlowAR(nn.Module):
             tokens, latents = c[:, None], []
             for k, s in enumerate(self.scale):
                 z = self._transformer(tokens, c, self.spans[k], rope_table, self.pattern.at(k), caches)
-                velocity = self._velocity(z, len(noise[k]), weights[k], guidance, nfe)
-                x = fm.SOLVERS[solver](velocity, noise[k] * temperature, times[k], generator)
-                latents.append(to_grid(x.to(c.dtype), s))
+                if k < len(given):
+                    x = to_tokens(given[k])
+                else:
+                    velocity = self._velocity(z, len(noise[k]), weights[k], guidance, nfe)
+                    start = noise[k].to(c.device) * temperature
+                    x = self._integrate(fm.SOLVERS[solver], velocity, start, times[k], generator, known, k)
+                latents.append(to_grid(x.to(c), s))
                 if k + 1 < len(self.scale):
                     tokens = self.z_proj(to_tokens(self.next_input(latents[k], k)))
                     tokens = tokens.repeat(2, 1, 1) if guided else tokens
             return latents
         finally:
             self.train(training)
+
+    def _integrate(self, solver, velocity, start, times, generator, known, k):
+        """Tokens of scale k from their noise `start`; those that are known stay on their path, and end as they are."""
+        if not known:
+            return solver(velocity, start, times, generator)
+        x_known, cells = to_tokens(known[0][k]).to(start), to_tokens(known[1][k]).to(start.device)
+        x = solver(fm.keep_known(velocity, x_known, start, cells), start, times, generator)
+        return torch.where(cells, x_known, x)
 
     def _velocity(self, z, batch, weight, guidance, nfe):
         """velocity(x, t) of one scale for a solver; z: of `batch` images, then of their null branch."""
@@ -316,13 +332,6 @@ class FlowAR(nn.Module):
             return self.flownet(x.to(self.class_emb.weight.dtype), torch.full((1,), t, device=x.device), condition)
 
         return fm.guided_velocity(network, both.first(batch), both if weight > 1 else None, weight, guidance)
-
-    def _check_noise(self, noise, batch):
-        """Noise of the right shapes, on the model's device."""
-        shapes, found = [(batch, s * s, self.token_channels) for s in self.scale], [tuple(e.shape) for e in noise]
-        if found != shapes:
-            raise FlowARError(f"noise has shapes {found}: expected {shapes}")
-        return [e.to(self.class_emb.weight.device) for e in noise]
 
 
 def to_tokens(grid):

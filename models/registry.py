@@ -1,11 +1,10 @@
 """Sizes of FlowAR: build one, recognise one from its tensors, load one from a file."""
-from pathlib import Path
-
 import torch
 
 from models.errors import FlowARError
 from models.files import notify, read_file, reading
 from models.files.checkpoints import depth, find_model, recognise_geometry, saved_vae
+from models.files.hub import weights_file
 from models.files.states import check_fits
 from models.flowar import FlowAR
 
@@ -68,13 +67,14 @@ def recognise_size(state, path):
 
 
 def load_flowar(source, weights=None):
-    """The FlowAR of a weights file, or of a training run's folder, in eval mode on the CPU. Raises FlowARError.
-    weights: "ema", the average, or "raw"; by default the average where there is one. Which it is goes to stderr.
+    """The FlowAR of weights in eval mode on the CPU: of a file, by path or name (models.files.hub), or of the folder of
+    a training run or an export. Raises FlowARError. weights: "ema", the average, or "raw"; by default the average
+    where there is one. Which it is goes to stderr.
 
     Its size is recognised from the tensors. Channels and stride of the VAE, which they do not tell, are those of the
     run's options, else KL-16's.
     """
-    path = Path(source) / LAST if Path(source).is_dir() else Path(source)
+    path = weights_file(source, LAST)
     content = read_file(path, mmap=True)
     found, vae = find_model(content, path, weights), saved_vae(content, path)
     geometry = recognise_geometry(found.tensors, path, vae["vae_embed_dim"])

@@ -13,9 +13,11 @@ from models.errors import FlowARError
 from models.files import (file_hash, first_line, load_state, notify, read_file, read_latent_scale, reading,
                           tensors_hash, write_file)
 from models.files.diffusers import open_network
+from models.files.hub import is_remote, local_file
 from models.files.vaes import find_vae_weights, vae_config, vae_notes
 from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
 
+DEFAULT_PATH = "pretrained_models/vae/kl16.ckpt"
 NO_VARIANCE = -30.0  # log-variance of a deterministic encoder's "posterior": a sample is the mean
 
 
@@ -47,13 +49,13 @@ class VAEFile(NamedVAE):
         self.name, self.option = str(path), f"--vae_path {path}"
 
     def is_there(self):
-        return Path(self.path).is_file()
+        return is_remote(self.path) or Path(self.path).is_file()
 
     def open(self):
         return read_vae(self.path)
 
     def identity(self, opened=None):
-        return file_hash(self.path) if self.is_there() else None
+        return file_hash(local_file(self.path)) if self.is_there() else None
 
 
 class DiffusersVAE(nn.Module):
@@ -99,19 +101,21 @@ class Diffusers(NamedVAE):
 VAES = {"kl16": VAEFile, "diffusers": Diffusers}
 
 
-def find_vae(vae, path):
+def find_vae(vae, path=None):
     """The NamedVAE of the options --vae and --vae_path."""
     name, _, spec = vae.partition(":")
     if name not in VAES:
         raise FlowARError(f"--vae {vae}: expected one of {', '.join(VAES)} (diffusers:<path or hub name>[:subfolder])")
-    return VAES[name](vae, spec, path)
+    return VAES[name](vae, spec, path or DEFAULT_PATH)
 
 
 def read_vae(path):
-    """(AutoencoderKL of a file, lines for a log: see vae_notes): `kl16.ckpt`, what save_vae wrote, or the like.
+    """(AutoencoderKL of a file, lines for a log: see vae_notes): `kl16.ckpt`, what save_vae wrote, or the like; by path
+    or by name, see models.files.hub.
 
     Nothing is allocated before the file's tensors are found to be of the sizes that its configuration asks for.
     """
+    path = local_file(path)
     content = read_file(path, mmap=True)
     weights = find_vae_weights(content, path)
     config = vae_config(content, weights.tensors, path)

@@ -154,9 +154,9 @@ def benchmark_sample(args, device):
     noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
     options, latents_ = sampling_options(args), {}
     plain = load_plain(args.beside)
-    if plain and (args.solver != "euler" or args.num_step_last is not None or args.temperature != 1):
+    if plain and (options["solver"] != "euler" or options["num_steps_last"] is not None or options["temperature"] != 1):
         raise FlowARError("--beside compares with a plain Euler sampler: leave out --solver, --num_step_last, --temperature")
-    counted = dict(cfg=args.cfg, guidance=args.guidance, num_steps=args.num_step, cfg_schedule=args.cfg_schedule)
+    counted = {name: options[name] for name in ("cfg", "guidance", "num_steps", "cfg_schedule")}
 
     def fast():
         with autocast(device, args.precision):
@@ -233,7 +233,8 @@ def benchmark_parts(args, device):
     q, k, v = torch.randn(3, args.batch_size, block.attn.num_heads, model.tokens, block.attn.head_dim, device=device,
                           dtype=dtype, requires_grad=True).unbind(0)
     rows = torch.randn(args.batch_size * model.tokens, width, device=device)
-    times = torch.linspace(1, 0, args.num_step + 1, device=device)
+    steps_ = sampling_options(args)["num_steps"]
+    times = torch.linspace(1, 0, steps_ + 1, device=device)
     last = z[:, -sizes[-1]:]
     prepared, now = head.prepare(last), times[:1].expand(args.batch_size)
     parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
@@ -283,7 +284,7 @@ def benchmark_parts(args, device):
                       "gigabytes": {way: found[1] / 1e9 for way, found in work.items()}})
         print(f"{name:50s} {1000 * taken['plain']:9.1f} -> {1000 * taken['fast']:9.1f} ms, ratio {rows_[-1]['ratio']:.2f}; operations "
               f"{work['plain'][0]} -> {work['fast'][0]}, {work['plain'][1] / 1e9:.2f} -> {work['fast'][1] / 1e9:.2f} GB", flush=True)
-    return {"batch_size": args.batch_size, "num_step": args.num_step, "parts": rows_}
+    return {"batch_size": args.batch_size, "num_step": steps_, "parts": rows_}
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
@@ -347,8 +348,8 @@ def benchmark_evaluate(args, device):
                 result = way(sampler, plan, extractor, Path(folder))
                 seconds[way.__name__] = time.perf_counter() - start
                 report = result if way is in_memory else report
-    return {"num_images": args.num_images, "eval_bsz": args.eval_bsz, "num_step": args.num_step,
-            "cfg": args.cfg, "feature_extractor": extractor.name,
+    return {"num_images": args.num_images, "eval_bsz": args.eval_bsz, "num_step": report["num_step"],
+            "cfg": report["cfg"], "feature_extractor": extractor.name,
             **{f"seconds_{way}": value for way, value in seconds.items()},
             "images_per_second": args.num_images / seconds["in_memory"],
             "ratio": seconds["through_files"] / seconds["in_memory"], "seconds_per_image": report["seconds_per_image"]}

@@ -54,7 +54,7 @@ def parse_args():
     parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ (and val/), class folders of images")
     parser.add_argument("--cached_path", type=lambda text: utf8(some_path(text)), required=True, help="folder to write")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
-    parser.add_argument("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
+    parser.add_argument("--vae_path", type=some_path, help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side of a crop")
     parser.add_argument("--crops", type=crops_option, default="center", help="center, or a number of random crops an image")

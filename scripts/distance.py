@@ -78,7 +78,7 @@ def main():
     device = cluster.init(args.device)
     extractor, through = build_extractor(args.feature_extractor, args.fid_weights, device), [None] * len(args.folders)
     if args.vae or args.vae_path:
-        named = find_vae(args.vae or "kl16", args.vae_path or "pretrained_models/vae/kl16.ckpt")
+        named = find_vae(args.vae or "kl16", args.vae_path)
         through.append(through_vae(open_if_there(named, device, needed=True)))
     folders = (args.folders * 2)[:len(through)]
     crop = args.img_size is not None

@@ -12,6 +12,7 @@ import project_root  # noqa: F401  first: it names what is too old
 
 import numpy as np
 import torch
+from PIL import Image
 import torch.nn.functional as F
 
 from pictures import check_picture, draw_table, save, stack
@@ -34,7 +35,7 @@ def parse_args():
     parser.add_argument("--data_path", help="the images it was made of; without them only decoded ones are drawn")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    parser.add_argument("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt", help="file of --vae kl16")
+    parser.add_argument("--vae_path", type=some_path, help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
     parser.add_argument("--scales", type=integer_list, help="scales of the pyramid; default: doubling up to the latent's size")
     parser.add_argument("--images", type=positive, default=8, help="images to draw")
     parser.add_argument("--output", type=some_path, required=True, help="PNG to write")
@@ -67,12 +68,17 @@ def originals(data, chosen, args):
     missing = [names[i] for i in chosen if names[i] not in position]
     if missing:
         raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other images")
-    return to_uint8(torch.stack([images[(0, position[names[i]])][0] for i in chosen]))
+    return pictures_of(to_uint8(torch.stack([images[(0, position[names[i]])][0] for i in chosen])))
+
+
+def pictures_of(images):
+    """PIL images of (n, 3, H, W) uint8."""
+    return [Image.fromarray(image.numpy()) for image in images.permute(0, 2, 3, 1)]
 
 
 @torch.no_grad()
 def decode(vae, latent_scale, latents, device):
-    return to_uint8(vae.decode(latent_scale.restore(latents.to(device)))).cpu()
+    return pictures_of(to_uint8(vae.decode(latent_scale.restore(latents.to(device)))).cpu())
 
 
 def pyramid(latents, scales):
@@ -106,8 +112,8 @@ def main():
     if pictures is not None:
         rows.insert(0, pictures)
         names.insert(0, "original")
-    growing = draw_table(decode(vae, scale, pyramid(latents[:1], scales), device)[None], ["pyramid"], [f"{s}x{s}" for s in scales])
-    save(stack(draw_table(torch.stack(rows), names), growing), args.output)
+    growing = draw_table([decode(vae, scale, pyramid(latents[:1], scales), device)], ["pyramid"], [f"{s}x{s}" for s in scales])
+    save(stack(draw_table(rows, names), growing), args.output)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,33 @@
 """Labelled tables of images."""
+import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from models import FlowARError
+from models.files import reading
 from util.files import check_output
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
 GAP = 2
+SETTINGS = "flowar"  # name of the text chunk
 LETTER = 7  # pixels of PIL's built-in font
 
 
 def draw_table(rows, names, titles=()):
-    """Picture of rows of images (rows, columns, 3, h, w) uint8, named at the left and titled at the top."""
-    factor = max(1, -(-SMALLEST_CELL // rows.shape[-1]))
-    rows = rows.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    height, width = rows.shape[-2:]
+    """Picture of rows of PIL images of one size, named at the left and titled at the top."""
+    factor = max(1, -(-SMALLEST_CELL // rows[0][0].width))
+    width, height = (factor * side for side in rows[0][0].size)
+    columns = max(map(len, rows))
     left, top = LETTER * max(map(len, names)) + 2 * GAP if any(names) else GAP, 2 * LETTER if titles else GAP
-    picture = Image.new("RGB", (left + rows.shape[1] * (width + GAP), top + rows.shape[0] * (height + GAP)), "white")
+    picture = Image.new("RGB", (left + columns * (width + GAP), top + len(rows) * (height + GAP)), "white")
     pen = ImageDraw.Draw(picture)
     for i, (row, name) in enumerate(zip(rows, names)):
         y = top + i * (height + GAP)
         pen.text((GAP, y + height // 2 - LETTER), name, fill="black")
         for j, image in enumerate(row):
-            picture.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (left + j * (width + GAP), y))
+            picture.paste(image.resize((width, height), Image.Resampling.NEAREST), (left + j * (width + GAP), y))
     for j, title in enumerate(titles):
         pen.text((left + j * (width + GAP), 0), title, fill="black")
     return picture
@@ -46,9 +50,28 @@ def check_picture(path):
     check_output(path)
 
 
-def save(picture, path):
+def png_text(settings):
+    """What Image.save takes as pnginfo: how a picture was made, as JSON in a text chunk."""
+    info = PngInfo()
+    info.add_itxt(SETTINGS, json.dumps(settings))
+    return info
+
+
+def read_settings(path):
+    """What png_text wrote into a PNG, or FlowARError."""
+    with reading(path), Image.open(path, formats=["PNG"]) as image:
+        image.load()
+        found = json.loads(image.info.get(SETTINGS, "null"))
+    if not isinstance(found, dict):
+        raise FlowARError(f"{path}: holds no settings of scripts/sample.py")
+    return found
+
+
+def save(picture, path, settings=None):
+    """Write a picture; a PNG carries the settings that it was made with."""
+    text = {"pnginfo": png_text(settings)} if settings and Path(path).suffix.lower() == ".png" else {}
     try:
-        picture.save(path)
+        picture.save(path, **text)
     except (OSError, ValueError) as error:
         raise FlowARError(f"{path}: cannot be written ({error})") from error
     print(path)

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from models import MODELS, FlowARError
 from models.flow_matching import CFG_SCHEDULES, SOLVERS
@@ -130,8 +130,9 @@ def add_model_options(parser):
     add("--img_size", type=pixels, help="pixels a side; default 256, the cache's in training, or the checkpoint's "
         "latent size x VAE stride in eval.py")
     add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    add("--vae_path", type=some_path, default="pretrained_models/vae/kl16.ckpt",
-        help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    add("--vae_path", type=some_path,
+        help="VAE: kl16.ckpt or a file of scripts/train_vae.py, by path, hf:OWNER/REPO/FILE or released:kl16; default: "
+             "pretrained_models/vae/kl16.ckpt; when sampling the run's own, else that, else released:kl16")
     add("--vae_embed_dim", type=width, help="latent channels; default 16, or the VAE's in eval.py")
     add("--vae_stride", type=positive, help="pixels a latent cell; default 16, or the VAE's in eval.py")
     add("--patch_size", type=positive, help="latent cells a token, a side; default 1, or the checkpoint's in eval.py")
@@ -147,17 +148,18 @@ def add_model_options(parser):
 def add_sampling_options(parser):
     add = parser.add_argument_group("sampling").add_argument
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
-    add("--num_step", type=several(steps), default="25",
-        help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); *")
+    add("--num_step", type=several(steps),
+        help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); default: the checkpoint's, else 25; *")
     add("--num_step_last", type=several(steps), help="anneal the steps to this number at the last scale (DiSA); *")
-    add("--solver", type=several(solver), default="euler",
-        help="euler (the release's) or ab2: one evaluation a step; heun, midpoint: two; rk4: four; *")
-    add("--cfg", type=several(at_least_one), default="1.0", help="classifier-free guidance scale of the last scale; *")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear",
-        help="guidance over scales: a ramp from 1, or constant")
-    add("--guidance", type=several(fraction), default="0.9",
-        help="guidance acts only at times t <= this (t = 1 is noise); *")
-    add("--temperature", type=real, default=1.0, help="factor of the starting noise")
+    add("--solver", type=several(solver), help="euler (the release's) or ab2: one evaluation a step; heun, midpoint: "
+        "two; rk4: four; default: the checkpoint's, else euler; *")
+    add("--cfg", type=several(at_least_one),
+        help="classifier-free guidance scale of the last scale; default: the checkpoint's, else 1.0 (none); *")
+    add("--cfg_schedule", choices=CFG_SCHEDULES,
+        help="guidance over scales: a ramp from 1, or constant; default: the checkpoint's, else linear")
+    add("--guidance", type=several(fraction),
+        help="guidance acts only at times t <= this (t = 1 is noise); default: the checkpoint's, else 0.9; *")
+    add("--temperature", type=real, help="factor of the starting noise; default: the checkpoint's, else 1.0")
 
 
 def add_evaluation_options(parser):
@@ -332,13 +334,33 @@ def model_options(args):
     return {"scale": args.scales, **{name: getattr(args, name) for name in names if hasattr(args, name)}}
 
 
-def sampling_options(args):
-    """The arguments of FlowAR.sample_tokens out of the options, one value each (sweep_points)."""
-    if args.num_step_last is not None and args.num_step_last > args.num_step:
-        raise FlowARError(f"--num_step_last {args.num_step_last} is above --num_step {args.num_step}: steps are "
-                          "annealed down to it")
-    return dict(num_steps=args.num_step, num_steps_last=args.num_step_last, cfg=args.cfg, guidance=args.guidance,
-                cfg_schedule=args.cfg_schedule, temperature=args.temperature, solver=args.solver)
+class Setting(NamedTuple):
+    """Of an argument of FlowAR.sample_tokens: the option, the release's value, and what a value must be."""
+    option: str
+    default: object
+    kind: Callable
+
+
+SAMPLING = {
+    "num_steps": Setting("num_step", 25, steps), "num_steps_last": Setting("num_step_last", None, steps),
+    "cfg": Setting("cfg", 1.0, at_least_one), "guidance": Setting("guidance", 0.9, fraction),
+    "cfg_schedule": Setting("cfg_schedule", "linear", str), "temperature": Setting("temperature", 1.0, real),
+    "solver": Setting("solver", "euler", solver)}
+
+
+def sampling_options(args, stored=None):
+    """The arguments of FlowAR.sample_tokens: options with one value each (sweep_points), then those that a checkpoint
+    has `stored`, then the release's.
+    """
+    given = {argument: getattr(args, setting.option) for argument, setting in SAMPLING.items()}
+    if given["num_steps"] is not None:
+        stored = {name: value for name, value in (stored or {}).items() if name != "num_steps_last"}
+    values = {**{argument: setting.default for argument, setting in SAMPLING.items()}, **(stored or {}),
+              **{argument: value for argument, value in given.items() if value is not None}}
+    if values["num_steps_last"] is not None and values["num_steps_last"] > values["num_steps"]:
+        raise FlowARError(f"--num_step_last {values['num_steps_last']} is above --num_step {values['num_steps']}: "
+                          "steps are annealed down to it")
+    return values
 
 
 SWEPT = ("cfg", "guidance", "num_step", "num_step_last", "solver")  # of these an evaluation takes several values

@@ -3,17 +3,21 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import json
 import os
 import pickle
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from models.files.archives import DEEPEST, check_torch_file, extraction_command
 from models.files.downloads import check_download, is_safetensors
 from models.errors import FlowARError
+
+DESCRIBED = "flowar"  # in the header of our own safetensors files: what their tensors are
 
 
 def read_file(path, mmap=False, legacy=False):
@@ -28,7 +32,7 @@ def read_file(path, mmap=False, legacy=False):
         raise FlowARError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
     try:
         if is_safetensors(path):
-            return load_file(path)
+            return read_safetensors(path)
         check_download(path)
         length, zipped = check_torch_file(path, legacy)
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
@@ -43,6 +47,21 @@ def read_file(path, mmap=False, legacy=False):
         raise FlowARError(f"{path}: not a file of tensors ({first_line(error)}); {extraction_command(path)}") from error
     except Exception as error:  # a damaged file makes torch, zipfile and safetensors raise almost anything
         raise FlowARError(f"{path}: cannot be read, truncated or not a weights file ({first_line(error)})") from error
+
+
+def read_safetensors(path):
+    """{name: tensor}, or of a file of write_safetensors what it was given."""
+    with safe_open(path, framework="pt") as file:
+        said = json.loads((file.metadata() or {}).get(DESCRIBED, "null"))
+    tensors = load_file(path)
+    return {**said, said.get("weights_key") or "model": tensors} if isinstance(said, dict) else tensors
+
+
+def write_safetensors(tensors, said, path):
+    """A file that read_file gives back as {**said, said["weights_key"]: tensors}; said: plain values."""
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    with writing(path) as file:
+        save_file(tensors, file.name, {DESCRIBED: json.dumps(said)})
 
 
 def check_claims(content, path, limit):

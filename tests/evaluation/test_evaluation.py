@@ -313,7 +313,7 @@ def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, 
     trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
     for extra in ("", GEOMETRY):
         args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
-        model, vae, description, _ = open_for_sampling(args, torch.device("cpu"))
+        model, vae, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
         assert description["model"] == "flowar_tiny" and model.scale == (1, 2, 4) and vae.stride == 4
     for name, value in model.state_dict().items():
         expected = trained["model_ema"][name]
@@ -324,7 +324,7 @@ def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_
     trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
     for extra, kind, key in (("", "ema", "model_ema"), ("--weights ema", "ema", "model_ema"), ("--weights raw", "raw", "model")):
         args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
-        model, _, description, _ = open_for_sampling(args, torch.device("cpu"))
+        model, _, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
         assert torch.equal(model.class_emb.weight, trained[key]["class_emb.weight"])
         assert (description["weights"], description["weights_key"]) == (kind, key)
         assert f"under '{key}'; not used: " in capsys.readouterr().out

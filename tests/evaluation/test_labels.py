@@ -4,7 +4,6 @@ import sys
 import distance
 import numpy as np
 import pytest
-import sample
 import torch
 from helpers import evaluate, make_project, train
 
@@ -123,13 +122,6 @@ def test_training_knows_its_own_counts(tmp_path, capsys):
     assert (report["labels"], report["classes_sampled"], report["num_images"]) == ("train", 6, 6)
     out = capsys.readouterr().out
     assert "of the reference" in out and "8 to 8 images), those of the samples are drawn in the proportions of the training images (of 10)" in out
-
-
-def test_samples_are_captioned_with_the_checkpoints_names(tmp_path):
-    assert sample.class_names(None, Classes(3, ["cat", "dog"])) == ["cat", "dog", "2"] and sample.class_names(None, Classes(2)) == ["0", "1"]
-    for name in ("ape", "yak", ".hidden"):
-        (tmp_path / name).mkdir()
-    assert sample.class_names(tmp_path, Classes(2, ["cat", "dog"])) == ["ape", "yak"]
 
 
 @pytest.mark.parametrize("kind,classes,reference,share", [

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from models import FlowARError
 from models.files import first_line
+from models.files.hub import is_remote, local_file
 from util.cluster.devices import select_device
 from util.cluster.watch import Watch
 
@@ -50,6 +51,14 @@ def first_on_host():
     yield
     if first:
         barrier()
+
+
+def fetch(*names):
+    """Download files of the hub, see models.files.hub, once on every host."""
+    if any(map(is_remote, names)):
+        with first_on_host():
+            for name in names:
+                local_file(name)
 
 
 def agree(what, value):

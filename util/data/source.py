@@ -7,7 +7,7 @@ from models import FlowARError
 from models.files import name_some
 from models.vae import DiagonalGaussian
 from models.vaes import find_vae
-from util.cluster import from_main, log, rank, world_size
+from util.cluster import fetch, from_main, log, rank, world_size
 from util.data.door import DATASETS, DataSettings, find_data, open_data
 from util.data.folders import advice, name_classes, split_folder
 from util.data.images import Images
@@ -51,6 +51,7 @@ def open_sources(args, device, class_num=None):
     its LatentOrigin). class_num: of the checkpoint to go on from.
     """
     kind, named = from_main(lambda: find_cache(args)), find_vae(args.vae, args.vae_path)
+    fetch(named.path)
     vae = open_if_there(named, device, needed=kind is None)
     known = DATASETS[kind].geometry(args.cached_path) if kind else {
         "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
@@ -83,7 +84,7 @@ def open_sources(args, device, class_num=None):
     if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
         log("warning: the validation set is the training set: its loss says nothing of images that were not seen")
     if vae is None:
-        log(f"no VAE at {args.vae_path} (--vae_path): no sample grids")
+        log(f"no VAE ({named.option}): no sample grids")
     return args, source, validation, vae, origin
 
 

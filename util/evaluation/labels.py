@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models import FlowARError
-from models.files import read_file, reading
+from models.files import reading
 from util.cluster import log
 from util.files import check_fields, is_count, is_strings
 
@@ -42,10 +42,12 @@ class Classes(NamedTuple):
                 + ("sampled all the same" if all_classes else "not sampled (--all_classes samples them)"))
 
 
-def classes_of(data, number, path):
-    """Classes of what a checkpoint says of its training data: {"classes": names, "counts": images of each, ...}."""
+def classes_of(data, number, path, trained=False):
+    """Classes of what a checkpoint says of its training data: {"classes": names, "counts": images of each, ...}.
+    trained: it is of a training run, not weights alone (such as the released), and should say it.
+    """
     if not isinstance(data, dict) or "classes" not in data or data.get("counts") is None:
-        return Classes(number)
+        return Classes(number, path=str(path) if trained else None)
     data = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
     check_fields(data, {"classes": (is_strings, "a list of names"), "counts": (
         lambda value: isinstance(value, list) and all(map(is_count, value)), "a list of numbers")}, f"{path}: data")
@@ -54,15 +56,7 @@ def classes_of(data, number, path):
         raise FlowARError(f"{path}: data has {len(names)} classes and {len(data['counts'])} counts of "
                           f"{sum(data['counts'])} images, expected a count of each and at most {number} classes")
     counts[:len(names)] = data["counts"]
-    return Classes(number, names, counts)
-
-
-def read_classes(path, number):
-    """Classes of a checkpoint."""
-    content = read_file(path, mmap=True)
-    found = classes_of(content.get("data"), number, path)
-    # Weights alone, such as the released ones, have nothing to tell: of a training checkpoint it is said.
-    return found if found.counts is None and "optimizer" not in content else found._replace(path=str(path))
+    return Classes(number, names, counts, str(path))
 
 
 class Labels(NamedTuple):

@@ -33,12 +33,23 @@ class Sampler(NamedTuple):
     def device(self):
         return self.model.class_emb.weight.device
 
+    def with_settings(self, settings):
+        """The same with other arguments of FlowAR.sample_tokens; FlowARError for what is none of them."""
+        unknown = sorted(settings.keys() - self.options.keys())
+        if unknown:
+            raise FlowARError(f"{unknown[0]}: no setting of sampling, expected one of {', '.join(self.options)}")
+        return self._replace(options={**self.options, **settings})
+
+    def noise(self, indices):
+        """Starting noise of images by their index, see FlowAR.draw_noise."""
+        return image_noise(self.model, self.seed, indices)
+
     @torch.no_grad()
-    def pyramid(self, labels, indices, nfe=None):
-        """Latents of every scale, see FlowAR.sample_pyramid, for lists of labels and of the images' indices."""
-        labels, noise = torch.tensor(labels, device=self.device), image_noise(self.model, self.seed, indices)
+    def pyramid(self, labels, noise, nfe=None, **known):
+        """Latents of every scale for a list of labels and noise(indices); known: see FlowAR.sample_pyramid."""
+        labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
-            return self.model.sample_pyramid(labels, noise=noise, nfe=nfe, **self.options)
+            return self.model.sample_pyramid(labels, noise=noise, nfe=nfe, **known, **self.options)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -57,7 +68,7 @@ class Sampler(NamedTuple):
         for start in range(0, len(labels), self.batch):
             some = labels[start:start + self.batch]
             indices = range(first + start, first + start + len(some))
-            pixels, finite = self.decode(self.model.unpatchify(self.pyramid(some, indices)[-1]))
+            pixels, finite = self.decode(self.model.unpatchify(self.pyramid(some, self.noise(indices))[-1]))
             images.append(pixels.cpu())
             bad += [index for index, ok in zip(indices, finite.tolist()) if not ok]
         self.refuse_not_finite(bad, len(labels))

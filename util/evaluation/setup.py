@@ -1,4 +1,5 @@
 """From options to what samples and measures: the door that eval.py, main_flowar.py --evaluate and scripts share."""
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -6,20 +7,24 @@ import torch
 
 from models import FlowARError
 from models.files import file_hash, tensors_hash
-from models.files.checkpoints import find_model, recognise_geometry
+from models.files.checkpoints import find_model, recognise_geometry, saved_options
+from models.files.hub import RELEASE, is_remote, release_of
 from models.registry import open_model, recognise_size
-from models.vaes import find_vae
-from util.cluster import AUTOCAST, agree, check_compiler, from_main, is_main, log, set_precision, set_way_on
+from models.vaes import DEFAULT_PATH, find_vae
+from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
 from util.data.pixels import WHITE
-from util.evaluation.labels import Labels, choose_labels, classes_of, read_classes, warn_of_mix
+from util.evaluation.labels import Classes, Labels, choose_labels, classes_of, warn_of_mix
 from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_few
 from util.evaluation.references import Reference, find_reference
 from util.evaluation.reports import CODE
 from util.evaluation.sampler import Sampler
-from util.options import check_geometry, check_vae, model_options, resolve_geometry, sampling_options, sweep_points
+from util.options import (SAMPLING, check_geometry, check_vae, model_options, resolve_geometry, sampling_options,
+                          sweep_points, with_options)
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
 from util.training.provenance import check_origin, origin_of, saved_origin
+
+KL16_VAE = "kl16"  # --vae's default
 
 
 class Measure(NamedTuple):
@@ -70,12 +75,22 @@ class Plan(NamedTuple):
                 **self.labels.settings()}
 
 
+class Opened(NamedTuple):
+    """What samples are made with."""
+    model: torch.nn.Module
+    vae: torch.nn.Module
+    precision: str
+    description: dict  # for a report
+    classes: Classes
+    sampling: dict  # settings that the checkpoint asks for, see options.sampling_options
+
+
 def open_for_sampling(args, device, identify=False):
-    """(model, VAE, description for a report, precision) of --resume and --vae_path, as the other options want them.
+    """The Opened of --resume and --vae_path, as the other options want them.
     identify: with the weights' hash, for which those without a checksum are read once more, by rank 0."""
     if not args.resume:
-        raise FlowARError("--resume is missing: "
-                          "give a checkpoint, a directory with checkpoint-last.pth or a .safetensors")
+        raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
+                          ".safetensors, or a name such as released:flowar_small")
     release = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
     precision = set_precision(args.precision or release, device)
     path, content = read_model_file(args.resume)
@@ -83,14 +98,19 @@ def open_for_sampling(args, device, identify=False):
     checksum = content.get("checksum")  # of its content, and verified when it was found
     checksum = checksum if isinstance(checksum, str) else None
     trained_with = saved_origin(content)
-    if trained_with.sha256 is None and "optimizer" in content:
+    is_run = "optimizer" in content  # not weights alone
+    if trained_with.sha256 is None and is_run:
         log(f"{path}: does not say with which VAE it was trained: whether it is this one cannot be checked")
-    del content
-    named = find_vae(args.vae, args.vae_path)
+    sampling, data = saved_sampling(content, args.resume), content.get("data")
+    vae, vae_path = choose_vae(args, content)
+    named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
+    fetch(named.path)
     vae, notes = named.open()
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
     named_size, args = args.model, recognise(args, weights.tensors, path, vae)
+    classes = from_main(lambda: classes_of(data, args.class_num, path, is_run))
+    del content
     check_vae(vae, args)
     try:
         model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
@@ -100,8 +120,8 @@ def open_for_sampling(args, device, identify=False):
     for note in (f"{path}: {weights.describe(left_out)}", *notes):
         log(note)
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
-                   "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name,
-                   "vae_sha256": origin.sha256}
+                   "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
+                   "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}
     if identify and is_main():
         description.update(checkpoint_sha256=checksum or file_hash(path))
     prepare.for_sampling(model.to(device), AUTOCAST.get(precision))
@@ -110,7 +130,32 @@ def open_for_sampling(args, device, identify=False):
         prepare.compile_sampling(model, args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
-    return model, vae.to(device), description, precision
+    return Opened(model, vae.to(device), precision, description, classes, sampling)
+
+
+def choose_vae(args, content):
+    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released."""
+    if args.vae != KL16_VAE or args.vae_path:
+        return args.vae, args.vae_path
+    path = saved_options(content).get("vae_path")
+    if isinstance(path, str) and path and saved_options(content).get("vae") == KL16_VAE:
+        return KL16_VAE, path
+    return KL16_VAE, DEFAULT_PATH if from_main(Path(DEFAULT_PATH).is_file) else RELEASE + "kl16"
+
+
+def saved_sampling(content, name):
+    """Settings of sampling that a checkpoint was published with, or its run was given; {} if there are none."""
+    release, options = release_of(name), saved_options(content)
+    said = release.sampling if release else {argument: options[setting.option] for argument, setting in SAMPLING.items()
+                                             if options.get(setting.option) is not None}
+    try:
+        said = {argument: SAMPLING[argument].kind(str(value)) for argument, value in said.items()}
+    except argparse.ArgumentTypeError as error:
+        raise FlowARError(f"{name}: its settings of sampling: {error}") from error
+    unlike = [f"{argument} {value}" for argument, value in said.items() if value != SAMPLING[argument].default]
+    if unlike:
+        log(f"{name}: sampled with {', '.join(unlike)} where no option says otherwise")
+    return said
 
 
 def recognise(args, state, path, vae):
@@ -123,10 +168,10 @@ def recognise(args, state, path, vae):
     return resolve_geometry(args, {**known, **(recognise_size(state, path) if args.model is None else {})})
 
 
-def build_sampler(args, model, vae, precision, classes=None):
-    """The Sampler of options with one value each; classes: see Sampler."""
-    return Sampler(model, vae, sampling_options(args), precision, args.seed, args.eval_bsz, args.resume or "the EMA",
-                   classes)
+def build_sampler(args, model, vae, precision, classes=None, stored=None):
+    """The Sampler of options with one value each; classes: see Sampler; stored: see sampling_options."""
+    return Sampler(model, vae, sampling_options(args, stored), precision, args.seed, args.eval_bsz,
+                   args.resume or "the EMA", classes)
 
 
 def build_labels(args, count, classes):
@@ -155,9 +200,9 @@ def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     agree("the code (models/, util/, engine_flowar.py)", CODE)
     set_way_on("the same command goes on", "with the batches that are missing")
-    model, vae, description, precision = open_for_sampling(args, device, identify=True)
-    classes = from_main(lambda: read_classes(Path(description["checkpoint"]), model.class_num))
-    labels = build_labels(args, args.num_images, classes)
-    measure = build_measure(args, model.img_size, labels, device)
-    samplers = {name: build_sampler(point, model, vae, precision) for name, point in sweep_points(args).items()}
-    return samplers, Plan(labels, args.save_images, args.save_npz), measure, description, Path(args.output_dir)
+    opened = open_for_sampling(args, device, identify=True)
+    labels = build_labels(args, args.num_images, opened.classes)
+    measure = build_measure(args, opened.model.img_size, labels, device)
+    samplers = {name: build_sampler(point, opened.model, opened.vae, opened.precision, stored=opened.sampling)
+                for name, point in sweep_points(args).items()}
+    return samplers, Plan(labels, args.save_images, args.save_npz), measure, opened.description, Path(args.output_dir)

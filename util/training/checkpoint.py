@@ -17,9 +17,10 @@ import torch
 from models import FlowARError
 from models.files import read_file, write_file
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
+from models.files.hub import EXPORTED, is_remote, local_file
 from models.files.states import unused
 from models.registry import LAST, load_model
-from util.cluster import from_main, log
+from util.cluster import fetch, from_main, log
 from util.files import make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
@@ -229,12 +230,12 @@ def all_in(folder):
 
 def find(resume):
     """Path of the newest whole checkpoint of --resume, a file or directory; FlowARError if none. Names damaged ones."""
-    path = Path(resume)
+    path = local_file(resume)
     if not path.is_file() and not path.is_dir():
         raise FlowARError(f"{resume}: no such checkpoint file or directory")
-    found = all_in(path) if path.is_dir() else [path]
+    found = all_in(path) or list(filter(Path.is_file, [path / EXPORTED])) if path.is_dir() else [path]
     if not found:
-        raise FlowARError(f"{resume}: no {LAST} in this directory")
+        raise FlowARError(f"{resume}: no {LAST} in this directory, nor {EXPORTED}")
     for candidate, before in zip(found, [*found[1:], None]):
         try:
             check_whole(candidate)
@@ -256,7 +257,9 @@ def check_whole(path):
 
 def read_model_file(resume):
     """(path, content) of --resume, memory-mapped: the ranks of a host share its pages."""
+    fetch(resume)
     path = from_main(lambda: find(resume))
+    path = local_file(resume) if is_remote(resume) else path  # each host has its own cache
     return path, read_file(path, mmap=True)
 
 
@@ -337,7 +340,9 @@ def find_start(resume, output_dir):
             return None
         return find(resume) if resume else None
 
+    fetch(resume)
     path = from_main(choose)
+    path = local_file(resume) if is_remote(resume) else path
     return (path, read_file(path, mmap=True)) if path else (None, {})
 
 

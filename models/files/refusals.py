@@ -1,4 +1,6 @@
-"""What FlowAR refuses: geometry that cannot work, labels outside of the classes."""
+"""What FlowAR refuses, of files and callers: geometry that cannot work, labels outside of the classes, wrong shapes."""
+import torch
+
 from models import kernels
 from models.errors import FlowARError
 
@@ -52,3 +54,23 @@ def check_labels(labels, limit, wait=True):
     if not kernels.is_sure(((labels >= 0) & (labels < limit)).all(), wait):
         bad = labels[(labels < 0) | (labels >= limit)][0].item()
         raise FlowARError(f"label {bad} is outside 0..{limit - 1}")
+
+
+def check_shapes(what, tensors, shapes):
+    """FlowARError unless the tensors have these shapes."""
+    found = [tuple(x.shape) for x in tensors]
+    if found != shapes:
+        raise FlowARError(f"{what} has shapes {found}: expected {shapes}")
+
+
+def check_grids(model, batch, noise, given, known):
+    """FlowARError unless what FlowAR.sample_pyramid is given is of the model's shapes."""
+    grids = [(batch, model.token_channels, s, s) for s in model.scale]
+    check_shapes("noise", noise, [(batch, s * s, model.token_channels) for s in model.scale])
+    check_shapes("given", given, grids[:len(given)])
+    if known:
+        latents, cells = known
+        check_shapes("known latents", latents, grids)
+        check_shapes("known cells", cells, [(1 if len(m) == 1 else batch, 1, s, s) for m, s in zip(cells, model.scale)])
+        if any(m.dtype != torch.bool for m in cells):
+            raise FlowARError("known cells are numbers: expected bool, True where a cell is kept")

@@ -1,0 +1,176 @@
+"""Weights by name, with the hub's own client against a small server on this machine that speaks its protocol."""
+import contextlib
+import hashlib
+import http.server
+import shutil
+import threading
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from helpers import make_project, run, small_model, training_command
+from models import FlowARError, load_flowar, load_vae
+from models.files import hub
+from models.files.tensors import write_file, write_safetensors
+from util.files import read_json
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """files: {(repository, revision, file): bytes}; gets: paths of what was downloaded; cut: bytes after which it hangs up."""
+
+    def __init__(self):
+        self.files, self.gets, self.cut, self.status = {}, [], None, {}
+
+    def find(self, path):
+        """(status, error code, content) of /OWNER/REPO/resolve/REVISION/FILE."""
+        if "/resolve/" not in path:
+            return 404, None, b""
+        owner, repo, _, revision, file = path.lstrip("/").split("/", 4)
+        name = f"{owner}/{repo}"
+        if name in self.status:
+            return *self.status[name], b""
+        if not any(known[0] == name for known in self.files):
+            return 404, "RepoNotFound", b""
+        if not any(known[:2] == (name, revision) for known in self.files):
+            return 404, "RevisionNotFound", b""
+        content = self.files.get((name, revision, file))
+        return (200, None, content) if content is not None else (404, "EntryNotFound", b"")
+
+    def handler(hub):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_HEAD(self, body=False):
+                status, code, content = hub.find(self.path)
+                self.send_response(status)
+                self.send_header("X-Repo-Commit", COMMIT)
+                if code:
+                    self.send_header("X-Error-Code", code)
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if body:
+                    hub.gets += [self.path] * ("/resolve/" in self.path)
+                    with contextlib.suppress(OSError):
+                        self.wfile.write(content[:hub.cut])
+
+            def do_GET(self):
+                self.do_HEAD(body=True)
+        return Handler
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    served = Hub()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), served.handler()) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        served.address = f"http://127.0.0.1:{http_server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)  # as HF_ENDPOINT does before the client is imported
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+        yield served
+        http_server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "x.pth"
+    write_file(small_model().state_dict(), path)
+    return path.read_bytes()
+
+
+def test_a_file_is_downloaded_once(server, weights, monkeypatch):
+    server.files[("me/it", "main", "deep/x.pth")] = server.files[("me/it", "v1", "x.pth")] = weights
+    path = hub.local_file("hf:me/it/deep/x.pth")
+    assert path.read_bytes() == weights and hub.local_file("hf:me/it/deep/x.pth") == path and len(server.gets) == 1
+    assert hub.local_file("hf:me/it/x.pth@v1").read_bytes() == weights
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is in the cache needs no network
+    assert hub.local_file("hf:me/it/deep/x.pth") == path
+    with pytest.raises(FlowARError, match="other.pth is not in the cache .*cache, and HF_HUB_OFFLINE is set: "):
+        hub.local_file("hf:me/it/other.pth")
+
+
+@pytest.mark.parametrize("name,message", [
+    ("hf:me/it/x.pth@v9", "hf:me/it/x.pth@v9: .*/me/it: it has no revision v9: "),
+    ("hf:me/it/y.pth", "hf:me/it/y.pth: .*/me/it: it has no file y.pth: "), ("hf:me/it", "it has no file model.safetensors"),
+    ("hf:you/it/x.pth", "no such repository, or a private one: "), ("hf:me/shut/x.pth", "asks for an account: .*HF_TOKEN"),
+    ("hf:me", "expected hf:OWNER/REPO/FILE, or hf:OWNER/REPO/FILE@REVISION"), ("hf:me/it/x.pth@", "expected hf:OWNER/REPO/FILE"),
+    ("hf:me/i t/x.pth", "expected hf:OWNER/REPO/FILE"), ("hf:me/down/x.pth", "hf:me/down/x.pth: "),
+    ("released:flowar_base", "expected one of released:flowar_small, .*released:kl16")])
+def test_what_is_not_there_is_said_in_one_line(server, weights, name, message):
+    server.files[("me/it", "main", "x.pth")] = weights
+    server.status = {"me/shut": (403, "GatedRepo"), "me/down": (500, None)}
+    with pytest.raises(FlowARError, match=message) as caught:
+        load_flowar(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_way_on_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with pytest.raises(FlowARError, match="the hub does not answer .*: download it where there is a network, or give the path"):
+        hub.local_file("hf:me/it/x.pth")
+
+
+def test_a_connection_cut_in_the_middle_leaves_nothing(server, weights):
+    server.files[("me/it", "main", "x.pth")] = weights
+    server.cut = len(weights) // 2
+    with pytest.raises(FlowARError, match="hf:me/it/x.pth: .*the download of x.pth failed .*nothing of it is kept"):
+        hub.local_file("hf:me/it/x.pth")
+    server.cut = None
+    assert hub.local_file("hf:me/it/x.pth").read_bytes() == weights
+
+
+@pytest.mark.parametrize("content,what", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 687000000\n", "the pointer of git-LFS to one of 687,000,000 bytes"),
+    (b"<!DOCTYPE html><html>Sign in</html>", "a web page"), (b"", "it is empty")])
+def test_what_is_served_in_place_of_weights_is_named(server, content, what):
+    server.files[("me/it", "main", "x.pth")] = content
+    with pytest.raises(FlowARError, match=f"hf:me/it/x.pth: what the hub has there is no weights file .*{what}"):
+        load_flowar("hf:me/it/x.pth")
+
+
+def test_released_names_are_the_authors_files(server, weights, tmp_path):
+    server.files[("OliverRen/FlowAR", "main", "FlowAR-S.pth")] = weights
+    with pytest.raises(FlowARError, match="tokens have 4 channels"):  # those of the file of this test
+        load_flowar("released:flowar_small")
+    assert server.gets == ["/OliverRen/FlowAR/resolve/main/FlowAR-S.pth"]
+    server.files[("xwen99/mar-vae-kl16", "main", "kl16.ckpt")] = (make_project(tmp_path / "p", 1) / "vae.pth").read_bytes()
+    assert load_vae("released:kl16").embed_dim == 4
+    assert hub.release_of("hf:OliverRen/FlowAR/FlowAR-H.pth").sampling == dict(num_steps=50, cfg=2.4, guidance=0.7)
+    assert hub.release_of("FlowAR-S.pth") is None
+
+
+def test_our_own_safetensors_say_what_they_are(server, tmp_path):
+    model = small_model()
+    said = {"args": {"vae_embed_dim": 4, "vae_stride": 4}, "weights_key": "model_ema"}
+    write_safetensors(model.state_dict(), said, tmp_path / hub.EXPORTED)
+    server.files[("me/it", "main", hub.EXPORTED)] = (tmp_path / hub.EXPORTED).read_bytes()
+    for name in (tmp_path, tmp_path / hub.EXPORTED, "hf:me/it"):
+        with pytest.raises(FlowARError, match="no model of the registry has this size"):
+            load_flowar(name)  # its tensors were found
+    assert hub.weights_file("hf:me/it", "checkpoint-last.pth").name == hub.EXPORTED
+
+
+def test_the_ranks_of_a_host_download_once(server, tmp_path, monkeypatch):
+    """By the environment alone, as a user would: model and VAE by name, sampled as the run says."""
+    project = make_project(tmp_path / "p", 2)
+    run(training_command(project, project / "run", "--cfg 2 --ema_rate 0.5"))
+    server.files[("me/it", "main", "run.pth")] = (project / "run" / "checkpoint-last.pth").read_bytes()
+    server.files[("me/vae", "main", "vae.pth")] = (project / "vae.pth").read_bytes()
+    for name, value in dict(HF_ENDPOINT=server.address, HF_HOME=str(tmp_path / "home")).items():
+        monkeypatch.setenv(name, value)
+    evaluate = "eval.py --num_images 4 --eval_bsz 2 --device cpu --feature_extractor efficientnet-lite0 --resume"
+    done = run(f"{evaluate} hf:me/it/run.pth --vae_path hf:me/vae/vae.pth --output_dir {tmp_path}/eval", processes=2)
+    assert sorted(server.gets) == ["/me/it/resolve/main/run.pth", "/me/vae/resolve/main/vae.pth"]
+    assert "hf:me/it/run.pth: sampled with num_steps 4, cfg 2.0 where no option says otherwise" in done.stdout
+    report = read_json(tmp_path / "eval" / "results.json")
+    assert (report["checkpoint"], report["vae"], report["cfg"]) == ("hf:me/it/run.pth", "hf:me/vae/vae.pth", 2.0)
+    shutil.rmtree(tmp_path / "home")
+    assert torch.is_tensor(load_flowar(project / "run").class_emb.weight)
