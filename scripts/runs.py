@@ -55,10 +55,17 @@ def training_command(project, output, extra=""):
             f"--num_step 4 --num_images 4 {extra}")
 
 
+def words_of(command):
+    """Words of a program's command; under the start method of data workers that START_METHOD names, see tests/start_method.py."""
+    method = os.environ.get("START_METHOD")
+    prefix = [str(ROOT / "tests" / "start_method.py"), method] if method and "start_method.py" not in command else []
+    return prefix + shlex.split(command)
+
+
 def run(command, processes=0, check=True, timeout=300):
     """Run a program of the project, under torchrun for processes > 0, one thread each. Returns the process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = (launcher if processes else [sys.executable]) + shlex.split(command)
+    command = (launcher if processes else [sys.executable]) + words_of(command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -72,7 +79,7 @@ def start(command, processes=0, restarts=0):
     """run() in the background; its output goes on to stop(). In a process group of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
                 "--monitor_interval=0.1"]
-    command = (launcher if processes else [sys.executable]) + shlex.split(command)
+    command = (launcher if processes else [sys.executable]) + words_of(command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 

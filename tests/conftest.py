@@ -1,4 +1,6 @@
 """Make the project's packages and the tests' helpers importable from anywhere."""
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +9,7 @@ sys.path[:0] = [str(TESTS.parent), *map(str, (TESTS, TESTS / "models", TESTS / "
 
 
 def pytest_addoption(parser):
+    parser.addoption("--start_method", choices=("fork", "forkserver", "spawn"), help="of data workers, here and in the programs")
     parser.addoption("--slow", action="store_true", help="the slow tests too: two hosts, small disks, a batch system")
 
 
@@ -20,4 +23,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    if method := config.getoption("--start_method"):
+        multiprocessing.set_start_method(method, force=True)
+        os.environ["START_METHOD"] = method
     config.addinivalue_line("markers", "slow: only with --slow")
