@@ -9,6 +9,7 @@ from helpers import ROOT, SCALES
 
 import models.files.tensors
 from models import FlowARError, build_model
+from models.files import content_hash
 from util.training import checkpoint
 from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
@@ -43,7 +44,7 @@ def test_the_last_are_kept(tmp_path):
     keep(tmp_path, 1, 20, 300)
     assert names(tmp_path) == ["checkpoint-000000020.pth", "checkpoint-000000300.pth", checkpoint.LAST]
     found = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
-    assert found.pop("checksum") == checkpoint.content_hash(content(300)) and found["epoch"] == 300
+    assert found.pop("checksum") == content_hash(content(300)) and found["epoch"] == 300
     assert checkpoint.find(tmp_path).name == "checkpoint-000000300.pth"
 
 

@@ -19,6 +19,7 @@ from helpers import (GEOMETRY, ROOT, assert_same_run, finish, inputs, make_proje
 from torch.utils.data import Dataset
 
 from models import FlowARError
+from models.files import content_hash
 from models.layers import GatedMLP
 from util.training import checkpoint
 from util.data import build_loader
@@ -320,7 +321,7 @@ def with_nan(latents):
 
 
 def state_of(network, ema, optimizer):
-    return [checkpoint.content_hash(part) for part in (network, ema, optimizer["state"])]
+    return [content_hash(part) for part in (network, ema, optimizer["state"])]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler
 `checksum`; a released file is a bare state dict of EMA weights. No random state: draws follow from (seed, step, rank).
 """
 import fcntl
-import hashlib
 import os
 import re
 import socket
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from models import FlowARError
-from models.files import read_file, write_file
+from models.files import check_content, content_hash, read_file, write_file
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.states import unused
 from models.registry import LAST, load_model
@@ -159,25 +158,6 @@ def snapshot(value):
     return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
 
 
-def content_hash(value):
-    """SHA-256 over nested dicts, lists, tensors and plain values, hexadecimal."""
-    digest = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, (dict, list, tuple)):
-            digest.update(f"{type(value).__name__}{len(value)}".encode())
-            for part in value.items() if isinstance(value, dict) else value:
-                add(part)
-        else:
-            digest.update(f"{type(value).__name__}{value!r}".encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
 def link(path, name):
     """Make `name` another name of the file `path`, whatever it was before."""
     temporary = Path(f"{name}.tmp")
@@ -248,10 +228,7 @@ def find(resume):
 
 def check_whole(path):
     """FlowARError unless the file can be read and, if it carries a checksum, agrees with it."""
-    content = read_file(path, mmap=True)
-    said = content.pop("checksum", None) if isinstance(content, dict) else None
-    if isinstance(said, str) and content_hash(content) != said:
-        raise FlowARError(f"{path}: its content is not what was written (checksum): damaged")
+    check_content(read_file(path, mmap=True), path)
 
 
 def read_model_file(resume):
