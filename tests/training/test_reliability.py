@@ -198,6 +198,12 @@ def test_saving_by_the_clock(project, tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.of_steps(tmp_path / "never")] == [5]
 
 
+def test_the_checkpoint_that_was_gone_back_to_stays(project, tmp_path):
+    train(project, tmp_path, "--epochs 1 --save_every 1 --keep 5")
+    train(project, tmp_path, f"--epochs 1 --save_every 1 --keep 1 --resume {tmp_path}/checkpoint-000000002.pth")
+    assert [checkpoint.step_of(path) for path in checkpoint.of_steps(tmp_path)] == [5, 2]
+
+
 # ---- asked to leave --------------------------------------------------------------------------------------------
 
 

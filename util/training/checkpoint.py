@@ -32,14 +32,15 @@ LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was k
 
 class CheckpointWriter:
     """Writes the checkpoints of a run in the background, on rank 0, and keeps the last `keep` of them, and for ever
-    those after a multiple of `keep_every` epochs.
+    those after a multiple of `keep_every` epochs, of this run's or of that which wrote them. resume: the run's option;
+    a file that it names in this folder stays.
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
     symbolic link). A failed write raises FlowARError from the next call; older files go after a newer one is there.
     Files that are not this class's, see of_steps, are left alone.
     """
 
-    def __init__(self, folder, keep, minutes=None, step=0, keep_every=0):
+    def __init__(self, folder, keep, minutes=None, step=0, keep_every=0, resume=""):
         self.folder, self.keep, self.minutes, self.keep_every = Path(folder), keep, minutes, keep_every
         self.writer = self.error = None
         self.saved, self.saved_at = step, time.monotonic()
@@ -48,6 +49,8 @@ class CheckpointWriter:
                 torn.unlink()
         last, owned = self.folder / LAST, of_steps(self.folder)
         self.spared = {path.name for path in numbered(self.folder) if path not in owned}  # and milestones
+        if Path(resume).is_file() and Path(resume).parent.samefile(self.folder):
+            self.spared.add(Path(resume).name)
         aside = [later for later in owned if step_of(later) > step]
         left = [path for path in owned if path not in aside]
         if left and last.is_file() and any(last.samefile(later) for later in aside):
@@ -81,8 +84,9 @@ class CheckpointWriter:
     def _remove_old(self):
         mine = [path for path in numbered(self.folder) if path.name not in self.spared]
         for old in mine[self.keep:]:
-            progress = saved_progress(old) or {}
-            if progress.get("step") != step_of(old) or is_milestone(progress, self.keep_every):
+            content = saved_content(old)
+            progress, every = progress_of(content) or {}, saved_options(content).get("keep_every")
+            if progress.get("step") != step_of(old) or any(is_milestone(progress, n) for n in (self.keep_every, every)):
                 self.spared.add(old.name)
             else:
                 old.unlink(missing_ok=True)
@@ -171,8 +175,8 @@ def link(path, name):
 
 def of_steps(folder):
     """checkpoint-<step>.pth of a folder, the latest step first: of nine digits, and of that step, or damaged."""
-    return [path for path in numbered(folder) if (saved_progress(path) or {"step": step_of(path)}).get("step")
-            == step_of(path)]
+    progress = {path: progress_of(saved_content(path)) or {"step": step_of(path)} for path in numbered(folder)}
+    return [path for path, found in progress.items() if found.get("step") == step_of(path)]
 
 
 def numbered(folder):
@@ -185,19 +189,26 @@ def step_of(path):
     return int(OWN.fullmatch(path.name)[1])
 
 
-def saved_progress(path):
-    """`progress` of a checkpoint's file, of step None where it has none; None where it cannot be read."""
+def saved_content(path):
+    """What a file holds, memory-mapped; None if it cannot be read."""
     try:
-        content = read_file(path, mmap=True)
+        return read_file(path, mmap=True)
     except FlowARError:
+        return None
+
+
+def progress_of(content):
+    """`progress` of a file's content, of step None where it has none; None of none."""
+    if content is None:
         return None
     progress = content.get("progress") if isinstance(content, dict) else None
     return progress if isinstance(progress, dict) and progress else {"step": None}
 
 
 def is_milestone(progress, epochs):
-    """Whether a checkpoint was saved after a multiple of so many epochs; 0: none is."""
-    return epochs > 0 and progress.get("done") == 0 and progress["epoch"] > 0 and progress["epoch"] % epochs == 0
+    """Whether a checkpoint was saved after a multiple of so many epochs; 0, or what is no number of them: none is."""
+    done = progress.get("epoch") if progress.get("done") == 0 else None
+    return all(type(number) is int and number > 0 for number in (done, epochs)) and done % epochs == 0
 
 
 def all_in(folder):
