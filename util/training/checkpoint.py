@@ -18,7 +18,7 @@ from models.files import check_content, content_hash, read_file, write_file
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.states import unused
 from models.registry import LAST, load_model
-from util.cluster import from_main, log
+from util.cluster import before_leaving, from_main, log
 from util.files import make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
@@ -57,6 +57,7 @@ class CheckpointWriter:
             link(left[0], last)  # it must not be another name of one that goes
         for later in aside:
             rename_later(later, step)
+        before_leaving(self.wait)
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
