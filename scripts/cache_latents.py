@@ -8,7 +8,6 @@ next run keeps finished shards and redoes the rest; the index appears last.
         --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
 """
 import argparse
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,6 @@ import project_root  # noqa: F401  first: it names what is too old
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models import FlowARError
@@ -28,6 +26,7 @@ from models.vaes import find_vae
 from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
+from util.data.caching import Crops, digest
 from util.data.folders import advice, list_classes, split_folder
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
@@ -69,38 +68,6 @@ def parse_args():
     parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
-
-
-class Crops(Dataset):
-    """Item i: (all crops of image i (crops, 3, size, size), what goes with them), or the error of an unreadable image.
-    What goes with them: Row.
-    """
-
-    def __init__(self, images, crops, skip):
-        self.images, self.crops, self.skip = images, crops, skip
-
-    def __getitem__(self, index):
-        try:
-            pixels, label = self.images.load(index)
-            crops = [self.images.crop(pixels.image, (crop, index)) for crop in range(self.crops)]
-            converted = sum(1 << number for number in pixels.conversions)
-            return torch.stack(crops), Row(index, label, converted, digest(self.images.folder[index][0]))
-        except FlowARError as error:
-            if not self.skip or cluster.is_shortage(error):
-                raise
-            return str(error)
-
-
-class Row(NamedTuple):
-    """What a shard holds of an image beside its moments."""
-    index: int
-    label: int
-    converted: int  # bits: which of CONVERSIONS were made
-    digest: bytes  # of its file
-
-
-def digest(path):
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=latents.DIGEST_BYTES).digest()
 
 
 def encode(vae, crops, device, batch_size):
