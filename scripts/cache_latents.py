@@ -317,7 +317,7 @@ def main():
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
     images = Images(split_folder(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
-                    background=args.background)
+                    on_bad="error", background=args.background)
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
     if cluster.from_main(lambda: not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO))):
         look_before(images.folder, args)

@@ -321,9 +321,13 @@ def test_bad_images_are_skipped_and_counted_in_training(spoiled, capsys):
 def test_bad_images_are_left_out_of_a_cache(spoiled):
     done = run(cache_command(spoiled, spoiled / "cache"), check=False)
     assert done.returncode == 2 and "4/003.png: cannot be read as an image" in done.stdout and "Traceback" not in done.stderr
+    torn = spoiled / "images" / "train" / "4" / "003.png"
+    torn.write_bytes((torn.parent / "002.png").read_bytes()[:-30])  # its header is good
+    done = run(cache_command(spoiled, spoiled / "cache"), check=False)
+    assert done.returncode == 2 and "4/003.png: cannot be read as an image " in done.stderr and "; mend or remove it, or --on_bad_image skip" in done.stderr
     run(cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip"))
     index = read_index(spoiled / "cache2")
-    assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0]
+    assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0] and "mend" not in index["skipped"][0]
 
 
 @pytest.mark.parametrize("form", ["shards", "npz"])

@@ -108,6 +108,20 @@ def test_a_validation_cache_of_other_classes_is_refused():
         check_same_classes(SimpleNamespace(classes=["a", "b"]), "cache", ["a", "c"])
 
 
+def test_what_is_wrong_with_the_validation_images_is_said_before_the_first_epoch(tmp_path, capsys):
+    project = make_project(tmp_path, per_class=2)
+    spoiled = project / "images" / "val" / "3" / "001.png"
+    spoiled.write_bytes(b"no image")
+    with pytest.raises(FlowARError, match="val/3/001.png: .*; mend or remove it, or --on_bad_image skip, or leave the validation out with --no_val$"):
+        train(project, tmp_path / "run", "--batch_size 10 --epochs 1")
+    printed = capsys.readouterr().out
+    assert "images/val: 1 of 20 images looked at cannot be read, such as " in printed[:printed.index("parameters")] and "smaller" not in printed
+    shutil.rmtree(project / "images" / "val")
+    shutil.copytree(project / "images" / "train", project / "images" / "val")
+    train(project, tmp_path / "same", "--batch_size 10 --epochs 1")
+    assert "the images of the validation set have the names and sizes of the training set's: if they are the same" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("spoil,said", [
     (lambda val: shutil.rmtree(val / "3"), "val: the classes of the validation set are not those of the training set (only in one of them: 3)"),
     (lambda val: [shutil.rmtree(path) for path in val.iterdir()], "val: no class folders"),

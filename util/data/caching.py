@@ -26,6 +26,8 @@ class Crops(Dataset):
 
     def __init__(self, images, crops, skip):
         self.images, self.crops, self.skip = images, crops, skip
+        if skip:
+            images.way_on = ""  # in what the cache remembers of them
 
     def __getitem__(self, index):
         try:

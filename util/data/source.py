@@ -81,7 +81,8 @@ def open_sources(args, device, class_num=None):
     source = Source(loader, vae, device)
     validation = None if held_out is None else Source(build_loader(held_out, args.batch_size, **workers), vae, device)
     if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
-        log("warning: the validation set is the training set: its loss says nothing of images that were not seen")
+        log("warning: the images of the validation set have the names and sizes of the training set's: if they are the "
+            "same, the validation loss says nothing of images that were not seen")
     if vae is None:
         log(f"no VAE at {args.vae_path} (--vae_path): no sample grids")
     return args, source, validation, vae, origin
@@ -172,7 +173,13 @@ def open_validation(args, settings, vae, classes, origin):
     except FlowARError as error:
         log(f"warning: no validation loss: {error}; mend it, or leave it out with --no_val")
         return None
-    log(f"{data.folder.summary() if isinstance(data, Images) else f'{len(data):,} images'} in {path}, for validation")
+    if not isinstance(data, Images):
+        log(f"{len(data):,} images in {path}, for validation")
+        return data
+    log(f"{data.folder.summary()} in {path}, for validation")
+    data.way_on += ", or leave the validation out with --no_val"
+    for line in from_main(lambda: sample_advice(data.folder)):
+        log(f"warning: {path}: {line}")
     return data
 
 
