@@ -43,9 +43,11 @@ def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
     check_origin("run.pth", saved_origin({}), LatentOrigin("mine", "abc", (1, 0)))
 
 
-@pytest.mark.parametrize("found", [LatentOrigin("a", "1" * 64, (2.0, 0.0)), LatentOrigin("a", None, (1.0, 0.0))])
-def test_latents_of_another_vae_are_refused(found):
-    with pytest.raises(FlowARError, match="what: its VAE is a .(sha256|latent_scale) .*, but b has .*: latents of two VAEs do not mix"):
+@pytest.mark.parametrize("found,message", [
+    (LatentOrigin("a", "1" * 64, (2.0, 0.0)), "its VAE is a .sha256 .*, but b has .*: latents of two VAEs do not mix"),
+    (LatentOrigin("a", None, (1.0, 0.0)), r"its latents have the scale and shift \(1.0, 0.0\), those of b \(2.0, 0.0\): latents of two scales do not mix; use")])
+def test_latents_of_another_vae_or_scale_are_refused(found, message):
+    with pytest.raises(FlowARError, match=f"what: {message}"):
         check_origin("what", found, LatentOrigin("b", "2" * 64, (2.0, 0.0)))
 
 

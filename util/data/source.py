@@ -65,7 +65,8 @@ def open_sources(args, device, class_num=None):
     say_what_is_there(data, path, args.img_size)
     if kind and (other := from_main(lambda: other_classes(data, args.data_path))):
         log(f"warning: {path}: {other}; if the images are the newer ones, run scripts/cache_latents.py again")
-    args = with_options(args, class_num=asked or len(data.classes))
+    args = with_options(args, class_num=asked or len(data.classes),
+                        background=args.background if kind else settings.background)
     if data.is_moments:
         found = cache_origin(data, path)
         check_origin(path, found, origin)

@@ -36,7 +36,7 @@ class Measure(NamedTuple):
     def settings(self):
         """What must agree when an evaluation goes on."""
         extractor, reference = self.extractor, self.reference or Reference(None)
-        return {"reference": reference.name, "reference_sha256": reference.sha256,
+        return {"reference": reference.name, "reference_sha256": reference.sha256, "reference_times": reference.times,
                 "reference_background": reference.background, "feature_extractor": extractor.name,
                 "extractor_sha256": tensors_hash(extractor.network.state_dict()),
                 "extractor_resize": extractor.resize, "extractor_batch": extractor.batch}
@@ -88,6 +88,8 @@ def open_for_sampling(args, device, identify=False):
     del content
     named = find_vae(args.vae, args.vae_path)
     vae, notes = named.open()
+    for note in notes:  # which may explain what is refused
+        log(note)
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
     named_size, args = args.model, recognise(args, weights.tensors, path, vae)
@@ -97,8 +99,7 @@ def open_for_sampling(args, device, identify=False):
     except FlowARError as error:
         way_on = "; leave out --model, --diffloss_d and --diffloss_w: the file tells them" if named_size else ""
         raise FlowARError(f"{error}{way_on}") from error
-    for note in (f"{path}: {weights.describe(left_out)}", *notes):
-        log(note)
+    log(f"{path}: {weights.describe(left_out)}")
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
                    "checkpoint": str(path), "weights": weights.kind, "weights_key": weights.key, "vae": named.name,
                    "vae_sha256": origin.sha256}

@@ -383,8 +383,9 @@ def resume(path, content, parts, record):
             if saved not in (None, now):
                 raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {saved}, now {what} is {now}: "
                                   "go on with the same until the epoch ends, or give --start_epoch")
-    changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING  # what decides what is learned
-                        if name in before and before[name] != options[name])
+    # Of what decides what is learned; None is not known, as a cache's background may be.
+    changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING
+                        if None not in (before.get(name), options[name]) and before[name] != options[name])
     log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changed}" if changed else ""))
     if progress.epoch >= options["epochs"]:
