@@ -166,7 +166,7 @@ def build_index(settings, parts, vae):
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
     if args.verify:
-        verify(data.images.folder, folder)
+        verify(data.images.folder, folder, settings)
     groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
     known = cluster.from_main(lambda: reopen(folder, settings))
     parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
@@ -224,9 +224,12 @@ def check_same(folder, found, settings):
                           "--cached_path or remove it")
 
 
-def verify(listing, folder):
-    """FlowARError if images differ from those that a finished cache was made of; the ranks share the work."""
+def verify(listing, folder, settings):
+    """FlowARError if images differ from those that a finished cache was made of: names, then settings, then contents, of
+    which the ranks share the work.
+    """
     position = {listing.name(i): i for i in range(len(listing))}
+    cluster.from_main(lambda: check_names(folder, latents.read_index(folder), position, settings))
     changed = []
     files = cluster.from_main(lambda: [shard["file"] for shard in latents.read_index(folder)["shards"]])
     for file in tqdm(files[cluster.rank()::cluster.world_size()], desc="images compared", unit="shard", disable=not cluster.is_main()):
@@ -236,6 +239,16 @@ def verify(listing, folder):
             changed += [name for name, now, before in zip(names, found, digests) if now != before]
     changed = cluster.gather_to_main(changed)
     cluster.from_main(lambda: say_changed(folder, sorted(sum(changed, []))))
+
+
+def check_names(folder, index, names, settings):
+    """FlowARError unless a finished cache is of images of these names, and of the same settings."""
+    cached = {name for shard in index["shards"] for name in latents.read_texts(folder / shard["file"], "names")}
+    added = sorted(name for name in names if name not in cached and not any(f"/{name}: " in line for line in index["skipped"]))
+    found = [f"{len(some)} were {what} ({name_some(some, 3)})" for what, some in (("added", added), ("removed", sorted(cached - names.keys()))) if some]
+    if found:
+        raise FlowARError(f"{folder}: the images are not those of this cache: {', '.join(found)}; choose another --cached_path or remove it")
+    check_same(folder, read_json(folder / latents.INDEX), {key: settings[key] for key in settings if not key.startswith("source_")})
 
 
 def say_changed(folder, changed):
