@@ -11,7 +11,6 @@ import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import project_root  # noqa: F401  first: it names what is too old
 
