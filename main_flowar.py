@@ -79,7 +79,7 @@ def train(args, device):
                     schedule=args.lr_schedule)
     recipe = Recipe(args.batch_size, args.accum_iter, args.global_batch, args.epochs, schedule, args.grad_clip,
                     args.precision, args.seed, args.log_freq, args.save_every.steps, args.max_bad_steps)
-    saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every
+    saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every, args.resume
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "

@@ -2,7 +2,7 @@
 import torch
 
 from models.errors import FlowARError
-from models.files import notify, read_file, reading
+from models.files import check_content, notify, read_file, reading
 from models.files.checkpoints import depth, find_model, recognise_geometry, saved_vae
 from models.files.hub import weights_file
 from models.files.states import check_fits
@@ -76,6 +76,7 @@ def load_flowar(source, weights=None):
     """
     path = weights_file(source, LAST)
     content = read_file(path, mmap=True)
+    check_content(content, path)
     found, vae = find_model(content, path, weights), saved_vae(content, path)
     geometry = recognise_geometry(found.tensors, path, vae["vae_embed_dim"])
     size, scale = recognise_size(found.tensors, path), geometry.pop("scales")

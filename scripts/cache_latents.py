@@ -8,18 +8,15 @@ next run keeps finished shards and redoes the rest; the index appears last.
         --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
 """
 import argparse
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import project_root  # noqa: F401  first: it names what is too old
 
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models import FlowARError
@@ -28,6 +25,7 @@ from models.vaes import find_vae
 from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
+from util.data.caching import Crops, digest
 from util.data.folders import advice, list_classes, split_folder
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
@@ -69,38 +67,6 @@ def parse_args():
     parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
-
-
-class Crops(Dataset):
-    """Item i: (all crops of image i (crops, 3, size, size), what goes with them), or the error of an unreadable image.
-    What goes with them: Row.
-    """
-
-    def __init__(self, images, crops, skip):
-        self.images, self.crops, self.skip = images, crops, skip
-
-    def __getitem__(self, index):
-        try:
-            pixels, label = self.images.load(index)
-            crops = [self.images.crop(pixels.image, (crop, index)) for crop in range(self.crops)]
-            converted = sum(1 << number for number in pixels.conversions)
-            return torch.stack(crops), Row(index, label, converted, digest(self.images.folder[index][0]))
-        except FlowARError as error:
-            if not self.skip or cluster.is_shortage(error):
-                raise
-            return str(error)
-
-
-class Row(NamedTuple):
-    """What a shard holds of an image beside its moments."""
-    index: int
-    label: int
-    converted: int  # bits: which of CONVERSIONS were made
-    digest: bytes  # of its file
-
-
-def digest(path):
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=latents.DIGEST_BYTES).digest()
 
 
 def encode(vae, crops, device, batch_size):
@@ -199,7 +165,7 @@ def build_index(settings, parts, vae):
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
     if args.verify:
-        verify(data.images.folder, folder)
+        verify(data.images.folder, folder, settings)
     groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
     known = cluster.from_main(lambda: reopen(folder, settings))
     parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
@@ -257,9 +223,12 @@ def check_same(folder, found, settings):
                           "--cached_path or remove it")
 
 
-def verify(listing, folder):
-    """FlowARError if images differ from those that a finished cache was made of; the ranks share the work."""
+def verify(listing, folder, settings):
+    """FlowARError if images differ from those that a finished cache was made of: names, then settings, then contents, of
+    which the ranks share the work.
+    """
     position = {listing.name(i): i for i in range(len(listing))}
+    cluster.from_main(lambda: check_names(folder, latents.read_index(folder), position, settings))
     changed = []
     files = cluster.from_main(lambda: [shard["file"] for shard in latents.read_index(folder)["shards"]])
     for file in tqdm(files[cluster.rank()::cluster.world_size()], desc="images compared", unit="shard", disable=not cluster.is_main()):
@@ -269,6 +238,16 @@ def verify(listing, folder):
             changed += [name for name, now, before in zip(names, found, digests) if now != before]
     changed = cluster.gather_to_main(changed)
     cluster.from_main(lambda: say_changed(folder, sorted(sum(changed, []))))
+
+
+def check_names(folder, index, names, settings):
+    """FlowARError unless a finished cache is of images of these names, and of the same settings."""
+    cached = {name for shard in index["shards"] for name in latents.read_texts(folder / shard["file"], "names")}
+    added = sorted(name for name in names if name not in cached and not any(f"/{name}: " in line for line in index["skipped"]))
+    found = [f"{len(some)} were {what} ({name_some(some, 3)})" for what, some in (("added", added), ("removed", sorted(cached - names.keys()))) if some]
+    if found:
+        raise FlowARError(f"{folder}: the images are not those of this cache: {', '.join(found)}; choose another --cached_path or remove it")
+    check_same(folder, read_json(folder / latents.INDEX), {key: settings[key] for key in settings if not key.startswith("source_")})
 
 
 def say_changed(folder, changed):
@@ -350,7 +329,7 @@ def main():
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
     images = Images(split_folder(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
-                    background=args.background)
+                    on_bad="error", background=args.background)
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
     if cluster.from_main(lambda: not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO))):
         look_before(images.folder, args)

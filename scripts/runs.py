@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 
 from project_root import ROOT
 from models import AutoencoderKL
+from models.files import content_hash
 from models.vae import LatentScale
 from models.vaes import save_vae
-from util.training import checkpoint
 
 GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny"
 CLASSES = 10
@@ -124,5 +124,5 @@ def assert_same_run(found, expected):
     """Two output folders hold the same weights, EMA, optimizer, progress and logged losses, bit by bit."""
     a, b = read_checkpoint(found), read_checkpoint(expected)
     for key in ("model", "model_ema", "optimizer", "scaler", "epoch", "progress"):
-        assert checkpoint.content_hash(a[key]) == checkpoint.content_hash(b[key]), key
+        assert content_hash(a[key]) == content_hash(b[key]), key
     assert read_log(found) == read_log(expected)

@@ -138,6 +138,32 @@ def tensors_hash(state):
     return digest.hexdigest()
 
 
+def content_hash(value):
+    """SHA-256 over nested dicts, lists, tensors and plain values, hexadecimal."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            for part in value.items() if isinstance(value, dict) else value:
+                add(part)
+        else:
+            digest.update(f"{type(value).__name__}{value!r}".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def check_content(content, path):
+    """FlowARError unless what a file holds agrees with the checksum that it carries, if it carries one."""
+    said = content.get("checksum") if isinstance(content, dict) else None
+    if isinstance(said, str) and content_hash({name: content[name] for name in content if name != "checksum"}) != said:
+        raise FlowARError(f"{path}: its content is not what was written (checksum): damaged")
+
+
 def file_hash(path):
     """SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()

@@ -12,6 +12,7 @@ from models import FlowARError
 from util.data import Images
 from util.data.folders import advice, list_classes, list_files
 from util.data.inspection import inspect, sample_advice
+from util.evaluation.references import class_counts
 
 PICTURE = Image.new("RGB", (4, 4), (200, 10, 10))
 
@@ -64,8 +65,18 @@ def test_links_are_followed_once(tmp_path):
                          ("data/b/gone.png", "nowhere"), ("data/b/circle.png", "circle.png"), ("data/all", "."), ("data/c", "../elsewhere"), ("data/alias", "b")):
         (tmp_path / link).symlink_to(target)
     found = list_classes(tmp_path / "data")
-    assert names(found) == [("a/1.png", 0), ("a/again/2.png", 0), ("b/3.png", 1), ("b/5.png", 1), ("c/4.png", 2)]
+    assert names(found) == [("a/1.png", 0), ("a/deep/2.png", 0), ("b/3.png", 1), ("b/5.png", 1), ("c/4.png", 2)]
     assert found.left_out == {"folders already read": 6, "links to nothing": 2}
+
+
+def test_a_folder_is_read_where_it_is_and_not_through_a_link_before_it(tmp_path):
+    """References count classes by the folders at the top, as training does."""
+    put(tmp_path, "a/1.png", "b/2.png", "b/deep/3.png", "b/deep/er/4.png")
+    for link, target in (("a/all", "../b"), ("b/again", "deep")):
+        (tmp_path / link).symlink_to(target)
+    whole, classes = list_files(tmp_path), list_classes(tmp_path)
+    assert [whole.name(i) for i in range(len(whole))] == ["a/1.png", "b/2.png", "b/deep/3.png", "b/deep/er/4.png"]
+    assert class_counts(whole) == {"a": 1, "b": 3} and names(classes) == [(whole.name(i), int(i > 0)) for i in range(4)]
 
 
 def test_names_are_bytes(tmp_path):

@@ -61,8 +61,9 @@ def test_a_bad_image_is_named(tmp_path, workers):
     gradient(20, 20).save(tmp_path / "a" / "good.png")
     content = (tmp_path / "a" / "good.png").read_bytes()
     (tmp_path / "a" / "torn.png").write_bytes(content[:len(content) // 2])
-    with pytest.raises(FlowARError, match=r"torn.png: cannot be read as an image"):
-        list(build_loader(Images(tmp_path, 16), 2, num_workers=workers))
+    for on_bad, way_on in ((None, "mend or remove it"), ("error", "mend or remove it, or --on_bad_image skip")):
+        with pytest.raises(FlowARError, match=rf"torn.png: cannot be read as an image .*; {way_on}$"):
+            list(build_loader(Images(tmp_path, 16, on_bad=on_bad), 2, num_workers=workers))
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):

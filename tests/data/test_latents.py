@@ -163,6 +163,15 @@ def test_training_on_shards_needs_no_vae_and_takes_its_geometry(project, shards,
     assert "80 cached latents" in printed and "no VAE at nowhere.pth" in printed
 
 
+def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards, npz, tmp_path, capsys):
+    for epochs, source in enumerate(("", f"--cached_path {shards}", f"--cached_path {npz}", ""), start=1):
+        train(project, tmp_path, f"--epochs {epochs} --warmup_epochs 0 --resume {tmp_path} {source}")
+    said = capsys.readouterr().out
+    assert said.count("with other options than before: epochs") == 3 and "background" not in said
+    train(project, tmp_path, f"--epochs 5 --warmup_epochs 0 --resume {tmp_path} --background black")
+    assert "background (255, 255, 255) -> (0, 0, 0)" in capsys.readouterr().out
+
+
 # ---- interrupted -------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +200,13 @@ def test_two_processes_write_the_same_moments(project, shards, tmp_path):
         a, b = load_file(file), load_file(tmp_path / "two" / file.name)
         torch.testing.assert_close(a["moments"], b["moments"], atol=1e-5, rtol=1e-4)
         assert torch.equal(a["names"], b["names"]) and torch.equal(a["labels"], b["labels"])
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_may_be_started_in_any_way(project, shards, tmp_path, method):
+    command = cache_command(project, tmp_path / "cache", "--dtype float32").replace("--num_workers 0", "--num_workers 1")
+    run(f"{ROOT}/tests/start_method.py {method} {command}")
+    assert contents(tmp_path / "cache") == contents(shards)
 
 
 def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
@@ -314,9 +330,15 @@ def test_bad_images_are_skipped_and_counted_in_training(spoiled, capsys):
 def test_bad_images_are_left_out_of_a_cache(spoiled):
     done = run(cache_command(spoiled, spoiled / "cache"), check=False)
     assert done.returncode == 2 and "4/003.png: cannot be read as an image" in done.stdout and "Traceback" not in done.stderr
+    torn = spoiled / "images" / "train" / "4" / "003.png"
+    torn.write_bytes((torn.parent / "002.png").read_bytes()[:-30])  # its header is good
+    done = run(cache_command(spoiled, spoiled / "cache"), check=False)
+    assert done.returncode == 2 and "4/003.png: cannot be read as an image " in done.stderr and "; mend or remove it, or --on_bad_image skip" in done.stderr
     run(cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip"))
     index = read_index(spoiled / "cache2")
-    assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0]
+    assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0] and "mend" not in index["skipped"][0]
+    done = run(cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip --verify"))
+    assert "all images are those that it was made of" in done.stdout
 
 
 @pytest.mark.parametrize("form", ["shards", "npz"])
@@ -354,9 +376,15 @@ def test_a_finished_cache_notices_that_its_images_changed(project, tmp_path, mon
         os.utime(first, ns=times)
         with pytest.raises(FlowARError, match="1 images are not those that it was made of: 0/000.png"):
             call(monkeypatch, f"{command} --verify")
-    with pytest.raises(FlowARError, match="this cache was made with background .255, 255, 255., now it is .0, 0, 0."):
-        call(monkeypatch, f"{command} --background black")
+    for verify in ("", "--verify")[:1 + (form == "shards")]:
+        with pytest.raises(FlowARError, match="this cache was made with background .255, 255, 255., now it is .0, 0, 0."):
+            call(monkeypatch, f"{command} --background black {verify}")
     first.rename(images / "0" / "other.png")
+    if form == "shards":
+        capsys.readouterr()
+        with pytest.raises(FlowARError, match="cache: the images are not those of this cache: 1 were added .0/other.png., 1 were removed .0/000.png.; choose another"):
+            call(monkeypatch, f"{command} --verify")
+        assert "all images are" not in capsys.readouterr().out
     with pytest.raises(FlowARError, match="the images are not those of this cache .names or sizes changed since"):
         call(monkeypatch, command)
 

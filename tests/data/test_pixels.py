@@ -120,6 +120,30 @@ def test_orientation_is_applied(kind, orientation):
     assert conversions == ((TURNED,) if orientation > 1 else ())
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_turned_tiff_is_the_same_whether_it_is_compressed(tmp_path, mode):
+    """Pillow maps the file of one that is not, by its name, with the sides of one that is not turned."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 4), dtype=np.uint8))
+    noise = Image.fromarray(np.asarray(noise.convert("L")).astype(np.uint16) * 200) if mode == "I;16" else noise.convert("RGB").convert(mode)
+    for orientation in range(1, 9):
+        for name, compression in (("raw.tif", None), ("packed.tif", "tiff_lzw")):
+            noise.save(tmp_path / name, tiffinfo={274: orientation}, compression=compression)
+        found, expected = (np.asarray(open_image(tmp_path / name)) for name in ("raw.tif", "packed.tif"))
+        assert found.shape == ((32, 16, 3) if orientation > 4 else (16, 32, 3)) and np.array_equal(found, expected), orientation
+
+
+def test_what_a_gifs_first_frame_leaves_of_its_canvas_is_transparent(tmp_path):
+    for transparent in (False, True):
+        frame = saved(palette_drawing(), "GIF", **({"transparency": 0} if transparent else {})).getvalue()
+        at = frame.index(b",\0\0\0\0\x08\0\x08\0")
+        canvas = frame[:6] + struct.pack("<HH", 20, 12) + frame[10:at + 1] + struct.pack("<HH", 10, 3) + frame[at + 5:]
+        image, conversions = read_image(io.BytesIO(canvas), background=(0, 128, 255))
+        pixels = np.asarray(image)
+        assert pixels.shape == (12, 20, 3) and TRANSPARENT in conversions
+        assert (pixels[0, 0] == (0, 128, 255)).all() and (pixels[7, 14] == INK).all()
+        assert (pixels[3, 10] == ((0, 128, 255) if transparent else HIDDEN)).all()
+
+
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage" * 3, b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
 def test_a_damaged_exif_block_is_none(exif):
     assert open_image(saved(Image.new("RGB", (8, 8), INK), "JPEG", exif=exif)).size == (8, 8)

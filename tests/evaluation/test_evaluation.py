@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -171,7 +172,7 @@ def test_a_moved_run_is_known_again(project, checkpoint, tmp_path, monkeypatch, 
     assert again == first and "evaluated already" in capsys.readouterr().out
     assert calls == [[], [], []]  # no image, no feature, and the checksum that was verified already
     (tmp_path / "b" / "images" / "3" / "000.png").unlink()
-    with pytest.raises(FlowARError, match="has reference_sha256 "):
+    with pytest.raises(FlowARError, match="has reference_sha256 .*, of --ref_images or --fid_stats, and --background; choose another"):
         evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
     torch.save(torch.load(tmp_path / "b" / "run" / "checkpoint-last.pth", weights_only=True)["model"], tmp_path / "other.pth")
     with pytest.raises(FlowARError, match="has (checkpoint_sha256|weights) "):
@@ -250,6 +251,23 @@ def test_a_sweeps_table_has_rows_of_one_code_and_other_settings_alike(project, c
     assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["2.0", "3.0"]
     evaluate(project, checkpoint, tmp_path, "--cfg 4,5 --num_step 2 --weights raw")
     assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["4.0", "5.0"]
+
+
+def test_a_finished_evaluation_says_what_is_not_there_and_that_its_reference_was_written_since(project, checkpoint, tmp_path, capsys):
+    shutil.copytree(project / "images" / "val", tmp_path / "ref")
+    options = f"--num_step 2 --save_images --save_npz --ref_images {tmp_path}/ref"
+    first = evaluate(project, checkpoint, tmp_path / "out", options)
+    assert evaluate(project, checkpoint, tmp_path / "out", options) == first and "since" not in capsys.readouterr().out
+    for index in (3, 7):
+        (tmp_path / "out" / "images" / f"{index:06d}.png").unlink()
+    (tmp_path / "out" / "samples.npz").unlink()
+    os.utime(tmp_path / "ref" / "3" / "000.png", (0, 0))
+    assert evaluate(project, checkpoint, tmp_path / "out", options) == first
+    said = capsys.readouterr().out
+    for line in (f"the images of the reference {tmp_path}/ref were written since, with the same names and sizes: if they are others, these figures are not",
+                 "2 of 10 pictures in images/ are missing; to make them again, choose another --output_dir",
+                 "samples.npz is missing; to make it again, choose another --output_dir"):
+        assert f"warning: {tmp_path}/out: {line}" in said
 
 
 # ---- sweeps and solvers ------------------------------------------------------------------------------------------
@@ -332,6 +350,16 @@ def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_
     assert (report["weights"], report["weights_key"]) == ("raw", "model")
     with pytest.raises(FlowARError, match="the evaluation there has weights raw, now it is ema"):
         evaluate(project, checkpoint, tmp_path / "out")
+
+
+def test_what_is_missing_in_a_vae_is_said_before_it_is_refused(project, checkpoint, tmp_path, capsys):
+    content = torch.load(project / "vae.pth", weights_only=True)
+    del content["config"]["latent_scale"]
+    torch.save(content, tmp_path / "vae.pth")
+    command = evaluation_command(project, checkpoint, tmp_path, f"--vae_path {tmp_path}/vae.pth")
+    with pytest.raises(FlowARError, match="checkpoint-.*.pth: its latents have the scale and shift .2.0, 0.1.*, those of --vae_path .*vae.pth"):
+        open_for_sampling(evaluation_parser().parse_args(shlex.split(command)[1:]), torch.device("cpu"))
+    assert "vae.pth does not tell its latent scale" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("extra,message", [

@@ -8,10 +8,10 @@ import torch
 from helpers import evaluate, make_project, train
 
 from models import FlowARError
+from models.files import content_hash
 from util.evaluation.labels import Classes, choose_labels, classes_of, image_label, warn_of_mix
 from util.evaluation.references import Reference
 from util.files import read_json
-from util.training.checkpoint import content_hash
 
 FEW = {"classes": ["ant", "bee", "cat", "dog"], "counts": [90, 0, 9, 1], "images": 100, "sha256": "x"}
 

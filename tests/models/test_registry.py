@@ -8,6 +8,7 @@ from helpers import SCALES, small_model
 from safetensors.torch import save_file
 
 from models import FlowARError, build_model, load_flowar, registry
+from models.files import content_hash
 from util.training import checkpoint
 
 TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=10)
@@ -122,6 +123,17 @@ def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny.state_dict().values()))
     with pytest.raises(FlowARError, match="tokens have 4 channels, which 16 latent channels of the VAE do not make"):
         load_flowar(tmp_path / "weights.pth")  # says nothing of its VAE: taken for KL-16's
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, tiny):
+    content = {"model": tiny.state_dict(), "args": {"vae_embed_dim": 4, "vae_stride": 4}}
+    checksum = content_hash(content)
+    torch.save({**content, "checksum": checksum}, tmp_path / checkpoint.LAST)
+    load_flowar(tmp_path)
+    content["model"]["z_proj.bias"] = content["model"]["z_proj.bias"] + 1
+    torch.save({**content, "checksum": checksum}, tmp_path / checkpoint.LAST)
+    with pytest.raises(FlowARError, match="checkpoint-last.pth: its content is not what was written .checksum.: damaged"):
+        load_flowar(tmp_path)
 
 
 @pytest.mark.parametrize("name,what", [("mask", "attention pattern"), ("encoder_blocks.0.attn.rope.freqs", "rotary frequencies")])

@@ -9,6 +9,7 @@ from helpers import ROOT, SCALES
 
 import models.files.tensors
 from models import FlowARError, build_model
+from models.files import content_hash
 from util.training import checkpoint
 from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
@@ -43,7 +44,7 @@ def test_the_last_are_kept(tmp_path):
     keep(tmp_path, 1, 20, 300)
     assert names(tmp_path) == ["checkpoint-000000020.pth", "checkpoint-000000300.pth", checkpoint.LAST]
     found = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
-    assert found.pop("checksum") == checkpoint.content_hash(content(300)) and found["epoch"] == 300
+    assert found.pop("checksum") == content_hash(content(300)) and found["epoch"] == 300
     assert checkpoint.find(tmp_path).name == "checkpoint-000000300.pth"
 
 
@@ -134,6 +135,29 @@ def test_milestones_are_kept(tmp_path):
         keeper.save({**content(step), "progress": {"step": step, "epoch": epoch, "done": done}}, step)
     keeper.wait()
     assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (3, 6, 7)] + [checkpoint.LAST]
+
+
+def test_milestones_stay_when_a_later_run_does_not_ask_for_them(tmp_path):
+    """What is one is in the file: its own run's options and its epoch."""
+    def save(keeper, *epochs, **args):
+        for epoch in epochs:
+            keeper.save({**content(epoch), "args": args, "progress": {"step": epoch, "epoch": epoch, "done": 0}}, epoch)
+        keeper.wait()
+
+    save(checkpoint.CheckpointWriter(tmp_path, 1, keep_every=2), 1, 2, 3, keep_every=2)
+    save(checkpoint.CheckpointWriter(tmp_path, 1, step=3), 4, 5, 6, keep_every=0)
+    save(checkpoint.CheckpointWriter(tmp_path, 1, step=6, keep_every=3), 7, 8, keep_every="a text")
+    assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (2, 6, 8)] + [checkpoint.LAST]
+
+
+def test_the_file_that_a_run_was_told_to_go_on_from_stays(tmp_path):
+    keep(tmp_path, 1, 2, 3, keep=3)
+    named = tmp_path / "checkpoint-000000002.pth"
+    keeper = checkpoint.CheckpointWriter(tmp_path, 1, step=2, resume=str(named))
+    for step in (4, 5):
+        keeper.save(content(step), step)
+    keeper.wait()
+    assert names(tmp_path) == [named.name, "checkpoint-000000003.pth.aside", "checkpoint-000000005.pth", checkpoint.LAST]
 
 
 def test_one_run_writes_to_a_folder(tmp_path):

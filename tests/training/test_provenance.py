@@ -43,9 +43,11 @@ def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
     check_origin("run.pth", saved_origin({}), LatentOrigin("mine", "abc", (1, 0)))
 
 
-@pytest.mark.parametrize("found", [LatentOrigin("a", "1" * 64, (2.0, 0.0)), LatentOrigin("a", None, (1.0, 0.0))])
-def test_latents_of_another_vae_are_refused(found):
-    with pytest.raises(FlowARError, match="what: its VAE is a .(sha256|latent_scale) .*, but b has .*: latents of two VAEs do not mix"):
+@pytest.mark.parametrize("found,message", [
+    (LatentOrigin("a", "1" * 64, (2.0, 0.0)), "its VAE is a .sha256 .*, but b has .*: latents of two VAEs do not mix"),
+    (LatentOrigin("a", None, (1.0, 0.0)), r"its latents have the scale and shift \(1.0, 0.0\), those of b \(2.0, 0.0\): latents of two scales do not mix; use")])
+def test_latents_of_another_vae_or_scale_are_refused(found, message):
+    with pytest.raises(FlowARError, match=f"what: {message}"):
         check_origin("what", found, LatentOrigin("b", "2" * 64, (2.0, 0.0)))
 
 
@@ -106,6 +108,20 @@ def test_a_cache_beside_images_of_other_classes_is_said(tmp_path):
 def test_a_validation_cache_of_other_classes_is_refused():
     with pytest.raises(FlowARError, match="cache: the classes of the validation set are not those of the training set .only in one of them: b, c."):
         check_same_classes(SimpleNamespace(classes=["a", "b"]), "cache", ["a", "c"])
+
+
+def test_what_is_wrong_with_the_validation_images_is_said_before_the_first_epoch(tmp_path, capsys):
+    project = make_project(tmp_path, per_class=2)
+    spoiled = project / "images" / "val" / "3" / "001.png"
+    spoiled.write_bytes(b"no image")
+    with pytest.raises(FlowARError, match="val/3/001.png: .*; mend or remove it, or --on_bad_image skip, or leave the validation out with --no_val$"):
+        train(project, tmp_path / "run", "--batch_size 10 --epochs 1")
+    printed = capsys.readouterr().out
+    assert "images/val: 1 of 20 images looked at cannot be read, such as " in printed[:printed.index("parameters")] and "smaller" not in printed
+    shutil.rmtree(project / "images" / "val")
+    shutil.copytree(project / "images" / "train", project / "images" / "val")
+    train(project, tmp_path / "same", "--batch_size 10 --epochs 1")
+    assert "the images of the validation set have the names and sizes of the training set's: if they are the same" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoil,said", [

@@ -19,6 +19,7 @@ from helpers import (GEOMETRY, ROOT, assert_same_run, finish, inputs, make_proje
 from torch.utils.data import Dataset
 
 from models import FlowARError
+from models.files import content_hash
 from models.layers import GatedMLP
 from util.training import checkpoint
 from util.data import build_loader
@@ -197,6 +198,12 @@ def test_saving_by_the_clock(project, tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.of_steps(tmp_path / "never")] == [5]
 
 
+def test_the_checkpoint_that_was_gone_back_to_stays(project, tmp_path):
+    train(project, tmp_path, "--epochs 1 --save_every 1 --keep 5")
+    train(project, tmp_path, f"--epochs 1 --save_every 1 --keep 1 --resume {tmp_path}/checkpoint-000000002.pth")
+    assert [checkpoint.step_of(path) for path in checkpoint.of_steps(tmp_path)] == [5, 2]
+
+
 # ---- asked to leave --------------------------------------------------------------------------------------------
 
 
@@ -320,7 +327,7 @@ def with_nan(latents):
 
 
 def state_of(network, ema, optimizer):
-    return [checkpoint.content_hash(part) for part in (network, ema, optimizer["state"])]
+    return [content_hash(part) for part in (network, ema, optimizer["state"])]
 
 
 @pytest.fixture
@@ -476,6 +483,43 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_whole(project, 
     assert "checkpoint-000000006.pth: cannot be written ([Errno 27] File too large)" in done.stderr and "Traceback" not in done.stderr
     assert checkpoint.find(tmp_path).read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     assert train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")["progress"]["step"] == 10
+
+
+FAILING = """
+import sys, time
+sys.path.insert(0, {root!r})
+import main_flowar
+from util import cluster
+from util.training import checkpoint
+write_file = checkpoint.write_file
+
+def slowly(content, path):
+    time.sleep(3)
+    if {full}:
+        raise checkpoint.FlowARError(f"{{path}}: cannot be written")
+    write_file(content, path)
+
+def fail(run, *args):
+    if cluster.rank() == {failing}:
+        raise checkpoint.FlowARError("no report")
+    time.sleep(60)
+
+checkpoint.write_file, main_flowar.report = slowly, fail
+cluster.run_main(main_flowar.main)
+"""
+
+
+@pytest.mark.parametrize("failing,processes,full", [(0, 0, False), (0, 0, True), (0, 2, False), (1, 2, False)])
+def test_a_checkpoint_that_is_being_written_outlives_an_error(project, tmp_path, failing, processes, full):
+    """Whoever has the error; what fails meanwhile is said after it."""
+    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT), failing=failing, full=full))
+    command = training_command(project, tmp_path / "out", f"--epochs 1 --batch_size {16 // max(processes, 1)}")
+    done = run(command.replace("main_flowar.py", f"{tmp_path}/failing.py"), processes, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    written = tmp_path / "out" / "checkpoint-000000005.pth"
+    assert errors[0] == ("error: no report" if not processes else f"error (rank {failing}): no report"), done.stderr
+    assert errors[1:] == ([f"error: {written}: cannot be written"] if full else [])
+    assert done.returncode == (1 if processes else 2) and written.is_file() == (not full)
 
 
 def test_data_that_vanishes_ends_in_one_line_on_all_ranks(tmp_path):

@@ -13,7 +13,7 @@ from models import FlowARError
 from util.cluster.devices import compiler_line
 from util.cluster.limits import named, with_remedy
 from util.cluster.processes import is_main, rank, shutdown, watch, world_size
-from util.cluster.watch import LOST, print_error, way_on
+from util.cluster.watch import LOST, leave, print_error, way_on
 
 RESTART = 75  # exit status of a run that was asked to leave and has saved: start it again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 128 + signal.SIGINT  # of one that was left with Ctrl-C, as shells have it
@@ -109,7 +109,7 @@ def run_main(main):
         if preempted.together:
             with contextlib.suppress(RuntimeError):  # the others may have left already
                 shutdown()
-        os._exit(preempted.status)
+        leave(preempted.status)
     except (OSError, RuntimeError, MemoryError) as error:
         message, status = explain(error)
         if message is None:
@@ -120,7 +120,7 @@ def run_main(main):
         if watch() is None or watch().is_first("interrupted"):
             with contextlib.suppress(OSError):
                 print(f"\ninterrupted; {way_on()}", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
+        leave(INTERRUPTED)
 
 
 def flush():
@@ -144,7 +144,7 @@ def end_process(message, status):
     """Say why, if no other rank has, and end without joining the others, which may be waiting in a collective."""
     if (watch() is None or watch().is_first(message)) and message:
         print_error(f"rank {rank()}" if world_size() > 1 else "", message)
-    os._exit(status)
+    leave(status, said=message)
 
 
 def end_worker(error, *_):

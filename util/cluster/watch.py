@@ -5,6 +5,7 @@ learn that a connection broke, not whose. Heartbeats are a few bytes a second in
 """
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -13,9 +14,13 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
+from models import FlowARError
+
 FAILED = "flowar/failed"
 DONE = b"done"
 LOST = 1  # exit status of a process that lost another one
+_waits = []  # functions that wait until something is written
+_leaving = threading.Lock()
 _way_on = "start it again", ""  # what to do after this program ended before it was done, and from where it then goes on
 
 
@@ -82,7 +87,7 @@ class Watch:
                 elif found != DONE and now - since > self.timeout:
                     self._end(f"{self.name(neighbour)} was silent for {self.timeout:g} s")
                 if self.store.check([FAILED]):
-                    os._exit(LOST)  # who failed has said so
+                    self._leave()  # who failed has said so
                 self.answered = now
         except DistError:
             if not self.stopped.is_set():
@@ -98,14 +103,43 @@ class Watch:
             elif now - self.answered > self.timeout + 2 * self.interval:
                 print_error(f"rank {self.rank}", f"no contact with the other ranks for {self.timeout:g} s: this host's "
                                                  "network is down, or that of the rendezvous")
-                os._exit(LOST)
+                self._leave()
             before = now
 
     def _end(self, message):
         if self.is_first(message):
             print_error(f"rank {self.rank}", f"{message}: it was killed (for memory?), or its host or network is down; "
                                              f"{way_on()}")
-        os._exit(LOST)
+        self._leave()
+
+    def _leave(self):
+        self.stopped.set()  # the other thread has nothing to say any more
+        leave(LOST)
+
+
+def before_leaving(wait):
+    """wait(): until what a thread of this process writes is whole, or FlowARError; leave() calls it first."""
+    _waits.append(wait)
+
+
+def leave(status, said=""):
+    """End this process at once, without the other ranks, but for what it is writing: a checkpoint would be lost. What
+    fails meanwhile and was not said yet is told after what was.
+    """
+    _leaving.acquire()  # for ever: the first decides on the status
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever does not want to wait
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # torchrun's, when another rank has left
+            signal.signal(number, signal.SIG_IGN)
+    try:
+        for wait in _waits:
+            try:
+                wait()
+            except FlowARError as error:
+                if str(error) not in said:
+                    print_error("", str(error))
+    finally:
+        os._exit(status)
 
 
 def set_way_on(command, start):

@@ -170,10 +170,12 @@ def split_folder(data_path, split):
 
 
 def walk(root, top, suffixes, seen):
-    """Part of all files below root/top, folder by folder in the order of their paths. seen: folders not to enter."""
-    waiting, folders, left_out = [top], {}, Counter()
-    while waiting:
-        folder = waiting.pop()
+    """Part of all files below root/top, folder by folder in the order of their paths. seen: folders not to enter. Links
+    are entered last: a folder is read where it is.
+    """
+    waiting, links, folders, left_out = [top], [], {}, Counter()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop()
         path = os.path.join(root, folder)
         if (mine := identify(os.stat(path))) in seen:
             left_out[AGAIN] += 1
@@ -183,7 +185,7 @@ def walk(root, top, suffixes, seen):
         for entry, status in entries(path, left_out):
             name = os.path.join(folder, entry.name)
             if stat.S_ISDIR(status.st_mode):
-                below.append(name)
+                (links if entry.is_symlink() else below).append(name)
             elif suffix_of(entry.name) not in suffixes:
                 left_out[suffix_reason(entry.name)] += 1
             elif not stat.S_ISREG(status.st_mode):
@@ -192,6 +194,7 @@ def walk(root, top, suffixes, seen):
                 found.append((os.fsencode(name), status.st_size, status.st_mtime_ns))
         folders[folder] = sorted(found, key=lambda row: os.fsdecode(row[0]))
         waiting += sorted(below, reverse=True)
+        links.sort(reverse=True)
     return pack([row for folder in sorted(folders) for row in folders[folder]], left_out)
 
 

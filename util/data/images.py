@@ -50,16 +50,18 @@ class Images(Dataset):
     """Class folders of images. Items: (float tensor (3, size, size) in [-1, 1], label).
 
     In training a random crop of the recipe, or with center=True the centre crop, flipped with probability 1/2.
-    An unreadable image is an error, or with on_bad="skip" the next readable one replaces it. background: under
+    An unreadable image is an error, or with on_bad="skip" the next readable one replaces it; "error" is of a program
+    with the option --on_bad_image. background: under
     transparency, (r, g, b). What was skipped or converted on the way is counted for all workers together.
     """
     is_moments = False
 
-    def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad="error", background=WHITE):
+    def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad=None, background=WHITE):
         self.folder = from_main(lambda: list_classes(root))  # one rank asks a network disk
         self.classes, self.size, self.seed = self.folder.classes, size, seed
         self.train, self.center, self.flip = train, center, flip
         self.on_bad, self.background = on_bad, background
+        self.way_on = f"; mend or remove it{', or --on_bad_image skip' if on_bad else ''}"  # after such an error
         self.counts = multiprocessing.Array("q", FIRST_CONVERSION + len(CONVERSIONS))
 
     def __len__(self):
@@ -92,8 +94,10 @@ class Images(Dataset):
             try:
                 pixels = read_image(path, self.background)
             except FlowARError as error:
-                if self.on_bad != "skip" or is_shortage(error):
+                if is_shortage(error):
                     raise
+                if self.on_bad != "skip":
+                    raise FlowARError(f"{error}{self.way_on}") from error
                 if offset >= MOST_UNREADABLE:
                     raise FlowARError(f"{path}: neither this image nor the {offset} before it can be read: is the disk "
                                       "there?") from error

@@ -49,8 +49,8 @@ def inspect(listing, indices, workers=0, whole=False):
         yield from batch
 
 
-def sample_advice(listing, img_size):
-    """Lines about unreadable or small images among a sample of them, each with what to do."""
+def sample_advice(listing, img_size=0):
+    """Lines about unreadable images, or those smaller than img_size, among a sample of them, each with what to do."""
     indices = np.unique(np.linspace(0, len(listing) - 1, SAMPLE).astype(int))
     looks = [look for _, look in inspect(listing, indices)]
     bad, sides = [look.error for look in looks if look.error], [look.side for look in looks if not look.error]

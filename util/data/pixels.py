@@ -94,7 +94,9 @@ def format_found(path):
 def opened(path):
     """The file as a Pillow image, not decoded; FlowARError with the path for whatever goes wrong in the block."""
     try:
-        with Image.open(path, formats=readable_formats()) as image:
+        # By a file, not its name: by that, Pillow maps a TIFF that is turned, and scrambles it.
+        with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb") as file, \
+                Image.open(file, formats=readable_formats()) as image:
             if max(image.size) > LONGEST_SIDES * min(image.size):  # resized to a crop's size it would take gigabytes
                 raise ValueError(f"{image.width}x{image.height} pixels, expected sides within a factor of "
                                  f"{LONGEST_SIDES}")
@@ -114,6 +116,7 @@ def read_image(path, background=WHITE):
     """Pixels of a file by the rules above, or FlowARError with the path."""
     with opened(path) as image:
         raw, said = str(image.tile[0][3]) if image.tile else "", orientation(image)
+        box = image.tile[0][1] if image.format == "GIF" and image.tile else None
         image.load()  # which turns a TIFF
         if "transparency" in image.info:
             if raw == "RGB;16B":
@@ -128,6 +131,8 @@ def read_image(path, background=WHITE):
         elif image.mode == "F":
             made.append(FLOATS)
             image = scale_floats(image)
+        if box not in (None, (0, 0, *image.size)):
+            image = covered(image, box)
         image, seen_through = over(image, background)
         made += [TRANSPARENT] * seen_through
         return Pixels(image if turn is None else image.transpose(turn), tuple(made))
@@ -140,6 +145,13 @@ def orientation(image):
         return value if isinstance(value, int) else None
     except Exception:  # a damaged block makes Pillow raise almost anything
         return None
+
+
+def covered(image, box):
+    """RGBA image that is transparent outside of the box: what a GIF's first frame leaves of its canvas."""
+    canvas = Image.new("RGBA", image.size)
+    canvas.paste(image.convert("RGBA").crop(box), box)
+    return canvas
 
 
 def over(image, background):

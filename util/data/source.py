@@ -66,7 +66,8 @@ def open_sources(args, device, class_num=None):
     say_what_is_there(data, path, args.img_size)
     if kind and (other := from_main(lambda: other_classes(data, args.data_path))):
         log(f"warning: {path}: {other}; if the images are the newer ones, run scripts/cache_latents.py again")
-    args = with_options(args, class_num=asked or len(data.classes))
+    args = with_options(args, class_num=asked or len(data.classes),
+                        background=args.background if kind else settings.background)
     if data.is_moments:
         found = cache_origin(data, path)
         check_origin(path, found, origin)
@@ -82,7 +83,8 @@ def open_sources(args, device, class_num=None):
     source = Source(loader, vae, device)
     validation = None if held_out is None else Source(build_loader(held_out, args.batch_size, **workers), vae, device)
     if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
-        log("warning: the validation set is the training set: its loss says nothing of images that were not seen")
+        log("warning: the images of the validation set have the names and sizes of the training set's: if they are the "
+            "same, the validation loss says nothing of images that were not seen")
     if vae is None:
         log(f"no VAE ({named.option}): no sample grids")
     return args, source, validation, vae, origin
@@ -173,7 +175,13 @@ def open_validation(args, settings, vae, classes, origin):
     except FlowARError as error:
         log(f"warning: no validation loss: {error}; mend it, or leave it out with --no_val")
         return None
-    log(f"{data.folder.summary() if isinstance(data, Images) else f'{len(data):,} images'} in {path}, for validation")
+    if not isinstance(data, Images):
+        log(f"{len(data):,} images in {path}, for validation")
+        return data
+    log(f"{data.folder.summary()} in {path}, for validation")
+    data.way_on += ", or leave the validation out with --no_val"
+    for line in from_main(lambda: sample_advice(data.folder)):
+        log(f"warning: {path}: {line}")
     return data
 
 

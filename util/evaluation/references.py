@@ -35,6 +35,7 @@ class Reference:
     features: torch.Tensor | None = None
     classes: dict | None = None  # {class folder: images}, if known
     sha256: str | None = None  # of its content, or of a folder's names and sizes; on rank 0
+    times: str | None = None  # hash of when a folder's images were written
     background: list | None = None  # of a folder's images
     images: int | None = None  # in a folder
     left_out: dict | None = None  # {reason: files} of a folder
@@ -55,8 +56,9 @@ def find_reference(fid_stats, ref_images, extractor, img_size, device, backgroun
     if ref_images:
         listing = list_images(ref_images)
         return Reference(ref_images, classes=class_counts(listing), background=list(background), images=len(
-            listing), left_out=dict(listing.left_out), sha256=listing.identity()["sha256"], extract=functools.partial(
-                folder_features, listing, extractor, device, img_size, background=background))
+            listing), left_out=dict(listing.left_out), sha256=listing.identity()["sha256"],
+            times=listing.times_sha256(), extract=functools.partial(folder_features, listing, extractor, device,
+                                                                    img_size, background=background))
     default = extractor.name == Inception.name and img_size == ADM_SIZE
     if fid_stats or default and DEFAULT_STATS.is_file():
         return load_statistics(fid_stats or DEFAULT_STATS, extractor, img_size)

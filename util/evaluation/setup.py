@@ -41,7 +41,7 @@ class Measure(NamedTuple):
     def settings(self):
         """What must agree when an evaluation goes on."""
         extractor, reference = self.extractor, self.reference or Reference(None)
-        return {"reference": reference.name, "reference_sha256": reference.sha256,
+        return {"reference": reference.name, "reference_sha256": reference.sha256, "reference_times": reference.times,
                 "reference_background": reference.background, "feature_extractor": extractor.name,
                 "extractor_sha256": tensors_hash(extractor.network.state_dict()),
                 "extractor_resize": extractor.resize, "extractor_batch": extractor.batch}
@@ -106,6 +106,8 @@ def open_for_sampling(args, device, identify=False):
     named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
     fetch(named.path)
     vae, notes = named.open()
+    for note in notes:  # which may explain what is refused
+        log(note)
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
     named_size, args = args.model, recognise(args, weights.tensors, path, vae)
@@ -117,8 +119,7 @@ def open_for_sampling(args, device, identify=False):
     except FlowARError as error:
         way_on = "; leave out --model, --diffloss_d and --diffloss_w: the file tells them" if named_size else ""
         raise FlowARError(f"{error}{way_on}") from error
-    for note in (f"{path}: {weights.describe(left_out)}", *notes):
-        log(note)
+    log(f"{path}: {weights.describe(left_out)}")
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
                    "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
                    "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}

@@ -24,7 +24,12 @@ SETTINGS, PARTIAL = "settings.json", "partial"
 PICTURES = ("images", "samples.npz")
 MADE = (PARTIAL, *PICTURES, SETTINGS, RESULTS)  # of an evaluation, in its folder; the last stands for all
 CODE_KEY = "code_sha256"
-PLACES = ("checkpoint", "vae", "reference", "labels_file")  # told in a report; what is bound is the content's hash
+PLACES = ("checkpoint", "vae", "reference", "reference_times", "labels_file")  # told in a report; contents are bound
+FOLLOWS = {  # settings that are no options, and those that they follow from
+    "checkpoint_sha256": "--resume", "weights_key": "--resume and --weights", "vae_sha256": "--vae and --vae_path",
+    **dict.fromkeys(("labels_sha256", "classes_sampled"), "--labels, --all_classes and the model's classes"),
+    **dict.fromkeys(("reference_sha256", "reference_background"), "--ref_images or --fid_stats, and --background"),
+    **dict.fromkeys(("extractor_sha256", "extractor_resize", "extractor_batch"), "--feature_extractor, --fid_weights")}
 HELD = {}  # {folder: its lock} of this process
 WRITERS = 8  # threads; PNG compression releases the interpreter lock
 
@@ -85,6 +90,10 @@ def check_batch(tensors, path):
             raise FlowARError(f"{path}: {name} is {found}, expected {shape} {dtype}: not a batch of an evaluation")
 
 
+def picture_name(index):
+    return f"{index:06d}.png"
+
+
 class PngWriter:
     """Writes images as <folder>/<index>.png with threads."""
     def __init__(self, folder):
@@ -95,7 +104,7 @@ class PngWriter:
     def start(self, images, indices):
         """images: (n, 3, H, W) uint8. Returns a function that waits for the files."""
         images = images.permute(0, 2, 3, 1).numpy()
-        paths = [self.folder / f"{index:06d}.png" for index in indices]
+        paths = [self.folder / picture_name(index) for index in indices]
         futures = [self.pool.submit(write_png, image, path) for image, path in zip(images, paths)]
         return lambda: [future.result() for future in futures]
 
@@ -137,8 +146,9 @@ def check_settings(output, settings):
         shared = [key for key in settings if key in before and CODE_KEY in before]
         for key in {**before, **settings} if same_code else shared:
             if key != CODE_KEY and before.get(key) != settings.get(key):
+                of = f", of {FOLLOWS[key]}" if key in FOLLOWS else ""
                 raise FlowARError(f"{output}: the evaluation there has {key} {before.get(key)}, now it is "
-                                  f"{settings.get(key)}; choose another --output_dir or remove it")
+                                  f"{settings.get(key)}{of}; choose another --output_dir or remove it")
         if same_code:
             return read_report(results) if results.is_file() else None
         keep_apart(output, "other code made it (models/, util/ or engine_flowar.py have changed since)")
@@ -165,6 +175,20 @@ def hold(output):
         HELD[output.resolve()] = lock(output)
 
 
+def stale(output, done, planned):
+    """Lines on what a finished evaluation's folder does not have that is asked for, or has of images of before."""
+    lines, before, now = [], done.get("reference_times"), planned.get("reference_times")
+    if None not in (before, now) and before != now:
+        lines.append(f"the images of the reference {planned['reference']} were written since, with the same names and "
+                     "sizes: if they are others, these figures are not of them; to measure with them")
+    expected = {picture_name(index) for index in range(planned["num_images"] if planned.get("save_images") else 0)}
+    if missing := len(expected - {path.name for path in (output / "images").glob("*.png")}):
+        lines.append(f"{missing} of {len(expected)} pictures in images/ are missing; to make them again")
+    if planned.get("save_npz") and not (output / "samples.npz").is_file():
+        lines.append("samples.npz is missing; to make it again")
+    return lines
+
+
 def open_store(output, planned, batches, dim, persistent):
     """(results if there are any, numbers of the batches to sample) of an output folder. dim: of the features."""
     make_directory(output)
@@ -174,6 +198,8 @@ def open_store(output, planned, batches, dim, persistent):
     done, kept = check_settings(output, planned), FinishedBatches(output / PARTIAL)
     if done is not None:
         kept.remove()  # if the program was killed before it could
+        for line in stale(output, done, planned):
+            log(f"warning: {output}: {line}, choose another --output_dir")
         return done, []
     missing = [number for number, batch in enumerate(batches) if not kept.has(number, (len(batch), dim))]
     if len(missing) < len(batches):

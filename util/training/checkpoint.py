@@ -4,7 +4,6 @@ checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler
 `checksum`; a released file is a bare state dict of EMA weights. No random state: draws follow from (seed, step, rank).
 """
 import fcntl
-import hashlib
 import os
 import re
 import socket
@@ -15,12 +14,12 @@ from pathlib import Path
 import torch
 
 from models import FlowARError
-from models.files import read_file, write_file
+from models.files import check_content, content_hash, read_file, write_file
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.hub import EXPORTED, is_remote, local_file
 from models.files.states import unused
 from models.registry import LAST, load_model
-from util.cluster import fetch, from_main, log
+from util.cluster import before_leaving, fetch, from_main, log
 from util.files import make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
@@ -34,14 +33,15 @@ LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was k
 
 class CheckpointWriter:
     """Writes the checkpoints of a run in the background, on rank 0, and keeps the last `keep` of them, and for ever
-    those after a multiple of `keep_every` epochs.
+    those after a multiple of `keep_every` epochs, of this run's or of that which wrote them. resume: the run's option;
+    a file that it names in this folder stays.
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
     symbolic link). A failed write raises FlowARError from the next call; older files go after a newer one is there.
     Files that are not this class's, see of_steps, are left alone.
     """
 
-    def __init__(self, folder, keep, minutes=None, step=0, keep_every=0):
+    def __init__(self, folder, keep, minutes=None, step=0, keep_every=0, resume=""):
         self.folder, self.keep, self.minutes, self.keep_every = Path(folder), keep, minutes, keep_every
         self.writer = self.error = None
         self.saved, self.saved_at = step, time.monotonic()
@@ -50,12 +50,15 @@ class CheckpointWriter:
                 torn.unlink()
         last, owned = self.folder / LAST, of_steps(self.folder)
         self.spared = {path.name for path in numbered(self.folder) if path not in owned}  # and milestones
+        if Path(resume).is_file() and Path(resume).parent.samefile(self.folder):
+            self.spared.add(Path(resume).name)
         aside = [later for later in owned if step_of(later) > step]
         left = [path for path in owned if path not in aside]
         if left and last.is_file() and any(last.samefile(later) for later in aside):
             link(left[0], last)  # it must not be another name of one that goes
         for later in aside:
             rename_later(later, step)
+        before_leaving(self.wait)
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
@@ -83,8 +86,9 @@ class CheckpointWriter:
     def _remove_old(self):
         mine = [path for path in numbered(self.folder) if path.name not in self.spared]
         for old in mine[self.keep:]:
-            progress = saved_progress(old) or {}
-            if progress.get("step") != step_of(old) or is_milestone(progress, self.keep_every):
+            content = saved_content(old)
+            progress, every = progress_of(content) or {}, saved_options(content).get("keep_every")
+            if progress.get("step") != step_of(old) or any(is_milestone(progress, n) for n in (self.keep_every, every)):
                 self.spared.add(old.name)
             else:
                 old.unlink(missing_ok=True)
@@ -160,25 +164,6 @@ def snapshot(value):
     return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
 
 
-def content_hash(value):
-    """SHA-256 over nested dicts, lists, tensors and plain values, hexadecimal."""
-    digest = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, (dict, list, tuple)):
-            digest.update(f"{type(value).__name__}{len(value)}".encode())
-            for part in value.items() if isinstance(value, dict) else value:
-                add(part)
-        else:
-            digest.update(f"{type(value).__name__}{value!r}".encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
 def link(path, name):
     """Make `name` another name of the file `path`, whatever it was before."""
     temporary = Path(f"{name}.tmp")
@@ -192,8 +177,8 @@ def link(path, name):
 
 def of_steps(folder):
     """checkpoint-<step>.pth of a folder, the latest step first: of nine digits, and of that step, or damaged."""
-    return [path for path in numbered(folder) if (saved_progress(path) or {"step": step_of(path)}).get("step")
-            == step_of(path)]
+    progress = {path: progress_of(saved_content(path)) or {"step": step_of(path)} for path in numbered(folder)}
+    return [path for path, found in progress.items() if found.get("step") == step_of(path)]
 
 
 def numbered(folder):
@@ -206,19 +191,26 @@ def step_of(path):
     return int(OWN.fullmatch(path.name)[1])
 
 
-def saved_progress(path):
-    """`progress` of a checkpoint's file, of step None where it has none; None where it cannot be read."""
+def saved_content(path):
+    """What a file holds, memory-mapped; None if it cannot be read."""
     try:
-        content = read_file(path, mmap=True)
+        return read_file(path, mmap=True)
     except FlowARError:
+        return None
+
+
+def progress_of(content):
+    """`progress` of a file's content, of step None where it has none; None of none."""
+    if content is None:
         return None
     progress = content.get("progress") if isinstance(content, dict) else None
     return progress if isinstance(progress, dict) and progress else {"step": None}
 
 
 def is_milestone(progress, epochs):
-    """Whether a checkpoint was saved after a multiple of so many epochs; 0: none is."""
-    return epochs > 0 and progress.get("done") == 0 and progress["epoch"] > 0 and progress["epoch"] % epochs == 0
+    """Whether a checkpoint was saved after a multiple of so many epochs; 0, or what is no number of them: none is."""
+    done = progress.get("epoch") if progress.get("done") == 0 else None
+    return all(type(number) is int and number > 0 for number in (done, epochs)) and done % epochs == 0
 
 
 def all_in(folder):
@@ -249,10 +241,7 @@ def find(resume):
 
 def check_whole(path):
     """FlowARError unless the file can be read and, if it carries a checksum, agrees with it."""
-    content = read_file(path, mmap=True)
-    said = content.pop("checksum", None) if isinstance(content, dict) else None
-    if isinstance(said, str) and content_hash(content) != said:
-        raise FlowARError(f"{path}: its content is not what was written (checksum): damaged")
+    check_content(read_file(path, mmap=True), path)
 
 
 def read_model_file(resume):
@@ -399,8 +388,9 @@ def resume(path, content, parts, record):
             if saved not in (None, now):
                 raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {saved}, now {what} is {now}: "
                                   "go on with the same until the epoch ends, or give --start_epoch")
-    changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING  # what decides what is learned
-                        if name in before and before[name] != options[name])
+    # Of what decides what is learned; None is not known, as a cache's background may be.
+    changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING
+                        if None not in (before.get(name), options[name]) and before[name] != options[name])
     log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changed}" if changed else ""))
     if progress.epoch >= options["epochs"]:

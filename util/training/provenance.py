@@ -29,9 +29,14 @@ def check_origin(what, found, expected):
     """FlowARError unless two LatentOrigins are, as far as they are known, of one VAE. what: has the first."""
     for name in ("tensors" if found.tensors and expected.tensors else "sha256", "latent_scale"):
         one, other = (shorten(getattr(origin, name)) for origin in (found, expected))
-        if None not in (one, other) and one != other:
-            raise FlowARError(f"{what}: its VAE is {found.name or 'another one'} ({name} {one}), but {expected.name} "
-                              f"has {name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
+        if None in (one, other) or one == other:
+            continue
+        if name == "latent_scale":
+            raise FlowARError(f"{what}: its latents have the scale and shift {one}, those of {expected.name} {other}: "
+                              "latents of two scales do not mix; use the file it was made with, or give this one that "
+                              "scale ('config': {'latent_scale': [scale, shift]})")
+        raise FlowARError(f"{what}: its VAE is {found.name or 'another one'} ({name} {one}), but {expected.name} "
+                          f"has {name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
 
 
 def shorten(value):
