@@ -84,14 +84,15 @@ def read_form(pipe, label, first_seed, count, cfg, guidance, steps, solver, prec
     checked("Last seed", seed, first_seed + count - 1)
     if settings["num_steps"] != pipe.sampler.options["num_steps"]:
         settings["num_steps_last"] = None  # the checkpoint's, which goes with its steps
-    if precision not in precisions(pipe):
-        raise FlowARError(f"Precision is {precision!r}: expected one of {', '.join(precisions(pipe))}")
+    known = precisions(pipe.sampler.device)
+    if precision not in known:
+        raise FlowARError(f"Precision is {precision!r}: expected one of {', '.join(known)}")
     return Asked(label, range(first_seed, first_seed + count), precision, settings)
 
 
-def precisions(pipe):
-    """Those that the device has."""
-    return [name for name in PRECISIONS if name != "tf32" or pipe.sampler.device.type == "cuda"]
+def precisions(device):
+    """Those that a device has."""
+    return [name for name in PRECISIONS if name != "tf32" or device.type == "cuda"]
 
 
 @contextlib.contextmanager
@@ -212,6 +213,7 @@ WHOLE_PIXELS = """
 .pictures img { image-rendering: pixelated; }
 """
 KEEPING = "Its first scales are kept as they are, the finer ones drawn anew."
+SECONDS_OF_MESSAGES = 20
 ENLARGED_BELOW = 128  # pixels: smaller images are shown with whole pixels
 
 
@@ -235,12 +237,12 @@ def on_page(gr, event):
         try:
             return event(*args)
         except FlowARError as error:
-            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+            message = str(error)
         except (OSError, RuntimeError, MemoryError) as error:
             message, _ = explain(error)
             if not message:
                 raise
-            raise gr.Error(html.escape(message), duration=None, print_exception=False) from error
+        raise gr.Error(html.escape(message), duration=SECONDS_OF_MESSAGES, print_exception=False)
 
     return run
 
@@ -261,7 +263,7 @@ def form(gr, pipe):
         steps = gr.Slider(2, max(MOST_STEPS, options["num_steps"]), options["num_steps"], step=1, label="Steps of a scale", elem_id="steps")
         with gr.Row():
             solver = gr.Dropdown(list(SOLVERS), value=options["solver"], label="Solver", elem_id="solver", min_width=120)
-            precision = gr.Dropdown(precisions(pipe), value=pipe.default_precision, label="Precision", elem_id="precision", min_width=120)
+            precision = gr.Dropdown(precisions(pipe.sampler.device), value=pipe.sampler.precision, label="Precision", elem_id="precision", min_width=120)
     return [label, first_seed, images, cfg, guidance, steps, solver, precision]
 
 
@@ -318,7 +320,7 @@ def build_page(pipe, name, words, folder):
 
     on_draw, on_choose, on_vary, on_pick = (on_page(gr, event) for event in (on_draw, on_choose, on_vary, on_pick))
     one_at_a_time = dict(concurrency_id="model", concurrency_limit=1)
-    pictures = dict(elem_classes="pictures", object_fit="contain", interactive=False, show_label=False, fit_columns=False, allow_preview=False, buttons=[])
+    pictures = dict(elem_classes="pictures", object_fit="contain", interactive=False, show_label=False, fit_columns=False, format="png", allow_preview=False, buttons=[])
 
     with gr.Blocks(title="FlowAR", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         drawn = gr.State()
@@ -412,13 +414,12 @@ def parse_args():
 
 
 def open_for_page(args):
-    """The Pipeline with weights that are not rounded, so that any precision can be chosen, and its default_precision."""
+    """The Pipeline in the precision of the options, with weights that are not rounded: any other can be chosen later."""
     device = select_device(args.device)
-    pipe = open_pipeline(with_options(args, precision="fp32"), device, identify=True)
-    pipe.default_precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    if pipe.default_precision not in precisions(pipe):
-        raise FlowARError(f"--precision {args.precision} needs CUDA: the device is {device.type}")
-    return pipe
+    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")  # as in open_for_sampling
+    if precision not in precisions(device):
+        raise FlowARError(f"--precision {precision} needs CUDA: the device is {device.type}")
+    return open_pipeline(with_options(args, precision="fp32"), device, identify=True).using(precision)
 
 
 def main():
