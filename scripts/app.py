@@ -208,6 +208,10 @@ footer { display: none !important; }
 .pictures .thumbnail-lg { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
 .pictures .thumbnail-lg img { aspect-ratio: 1; height: auto; }
 .pictures .caption-label { position: static; max-width: none; width: 100%; border: 0; border-radius: 0; text-align: center; }
+@media (max-width: 640px) {
+  .pictures .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  #below { flex-direction: column; }
+}
 """
 WHOLE_PIXELS = """
 .pictures img { image-rendering: pixelated; }
@@ -332,7 +336,7 @@ def build_page(pipe, name, words, folder):
             with gr.Column(scale=2, min_width=480):
                 gr.Markdown("### Images: click one to choose it")
                 gallery = gr.Gallery(columns=4, height="auto", elem_id="gallery", **pictures)
-                with gr.Row(equal_height=True):
+                with gr.Row(equal_height=True, elem_id="below"):
                     status = gr.Markdown("", elem_id="status")
                     save = gr.DownloadButton("Download", interactive=False, elem_id="download", size="md", min_width=320)
                 grown = gr.Markdown("### How the chosen image grew, scale by scale")
