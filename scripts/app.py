@@ -107,7 +107,8 @@ def reporting(model, report, done=0, images=1, of=1):
         side = round(inputs[0].shape[1] ** 0.5)
         if side != last:
             last = side
-            report((done + images * sides.index(side) / len(sides)) / of, f"image {done + 1} of {of}: {side}x{side} tokens")
+            part = sides.index(side) / len(sides)
+            report((done + images * part) / of, f"image {done + 1} of {of}: {side}x{side} tokens")
 
     hook = model.flownet.register_forward_pre_hook(note)
     try:
@@ -117,8 +118,8 @@ def reporting(model, report, done=0, images=1, of=1):
 
 
 def draw(pipe, asked, report):
-    """The Drawn of an Asked: the images of pipe([label], seed=...) for each seed; on CUDA many at once, which may change
-    a pixel by rounding.
+    """The Drawn of an Asked: the images of pipe([label], seed=...) for each seed; on CUDA many at once, which may
+    change a pixel by rounding.
     """
     pipe = pipe.using(asked.precision, **asked.settings)
     at_once = 1 if pipe.sampler.device.type == "cpu" else pipe.sampler.batch
@@ -159,7 +160,8 @@ def settings_of(pipe, asked, number, words, kept=None):
     options = {setting.option: tuned.sampler.options[name] for name, setting in SAMPLING.items()}
     command = [*words, "--labels", asked.label, "--seeds", number, "--precision", asked.precision]
     command += [word for option, value in options.items() if value is not None for word in (f"--{option}", value)]
-    said = {**tuned.settings(), "code_sha256": CODE, "label": asked.label, "class_name": pipe.names[asked.label], "seed": number}
+    said = {**tuned.settings(), "code_sha256": CODE, "seed": number,
+            "label": asked.label, "class_name": pipe.names[asked.label]}
     if kept is None:
         return {**said, "picture": "folder", "command": list(map(str, [*command, "--folder", "samples"]))}
     index, keep, count = kept
@@ -188,8 +190,9 @@ def describe_speed(drawn, count, seconds, device):
 def describe_model(pipe, name):
     """A line of Markdown on what the page draws with."""
     about, size = pipe.description, pipe.sampler.model.img_size
-    return (f"**{html.escape(about['model'])}**, {about['parameters'] / 1e6:,.1f} million parameters, {len(pipe.names)} classes, "
-            f"{size}x{size} pixels, scales {' → '.join(map(str, pipe.sampler.model.scale))}. "
+    return (f"**{html.escape(about['model'])}**, {about['parameters'] / 1e6:,.1f} million parameters, "
+            f"{len(pipe.names)} classes, {size}x{size} pixels, "
+            f"scales {' → '.join(map(str, pipe.sampler.model.scale))}. "
             f"Weights: `{html.escape(str(name))}` ({about['weights']}).")
 
 
@@ -207,7 +210,8 @@ footer { display: none !important; }
 .pictures .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
 .pictures .thumbnail-lg { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
 .pictures .thumbnail-lg img { aspect-ratio: 1; height: auto; }
-.pictures .caption-label { position: static; max-width: none; width: 100%; border: 0; border-radius: 0; text-align: center; }
+.pictures .caption-label { position: static; max-width: none; width: 100%; border: 0; border-radius: 0; }
+.pictures .caption-label { text-align: center; }
 @media (max-width: 640px) {
   .pictures .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #below { flex-direction: column; }
@@ -229,148 +233,220 @@ def import_gradio():
     except ImportError as error:
         raise FlowARError(f"scripts/app.py needs gradio ({error}): pip install gradio") from error
     if int(gradio.__version__.split(".")[0]) < 6:
-        raise FlowARError(f"gradio is {gradio.__version__}, scripts/app.py needs 6 or newer: pip install --upgrade gradio")
+        raise FlowARError(f"gradio is {gradio.__version__}, scripts/app.py needs 6 or newer: "
+                          "pip install --upgrade gradio")
     return gradio
 
 
-def on_page(gr, event):
-    """The event with its errors as a message on the page."""
+def on_page(gr):
+    """A decorator: the errors of an event are messages on the page."""
 
-    @functools.wraps(event)
-    def run(*args):
-        try:
-            return event(*args)
-        except FlowARError as error:
-            message = str(error)
-        except (OSError, RuntimeError, MemoryError) as error:
-            message, _ = explain(error)
-            if not message:
-                raise
-        raise gr.Error(html.escape(message), duration=SECONDS_OF_MESSAGES, print_exception=False)
+    def decorate(event):
+        @functools.wraps(event)
+        def run(*args, **options):
+            try:
+                return event(*args, **options)
+            except FlowARError as error:
+                message = str(error)
+            except (OSError, RuntimeError, MemoryError) as error:
+                message, _ = explain(error)
+                if not message:
+                    raise
+            raise gr.Error(html.escape(message), duration=SECONDS_OF_MESSAGES, print_exception=False)
 
-    return run
+        return run
 
-
-def form(gr, pipe):
-    """The fields of read_form, in its order, with the checkpoint's settings in them."""
-    options, first = pipe.sampler.options, int(pipe.classes.sampled()[0])
-    with gr.Group():
-        label = gr.Dropdown(class_choices(pipe.names), value=first, label="Class", allow_custom_value=True, elem_id="class",
-                            info="Type to search, by name or number")
-        first_seed = gr.Number(0, precision=0, label="Seed", elem_id="seed", info="Of the first image; the others have the next ones")
-        images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="images")
-    with gr.Group():
-        cfg = gr.Slider(1, max(MOST_CFG, options["cfg"]), options["cfg"], step=0.1, label="Guidance scale (cfg)", elem_id="cfg",
-                        info="1: none; higher: clearer, less varied")
-        guidance = gr.Slider(0, 1, options["guidance"], step=0.05, label="Guidance interval", elem_id="guidance",
-                             info="It acts at times up to this; 1 is noise")
-        steps = gr.Slider(2, max(MOST_STEPS, options["num_steps"]), options["num_steps"], step=1, label="Steps of a scale", elem_id="steps")
-        with gr.Row():
-            solver = gr.Dropdown(list(SOLVERS), value=options["solver"], label="Solver", elem_id="solver", min_width=120)
-            precision = gr.Dropdown(precisions(pipe.sampler.device), value=pipe.sampler.precision, label="Precision", elem_id="precision", min_width=120)
-    return [label, first_seed, images, cfg, guidance, steps, solver, precision]
+    return decorate
 
 
-def build_page(pipe, name, words, folder):
-    """The gr.Blocks of a Pipeline. name: of the weights; words: see settings_of; folder: for pictures to download."""
-    gr = import_gradio()
-    scales, names, device = pipe.sampler.model.scale, pipe.names, pipe.sampler.device
+class Events:
+    """What the page's buttons do, for one Pipeline; each method gives what the parts of Layout show next.
 
-    def picture(drawn, index, kept=None):
-        """(path of a PNG, caption) of an image, or of a variation of it."""
-        number, label = drawn.asked.seeds[index], drawn.asked.label
-        if kept is None:
-            file = write_picture(folder, drawn.pictures[index], settings_of(pipe, drawn.asked, number, words),
-                                 f"{label:04d}-{number:04d}")
-            return file, f"seed {number}"
-        pictures, keep = drawn.varied
-        file = write_picture(folder, pictures[kept], settings_of(pipe, drawn.asked, number, words, (kept, keep, len(pictures))),
-                             f"{label:04d}-{number:04d}-keep{keep}-{kept:02d}")
-        return file, "the chosen image" if kept == 0 else f"variation {kept}"
+    words: see settings_of; folder: for pictures to download.
+    """
 
-    def download(file, what):
-        return gr.DownloadButton(f"Download {what}, with its settings", value=file, interactive=True)
+    def __init__(self, gr, pipe, words, folder):
+        self.gr, self.pipe, self.words, self.folder = gr, pipe, words, folder
 
-    def choice(drawn):
-        """What shows the chosen image: its strip, its name, the download."""
-        strip = [(image, f"{s}x{s} tokens") for s, image in zip(scales, grow(pipe, drawn))]
-        title = f"{html.escape(names[drawn.asked.label])}, seed {drawn.seed}"
-        return (gr.Gallery(strip), f"### How it grew, scale by scale: {title}", gr.Gallery([]),
-                f"## Variations of {title}\n{KEEPING}", download(picture(drawn, drawn.chosen)[0], f"seed {drawn.seed}"))
+    def draw(self, values, report):
+        """drawn, gallery, status, and those of shown()."""
+        drawn = draw(self.pipe, read_form(self.pipe, *values), report)
+        files = [self.picture(drawn._replace(chosen=i)) for i in range(len(drawn.pictures))]
+        return drawn, self.gr.Gallery(files, selected_index=0), self.speed(drawn, len(files), drawn.seconds), \
+            *self.shown(drawn)
 
-    def on_draw(*values_and_progress):
-        *values, report = values_and_progress
-        drawn = draw(pipe, read_form(pipe, *values), report)
-        gallery = gr.Gallery([picture(drawn, i) for i in range(len(drawn.pictures))], selected_index=0)
-        return drawn, gallery, describe_speed(drawn, len(drawn.pictures), drawn.seconds, device), *choice(drawn)
-
-    def on_choose(drawn, index):
+    def choose(self, drawn, index):
+        """drawn, and those of shown()."""
         if drawn is None or not 0 <= index < len(drawn.pictures):
             raise FlowARError("This image is no longer there: draw again")
         drawn = drawn._replace(chosen=index, varied=None)
-        return drawn, *choice(drawn)
+        return drawn, *self.shown(drawn)
 
-    def on_vary(drawn, keep, count, report):
-        varied, seconds = vary(pipe, drawn, keep, count, report)
+    def vary(self, drawn, keep, count, report):
+        """drawn, varied, vary_status."""
+        varied, seconds = vary(self.pipe, drawn, keep, count, report)
         drawn = drawn._replace(varied=(varied, int(keep)))
-        shown = [picture(drawn, drawn.chosen, i) for i in range(len(varied))]
-        return drawn, gr.Gallery(shown, selected_index=None), describe_speed(drawn, len(varied), seconds, device)
+        files = [self.variation(drawn, i) for i in range(len(varied))]
+        return drawn, self.gr.Gallery(files, selected_index=None), self.speed(drawn, len(varied), seconds)
 
-    def on_pick(drawn, index):
+    def pick(self, drawn, index):
+        """save."""
         if drawn is None or drawn.varied is None or not 0 <= index < len(drawn.varied[0]):
             raise FlowARError("This variation is no longer there: draw again")
-        file, caption = picture(drawn, drawn.chosen, index)
-        return download(file, caption)
+        return self.download(*self.variation(drawn, index))
 
-    on_draw, on_choose, on_vary, on_pick = (on_page(gr, event) for event in (on_draw, on_choose, on_vary, on_pick))
-    one_at_a_time = dict(concurrency_id="model", concurrency_limit=1)
-    pictures = dict(elem_classes="pictures", object_fit="contain", interactive=False, show_label=False, fit_columns=False, format="png", allow_preview=False, buttons=[])
+    def shown(self, drawn):
+        """strip, grown, varied, chosen, save: of the chosen image."""
+        scales, name = self.pipe.sampler.model.scale, html.escape(self.pipe.names[drawn.asked.label])
+        strip = [(image, f"{s}x{s} tokens") for s, image in zip(scales, grow(self.pipe, drawn))]
+        title = f"{name}, seed {drawn.seed}"
+        return (self.gr.Gallery(strip), f"### How it grew, scale by scale: {title}",
+                self.gr.Gallery([]), f"## Variations of {title}\n{KEEPING}", self.download(*self.picture(drawn)))
 
+    def picture(self, drawn):
+        """(path of a PNG, caption) of the chosen image."""
+        said = settings_of(self.pipe, drawn.asked, drawn.seed, self.words)
+        name = f"{drawn.asked.label:04d}-{drawn.seed:04d}"
+        return write_picture(self.folder, drawn.pictures[drawn.chosen], said, name), f"seed {drawn.seed}"
+
+    def variation(self, drawn, index):
+        """(path of a PNG, caption) of a variation."""
+        pictures, keep = drawn.varied
+        said = settings_of(self.pipe, drawn.asked, drawn.seed, self.words, (index, keep, len(pictures)))
+        name = f"{drawn.asked.label:04d}-{drawn.seed:04d}-keep{keep}-{index:02d}"
+        return (write_picture(self.folder, pictures[index], said, name),
+                f"variation {index}" if index else "the chosen image")
+
+    def download(self, file, what):
+        return self.gr.DownloadButton(f"Download {what}, with its settings", value=file, interactive=True)
+
+    def speed(self, drawn, count, seconds):
+        return describe_speed(drawn, count, seconds, self.pipe.sampler.device)
+
+
+class Layout(NamedTuple):
+    """The page's parts."""
+    drawn: object  # the visitor's Drawn
+    fields: list  # of read_form, in its order
+    button: object
+    gallery: object
+    status: object
+    save: object
+    grown: object
+    strip: object
+    chosen: object
+    keep: object
+    count: object
+    vary_button: object
+    vary_status: object
+    varied: object
+
+
+def what_fields(gr, pipe):
+    """The fields of what is drawn: class, seed, number of images."""
+    with gr.Group():
+        return [gr.Dropdown(class_choices(pipe.names), value=int(pipe.classes.sampled()[0]), label="Class",
+                            allow_custom_value=True, elem_id="class", info="Type to search, by name or number"),
+                gr.Number(0, precision=0, label="Seed", elem_id="seed",
+                          info="Of the first image; the others have the next ones"),
+                gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="images")]
+
+
+def how_fields(gr, pipe):
+    """The fields of how it is drawn, with the checkpoint's settings in them."""
+    now, precision = pipe.sampler.options, pipe.sampler.precision
+    with gr.Group():
+        numbers = [
+            gr.Slider(1, max(MOST_CFG, now["cfg"]), now["cfg"], step=0.1, label="Guidance scale (cfg)", elem_id="cfg",
+                      info="1: none; higher: clearer, less varied"),
+            gr.Slider(0, 1, now["guidance"], step=0.05, label="Guidance interval", elem_id="guidance",
+                      info="It acts at times up to this; 1 is noise"),
+            gr.Slider(2, max(MOST_STEPS, now["num_steps"]), now["num_steps"], step=1, label="Steps of a scale",
+                      elem_id="steps")]
+        with gr.Row():
+            return [*numbers,
+                    gr.Dropdown(list(SOLVERS), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
+                    gr.Dropdown(precisions(pipe.sampler.device), value=precision, label="Precision",
+                                elem_id="precision", min_width=120)]
+
+
+def lay_out(gr, pipe, name):
+    """The Layout, inside gr.Blocks."""
+    scales, parts = pipe.sampler.model.scale, {"drawn": gr.State()}
+    narrow, wide = dict(scale=1, min_width=320), dict(scale=2, min_width=480)
+
+    def pictures(elem_id, columns=4):
+        return gr.Gallery(elem_id=elem_id, columns=columns, height="auto", object_fit="contain", format="png",
+                          interactive=False, show_label=False, fit_columns=False, allow_preview=False, buttons=[],
+                          elem_classes="pictures")
+
+    gr.Markdown(f"# FlowAR\n{describe_model(pipe, name)}")
+    with gr.Row():
+        with gr.Column(**narrow):
+            parts["fields"] = what_fields(gr, pipe) + how_fields(gr, pipe)
+            parts["button"] = gr.Button("Draw", variant="primary", elem_id="draw")
+        with gr.Column(**wide):
+            gr.Markdown("### Images: click one to choose it")
+            parts["gallery"] = pictures("gallery")
+            with gr.Row(equal_height=True, elem_id="below"):
+                parts["status"] = gr.Markdown("", elem_id="status")
+                parts["save"] = gr.DownloadButton("Download", interactive=False, elem_id="download", size="md",
+                                                  min_width=320)
+            parts["grown"] = gr.Markdown("### How the chosen image grew, scale by scale")
+            parts["strip"] = pictures("strip", max(4, len(scales)))
+    parts["chosen"] = gr.Markdown(f"## Variations of the chosen image\n{KEEPING}")
+    with gr.Row():
+        with gr.Column(**narrow):
+            with gr.Group():
+                parts["keep"] = gr.Slider(0, len(scales), max(1, len(scales) // 2), step=1, label="Scales to keep",
+                                          elem_id="keep",
+                                          info=", ".join(f"{i + 1}: {s}x{s}" for i, s in enumerate(scales)))
+                parts["count"] = gr.Slider(2, MOST_IMAGES, 8, step=1, label="Variations, with the image itself",
+                                           elem_id="variation_count")
+            parts["vary_button"] = gr.Button("Vary the chosen image", elem_id="vary")
+            parts["vary_status"] = gr.Markdown("", elem_id="vary_status")
+        with gr.Column(**wide):
+            parts["varied"] = pictures("variations")
+    return Layout(**parts)
+
+
+def connect(gr, at, events):
+    """Let the parts of a Layout do what Events say, one event at a time over all visitors."""
+
+    # gradio finds what is typed, and progress by its default, in the signature
+    @on_page(gr)
+    def draw_event(label, first_seed, images, cfg, guidance, steps, solver, precision, progress=gr.Progress()):
+        values = label, first_seed, images, cfg, guidance, steps, solver, precision
+        return events.draw(values, reporter(progress))
+
+    @on_page(gr)
+    def vary_event(drawn, keep, count, progress=gr.Progress()):
+        return events.vary(drawn, keep, count, reporter(progress))
+
+    @on_page(gr)
+    def choose_event(drawn, event: gr.SelectData):
+        return events.choose(drawn, event.index)
+
+    @on_page(gr)
+    def pick_event(drawn, event: gr.SelectData):
+        return events.pick(drawn, event.index)
+
+    shown = [at.strip, at.grown, at.varied, at.chosen, at.save]
+    alone = dict(concurrency_id="model", concurrency_limit=1)
+    at.button.click(draw_event, at.fields, [at.drawn, at.gallery, at.status, *shown], show_progress_on=at.gallery,
+                    api_name="draw", **alone)
+    at.gallery.select(choose_event, at.drawn, [at.drawn, *shown], show_progress_on=at.strip, api_visibility="private",
+                      **alone)
+    at.vary_button.click(vary_event, [at.drawn, at.keep, at.count], [at.drawn, at.varied, at.vary_status],
+                         show_progress_on=at.varied, api_name="vary", **alone)
+    at.varied.select(pick_event, at.drawn, at.save, show_progress="hidden", api_visibility="private", **alone)
+
+
+def build_page(pipe, name, words, folder):
+    """The gr.Blocks of a Pipeline. name: of the weights; words, folder: see Events."""
+    gr = import_gradio()
     with gr.Blocks(title="FlowAR", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        drawn = gr.State()
-        gr.Markdown(f"# FlowAR\n{describe_model(pipe, name)}")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                fields = form(gr, pipe)
-                button = gr.Button("Draw", variant="primary", elem_id="draw")
-            with gr.Column(scale=2, min_width=480):
-                gr.Markdown("### Images: click one to choose it")
-                gallery = gr.Gallery(columns=4, height="auto", elem_id="gallery", **pictures)
-                with gr.Row(equal_height=True, elem_id="below"):
-                    status = gr.Markdown("", elem_id="status")
-                    save = gr.DownloadButton("Download", interactive=False, elem_id="download", size="md", min_width=320)
-                grown = gr.Markdown("### How the chosen image grew, scale by scale")
-                strip = gr.Gallery(columns=max(4, len(scales)), height="auto", elem_id="strip", **pictures)
-        chosen = gr.Markdown(f"## Variations of the chosen image\n{KEEPING}")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                with gr.Group():
-                    keep = gr.Slider(0, len(scales), max(1, len(scales) // 2), step=1, label="Scales to keep", elem_id="keep",
-                                     info=", ".join(f"{i + 1}: {s}x{s}" for i, s in enumerate(scales)))
-                    count = gr.Slider(2, MOST_IMAGES, 8, step=1, label="Variations, with the image itself", elem_id="variation_count")
-                vary_button = gr.Button("Vary the chosen image", elem_id="vary")
-                vary_status = gr.Markdown("", elem_id="vary_status")
-            with gr.Column(scale=2, min_width=480):
-                varied = gr.Gallery(columns=4, height="auto", elem_id="variations", **pictures)
-
-        def draw_event(label, first_seed, images, cfg, guidance, steps, solver, precision, progress=gr.Progress()):
-            return on_draw(label, first_seed, images, cfg, guidance, steps, solver, precision, reporter(progress))
-
-        def vary_event(drawn, keep, count, progress=gr.Progress()):
-            return on_vary(drawn, keep, count, reporter(progress))
-
-        def choose_event(drawn, event: gr.SelectData):
-            return on_choose(drawn, event.index)
-
-        def pick_event(drawn, event: gr.SelectData):
-            return on_pick(drawn, event.index)
-
-        seen = [strip, grown, varied, chosen, save]
-        button.click(draw_event, fields, [drawn, gallery, status, *seen], show_progress_on=gallery, api_name="draw", **one_at_a_time)
-        gallery.select(choose_event, drawn, [drawn, *seen], show_progress_on=strip, api_visibility="private", **one_at_a_time)
-        vary_button.click(vary_event, [drawn, keep, count], [drawn, varied, vary_status], show_progress_on=varied, api_name="vary",
-                          **one_at_a_time)
-        varied.select(pick_event, drawn, save, show_progress="hidden", api_visibility="private", **one_at_a_time)
+        connect(gr, lay_out(gr, pipe, name), Events(gr, pipe, words, folder))
     return page.queue(default_concurrency_limit=1)
 
 
@@ -382,12 +458,14 @@ def reporter(progress):
 def launch(page, host, port, img_size):
     """Serve the page until Ctrl-C."""
     gr = import_gradio()
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is loaded
+    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is loaded
     try:
-        page.launch(server_name=host, server_port=port, share=False, quiet=True, ssr_mode=False, theme=theme, prevent_thread_lock=True,
-                    css=STYLE + (WHOLE_PIXELS if img_size < ENLARGED_BELOW else ""), show_error=True)
+        page.launch(server_name=host, server_port=port, share=False, quiet=True, ssr_mode=False, show_error=True,
+                    theme=gr.themes.Default(**fonts), css=STYLE + (WHOLE_PIXELS if img_size < ENLARGED_BELOW else ""),
+                    prevent_thread_lock=True)
     except OSError as error:
-        raise FlowARError(f"--host {host} --port {port or 'any of 7860 to 7959'}: cannot be listened on ({error}): give another") from error
+        raise FlowARError(f"--host {host} --port {port or 'any of 7860 to 7959'}: cannot be listened on ({error}): "
+                          "give another") from error
     print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
@@ -412,13 +490,13 @@ def parse_args():
     if args.resume:
         return args, words
     if not Path(QUICKSTART).exists():
-        raise FlowARError(f"--resume is missing, and {QUICKSTART} is not there: make it with bash scripts/quickstart.sh, or give a "
-                          "checkpoint, or a name such as released:flowar_small")
+        raise FlowARError(f"--resume is missing, and {QUICKSTART} is not there: make it with bash "
+                          "scripts/quickstart.sh, or give a checkpoint, or a name such as released:flowar_small")
     return with_options(args, resume=QUICKSTART), ["--resume", QUICKSTART, *words]
 
 
 def open_for_page(args):
-    """The Pipeline in the precision of the options, with weights that are not rounded: any other can be chosen later."""
+    """The Pipeline in the precision of the options, with weights that are not rounded: any other can be chosen."""
     device = select_device(args.device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")  # as in open_for_sampling
     if precision not in precisions(device):

@@ -59,15 +59,16 @@ def ignore(fraction, text):
     pass
 
 
-# ---- what the page does --------------------------------------------------------------------------------------------------
+# ---- what the page does --------------------------------------------------------------------------------------------
 
 
 def test_the_page_draws_what_the_pipeline_draws_and_every_field_acts(pipe, trained):
     drawn = app.draw(pipe, asked(pipe), ignore)
     settings = dict(cfg=3.0, guidance=0.8, num_steps=6, num_steps_last=None, solver="heun")
-    other = load_pipeline(trained, device="cpu", precision="bf16")  # its weights are rounded once, the page's at every call
+    other = load_pipeline(trained, device="cpu", precision="bf16")  # its weights are rounded once, not at every call
     assert same(drawn.pictures, [other([3], seed=number, **settings)[0] for number in (5, 6)])
-    for change in (dict(label=8), dict(first_seed=7), dict(cfg=1), dict(guidance=0.1), dict(steps=4), dict(solver="euler"), dict(precision="fp32")):
+    for change in (dict(label=8), dict(first_seed=7), dict(cfg=1), dict(guidance=0.1), dict(steps=4),
+                   dict(solver="euler"), dict(precision="fp32")):
         assert not same(app.draw(pipe, asked(pipe, **change), ignore).pictures, drawn.pictures), change
     assert len(app.draw(pipe, asked(pipe, count=3), ignore).pictures) == 3
     chosen = drawn._replace(chosen=1)
@@ -84,18 +85,22 @@ def test_steps_of_ones_own_are_not_annealed_to_the_checkpoints(pipe):
 
 @pytest.mark.parametrize("change,message", [
     (dict(label="zebra"), "'zebra': no class of this name"), (dict(label="10"), "label 10: the model has classes 0..9"),
-    (dict(label=None), "Class is empty"), (dict(label=[3]), "no class of this name"), (dict(first_seed=-1), "Seed: -1 is out of range"),
-    (dict(first_seed=None), "Seed is empty"), (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
-    (dict(count=17), "Images: 17 is out of range"), (dict(cfg=0.5), "Guidance scale: 0.5 is out of range"),
-    (dict(cfg=float("nan")), "Guidance scale: nan is not finite"), (dict(guidance="all"), "Guidance interval: 'all' is not a number"),
-    (dict(steps=1), "Steps: 1 is out of range"), (dict(solver="rk9"), "Solver: 'rk9' is unknown"),
+    (dict(label=None), "Class is empty"), (dict(label=[3]), "no class of this name"),
+    (dict(first_seed=-1), "Seed: -1 is out of range"), (dict(first_seed=None), "Seed is empty"),
+    (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
+    (dict(count=17), "Images: 17 is out of range"),
+    (dict(cfg=0.5), "Guidance scale: 0.5 is out of range"),
+    (dict(cfg=float("nan")), "Guidance scale: nan is not finite"),
+    (dict(guidance="all"), "Guidance interval: 'all' is not a number"), (dict(steps=1), "Steps: 1 is out of range"),
+    (dict(solver="rk9"), "Solver: 'rk9' is unknown"),
     (dict(precision="tf32"), "Precision is 'tf32': expected one of fp32, bf16, fp16")])
 def test_bad_values_are_named(pipe, change, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         asked(pipe, **change)
 
 
-@pytest.mark.parametrize("drawn,keep,message", [(None, 1, "no image to vary"), (True, 4, "Scales to keep: 4 is out of range")])
+@pytest.mark.parametrize("drawn,keep,message", [(None, 1, "no image to vary"),
+                                                (True, 4, "Scales to keep: 4 is out of range")])
 def test_bad_variations_are_named(pipe, drawn, keep, message):
     with pytest.raises(FlowARError, match=message):
         app.vary(pipe, drawn and app.draw(pipe, asked(pipe, count=1), ignore), keep, 3, ignore)
@@ -112,17 +117,19 @@ def test_a_downloaded_picture_can_be_made_again(pipe, words, tmp_path, monkeypat
     drawn = app.draw(pipe, asked(pipe), ignore)._replace(chosen=1)
     file = app.write_picture(tmp_path, drawn.pictures[1], app.settings_of(pipe, drawn.asked, 6, words), "0003-0006")
     said = read_settings(file)
-    assert (said["label"], said["seed"], said["cfg"], said["guidance"], said["num_step"], said["solver"], said["precision"]) == \
-        (3, 6, 3.0, 0.8, 6, "heun", "bf16")
+    expected = dict(label=3, seed=6, cfg=3.0, guidance=0.8, num_step=6, solver="heun", precision="bf16")
+    assert {name: said[name] for name in expected} == expected
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["sample.py", "--again", file])
     sample.main()
-    assert same([Image.open("samples/0003-0006.png")], drawn.pictures[1:]) and same([Image.open(file)], drawn.pictures[1:])
+    assert same([Image.open("samples/0003-0006.png")], drawn.pictures[1:])
+    assert same([Image.open(file)], drawn.pictures[1:])
     varied, _ = app.vary(pipe, drawn, 1, 3, ignore)
     file = app.write_picture(tmp_path, varied[2], app.settings_of(pipe, drawn.asked, 6, words, (2, 1, 3)), "v")
     monkeypatch.setattr("sys.argv", ["sample.py", "--again", file])
     sample.main()
-    assert same([Image.open("variations.png").crop((11 + 132, 2, 11 + 132 + 64, 66))], [varied[2].resize((64, 64), 0)])
+    third = Image.open("variations.png").crop((11 + 132, 2, 11 + 132 + 64, 66))
+    assert same([third], [varied[2].resize((64, 64), 0)])
 
 
 def test_only_the_last_pictures_stay(tmp_path, monkeypatch):
@@ -130,10 +137,11 @@ def test_only_the_last_pictures_stay(tmp_path, monkeypatch):
     for shade in range(5):
         last = app.write_picture(tmp_path, Image.new("RGB", (4, 4), (shade, 0, 0)), {"shade": shade}, "x")
         os.utime(last, (shade, shade))
-    assert sorted(read_settings(path)["shade"] for path in tmp_path.glob("*/*.png")) == [2, 3, 4] and len(list(tmp_path.iterdir())) == 3
+    assert sorted(read_settings(path)["shade"] for path in tmp_path.glob("*/*.png")) == [2, 3, 4]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-# ---- how it starts -------------------------------------------------------------------------------------------------------
+# ---- how it starts -------------------------------------------------------------------------------------------------
 
 
 def test_which_model_is_opened(monkeypatch, tmp_path):
@@ -143,7 +151,8 @@ def test_which_model_is_opened(monkeypatch, tmp_path):
         app.parse_args()
     (tmp_path / app.QUICKSTART).mkdir(parents=True)
     args, words = app.parse_args()
-    assert (args.resume, args.host, args.port, words) == (app.QUICKSTART, "0.0.0.0", 7000, ["--resume", app.QUICKSTART, "--device", "cpu"])
+    assert (args.resume, args.host, args.port) == (app.QUICKSTART, "0.0.0.0", 7000)
+    assert words == ["--resume", app.QUICKSTART, "--device", "cpu"]
     assert app.make_parser().parse_args([]).host == "127.0.0.1"
 
 
@@ -152,10 +161,10 @@ def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(FlowARError, match="needs gradio.*pip install gradio"):
         app.import_gradio()
     with pytest.raises(FlowARError, match="--precision tf32 needs CUDA"):
-        app.open_for_page(app.make_parser().parse_args(["--resume", "nowhere", "--device", "cpu", "--precision", "tf32"]))
+        app.open_for_page(app.make_parser().parse_args(["--device", "cpu", "--precision", "tf32"]))
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -192,11 +201,12 @@ def test_visitors_wait_for_each_other(page, monkeypatch):
     form = [3, 0, 1, 2.0, 1.0, 4, "euler", "fp32"]
     visitors[0].predict(*form, api_name="/draw")
     monkeypatch.setattr(app, "draw", alone(draw)), monkeypatch.setattr(app, "vary", alone(vary))
-    jobs = [visitors[0].submit(1, 2, api_name="/vary"), *(visitor.submit(*form, api_name="/draw") for visitor in visitors[1:])]
+    jobs = [visitors[0].submit(1, 2, api_name="/vary")]
+    jobs += [visitor.submit(*form, api_name="/draw") for visitor in visitors[1:]]
     assert all(job.result(60) for job in jobs) and together == [1, 1, 1]
 
 
-# ---- in a browser --------------------------------------------------------------------------------------------------------
+# ---- in a browser --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +284,8 @@ class Visitor:
 
     def requests(self):
         messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        return {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+        return {message["params"]["request"]["url"] for message in messages
+                if message["method"] == "Network.requestWillBeSent"}
 
 
 def opened(files):
