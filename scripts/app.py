@@ -14,6 +14,8 @@ import hashlib
 import html
 import io
 import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -456,7 +458,7 @@ def reporter(progress):
 
 
 def launch(page, host, port, img_size):
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C or SIGTERM."""
     gr = import_gradio()
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is loaded
     try:
@@ -464,8 +466,8 @@ def launch(page, host, port, img_size):
                     theme=gr.themes.Default(**fonts), css=STYLE + (WHOLE_PIXELS if img_size < ENLARGED_BELOW else ""),
                     prevent_thread_lock=True)
     except OSError as error:
-        raise FlowARError(f"--host {host} --port {port or 'any of 7860 to 7959'}: cannot be listened on ({error}): "
-                          "give another") from error
+        raise FlowARError(f"--host {host} --port {port or 'any of 7860 to 7959'}: cannot be listened on, it is in use "
+                          "or not of this machine: give another") from error
     print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
@@ -508,6 +510,7 @@ def main():
     args, words = parse_args()
     import_gradio()
     pipe = open_for_page(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the folder goes with the program
     with tempfile.TemporaryDirectory(prefix="flowar-page-") as folder:
         page = build_page(pipe, args.resume, words, folder)
         launch(page, args.host, args.port, pipe.sampler.model.img_size)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -14,7 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 import sample
-from helpers import make_project, run, start, training_command
+from helpers import finish, make_project, run, start, training_command
 from PIL import Image
 
 import app
@@ -156,6 +155,14 @@ def test_which_model_is_opened(monkeypatch, tmp_path):
     assert app.make_parser().parse_args([]).host == "127.0.0.1"
 
 
+def test_a_port_in_use_is_said(page):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(FlowARError, match="--host 127.0.0.1 --port [0-9]+: cannot be listened on"):
+            app.launch(page, "127.0.0.1", taken.getsockname()[1], 16)
+
+
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(FlowARError, match="needs gradio.*pip install gradio"):
@@ -210,13 +217,17 @@ def test_visitors_wait_for_each_other(page, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def address(words):
+def address(words, tmp_path_factory):
     """Of the program, started as a user starts it."""
+    folder = tmp_path_factory.mktemp("pictures")
     pytest.importorskip("gradio", reason="gradio is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process, url = start(f"scripts/app.py {' '.join(words)} --port {port}"), f"http://127.0.0.1:{port}/"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder)), patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        process = start(f"scripts/app.py {' '.join(words)} --port {port}")
+    url = f"http://127.0.0.1:{port}/"
     try:
         end = time.monotonic() + 120
         while True:
@@ -228,12 +239,20 @@ def address(words):
                 time.sleep(0.1)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.terminate()
+        status, output = finish(process, 30)
+    assert status == 0 and f"the page is at {url}" in output and "Traceback" not in output
+    assert not list(folder.iterdir())  # its pictures went with it
 
 
 @pytest.fixture(scope="module")
-def browser():
+def downloads(tmp_path_factory):
+    """Where the browser puts what is downloaded."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
@@ -242,6 +261,7 @@ def browser():
     options.binary_location = chromium
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1900"):
         options.add_argument(word)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
@@ -292,7 +312,7 @@ def opened(files):
     return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
 
-def test_a_click_makes_the_pipelines_picture(address, browser, trained, tmp_path):
+def test_a_click_makes_the_pipelines_picture(address, browser, trained, downloads):
     visitor, expected = Visitor(browser, address), load_pipeline(trained, device="cpu")
     visitor.type("#class input", "8"), visitor.type("#seed input", "5"), visitor.type("#images input[type=number]", "3")
     visitor.click("#draw")
@@ -307,9 +327,17 @@ def test_a_click_makes_the_pipelines_picture(address, browser, trained, tmp_path
     visitor.type("#keep input[type=number]", "2"), visitor.type("#variation_count input[type=number]", "4")
     visitor.click("#vary")
     assert same(opened(visitor.pictures("#variations", 4)), expected.variations(8, keep_scales=2, count=4, seed=7))
-    (tmp_path / "got.png").write_bytes(files[2])
-    said = read_settings(tmp_path / "got.png")
+    visitor.click("#download")
+    visitor.until((downloads / "0008-0007.png").is_file)
+    said = read_settings(downloads / "0008-0007.png")
     assert (said["label"], said["seed"], said["cfg"]) == (8, 7, 2.0)
+    assert (downloads / "0008-0007.png").read_bytes() == files[2]
+
+    visitor.click("#variations img", 3)
+    visitor.until(lambda: "variation 3" in visitor.text("#download"))
+    visitor.click("#download")
+    visitor.until((downloads / "0008-0007-keep2-03.png").is_file)
+    assert read_settings(downloads / "0008-0007-keep2-03.png")["keep_scales"] == 2
     elsewhere = [url for url in visitor.requests() if not url.startswith((address, "data:", "blob:"))]
     assert not elsewhere
 
