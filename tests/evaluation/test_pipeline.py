@@ -161,6 +161,15 @@ def test_keeping_scales(pipe):
         pipe.variations(3, keep_scales=4)
 
 
+def test_other_settings_and_precision_of_one_model(pipe, trained):
+    rounded = load_pipeline(trained, device="cpu", precision="bf16")
+    assert same(pipe.using("bf16", cfg=4.0)([3]), rounded([3], cfg=4.0)) and not same(pipe([3], cfg=4.0), rounded([3], cfg=4.0))
+    assert same(pipe.using("bf16").using("fp32")([3]), pipe([3])) and pipe.using(cfg=4.0).settings()["cfg"] == 4.0
+    assert same(rounded.using(cfg=4.0)([3]), rounded([3], cfg=4.0))
+    with pytest.raises(FlowARError, match="precision fp32: this pipeline was opened with weights rounded to torch.bfloat16"):
+        rounded.using("fp32")
+
+
 def test_interpolation_ends_at_the_seeds(pipe):
     found = pipe.interpolate(3, 1, 2, count=4)
     assert len(found) == 4 and same(found[:1], pipe([3], seed=1)) and same(found[-1:], pipe([3], seed=2))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import FlowARError
-from util.cluster import autocast, select_device
+from util.cluster import autocast, select_device, set_precision
 from util.data import center_crop, open_image
 from util.data.images import to_tensor
 from util.data.pixels import WHITE, over
@@ -59,6 +59,15 @@ class Pipeline:
         """What pictures are made with, for those who want to make them again."""
         return {**self.description, **self.sampler.settings()}
 
+    def using(self, precision=None, **settings):
+        """The same with other settings, and in another precision; fp32 and tf32 are modes of the whole process."""
+        sampler, rounded = self.sampler.with_settings(settings), self.sampler.model.z_proj.weight.dtype
+        if precision not in (None, sampler.precision) and rounded != torch.float32:
+            raise FlowARError(f"precision {precision}: this pipeline was opened with weights rounded to {rounded}, "
+                              "open it in fp32 to choose later")
+        precision = set_precision(precision or sampler.precision, sampler.device)
+        return Pipeline(sampler._replace(precision=precision), self.names, self.classes, self.description)
+
     def label(self, asked):
         """Number of a class by number or name."""
         return find_label(asked, self.names)
@@ -95,7 +104,10 @@ class Pipeline:
 
     def grow(self, label, *, seed=0, **settings):
         """The image after every scale, coarse to fine: each scale's latent, enlarged to full size, decoded."""
-        pyramid = self.latents([self.label(label)], self.noise(seed, [0]), **settings)
+        return self.grown(self.latents([self.label(label)], self.noise(seed, [0]), **settings))
+
+    def grown(self, pyramid):
+        """The pictures of grow() of one image's pyramid."""
         scales = [self.sampler.model.unpatchify(x) for x in pyramid]
         size = scales[-1].shape[-2:]
         return self.decode(torch.cat([F.interpolate(x, size=size, mode="bicubic") for x in scales]))

@@ -1,0 +1,358 @@
+"""The page of scripts/app.py: what it does, without a browser and in a real one."""
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import sample
+from helpers import finish, make_project, run, start, training_command
+from PIL import Image
+
+import app
+from models import FlowARError
+from pictures import read_settings
+from util.evaluation import load_pipeline
+
+FORM = dict(label="3", first_seed=5, count=2, cfg=3.0, guidance=0.8, steps=6, solver="heun", precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps that was told how to sample."""
+    project = make_project(tmp_path_factory.mktemp("project"), 2)
+    run(training_command(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5"))
+    return project / "run"
+
+
+@pytest.fixture(scope="module")
+def words(trained):
+    return ["--resume", str(trained), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pipe(words):
+    return app.open_for_page(app.make_parser().parse_args(words))
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def same(some, others):
+    return np.array_equal(pixels(some), pixels(others))
+
+
+def asked(pipe, **changes):
+    return app.read_form(pipe, *{**FORM, **changes}.values())
+
+
+def ignore(fraction, text):
+    pass
+
+
+# ---- what the page does --------------------------------------------------------------------------------------------
+
+
+def test_the_page_draws_what_the_pipeline_draws_and_every_field_acts(pipe, trained):
+    drawn = app.draw(pipe, asked(pipe), ignore)
+    settings = dict(cfg=3.0, guidance=0.8, num_steps=6, num_steps_last=None, solver="heun")
+    other = load_pipeline(trained, device="cpu", precision="bf16")  # its weights are rounded once, not at every call
+    assert same(drawn.pictures, [other([3], seed=number, **settings)[0] for number in (5, 6)])
+    for change in (dict(label=8), dict(first_seed=7), dict(cfg=1), dict(guidance=0.1), dict(steps=4),
+                   dict(solver="euler"), dict(precision="fp32")):
+        assert not same(app.draw(pipe, asked(pipe, **change), ignore).pictures, drawn.pictures), change
+    assert len(app.draw(pipe, asked(pipe, count=3), ignore).pictures) == 3
+    chosen = drawn._replace(chosen=1)
+    assert same(app.grow(pipe, chosen), other.grow(3, seed=6, **settings))
+    varied, _ = app.vary(pipe, chosen, 1, 3, ignore)
+    assert same(varied, other.variations(3, keep_scales=1, count=3, seed=6, **settings))
+
+
+def test_steps_of_ones_own_are_not_annealed_to_the_checkpoints(pipe):
+    annealed = pipe.using(num_steps=10, num_steps_last=8)
+    assert "num_steps_last" not in asked(annealed, steps=10, precision="fp32").settings
+    assert asked(annealed, steps=6, precision="fp32").settings["num_steps_last"] is None
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(label="zebra"), "'zebra': no class of this name"), (dict(label="10"), "label 10: the model has classes 0..9"),
+    (dict(label=None), "Class is empty"), (dict(label=[3]), "no class of this name"),
+    (dict(first_seed=-1), "Seed: -1 is out of range"), (dict(first_seed=None), "Seed is empty"),
+    (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
+    (dict(count=17), "Images: 17 is out of range"),
+    (dict(cfg=0.5), "Guidance scale: 0.5 is out of range"),
+    (dict(cfg=float("nan")), "Guidance scale: nan is not finite"),
+    (dict(guidance="all"), "Guidance interval: 'all' is not a number"), (dict(steps=1), "Steps: 1 is out of range"),
+    (dict(solver="rk9"), "Solver: 'rk9' is unknown"),
+    (dict(precision="tf32"), "Precision is 'tf32': expected one of fp32, bf16, fp16")])
+def test_bad_values_are_named(pipe, change, message):
+    with pytest.raises(FlowARError, match=re.escape(message)):
+        asked(pipe, **change)
+
+
+@pytest.mark.parametrize("drawn,keep,message", [(None, 1, "no image to vary"),
+                                                (True, 4, "Scales to keep: 4 is out of range")])
+def test_bad_variations_are_named(pipe, drawn, keep, message):
+    with pytest.raises(FlowARError, match=message):
+        app.vary(pipe, drawn and app.draw(pipe, asked(pipe, count=1), ignore), keep, 3, ignore)
+
+
+def test_progress_rises_over_scales_and_images(pipe):
+    seen = []
+    app.draw(pipe, asked(pipe), lambda fraction, text: seen.append((round(fraction, 3), text)))
+    assert [fraction for fraction, _ in seen] == [0, 0.167, 0.333, 0.5, 0.667, 0.833]
+    assert seen[4][1] == "image 2 of 2: 2x2 tokens" and not pipe.sampler.model.flownet._forward_pre_hooks
+
+
+def test_a_downloaded_picture_can_be_made_again(pipe, words, tmp_path, monkeypatch):
+    drawn = app.draw(pipe, asked(pipe), ignore)._replace(chosen=1)
+    file = app.write_picture(tmp_path, drawn.pictures[1], app.settings_of(pipe, drawn.asked, 6, words), "0003-0006")
+    said = read_settings(file)
+    expected = dict(label=3, seed=6, cfg=3.0, guidance=0.8, num_step=6, solver="heun", precision="bf16")
+    assert {name: said[name] for name in expected} == expected
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sample.py", "--again", file])
+    sample.main()
+    assert same([Image.open("samples/0003-0006.png")], drawn.pictures[1:])
+    assert same([Image.open(file)], drawn.pictures[1:])
+    varied, _ = app.vary(pipe, drawn, 1, 3, ignore)
+    file = app.write_picture(tmp_path, varied[2], app.settings_of(pipe, drawn.asked, 6, words, (2, 1, 3)), "v")
+    monkeypatch.setattr("sys.argv", ["sample.py", "--again", file])
+    sample.main()
+    third = Image.open("variations.png").crop((11 + 132, 2, 11 + 132 + 64, 66))
+    assert same([third], [varied[2].resize((64, 64), 0)])
+
+
+def test_only_the_last_pictures_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "KEPT_FILES", 3)
+    for shade in range(5):
+        last = app.write_picture(tmp_path, Image.new("RGB", (4, 4), (shade, 0, 0)), {"shade": shade}, "x")
+        os.utime(last, (shade, shade))
+    assert sorted(read_settings(path)["shade"] for path in tmp_path.glob("*/*.png")) == [2, 3, 4]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# ---- how it starts -------------------------------------------------------------------------------------------------
+
+
+def test_which_model_is_opened(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["app.py", "--port", "7000", "--device", "cpu", "--host=0.0.0.0"])
+    with pytest.raises(FlowARError, match="--resume is missing, and output/quickstart/run is not there.*quickstart.sh"):
+        app.parse_args()
+    (tmp_path / app.QUICKSTART).mkdir(parents=True)
+    args, words = app.parse_args()
+    assert (args.resume, args.host, args.port) == (app.QUICKSTART, "0.0.0.0", 7000)
+    assert words == ["--resume", app.QUICKSTART, "--device", "cpu"]
+    assert app.make_parser().parse_args([]).host == "127.0.0.1"
+
+
+def test_a_port_in_use_is_said(page):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(FlowARError, match="--host 127.0.0.1 --port [0-9]+: cannot be listened on"):
+            app.launch(page, "127.0.0.1", taken.getsockname()[1], 16)
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(FlowARError, match="needs gradio.*pip install gradio"):
+        app.import_gradio()
+    with pytest.raises(FlowARError, match="--precision tf32 needs CUDA"):
+        app.open_for_page(app.make_parser().parse_args(["--device", "cpu", "--precision", "tf32"]))
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(pipe, words, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    page = app.build_page(pipe, "run", words, tmp_path)
+    yield page
+    page.close()
+
+
+def test_the_page_shows_the_checkpoints_settings(page):
+    shown = {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
+    assert {name: shown[name].value for name in ("class", "cfg", "guidance", "steps", "solver", "precision")} == \
+        {"class": 0, "cfg": 2.0, "guidance": 1.0, "steps": 4, "solver": "euler", "precision": "fp32"}
+
+
+def test_visitors_wait_for_each_other(page, monkeypatch):
+    client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    inside, together, entered, draw, vary = [], [], threading.Event(), app.draw, app.vary
+
+    def alone(what):
+        def watched(*args):
+            inside.append(1)
+            together.append(len(inside))
+            entered.wait(0.3) if len(inside) == 1 else entered.set()  # the second would end the first one's wait
+            try:
+                return what(*args)
+            finally:
+                inside.pop()
+        return watched
+
+    page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
+    visitors = [client.Client(page.local_url, verbose=False) for _ in range(3)]
+    form = [3, 0, 1, 2.0, 1.0, 4, "euler", "fp32"]
+    visitors[0].predict(*form, api_name="/draw")
+    monkeypatch.setattr(app, "draw", alone(draw)), monkeypatch.setattr(app, "vary", alone(vary))
+    jobs = [visitors[0].submit(1, 2, api_name="/vary")]
+    jobs += [visitor.submit(*form, api_name="/draw") for visitor in visitors[1:]]
+    assert all(job.result(60) for job in jobs) and together == [1, 1, 1]
+
+
+# ---- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(words, tmp_path_factory):
+    """Of the program, started as a user starts it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder)), patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        process = start(f"scripts/app.py {' '.join(words)} --port {port}")
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(url).read()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        status, output = finish(process, 30)
+    assert status == 0 and f"the page is at {url}" in output and "Traceback" not in output
+    assert not list(folder.iterdir())  # its pictures went with it
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory):
+    """Where the browser puts what is downloaded."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium and chromedriver (chromium-driver) are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1900"):
+        options.add_argument(word)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+class Visitor:
+    """What a person does on the page."""
+
+    def __init__(self, browser, url):
+        self.browser = browser
+        browser.get(url)
+        self.until(lambda: self.all("#draw"))
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def until(self, condition):
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+        return WebDriverWait(self.browser, 60, 0.1, [StaleElementReferenceException]).until(lambda _: condition())
+
+    def type(self, selector, text):
+        from selenium.webdriver.common.keys import Keys
+        field = self.all(selector)[0]
+        field.click()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text, Keys.ENTER)
+
+    def click(self, selector, number=0):
+        self.all(selector)[number].click()
+
+    def text(self, selector):
+        return "".join(element.text for element in self.all(selector))
+
+    def pictures(self, selector, count):
+        """The files of the images that are shown there, once there are `count`."""
+        self.until(lambda: len(self.all(f"{selector} img")) == count)
+        return [urllib.request.urlopen(image.get_attribute("src")).read() for image in self.all(f"{selector} img")]
+
+    def requests(self):
+        messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        return {message["params"]["request"]["url"] for message in messages
+                if message["method"] == "Network.requestWillBeSent"}
+
+
+def opened(files):
+    return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+
+
+def test_a_click_makes_the_pipelines_picture(address, browser, trained, downloads):
+    visitor, expected = Visitor(browser, address), load_pipeline(trained, device="cpu")
+    visitor.type("#class input", "8"), visitor.type("#seed input", "5"), visitor.type("#images input[type=number]", "3")
+    visitor.click("#draw")
+    files = visitor.pictures("#gallery", 3)
+    assert same(opened(files), [expected([8], seed=number)[0] for number in (5, 6, 7)])
+    visitor.until(lambda: "3 images in" in visitor.text("#status"))
+    assert same(opened(visitor.pictures("#strip", 3)), expected.grow(8, seed=5))
+
+    visitor.click("#gallery img", 2)  # chosen: its strip, its download
+    visitor.until(lambda: "seed 7" in visitor.text("#download"))
+    assert same(opened(visitor.pictures("#strip", 3)), expected.grow(8, seed=7))
+    visitor.type("#keep input[type=number]", "2"), visitor.type("#variation_count input[type=number]", "4")
+    visitor.click("#vary")
+    assert same(opened(visitor.pictures("#variations", 4)), expected.variations(8, keep_scales=2, count=4, seed=7))
+    visitor.click("#download")
+    visitor.until((downloads / "0008-0007.png").is_file)
+    said = read_settings(downloads / "0008-0007.png")
+    assert (said["label"], said["seed"], said["cfg"]) == (8, 7, 2.0)
+    assert (downloads / "0008-0007.png").read_bytes() == files[2]
+
+    visitor.click("#variations img", 3)
+    visitor.until(lambda: "variation 3" in visitor.text("#download"))
+    visitor.click("#download")
+    visitor.until((downloads / "0008-0007-keep2-03.png").is_file)
+    assert read_settings(downloads / "0008-0007-keep2-03.png")["keep_scales"] == 2
+    elsewhere = [url for url in visitor.requests() if not url.startswith((address, "data:", "blob:"))]
+    assert not elsewhere
+
+
+def test_bad_input_is_said_on_the_page_which_goes_on(address, browser):
+    visitor = Visitor(browser, address)
+    visitor.click("#vary")
+    visitor.until(lambda: "There is no image to vary: draw some first" in visitor.text("body"))
+    visitor.type("#class input", "zebra")
+    visitor.click("#draw")
+    visitor.until(lambda: "label 'zebra': no class of this name" in visitor.text("body"))
+    assert "Traceback" not in visitor.text("body") and not visitor.all("#gallery img")
+    visitor.type("#class input", "4"), visitor.type("#seed input", "-3")
+    visitor.click("#draw")
+    visitor.until(lambda: "Seed: -3 is out of range: expected between 0 and" in visitor.text("body"))
+    visitor.type("#seed input", "3")
+    visitor.click("#draw")
+    visitor.pictures("#gallery", 4)
