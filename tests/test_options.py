@@ -12,7 +12,7 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from util.options import SaveEvery, resolve_training, save_every, training_parser
 
-LOGS = (".lock", "log.jsonl", "events.out")  # how the names of the files begin that a training which ends with an error may leave
+LOGS = (".lock", "log.jsonl", "events.out", "run.json")  # how the names of the files begin that a training which ends with an error may leave
 NAMED = re.compile(r"--[a-z]|^\S+: |[a-z]_[a-z]|^scale |^argument what")  # an option, a file, an argument of the model
 
 
