@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torchvision
 
+from models import FlowARError
 from models.flow_matching import SOLVERS
 from util.cluster import log, world_size
 from util.options import SWEPT
@@ -72,6 +73,20 @@ def read_report(path):
     check_fields(report, REPORT, path)
     check_fields(report, dict.fromkeys(report["metrics"], NUMBER), path)
     return report
+
+
+def reports_of(run):
+    """The reports of eval.py on checkpoints of a training's folder that lie in it or in folders beside it, the newest
+    last; those that cannot be read, or of other folders' checkpoints, are left out.
+    """
+    run, found = Path(run).resolve(), []
+    places = {*run.glob(f"*/{RESULTS}"), *run.glob(f"*/*/{RESULTS}"), *run.parent.glob(f"*/{RESULTS}"), run / RESULTS}
+    for path in sorted(filter(Path.is_file, places), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(FlowARError):
+            report = read_report(path)
+            if Path(str(report.get("checkpoint", ""))).parent.name == run.name:
+                found.append({**report, "path": path})
+    return found
 
 
 def machine(device):
