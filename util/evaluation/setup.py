@@ -8,7 +8,7 @@ import torch
 from models import FlowARError
 from models.files import file_hash, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
-from models.files.hub import RELEASE, is_remote, release_of
+from models.files.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
 from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
@@ -106,7 +106,7 @@ def open_for_sampling(args, device, identify=False):
     if trained_with.sha256 is None and is_run:
         log(f"{path}: does not say with which VAE it was trained: whether it is this one cannot be checked")
     sampling, data = saved_sampling(content, args.resume), content.get("data")
-    vae, vae_path = choose_vae(args, content)
+    vae, vae_path = choose_vae(args, content, path)
     named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
     fetch(named.path)
     vae, notes = named.open()
@@ -137,13 +137,17 @@ def open_for_sampling(args, device, identify=False):
     return Opened(model, vae.to(device), precision, description, classes, sampling, data, origin)
 
 
-def choose_vae(args, content):
-    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released."""
+def choose_vae(args, content, path):
+    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released.
+    content: of the checkpoint found at `path`; an export's VAE may lie beside it.
+    """
     if args.vae != KL16_VAE or args.vae_path:
         return args.vae, args.vae_path
-    path = saved_options(content).get("vae_path")
-    if isinstance(path, str) and path and saved_options(content).get("vae") == KL16_VAE:
-        return KL16_VAE, path
+    vae, file = (saved_options(content).get(name) for name in ("vae", "vae_path"))
+    if isinstance(vae, str) and vae.startswith("diffusers:"):
+        return vae, None
+    if isinstance(file, str) and file and vae == KL16_VAE:
+        return KL16_VAE, beside(file, args.resume, path) if "weights_key" in content else file
     return KL16_VAE, DEFAULT_PATH if from_main(Path(DEFAULT_PATH).is_file) else RELEASE + "kl16"
 
 
