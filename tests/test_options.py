@@ -124,6 +124,7 @@ TABLE = [
     (TRAIN, "--precision fp8", "--precision: invalid choice: 'fp8'"),
     (TRAIN, "--device tpu", "--device: invalid choice: 'tpu'"),
     (TRAIN, "--compile blocs", "--compile: invalid choice: 'blocs'"),
+    (TRAIN, "--wandb a/b", "--wandb: 'a/b' is no name of a project"),
     (TRAIN, "--output_dir ''", "--output_dir: it is empty: expected a path"),
     (TRAIN, "--data_path ''", "--data_path: it is empty: expected a path"),
     # geometry that cannot work

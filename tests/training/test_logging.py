@@ -55,6 +55,7 @@ def scalars(history):
 
 def test_it_gets_what_tensorboard_gets(project, tmp_path, monkeypatch):
     """Through the real package, offline; a second start goes on in the same run."""
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(project, tmp_path, "--epochs 1 --eval_freq 1 --wandb of-mine --log_freq 1")
     first = json.loads((tmp_path / "wandb.json").read_text())
