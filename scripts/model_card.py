@@ -87,9 +87,9 @@ def training(config, run):
     lines = table(said) if said else [f"How it was trained is {UNKNOWN}."]
     start = run["starts"][-1] if run and run["starts"] else {}
     hardware, git = start.get("hardware") or {}, start.get("git")
-    devices = [f"{count} x {name}" for name, count in hardware.get("devices", {}).items()]
+    devices = [f"{count} x {name}" for name, count in (hardware.get("devices") or {}).items()]
     versions = [f"{name} {value}" for name, value in (start.get("versions") or {}).items() if value]
-    code = f"{git['commit']}{' and changes that were not committed' if git.get('dirty') else ''}" if git else None
+    code = f"{git.get('commit')}{' and changes that were not committed' if git.get('dirty') else ''}" if git else None
     return [*lines, "", *table({"hardware": devices or None, "versions": versions or None, "commit of the code": code,
                                 "SHA-256 of the code": start.get("code_sha256"), "starts (first, last)": [
                                     part.get("time") for part in (run["starts"][0], run["starts"][-1])] if start else None})]

@@ -8,6 +8,7 @@ from helpers import evaluate, make_project, train
 
 from models import FlowARError
 from util import manifest
+from util.evaluation.reports import processor_name
 from util.files import read_json
 
 
@@ -43,6 +44,11 @@ def test_a_training_says_what_it_was_started_with(project):
     assert len(content["vae"]["sha256"]) == 64 and start["step"] == 0 and len(start["code_sha256"]) == 64
 
 
+def test_a_processor_has_a_name(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU: 9 GHz\n")
+    assert processor_name(tmp_path / "cpuinfo") == "Some CPU: 9 GHz" and processor_name(tmp_path / "nowhere")
+
+
 def test_a_run_that_goes_on_keeps_its_earlier_starts(project, tmp_path):
     train(project, tmp_path, "--epochs 1")
     train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
@@ -65,6 +71,9 @@ def test_every_combination_of_a_sweep_has_one(project, tmp_path):
 
 
 def test_a_damaged_one_stops_no_run(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"starts": [{"git": 3}]}')
+    with pytest.raises(FlowARError, match="run.json: starts is .*, expected a list of starts"):
+        manifest.read_run(tmp_path / "run.json")
     (tmp_path / "run.json").write_text('{"starts": 3}')
     with pytest.raises(FlowARError, match="run.json: starts is 3, expected a list of starts"):
         manifest.read_run(tmp_path / "run.json")

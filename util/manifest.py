@@ -63,9 +63,14 @@ def earlier_starts(path):
 def read_run(path):
     """The content of a run.json, or FlowARError."""
     content = read_json(path)
-    check_fields(content, {"starts": (lambda value: isinstance(value, list) and all(
-        isinstance(start, dict) for start in value), "a list of starts")}, path)
+    check_fields(content, {"starts": (lambda value: isinstance(value, list) and all(map(is_start, value)),
+                                      "a list of starts")}, path)
     return content
+
+
+def is_start(value):
+    parts = [value.get(name) for name in ("hardware", "versions", "git")] if isinstance(value, dict) else [0]
+    return all(part is None or isinstance(part, dict) for part in parts)
 
 
 def versions():

@@ -89,11 +89,20 @@ def reports_of(run):
     return found
 
 
+def processor_name(path="/proc/cpuinfo"):
+    """As Linux says it, else what Python knows of it."""
+    with contextlib.suppress(OSError), open(path) as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
+
+
 def machine(device):
     """Where the figures were made."""
     return {
         "world_size": world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__,
                      "torch_fidelity": version("torch-fidelity")},
