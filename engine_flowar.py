@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from models import FlowARError
+from util import manifest
 from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, from_main,
                           gather_to_main, is_main, log, rank, world_size)
 from util.data.source import Source
@@ -285,6 +286,7 @@ def evaluate(sampler, plan, measure, description, output):
     if done is not None:
         log(f"{output}: evaluated already, with the same settings")
         return done if is_main() else None
+    manifest.add_start(output, plan.begun)
     measure.open()
     start = time.time()
     mine = {number: batches[number] for number in missing[rank()::world_size()]}

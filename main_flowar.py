@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
 from models import FlowARError, build_model
-from util import cluster
+from util import cluster, manifest
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
 from util.evaluation.setup import build_measure, build_sampler, open_evaluation, plan_reports
@@ -81,7 +81,8 @@ def train(args, device):
                     args.precision, args.seed, args.log_freq, args.save_every.steps, args.max_bad_steps)
     saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every, args.resume
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
-    logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step)
+    logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
+    manifest.add_start(args.output_dir, manifest.begin(record, device, step=progress.step))
     log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
 

@@ -2,8 +2,9 @@
 import torch
 
 from models.errors import FlowARError
-from models.files import check_content, notify, read_file, reading
+from models.files import check_content, notify, reading
 from models.files.checkpoints import depth, find_model, recognise_geometry, saved_vae
+from models.files.exports import read_weights
 from models.files.hub import weights_file
 from models.files.states import check_fits
 from models.flowar import FlowAR
@@ -75,7 +76,7 @@ def load_flowar(source, weights=None):
     run's options, else KL-16's.
     """
     path = weights_file(source, LAST)
-    content = read_file(path, mmap=True)
+    content = read_weights(path)
     check_content(content, path)
     found, vae = find_model(content, path, weights), saved_vae(content, path)
     geometry = recognise_geometry(found.tensors, path, vae["vae_embed_dim"])

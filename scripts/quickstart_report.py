@@ -5,17 +5,16 @@ that was asked for. Distances to the test split have a floor, that of as many re
 VAE, that of the test images encoded and decoded.
 """
 import argparse
-import json
 from pathlib import Path
 
 import project_root  # noqa: F401  first: it names what is too old
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import plot_run
 from distance import distance, through_vae
 from models import FlowARError
 from models.files import read_file, reading, write_file
@@ -27,8 +26,6 @@ from util.evaluation.metrics import build_extractor, extract
 from util.evaluation.references import load_statistics, load_uint8
 from util.evaluation.reports import read_report
 from util.files import write_json
-
-plt.switch_backend("Agg")
 
 STEPS, BATCH = 600, 128
 
@@ -97,26 +94,6 @@ def get_classifier(root, device):
     return network
 
 
-def plot_loss(root):
-    lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
-    for group, style in (("train", "-"), ("val", "o"), ("val_ema", "s")):
-        # A run that was killed and resumed logs some steps twice: the later line counts.
-        points = {line["step"]: line for line in lines if line["group"] == group}
-        steps = sorted(points)
-        axes[0].plot(steps, [points[s]["loss"] for s in steps], style, label=group)
-        if group == "train":
-            for key in [key for key in points[steps[0]] if key.startswith("loss_scale_")]:
-                side = key.removeprefix("loss_scale_")
-                axes[1].plot(steps, [points[s][key] for s in steps], label=f"{side}x{side}")
-    for axis, title in zip(axes, ("loss", "training loss of each scale (unweighted)")):
-        axis.set(title=title, xlabel="optimizer step", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(root / "loss.png")
-
-
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
@@ -124,7 +101,7 @@ def main():
     if not results_path.is_file():
         raise FlowARError(f"{results_path}: no such file; run eval.py first (scripts/quickstart.sh does)")
     results = read_report(results_path)
-    plot_loss(root)
+    plot_run.save(plot_run.draw([plot_run.read_run(root / "run")]), root / "loss.png")
     network = get_classifier(root, device)
     extractor = build_extractor(results["feature_extractor"], None, device)
     reference = load_statistics(results["reference"], extractor, results["img_size"])

@@ -12,7 +12,7 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from util.options import SaveEvery, resolve_training, save_every, training_parser
 
-LOGS = (".lock", "log.jsonl", "events.out")  # how the names of the files begin that a training which ends with an error may leave
+LOGS = (".lock", "log.jsonl", "events.out", "run.json")  # how the names of the files begin that a training which ends with an error may leave
 NAMED = re.compile(r"--[a-z]|^\S+: |[a-z]_[a-z]|^scale |^argument what")  # an option, a file, an argument of the model
 
 
@@ -124,6 +124,7 @@ TABLE = [
     (TRAIN, "--precision fp8", "--precision: invalid choice: 'fp8'"),
     (TRAIN, "--device tpu", "--device: invalid choice: 'tpu'"),
     (TRAIN, "--compile blocs", "--compile: invalid choice: 'blocs'"),
+    (TRAIN, "--wandb a/b", "--wandb: 'a/b' is no name of a project"),
     (TRAIN, "--output_dir ''", "--output_dir: it is empty: expected a path"),
     (TRAIN, "--data_path ''", "--data_path: it is empty: expected a path"),
     # geometry that cannot work

@@ -4,8 +4,10 @@ An option's default is what the release uses. None means "not given": geometry a
 checkpoint (evaluation) or from the release's ImageNet-256 setting (training), see resolve_geometry.
 """
 import argparse
+import importlib.util
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -91,6 +93,12 @@ def utf8(text):
 def some_path(text):
     if not text:
         raise argparse.ArgumentTypeError("it is empty: expected a path")
+    return text
+
+
+def project(text):
+    if not re.fullmatch(r"[\w.-]{1,128}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a project: expected letters, digits, - _ .")
     return text
 
 
@@ -257,6 +265,9 @@ def add_training_options(parser):
         help="FID or the like of the EMA during training, every --eval_freq epochs")
     add("--eval_num_images", type=at_least_two, default=10000, help="images of --online_eval")
     add("--log_dir", type=utf8, help="TensorBoard files; default: the output directory")
+    add("--wandb", metavar="PROJECT", type=project, nargs="?", const="flowar",
+        help="TensorBoard's scalars and grids to Weights & Biases too, into this project, or flowar (needs pip install "
+             "wandb)")
     add("--num_workers", type=workers,
         help="data loading processes of every rank; default: the host's CPUs dealt to its ranks, at most 10")
     add("--pin_mem", action="store_true", default=True,
@@ -400,6 +411,9 @@ def check_training(args):
     for name in ("cached_path", "cached_val_path"):
         if Path(getattr(args, name)).is_file():
             raise FlowARError(f"--{name} {getattr(args, name)}: is a file, expected a directory of cached latents")
+    found = importlib.util.find_spec("wandb") if args.wandb else None
+    if args.wandb and (found is None or found.origin is None):  # a folder of this name, as wandb makes, is no package
+        raise FlowARError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave it out")
     if args.weights:
         raise FlowARError(f"--weights {args.weights} is for an evaluation: training goes on with both")
     for name in ("save_images", "save_npz"):

@@ -10,6 +10,7 @@ from models.files.downloads import check_download
 
 HUB, RELEASE = "hf:", "released:"
 EXPORTED = "model.safetensors"  # the file of hf:OWNER/REPO, and of a folder of scripts/export.py
+BARE = "model.pth"  # in its place, a bare state dict as the authors released it
 
 
 class Release(NamedTuple):
@@ -44,7 +45,7 @@ def release_of(name):
 def weights_file(name, last):
     """Path of a model's weights: a file, by path or name, or that of a folder, a run's (`last`) or an export's."""
     path = local_file(name)
-    in_folder = [path / file for file in (last, EXPORTED)] if path.is_dir() else [path]
+    in_folder = [path / file for file in (last, EXPORTED, BARE)] if path.is_dir() else [path]
     return next(filter(Path.is_file, in_folder), in_folder[0])
 
 
@@ -60,6 +61,19 @@ def local_file(name):
         raise FlowARError(f"{name}: what the hub has there is no weights file ({error}); remove that file from the "
                           "cache if the hub's has changed") from error
     return path
+
+
+def beside(file, name, path):
+    """Name of a file that lies beside one that was asked for by `name` and found at `path`; what is more than a file's
+    name stays as it is.
+    """
+    if is_remote(file) or Path(file).name != file:
+        return file
+    if not is_remote(name):
+        return str(Path(path).with_name(file))
+    release = release_of(name)
+    repository, _, revision = parse(release.name if release else str(name))
+    return f"{HUB}{repository}/{file}{f'@{revision}' if revision else ''}"
 
 
 def parse(name):

@@ -86,7 +86,7 @@ def test_npz_is_what_adms_evaluator_reads(whole):
 
 def test_nothing_is_written_unless_asked(project, checkpoint, tmp_path):
     evaluate(project, checkpoint, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json", ".lock"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json", "run.json", ".lock"}
 
 
 def test_no_reference_and_few_images_are_said(project, checkpoint, tmp_path, capsys):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torchvision
 
+from models import FlowARError
 from models.flow_matching import SOLVERS
 from util.cluster import log, world_size
 from util.options import SWEPT
@@ -74,11 +75,34 @@ def read_report(path):
     return report
 
 
+def reports_of(run):
+    """The reports of eval.py on checkpoints of a training's folder that lie in it or in folders beside it, the newest
+    last; those that cannot be read, or of other folders' checkpoints, are left out.
+    """
+    run, found = Path(run).resolve(), []
+    places = {*run.glob(f"*/{RESULTS}"), *run.glob(f"*/*/{RESULTS}"), *run.parent.glob(f"*/{RESULTS}"), run / RESULTS}
+    for path in sorted(filter(Path.is_file, places), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(FlowARError):
+            report = read_report(path)
+            if Path(str(report.get("checkpoint", ""))).parent.name == run.name:
+                found.append({**report, "path": path})
+    return found
+
+
+def processor_name(path="/proc/cpuinfo"):
+    """As Linux says it, else what Python knows of it."""
+    with contextlib.suppress(OSError), open(path) as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
+
+
 def machine(device):
     """Where the figures were made."""
     return {
         "world_size": world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__,
                      "torch_fidelity": version("torch-fidelity")},

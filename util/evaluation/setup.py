@@ -8,9 +8,10 @@ import torch
 from models import FlowARError
 from models.files import file_hash, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
-from models.files.hub import RELEASE, is_remote, release_of
+from models.files.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
 from models.vaes import DEFAULT_PATH, find_vae
+from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
 from util.data.pixels import WHITE
 from util.evaluation.labels import Classes, Labels, choose_labels, classes_of, warn_of_mix
@@ -22,7 +23,7 @@ from util.options import (SAMPLING, check_geometry, check_vae, model_options, re
                           sweep_points, with_options)
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
-from util.training.provenance import check_origin, origin_of, saved_origin
+from util.training.provenance import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
 
 KL16_VAE = "kl16"  # --vae's default
 
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     save_images: bool = False  # as PNGs
     save_npz: bool = False  # as ADM's sample file
     persistent: bool = True  # False keeps nothing and starts anew: the evaluations during training
+    begun: dict | None = None  # for run.json, see util.manifest
 
     @property
     def num_images(self):
@@ -83,6 +85,8 @@ class Opened(NamedTuple):
     description: dict  # for a report
     classes: Classes
     sampling: dict  # settings that the checkpoint asks for, see options.sampling_options
+    data: dict  # that it was trained on, {} if it does not say it
+    origin: LatentOrigin  # the VAE
 
 
 def open_for_sampling(args, device, identify=False):
@@ -102,7 +106,7 @@ def open_for_sampling(args, device, identify=False):
     if trained_with.sha256 is None and is_run:
         log(f"{path}: does not say with which VAE it was trained: whether it is this one cannot be checked")
     sampling, data = saved_sampling(content, args.resume), content.get("data")
-    vae, vae_path = choose_vae(args, content)
+    vae, vae_path = choose_vae(args, content, path)
     named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
     fetch(named.path)
     vae, notes = named.open()
@@ -111,7 +115,7 @@ def open_for_sampling(args, device, identify=False):
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
     named_size, args = args.model, recognise(args, weights.tensors, path, vae)
-    classes = from_main(lambda: classes_of(data, args.class_num, path, is_run))
+    classes, data = from_main(lambda: classes_of(data, args.class_num, path, is_run)), saved_data(content)
     del content
     check_vae(vae, args)
     try:
@@ -131,16 +135,20 @@ def open_for_sampling(args, device, identify=False):
         prepare.compile_sampling(model, args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
-    return Opened(model, vae.to(device), precision, description, classes, sampling)
+    return Opened(model, vae.to(device), precision, description, classes, sampling, data, origin)
 
 
-def choose_vae(args, content):
-    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released."""
+def choose_vae(args, content, path):
+    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released.
+    content: of the checkpoint found at `path`; an export's VAE may lie beside it.
+    """
     if args.vae != KL16_VAE or args.vae_path:
         return args.vae, args.vae_path
-    path = saved_options(content).get("vae_path")
-    if isinstance(path, str) and path and saved_options(content).get("vae") == KL16_VAE:
-        return KL16_VAE, path
+    vae, file = (saved_options(content).get(name) for name in ("vae", "vae_path"))
+    if isinstance(vae, str) and vae.startswith("diffusers:"):
+        return vae, None
+    if isinstance(file, str) and file and vae == KL16_VAE:
+        return KL16_VAE, beside(file, args.resume, path) if "weights_key" in content else file
     return KL16_VAE, DEFAULT_PATH if from_main(Path(DEFAULT_PATH).is_file) else RELEASE + "kl16"
 
 
@@ -206,4 +214,7 @@ def open_evaluation(args, device):
     measure = build_measure(args, opened.model.img_size, labels, device)
     samplers = {name: build_sampler(point, opened.model, opened.vae, opened.precision, stored=opened.sampling)
                 for name, point in sweep_points(args).items()}
-    return samplers, Plan(labels, args.save_images, args.save_npz), measure, opened.description, Path(args.output_dir)
+    record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
+    begun = manifest.begin(record, device, evaluated=opened.description)
+    plan = Plan(labels, args.save_images, args.save_npz, begun=begun)
+    return samplers, plan, measure, opened.description, Path(args.output_dir)

@@ -16,7 +16,8 @@ import torch
 from models import FlowARError
 from models.files import check_content, content_hash, read_file, write_file
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
-from models.files.hub import EXPORTED, is_remote, local_file
+from models.files.exports import read_weights
+from models.files.hub import BARE, EXPORTED, is_remote, local_file
 from models.files.states import unused
 from models.registry import LAST, load_model
 from util.cluster import before_leaving, fetch, from_main, log
@@ -225,9 +226,11 @@ def find(resume):
     path = local_file(resume)
     if not path.is_file() and not path.is_dir():
         raise FlowARError(f"{resume}: no such checkpoint file or directory")
-    found = all_in(path) or list(filter(Path.is_file, [path / EXPORTED])) if path.is_dir() else [path]
+    found = [path]
+    if path.is_dir():
+        found = all_in(path) or list(filter(Path.is_file, (path / EXPORTED, path / BARE)))[:1]
     if not found:
-        raise FlowARError(f"{resume}: no {LAST} in this directory, nor {EXPORTED}")
+        raise FlowARError(f"{resume}: no {LAST} in this directory, nor {EXPORTED} or {BARE}")
     for candidate, before in zip(found, [*found[1:], None]):
         try:
             check_whole(candidate)
@@ -249,7 +252,7 @@ def read_model_file(resume):
     fetch(resume)
     path = from_main(lambda: find(resume))
     path = local_file(resume) if is_remote(resume) else path  # each host has its own cache
-    return path, read_file(path, mmap=True)
+    return path, read_weights(path)
 
 
 def record(options, data, origin):
@@ -332,7 +335,7 @@ def find_start(resume, output_dir):
     fetch(resume)
     path = from_main(choose)
     path = local_file(resume) if is_remote(resume) else path
-    return (path, read_file(path, mmap=True)) if path else (None, {})
+    return (path, read_weights(path)) if path else (None, {})
 
 
 def class_num_of(content, path):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,19 +13,24 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import FlowARError
+from models.files import first_line
 from util.cluster import is_main, log, memory_gib
-from util.files import make_directory, write_bytes
+from util.files import make_directory, read_json, write_bytes, write_json
 
 REPORT = "report"  # the group of the line that ends a report
 EACH_STEP = ("train", "spike", "bad_step")  # groups that belong to a step, not to the report after it
+WANDB, WANDB_PATIENCE = "wandb.json", 60  # which run; seconds to reach it
 QUIET_INTERVAL = 30  # seconds between lines of the bar when nobody watches a terminal
 
 
 class TrainingLog:
-    """Writes on rank 0 alone. A run that goes on after `step` takes back what was logged later, as if it never was."""
+    """Writes on rank 0 alone. A run that goes on after `step` takes back what was logged later, as if it never was.
 
-    def __init__(self, log_dir, device, step=0):
-        self.bar = self.writer = self.lines = None
+    wandb: project of Weights & Biases that gets what TensorBoard gets, None: none; options: of the run, for it.
+    """
+
+    def __init__(self, log_dir, device, step=0, wandb=None, options=None):
+        self.bar = self.writer = self.lines = self.wandb = None
         self.device, self.reported = device, set()  # steps whose report is complete
         if not is_main():
             return
@@ -34,6 +40,8 @@ class TrainingLog:
             self._take_back(step) if step else self._set_aside()
             self.writer = SummaryWriter(log_dir, purge_step=step + 1)
             self.lines = open(self.path, "a")
+        if wandb:
+            self.wandb = Wandb(Path(log_dir), wandb, step, options)
 
     def _set_aside(self):
         """A run from scratch begins a file of its own; that of a run before stays."""
@@ -88,6 +96,8 @@ class TrainingLog:
             with self._one_line():
                 for name, value in values.items():
                     self.writer.add_scalar(f"{group}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log(step, {f"{group}/{name}": value for name, value in values.items()})
         self._write({"group": group, "step": step, "epoch": epoch, **values})
 
     def event(self, group, step, message, **details):
@@ -110,6 +120,8 @@ class TrainingLog:
         """image: (3, H, W) uint8."""
         if self.writer is not None:
             self.writer.add_image(name, image, step)
+        if self.wandb is not None:
+            self.wandb.image(step, name, image)
 
     def flush(self):
         """Bring the lines to the disk."""
@@ -121,6 +133,69 @@ class TrainingLog:
         if self.writer is not None:
             self.writer.close()
             self.lines.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+
+class Wandb:
+    """A run of Weights & Biases that follows TensorBoard, by the same names, against "step". A training that goes on
+    goes on in the run whose id stands in wandb.json. Whatever goes wrong there is said once, and the training goes on.
+    """
+
+    def __init__(self, folder, project, step, options):
+        self.run, known = None, self._known(folder / WANDB, project) if step else None
+        with self._warning():
+            import wandb
+            identity = known or uuid.uuid4().hex[:8]
+            write_json({"project": project, "id": identity}, folder / WANDB)
+            settings = wandb.Settings(console="off", silent=True, init_timeout=WANDB_PATIENCE)
+            run = wandb.init(project=project, id=identity, resume="allow", dir=str(folder), settings=settings)
+            run.config.update(json.loads(json.dumps(options or {})), allow_val_change=True)
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")  # its own count never goes back, a training does
+            self.run = run
+            log(f"wandb: run {identity} of project {project}" + self._what_of_before(step, known))
+
+    @staticmethod
+    def _known(path, project):
+        """Id of this project's run before, None if there is none."""
+        with contextlib.suppress(FlowARError):
+            saved = read_json(path) if path.is_file() else {}
+            if saved.get("project") == project and isinstance(saved.get("id"), str):
+                return saved["id"]
+
+    @staticmethod
+    def _what_of_before(step, known):
+        if not step:
+            return ""
+        return (f": goes on after step {step}; what it was told of later steps cannot be taken back and stays there, "
+                "beside what comes now") if known else f", a new one: it begins after step {step}"
+
+    def log(self, step, values):
+        if self.run is not None:
+            with self._warning():
+                self.run.log({"step": step, **values})
+
+    def image(self, step, name, image):
+        """image: (3, H, W) uint8."""
+        if self.run is not None:
+            with self._warning():
+                from wandb import Image
+                self.run.log({"step": step, name: Image(image.permute(1, 2, 0).cpu().numpy())})
+
+    def close(self):
+        if self.run is not None:
+            with self._warning():
+                self.run.finish()
+
+    @contextlib.contextmanager
+    def _warning(self):
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # of its service, the network, an account
+            self.run = None
+            log(f"warning: --wandb: {first_line(error)}; training goes on without it, TensorBoard and log.jsonl have "
+                "everything")
 
 
 def read_lines(path):

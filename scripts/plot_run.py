@@ -1,0 +1,261 @@
+"""Draw training runs: loss, that of every scale, validation of raw and EMA weights, learning rate, images/s, distance.
+
+    python scripts/plot_run.py output/run                                   # plot_run.png in the first run's folder
+    python scripts/plot_run.py output/small output/base --output runs.pdf   # compared, in the same panels
+
+A run is a folder with log.jsonl, or such a file itself (log.1.jsonl: of a run before in the same folder).
+"""
+import argparse
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import project_root  # noqa: F401  first: it names what is too old
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+from models import FlowARError
+from util.cluster import log, run_main
+from util.evaluation.reports import reports_of
+from util.files import check_output, is_number
+from util.options import some_path
+from util.training.logging import read_lines
+
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # told apart by the colour-blind
+STYLES = "-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)), (0, (1, 3))  # of scales, where colours are runs'
+POINTS = 400  # of a line: more are averaged, no printer shows them
+SCALE, STEP = "loss_scale_", re.compile(r"checkpoint-(\d{9})\.pth")
+MEASURED = {  # by whom; of other numbers of images, so no line joins them
+    "in training, EMA": dict(marker="s", ls="-"), "eval.py, EMA": dict(marker="D", ls="none"),
+    "eval.py, raw": dict(marker="o", mfc="white", ls="none")}
+LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "pdf.fonttype": 42,
+        "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.4, "legend.frameon": False}
+
+
+class Run(NamedTuple):
+    """What is drawn of a run; metric: of the distances (step, value, of MEASURED), None without any."""
+    name: str
+    groups: dict  # {group of the log: [line]}, by step
+    metric: str | None
+    distances: list
+
+    def points(self, group, key):
+        """(steps, values) of what a group of lines holds."""
+        lines = [line for line in self.groups.get(group, ()) if is_number(line.get(key)) and line[key] == line[key]]
+        return [line["step"] for line in lines], [line[key] for line in lines]
+
+    def scales(self):
+        """Tokens a side of the scales whose loss was logged."""
+        keys = {key for line in self.groups.get("train", ())[:1] for key in line if key.startswith(SCALE)}
+        return sorted(int(key.removeprefix(SCALE)) for key in keys)
+
+
+def read_run(path):
+    """The Run of a folder or a log; FlowARError without a line of training."""
+    path = Path(path)
+    file = path / "log.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise FlowARError(f"{path}: no log.jsonl there: expected the output folder of a training (its --log_dir, if one was given)")
+    groups = {}
+    for line in read_lines(file):  # of a step that is there twice the later line counts
+        groups.setdefault(line["group"], {})[line["step"]] = line
+    if not groups.get("train"):
+        raise FlowARError(f"{file}: no line of training in it: expected a log of main_flowar.py, after --log_freq steps")
+    groups = {group: [lines[step] for step in sorted(lines)] for group, lines in groups.items()}
+    metric, distances = distances_of(file.parent, groups.get("eval", ())) if file.name == "log.jsonl" else (None, [])
+    return Run(file.parent.name if file.name == "log.jsonl" else f"{file.parent.name}/{file.name}", groups, metric, distances)
+
+
+def distances_of(folder, logged):
+    """(name, [(step, value, of MEASURED)]) of --online_eval and of eval.py's results.json: the distance that is there most often."""
+    found = {}
+    for line in logged:
+        for name in filter(is_distance, line):
+            found.setdefault(name, []).append((line["step"], line[name], "in training, EMA"))
+    for report in reports_of(folder):
+        step = STEP.fullmatch(Path(report["checkpoint"]).name)
+        for name in filter(is_distance, report["metrics"] if step else ()):
+            found.setdefault(name, []).append((int(step[1]), report[name], f"eval.py, {'raw' if report.get('weights') == 'raw' else 'EMA'}"))
+    if not found:
+        return None, []
+    metric = max(found, key=lambda name: len(found[name]))
+    return metric, sorted(found[metric])
+
+
+def is_distance(name):
+    return name == "fid" or "distance" in name
+
+
+def thin(steps, values):
+    """At most POINTS points, each the mean of its neighbours."""
+    size = -(-len(steps) // POINTS)
+    parts = [slice(i, i + size) for i in range(0, len(steps), size)] if size else []
+    return [sum(steps[part]) / len(steps[part]) for part in parts], [sum(values[part]) / len(values[part]) for part in parts]
+
+
+def label_of(run, runs):
+    """A run's name in a legend, None where it is the only one."""
+    return run.name.replace("$", r"\$") if len(runs) > 1 else None
+
+
+# ---- the panels: each draws on an axis, and says whether there was anything to draw ---------------------------------
+
+
+def draw_loss(axis, runs):
+    for run, color in zip(runs, COLORS):
+        axis.plot(*thin(*run.points("train", "loss")), color=color, label=label_of(run, runs))
+    axis.set(title="Training loss", ylabel="loss")
+    logarithmic(axis)
+    return True
+
+
+def draw_scales(axis, runs):
+    """One run: a colour for each scale; several: the runs' colours, a style for each scale."""
+    every = sorted({scale for run in runs for scale in run.scales()})
+    shades = matplotlib.colormaps["viridis"].resampled(256)
+    for run, color in zip(runs, COLORS):
+        for scale in run.scales():
+            number = every.index(scale)
+            shade = color if len(runs) > 1 else shades(0.9 * number / max(len(every) - 1, 1))
+            axis.plot(*thin(*run.points("train", f"{SCALE}{scale}")), color=shade, lw=1,
+                      ls=STYLES[number % len(STYLES)] if len(runs) > 1 else "-", label=f"{scale}×{scale}" if len(runs) == 1 else None)
+    handles = [Line2D([], [], color="0.3", ls=STYLES[i % len(STYLES)], label=f"{s}×{s}") for i, s in enumerate(every)] if len(runs) > 1 else None
+    axis.set(title="Training loss of each scale", ylabel="loss, unweighted")
+    logarithmic(axis)
+    if every:
+        axis.legend(handles=handles, ncols=2 if len(every) > 3 else 1, handlelength=2.4)
+    return bool(every)
+
+
+def draw_validation(axis, runs):
+    for run, color in zip(runs, COLORS):
+        for group, style in (("val", dict(ls="--", marker="o", mfc="white")), ("val_ema", dict(ls="-", marker="s"))):
+            axis.plot(*run.points(group, "loss"), color=color, ms=3.5, **style)
+    handles = [Line2D([], [], color=COLORS[0] if len(runs) == 1 else "0.3", ms=3.5, label=label, **style) for label, style in (
+        ("raw", dict(ls="--", marker="o", mfc="white")), ("EMA", dict(ls="-", marker="s")))]
+    axis.set(title="Validation loss", ylabel="loss")
+    axis.legend(handles=handles)
+    logarithmic(axis)
+    return any(run.groups.get(group) for run in runs for group in ("val", "val_ema"))
+
+
+def draw_rate(axis, runs):
+    for run, color, style in zip(runs, COLORS, STYLES):  # often they are the same
+        axis.plot(*thin(*run.points("train", "lr")), color=color, ls=style)
+    axis.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    return True
+
+
+def draw_speed(axis, runs):
+    for run, color in zip(runs, COLORS):
+        axis.plot(*thin(*run.points("train", "images_per_second")), color=color)
+    axis.set(title="Training speed", ylabel="images / s", ylim=(0, None))
+    return True
+
+
+def draw_distance(axis, runs):
+    """Only what is measured alike: the distance of the first run that has one."""
+    metric, kinds = next((run.metric for run in runs if run.metric), None), set()
+    others = [run.name for run in runs if run.metric not in (None, metric)]
+    if others:
+        log(f"{', '.join(others)}: another distance than {metric}: left out of its panel")
+    for run, color in zip(runs, COLORS):
+        for kind, style in MEASURED.items():
+            points = [(step, value) for step, value, how in run.distances if how == kind and run.metric == metric]
+            if points:
+                kinds.add(kind)
+                axis.plot(*zip(*points), color=color, ms=4, **style)
+    axis.set(title=distance_title(metric), ylabel="FID" if metric == "fid" else "distance", ylim=(0, None))
+    if len(kinds) > 1:
+        shown = [(kind, style) for kind, style in MEASURED.items() if kind in kinds]
+        axis.legend(handles=[Line2D([], [], color="0.3", ms=4, label=kind, **style) for kind, style in shown])
+    return bool(kinds)
+
+
+def distance_title(metric):
+    """'frechet_distance_efficientnet_lite0' -> two lines of words."""
+    name, _, features = (metric or "").partition("_distance_")
+    return f"Fréchet distance\nin {features.replace('_', '-')} features" if name == "frechet" and features else "FID" if metric == "fid" else metric
+
+
+def logarithmic(axis):
+    """A logarithmic axis with its numbers written out, if there is more on it than a factor of 3."""
+    low, high = axis.dataLim.intervaly
+    if low > 0 and high > 3 * low:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=20))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+
+
+PANELS = draw_loss, draw_scales, draw_validation, draw_rate, draw_speed, draw_distance
+
+
+def draw(runs):
+    """A Figure 7 inches wide, of the panels for which there is something; runs: of read_run."""
+    if len(runs) > len(COLORS):
+        raise FlowARError(f"{len(runs)} runs: expected at most {len(COLORS)}, more colours cannot be told apart")
+    with matplotlib.rc_context(LOOK):
+        trial = Figure().subplots(1, len(PANELS))
+        panels = [panel for panel, axis in zip(PANELS, trial) if panel(axis, runs)]
+        columns = 3 if len(panels) > 4 else 2
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(7, 2.1 * rows + 0.3 * (len(runs) > 1)), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis in axes[len(panels):]:
+            axis.remove()
+        for panel, axis in zip(panels, axes):
+            panel(axis, runs)
+            axis.set_xlabel("optimizer step")
+            axis.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
+            axis.set_xlim(0, None)
+        if len(runs) > 1:
+            handles = [Line2D([], [], color=color, label=label_of(run, runs)) for run, color in zip(runs, COLORS)]
+            figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4))
+    return figure
+
+
+def save(figure, path):
+    """A picture of the kind that the file's name ends with."""
+    try:
+        with matplotlib.rc_context(LOOK):
+            figure.savefig(path, dpi=200)
+    except (OSError, ValueError) as error:
+        raise FlowARError(f"{path}: cannot be written ({error})") from error
+
+
+def picture(text):
+    if Path(some_path(text)).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file that ends with .png, .pdf or .svg")
+    return text
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=some_path, help="output folders of trainings, or their log.jsonl")
+    parser.add_argument("--output", type=picture, help="PNG, PDF or SVG; default: plot_run.png in the first run's folder")
+    return parser.parse_args()
+
+
+def name_apart(runs, paths):
+    """The runs, with their folders' paths for names where two are called the same."""
+    names = [run.name for run in runs]
+    return [run if names.count(run.name) == 1 else run._replace(name=str(path)) for run, path in zip(runs, paths)]
+
+
+def main():
+    args = parse_args()
+    first = Path(args.runs[0])
+    output = args.output or (first if first.is_dir() else first.parent) / "plot_run.png"
+    check_output(output)
+    save(draw(name_apart(list(map(read_run, args.runs)), args.runs)), output)
+    print(output)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,210 @@
+"""scripts/export.py: the same bits, the same pictures, nothing of this machine, and a card that invents nothing."""
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import call, evaluate, make_project, train
+
+from models import FlowAR, FlowARError, load_flowar
+from models.files import hub, read_file
+from models.files.tensors import write_file
+from util.evaluation import load_pipeline
+from util.options import training_parser
+
+KEYS = {"ema": "model_ema", "raw": "model"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A run that was told how to sample, evaluated, and its export in both formats."""
+    project = make_project(tmp_path_factory.mktemp("machine"), 2)
+    train(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5 --label_drop_prob 0.2")
+    evaluate(project, project / "run", project / "eval")
+    with pytest.MonkeyPatch.context() as patch:
+        for form in ("safetensors", "pth"):
+            call(patch, f"scripts/export.py --resume {project}/run --output {project}/{form} --format {form}")
+        call(patch, f"scripts/export.py --resume {project}/run --output {project}/raw --weights raw")
+    return project
+
+
+def pixels(pipe, **options):
+    return np.stack([np.asarray(image) for image in pipe([3, 7], seed=5, **options)])
+
+
+@pytest.mark.parametrize("folder,weights", [("safetensors", "ema"), ("pth", "ema"), ("raw", "raw")])
+def test_the_same_bits(project, folder, weights):
+    expected = read_file(project / "run" / "checkpoint-last.pth")[KEYS[weights]]
+    found = load_flowar(project / folder).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    if folder == "pth":  # the released layout
+        bare = read_file(project / folder / "model.pth")
+        assert all(torch.equal(bare[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("folder", ["safetensors", "pth"])
+def test_the_folder_draws_what_the_run_draws(project, folder, tmp_path, monkeypatch):
+    """By its own VAE, names and settings: moved away, with the project gone from where it was."""
+    shutil.copytree(project / folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = load_pipeline(project / "run", device="cpu"), load_pipeline(tmp_path / "moved", device="cpu")
+    assert np.array_equal(pixels(ours), pixels(theirs)) and theirs.names == ours.names == list("0123456789")
+    assert theirs.sampler.options == ours.sampler.options and theirs.sampler.options["cfg"] == 2
+    assert theirs.classes.counts.tolist() == 10 * [2] and theirs.description["vae"] == str(tmp_path / "moved" / "vae.pth")
+
+
+def test_eval_and_sample_take_the_folder(project, tmp_path, monkeypatch):
+    ours = json.loads((project / "eval" / "results.json").read_text())
+    theirs = evaluate(project, project / "safetensors", tmp_path / "eval")
+    assert theirs["weights"] == "ema" and theirs["guidance"] == 1 and theirs["labels_sha256"] == ours["labels_sha256"]
+    call(monkeypatch, f"scripts/sample.py --resume {project}/safetensors --labels 3 --per_class 1 --device cpu --grid {tmp_path}/a.png")
+    call(monkeypatch, f"scripts/sample.py --resume {project}/run --labels 3 --per_class 1 --device cpu --grid {tmp_path}/b.png")
+    from PIL import Image
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"))
+
+
+def test_the_configuration_builds_the_model(project):
+    config = json.loads((project / "safetensors" / "config.json").read_text())
+    model = FlowAR(**config["model"])
+    model.load_state_dict(load_flowar(project / "safetensors").state_dict())
+    assert config["model"]["label_drop_prob"] == 0.2 and config["data"]["classes"] == list("0123456789")
+    assert config["sampling"]["cfg"] == 2 and config["weights"] == "ema" and len(config["vae"]["sha256"]) == 64
+
+
+def test_nothing_of_this_machine_is_published(project, monkeypatch, tmp_path):
+    for folder in ("safetensors", "pth"):
+        for path in (project / folder).iterdir():
+            content = path.read_bytes()
+            assert str(project).encode() not in content and project.name.encode() not in content and b"checkpoint-last" not in content, path
+    import export
+    options = {action.dest: "/home/me/secret" for action in training_parser()._actions if not action.choices}
+    assert not export.public_options({**vars(training_parser().parse_args([])), **options}.copy()).keys() & options.keys()
+    assert export.public_vae({"vae": f"diffusers:{tmp_path}"}, None) == (None, None)
+    assert export.public_vae({"vae": "diffusers:some/vae:sub"}, None) == ("diffusers:some/vae:sub", None)
+    assert export.public_vae({"vae": "kl16", "vae_path": "/x/kl16.ckpt"}, None) == ("kl16", None)
+    assert export.public_vae({"vae": "kl16", "vae_path": "hf:a/b/c.pth"}, None) == ("kl16", "hf:a/b/c.pth")
+    assert export.public_vae({"vae": "kl16", "vae_path": "/x/my.pth"}, None) == ("kl16", "my.pth")
+
+
+def card_of(folder):
+    _, header, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+def test_the_card_says_what_is_known(project):
+    header, text = card_of(project / "safetensors")
+    results = json.loads((project / "eval" / "results.json").read_text())
+    run = json.loads((project / "run" / "run.json").read_text())
+    assert header["license"] == "unknown" and "arxiv:2412.15205" in header["tags"]
+    for metric in results["metrics"]:
+        assert f"| {metric.replace('*', '')} | {results[metric]:.4g} |" in text
+    assert run["starts"][0]["code_sha256"] in text and "| epochs | 2 |" in text and "| cfg | 2.0 |" in text
+    assert "`vae.pth` of these files" in text and "| 3 | 3 |" in text
+
+
+def test_the_card_of_other_weights_has_no_figures_of_these(project):
+    assert "These weights have not been measured" in card_of(project / "raw")[1]
+
+
+def test_a_card_without_a_run_says_what_is_not_known(project, tmp_path, monkeypatch):
+    write_file(load_flowar(project / "run").state_dict(), tmp_path / "bare.pth")
+    monkeypatch.setattr("models.files.checkpoints.KL16", {"vae_embed_dim": 4, "vae_stride": 4})
+    call(monkeypatch, f"scripts/export.py --resume {tmp_path}/bare.pth --output {tmp_path}/out --license mit --title A|B")
+    header, text = card_of(tmp_path / "out")
+    assert header["license"] == "mit" and "# A\\|B" in text
+    for line in ("How it was trained is not known.", "| hardware | not known |", "What it was trained on is not known", "have not been measured",
+                 "not named in the checkpoint", "does not call them an average"):
+        assert line in text
+    assert torch.equal(load_flowar(tmp_path / "out").class_emb.weight, load_flowar(project / "run").class_emb.weight)
+
+
+def test_the_hub_has_the_vae_beside(project, tmp_path, monkeypatch):
+    assert hub.beside("vae.pth", "hf:me/it", tmp_path) == "hf:me/it/vae.pth"
+    assert hub.beside("vae.pth", "hf:me/it/sub.pth@v1", tmp_path) == "hf:me/it/vae.pth@v1"
+    assert hub.beside("vae.pth", "run", Path("a/model.pth")) == "a/vae.pth"
+    assert hub.beside("x/vae.pth", "run", Path("a/model.pth")) == "x/vae.pth" and hub.beside("hf:a/b/c", "run", Path("a/m")) == "hf:a/b/c"
+    asked = []
+    monkeypatch.setattr(hub, "download", lambda name, repo, file, revision: asked.append((repo, file)) or project / "safetensors" / file)
+    theirs = load_pipeline("hf:me/it", device="cpu")
+    assert ("me/it", "vae.pth") in asked and np.array_equal(pixels(theirs), pixels(load_pipeline(project / "run", device="cpu")))
+
+
+@pytest.mark.parametrize("options,message", [
+    ("--output {p}/images", r"images: is not empty \(train, val\): expected a new folder; give another, or --overwrite"),
+    ("--output {p}/run --overwrite", "run: holds a run .* which would be taken in place of the export"),
+    ("--output {p}/vae.pth", "vae.pth: cannot be made"),
+    ("--resume {p}/nowhere --output {out}", "nowhere: no such checkpoint"),
+    ("--output {out} --vae_path {p}/run/checkpoint-last.pth", "is not the VAE that the run was trained with"),
+    ("--output {out} --vae_path {p}/nowhere.pth", "--vae_path .*nowhere.pth: no such file"),
+    ("--output {out} --weights raw --results {p}/eval/results.json", r"--results .*: is of other weights than .* \(ema, "),
+])
+def test_what_cannot_be_exported_is_one_line(project, tmp_path, monkeypatch, options, message):
+    before = sorted(path.stat().st_mtime_ns for path in project.rglob("*"))
+    with pytest.raises(FlowARError, match=message) as caught:
+        call(monkeypatch, f"scripts/export.py --resume {project}/run " + options.format(p=project, out=tmp_path / "out"))
+    assert "\n" not in str(caught.value) and sorted(path.stat().st_mtime_ns for path in project.rglob("*")) == before
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_vae_that_is_gone_is_said(project, tmp_path, monkeypatch, capsys):
+    (project / "vae.pth").rename(tmp_path / "away.pth")
+    try:
+        call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/out")
+        assert "vae.pth is not there: the export is without it (give --vae_path FILE)" in capsys.readouterr().out
+        assert "not among these files" in card_of(tmp_path / "out")[1]
+        with pytest.raises(FlowARError, match="out/vae.pth: no such file"):
+            load_pipeline(tmp_path / "out", device="cpu")
+        call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/out --overwrite --vae_path {tmp_path}/away.pth")
+        assert (tmp_path / "out" / "vae.pth").read_bytes() == (tmp_path / "away.pth").read_bytes()
+    finally:
+        (tmp_path / "away.pth").rename(project / "vae.pth")
+
+
+def test_another_format_takes_the_place(project, tmp_path, monkeypatch):
+    call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path} --no_vae")
+    (tmp_path / "notes.txt").write_text("mine")
+    call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path} --no_vae --format pth --overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.pth", "notes.txt"]
+
+
+def test_another_programs_configuration_is_left_alone(project, tmp_path):
+    shutil.copy(project / "pth" / "model.pth", tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    with pytest.raises(FlowARError, match="tokens have 4 channels"):  # as any bare file: for KL-16
+        load_flowar(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FlowARError, match="config.json: cannot be read"):
+        load_flowar(tmp_path)
+
+
+class Api:
+    """A hub that remembers, or refuses."""
+    calls, error = [], None
+
+    def create_repo(self, repo, **options):
+        if Api.error:
+            raise Api.error
+        Api.calls.append((repo, options))
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        Api.calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), sorted(allow_patterns)))
+
+
+def test_push(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "calls", [])
+    call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path} --push me/it --private")
+    names = ["README.md", "config.json", "model.safetensors", "vae.pth"]
+    assert Api.calls == [("me/it", {"private": True, "exist_ok": True}), ("me/it", names, names)]
+    assert 'load_pipeline("hf:me/it")' in card_of(tmp_path)[1] and "on the hub as hf:me/it" in capsys.readouterr().out
+    monkeypatch.setattr(Api, "error", PermissionError("401 Unauthorized\nfor url: https://..."))
+    with pytest.raises(FlowARError, match="--push me/it: the hub did not take it .401 Unauthorized.; the export in .* is whole") as caught:
+        call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path} --overwrite --push me/it")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/b --push it")
+    assert "'it': expected OWNER/REPO" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""--wandb: TensorBoard's scalars and grids by the same names, and no training that ends because of it."""
+import json
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_project, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models import FlowARError
+from util.options import training_parser
+from util.training import logging
+from util.training.logging import TrainingLog
+
+BLOCK, HEAD = 32768, 7  # of a .wandb file, which is LevelDB's log
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"), 2)
+
+
+def records(path):
+    """The bytes of each record."""
+    content, place, parts = path.read_bytes(), HEAD, []
+    while place + HEAD <= len(content):
+        if BLOCK - place % BLOCK < HEAD:
+            place += BLOCK - place % BLOCK
+        _, length, kind = struct.unpack("<IHB", content[place:place + HEAD])
+        parts.append(content[place + HEAD:place + HEAD + length])
+        place += HEAD + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
+
+
+def told(folder):
+    """[{name: value}] of what the offline runs in a folder were told, in order, without wandb's own names."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    history = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for record in map(Record.FromString, records(path)):
+            if record.HasField("history"):
+                items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                history.append({name: value for name, value in items.items() if not name.startswith("_")})
+    return history
+
+
+def scalars(history):
+    return {(name, line["step"]): value for line in history for name, value in line.items() if isinstance(value, float)}
+
+
+def test_it_gets_what_tensorboard_gets(project, tmp_path, monkeypatch):
+    """Through the real package, offline; a second start goes on in the same run."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(project, tmp_path, "--epochs 1 --eval_freq 1 --wandb of-mine --log_freq 1")
+    first = json.loads((tmp_path / "wandb.json").read_text())
+    train(project, tmp_path, f"--epochs 2 --eval_freq 1 --wandb of-mine --log_freq 1 --resume {tmp_path}")
+    assert json.loads((tmp_path / "wandb.json").read_text()) == first and first["project"] == "of-mine"
+    assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{first['id']}.wandb"}
+    board = EventAccumulator(str(tmp_path)).Reload()
+    expected = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    history = told(tmp_path)
+    found = scalars(history)
+    assert {("train/loss", 1), ("val/loss", 1), ("val_ema/loss_scale_2", 2), ("train/lr", 2)} < found.keys()
+    assert {key: np.float32(value) for key, value in found.items()} == pytest.approx(
+        {key: value for key, value in expected.items() if key in found}, rel=1e-6)
+    whole = {key for key in expected if key not in found}
+    assert all(float(expected[key]).is_integer() for key in whole)  # JSON has no 0.0 of a count
+    images = {(tag, event.step) for tag in board.Tags()["images"] for event in board.Images(tag)}
+    assert {(name.removesuffix("/_type"), line["step"]) for line in history for name in line if name.endswith("/_type")} == images
+    assert images >= {("samples/ema", 1), ("samples/ema", 2)}
+
+
+class Stub(types.ModuleType):
+    """A wandb that keeps what it is told, or fails where it is asked to."""
+
+    def __init__(self, fails=()):
+        super().__init__("wandb")
+        self.fails, self.told, self.inits, self.config = fails, [], [], self
+        self.Settings, self.Image = dict, lambda pixels: pixels.shape
+
+    def call(self, what):
+        if what in self.fails:
+            raise (SystemExit if what == "finish" else RuntimeError)("the service is gone\nand more")
+
+    def init(self, **options):
+        self.call("init")
+        self.inits.append(options)
+        return self
+
+    def update(self, options, allow_val_change):
+        self.options = options
+
+    def define_metric(self, *names, **options):
+        pass
+
+    def log(self, values):
+        self.call("log")
+        self.told.append(values)
+
+    def finish(self):
+        self.call("finish")
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    def make(*fails):
+        monkeypatch.setitem(sys.modules, "wandb", Stub(fails))
+        return sys.modules["wandb"]
+    return make
+
+
+def write(folder, step=0, project="p"):
+    log = TrainingLog(folder, torch.device("cpu"), step, project, {"scales": (1, 2)})
+    log.scalars("val", step + 1, 1, {"loss": 0.5})
+    log.image("samples/ema", torch.zeros(3, 4, 5, dtype=torch.uint8), step + 1)
+    log.scalars("val", step + 2, 1, {"loss": 0.25})
+    log.close()
+
+
+def test_the_id_stays_with_the_folder(stub, tmp_path, capsys):
+    wandb = stub()
+    write(tmp_path)
+    assert wandb.told == [{"step": 1, "val/loss": 0.5}, {"step": 1, "samples/ema": (4, 5, 3)}, {"step": 2, "val/loss": 0.25}]
+    assert wandb.options == {"scales": [1, 2]}
+    write(tmp_path, step=1)
+    assert len({options["id"] for options in wandb.inits}) == 1 and wandb.inits[1]["resume"] == "allow"
+    assert "goes on after step 1; what it was told of later steps cannot be taken back" in capsys.readouterr().out
+    write(tmp_path)  # from scratch: as log.jsonl, a new one
+    write(tmp_path, step=1, project="other")
+    assert len({options["id"] for options in wandb.inits}) == 3
+    assert f"run {wandb.inits[3]['id']} of project other, a new one: it begins after step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_what_fails_there_is_said_once(stub, tmp_path, capsys, fails):
+    stub(fails)
+    write(tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("warning: --wandb: the service is gone; training goes on without it") == 1 and "and more" not in out
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_rank_0_alone_tells_it(stub, tmp_path, monkeypatch):
+    wandb = stub()
+    monkeypatch.setattr(logging, "is_main", lambda: False)
+    write(tmp_path)
+    assert not wandb.inits and not wandb.told and not list(tmp_path.iterdir())
+
+
+def test_without_the_package_one_line_says_so(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FlowARError, match="--wandb needs the package wandb, which is not installed: pip install wandb"):
+        train(project, tmp_path / "out", "--wandb")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_projects(capsys):
+    assert training_parser().parse_args(["--wandb"]).wandb == "flowar" and training_parser().parse_args([]).wandb is None
+    with pytest.raises(SystemExit):
+        training_parser().parse_args(["--wandb", "a/b"])
+    assert "'a/b' is no name of a project" in capsys.readouterr().err
