@@ -56,10 +56,9 @@ def training_command(project, output, extra=""):
 
 
 def words_of(command):
-    """Words of a program's command; under the start method of data workers that START_METHOD names, see tests/start_method.py."""
-    method = os.environ.get("START_METHOD")
-    prefix = [str(ROOT / "tests" / "start_method.py"), method] if method and "start_method.py" not in command else []
-    return prefix + shlex.split(command)
+    """Words of a program's command; RUN_UNDER: of another that starts it."""
+    under = shlex.split(os.environ.get("RUN_UNDER", ""))
+    return (under if not under or under[0] not in command else []) + shlex.split(command)
 
 
 def run(command, processes=0, check=True, timeout=300):

@@ -25,5 +25,5 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     if method := config.getoption("--start_method"):
         multiprocessing.set_start_method(method, force=True)
-        os.environ["START_METHOD"] = method
+        os.environ["RUN_UNDER"] = f"{TESTS / 'start_method.py'} {method}"
     config.addinivalue_line("markers", "slow: only with --slow")

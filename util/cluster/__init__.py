@@ -7,7 +7,8 @@ from util.cluster.processes import (TIMEOUT, agree, all_reduce_sum, barrier, fet
                                     gather_to_main, init, is_main, log, rank, world_size)
 from util.cluster.watch import activity, before_leaving, set_way_on
 
-__all__ = ["AUTOCAST", "PRECISIONS", "RESTART", "TIMEOUT", "HostCopy", "Preempted", "StopSignals", "activity", "agree",
-           "all_reduce_sum", "autocast", "barrier", "before_leaving", "check_compiler", "end_worker", "fetch",
-           "first_on_host", "from_main", "gather_to_main", "init", "is_main", "is_shortage", "log", "memory_gib", "rank",
-           "run_main", "select_device", "set_deterministic", "set_precision", "set_way_on", "stop_signals", "world_size"]
+__all__ = ["AUTOCAST", "PRECISIONS", "RESTART", "TIMEOUT", "HostCopy", "Preempted", "StopSignals", "activity",
+           "agree", "all_reduce_sum", "autocast", "barrier", "before_leaving", "check_compiler", "end_worker",
+           "fetch", "first_on_host", "from_main", "gather_to_main", "init", "is_main", "is_shortage", "log",
+           "memory_gib", "rank", "run_main", "select_device", "set_deterministic", "set_precision", "set_way_on",
+           "stop_signals", "world_size"]
