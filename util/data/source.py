@@ -86,7 +86,7 @@ def open_sources(args, device, class_num=None):
         log("warning: the images of the validation set have the names and sizes of the training set's: if they are the "
             "same, the validation loss says nothing of images that were not seen")
     if vae is None:
-        log(f"no VAE ({named.option}): no sample grids")
+        log(f"no VAE at {named.name} (--vae_path): no sample grids")
     return args, source, validation, vae, origin
 
 
