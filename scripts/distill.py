@@ -19,7 +19,7 @@ from models.files.checkpoints import find_model, saved_options
 from models.rectified import RectifiedFlowAR
 from models.registry import recognise_size
 from util import cluster
-from util.cluster import AUTOCAST, fetch, from_main, log
+from util.cluster import AUTOCAST, from_main, log
 from util.evaluation.setup import saved_sampling
 from util.files import make_directory
 from util.options import (check_geometry, fraction, positive, sampling_options, single_point, training_parser,
@@ -45,6 +45,8 @@ def open_teacher(args):
     """(FlowAR on the CPU, its content and path, its settings of sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
+    if args.evaluate:
+        raise FlowARError("--evaluate is for eval.py and main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
     solution = sampling_options(args, saved_sampling(content, args.resume))
     return load_flowar(args.resume, args.weights), content, path, solution

@@ -1,15 +1,15 @@
 """scripts/distill.py: an ordinary run of the project's loop, whose settings of sampling are used wherever it is sampled."""
-import json
-import shlex
+import shutil
 import signal
 
 import pytest
-import seams
 import torch
-from helpers import GEOMETRY, assert_same_run, call, evaluate, evaluation_command, finish, make_project, read_checkpoint, read_log, run, start, train, wait_for
+from helpers import (assert_same_run, call, evaluate, evaluation_command, finish, make_project, read_checkpoint, read_log, run, start, train,
+                     wait_for)
+from PIL import Image
 
 from models import FlowARError, load_flowar
-from models.files import content_hash
+from pictures import read_settings
 from util.evaluation import load_pipeline
 from util.files import read_json
 
@@ -54,13 +54,11 @@ def test_its_settings_are_used_by_default(project, student, tmp_path, monkeypatc
     call(monkeypatch, command)
     report = read_json(tmp_path / "eval" / "results.json")
     assert report["steps"] == [2, 2, 2] and report["time_grid"] == "uniform" and report["cfg"] == 1.0
-    assert report["calls_per_image"] == [2, 2, 2] if "calls_per_image" in report else True
+    assert report["nfe"] == [2, 2, 2] and report["flow_head_passes_per_image"] == 6
     pipe = load_pipeline(student, vae=project / "vae.pth", device="cpu")
     assert pipe.settings()["steps"] == [2, 2, 2] and pipe.settings()["cfg"] == 1.0
     image, = pipe([3], seed=5)
     call(monkeypatch, f"scripts/sample.py --resume {student} --vae_path {project}/vae.pth --device cpu --labels 3 --seeds 5 --folder {tmp_path}/folder")
-    from pictures import read_settings
-    from PIL import Image
     file, = (tmp_path / "folder").glob("*.png")
     assert read_settings(file)["steps"] == [2, 2, 2] and Image.open(file).tobytes() == image.tobytes()
     other = evaluate(project, student, tmp_path / "other", "--num_step 1 --cfg 1")
@@ -97,7 +95,20 @@ def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
         call(monkeypatch, f"scripts/distill.py --output_dir {project}/none --device cpu")
 
 
-def test_bf16_and_compile_leave_the_head_its_gradients(project, student, tmp_path, monkeypatch):
+def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
+    """The student's blocks and the teacher's, through torch.compile without code generation."""
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (
+        compiled.append(function), real(function, **options, backend="aot_eager"))[1])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    call(monkeypatch, command(project, tmp_path, "--save_every 4 --epochs 1 --compile"))
+    torch._dynamo.reset()
+    assert len(compiled) == 1 + 3 + 2 + 3 + 3  # a trial; flow blocks of the teacher; blocks of the student; flow blocks of its average
+    a, b = ([line["loss"] for line in read_log(folder) if line["group"] == "train"] for folder in (tmp_path, student))
+    assert a[:3] == pytest.approx(b[:3], rel=1e-3)
+
+
+def test_bf16_leaves_the_head_its_gradients(project, tmp_path, monkeypatch):
     call(monkeypatch, command(project, tmp_path, "--precision bf16 --epochs 1"))
     content, whole = read_checkpoint(tmp_path), read_checkpoint(project / "teacher")
     assert all(value.dtype == torch.float32 for value in content["model"].values())
