@@ -199,7 +199,7 @@ class FlowAR(nn.Module):
     # ---- training (paper: scale-wise flow matching model) ---------------------------------------------------
 
     def draw(self, batch, generator=None):
-        """The Draws of `batch` images, all that training and validation draw: on the generator's device, or the model's.
+        """The Draws of `batch` images, all that training and validation draw, on the generator's device or the model's.
         """
         device = self.class_emb.weight.device if generator is None else generator.device
         t = torch.rand(len(self.scale), batch, generator=generator, device=device)

@@ -37,6 +37,8 @@ def make_parser():
     add("--student_steps", type=positive, default=2, help="steps a scale that the student samples with where no option says otherwise")
     add("--reuse", type=positive, default=4, help="times drawn for every pair of noise and the teacher's solution, in one pass")
     add("--at_noise", type=fraction, default=0.25, help="part of the times that are exactly 1, where sampling begins; 1: for one step alone")
+    add("--condition_on", choices=("own", "latents"), default="own", help="coarser scales that the condition is of: what the teacher draws, as in "
+        "sampling, or the training images'")
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -69,7 +71,7 @@ def check_same(args):
     make_directory(Path(args.output_dir))
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     before = saved_options(content)
-    for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise"):
+    for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
         if path and before.get(name) != getattr(args, name):
             raise FlowARError(f"{path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
 
@@ -87,7 +89,7 @@ def main():
 
     def build(args, record):
         checkpoint.check_trained_on(content, path, record)
-        student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise)
+        student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents")
         student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:

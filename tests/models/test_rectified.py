@@ -15,7 +15,7 @@ SOLUTION = dict(num_steps=6, cfg=3.0, guidance=0.8, solver="heun")
 @pytest.fixture(scope="module", params=[False, True], ids=["attn", "cross"])
 def pair(request):
     teacher = small_model(cross=request.param, attn_dropout=0.1, proj_dropout=0.1)
-    student = RectifiedFlowAR(teacher, SOLUTION, reuse=3, at_noise=0.25).train()
+    student = RectifiedFlowAR(teacher, SOLUTION, reuse=3, at_noise=0.25, forced=True).train()
     latents, labels, _, noise = inputs(teacher, batch=4)
     return teacher, student, latents, labels, noise
 
@@ -53,6 +53,19 @@ def test_the_loss_is_that_of_a_plain_computation(pair):
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
     loss, scales = student(latents, labels, t=t, noise=noise, return_scales=True)
     assert loss.item() == pytest.approx(sum(s * s / 16 * value for s, value in zip((1, 2, 4), scales.tolist())), rel=1e-5)
+
+
+def test_by_default_the_condition_is_of_what_the_teacher_draws(pair):
+    """As in sampling: the loss is that of the forced one on the drawn scales, whatever the latents are."""
+    teacher, _, latents, labels, noise = pair
+    student = RectifiedFlowAR(teacher, SOLUTION, reuse=3)
+    t = student.draw(4, torch.Generator().manual_seed(1)).t
+    found = student.scale_losses(latents, labels, t=t, noise=noise)
+    drawn = teacher.sample_pyramid(labels, noise=noise, **SOLUTION)
+    repeated = [[part.repeat_interleave(3, dim=0) for part in parts] for parts in (drawn, noise)]
+    z = teacher._condition(drawn, labels).repeat_interleave(3, dim=0)
+    expected = student.velocity_errors(repeated[0], z, t.flatten(1), repeated[1]).unflatten(1, (4, 3)).mean(dim=2)
+    assert torch.equal(found, expected) and torch.equal(found, student.scale_losses(0 * latents, labels, t=t, noise=noise))
 
 
 def test_the_solution_is_that_of_sampling(pair):
