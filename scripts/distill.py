@@ -11,6 +11,8 @@ from pathlib import Path
 
 import project_root  # noqa: F401  first: it names what is too old
 
+import torch
+
 from main_flowar import train
 from models import load_flowar
 from models.errors import FlowARError
@@ -93,6 +95,7 @@ def main():
         student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:
+            torch._dynamo.config.cache_size_limit = 64  # of one function: teacher, student and average share theirs
             prepare.compile_sampling(teacher)
         return student
 

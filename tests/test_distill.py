@@ -105,7 +105,7 @@ def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
     torch._dynamo.reset()
     assert len(compiled) == 1 + 3 + 2 + 3 + 3  # a trial; flow blocks of the teacher; blocks of the student; flow blocks of its average
     a, b = ([line["loss"] for line in read_log(folder) if line["group"] == "train"] for folder in (tmp_path, student))
-    assert a[:3] == pytest.approx(b[:3], rel=1e-3)
+    assert a[0] == pytest.approx(b[0], rel=1e-4)  # before the schedules of one epoch and of two part
 
 
 def test_bf16_leaves_the_head_its_gradients(project, tmp_path, monkeypatch):
