@@ -17,7 +17,7 @@ from main_flowar import train
 from models import load_flowar
 from models.errors import FlowARError
 from models.files import file_hash
-from models.files.checkpoints import find_model, saved_options
+from models.files.checkpoints import saved_options
 from models.rectified import RectifiedFlowAR
 from models.registry import recognise_size
 from util import cluster
