@@ -29,7 +29,8 @@ from util.training.logging import TrainingLog
 from util.training.optimization import EMA, EMA_HOLDS, build_optimizer, ema_advice
 
 
-def train(args, device):
+def train(args, device, build=lambda args, record: build_model(args.model, **model_options(args))):
+    """build(options, what checkpoints will say of the data) -> the network."""
     # ---- 1. what is asked for, and where to go on
     args = single_point(args)
     check_training(args)
@@ -55,7 +56,7 @@ def train(args, device):
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
-    network = build_model(args.model, **model_options(args)).to(device)
+    network = build(args, record).to(device)
     ema = EMA(network, args.ema_rate)
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")

@@ -10,6 +10,7 @@ import torch
 from models.errors import FlowARError
 
 UNIFORM_STEPS = 50  # the one step count that the release integrates on a uniform grid
+TIME_GRIDS = {"release": 2, "uniform": 1}  # the fewest steps of each
 CFG_SCHEDULES = ("linear", "constant")
 
 
@@ -23,15 +24,15 @@ def velocity_target(x, noise):
     return noise - x
 
 
-def time_grid(num_steps):
-    """Times from 1 to 0 in float64, one more than there are Euler steps.
-
-    50 steps are uniform. Any other n puts floor(n/2) points on [1, 0.3] and floor(n/2) + 1 on [0.25, 0], which
-    makes 2 floor(n/2) steps: "25" is 24.
+def time_grid(num_steps, kind="release"):
+    """Times from 1 to 0 in float64, one more than there are Euler steps: uniform, or the release's, which for 50 is so
+    too, and for any other n puts floor(n/2) points on [1, 0.3] and floor(n/2) + 1 on [0.25, 0]: "25" makes 24 steps.
     """
-    if num_steps < 2:
-        raise FlowARError(f"num_steps is {num_steps}: the time grid needs at least 2")
-    if num_steps == UNIFORM_STEPS:
+    if kind not in TIME_GRIDS:
+        raise FlowARError(f"time_grid is {kind!r}: expected one of {', '.join(TIME_GRIDS)}")
+    if num_steps < TIME_GRIDS[kind]:
+        raise FlowARError(f"num_steps is {num_steps}: the {kind} time grid needs at least {TIME_GRIDS[kind]}")
+    if kind == "uniform" or num_steps == UNIFORM_STEPS:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     half = num_steps // 2
     early = torch.linspace(1, 0.3, half, dtype=torch.float64)

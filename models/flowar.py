@@ -199,9 +199,7 @@ class FlowAR(nn.Module):
     # ---- training (paper: scale-wise flow matching model) ---------------------------------------------------
 
     def draw(self, batch, generator=None):
-        """The Draws of `batch` images: all that training and validation draw; util/ chooses the generators.
-
-        They lie on the generator's device, the model's without one.
+        """The Draws of `batch` images, all that training and validation draw, on the generator's device or the model's.
         """
         device = self.class_emb.weight.device if generator is None else generator.device
         t = torch.rand(len(self.scale), batch, generator=generator, device=device)
@@ -229,7 +227,10 @@ class FlowAR(nn.Module):
         if drop is not None:
             labels = torch.where(drop, self.class_num, labels)
         pyramid = self.pyramid(latents)
-        z = self._condition(pyramid, labels)
+        return self.velocity_errors(pyramid, self._condition(pyramid, labels), t, noise)
+
+    def velocity_errors(self, pyramid, z, t, noise):
+        """The scale_losses of a pyramid's paths from noise, given the condition z."""
         x, noise = torch.cat([to_tokens(grid) for grid in pyramid], dim=1), torch.cat(noise, dim=1)
         x_t = fm.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
         velocity = self.flownet(x_t, t, z, self.scale)
@@ -261,30 +262,29 @@ class FlowAR(nn.Module):
 
     @torch.no_grad()
     def sample_pyramid(self, labels, *, num_steps=25, cfg=1.0, guidance=0.9, num_steps_last=None, cfg_schedule="linear",
-                       temperature=1.0, solver="euler", noise=None, generator=None, nfe=None, given=(), known=None):
-        """Generate every scale: a list of (B, token_channels, s, s), coarse to fine.
+                       temperature=1.0, solver="euler", time_grid="release", noise=None, generator=None, nfe=None,
+                       given=(), known=None, forced=None):
+        """Generate every scale: a list of (B, token_channels, s, s), coarse to fine. Dropout is off in any mode.
 
         Args:
             labels: (B,) in 0..class_num - 1.
-            num_steps: length of the time grid; see flow_matching.time_grid (25 makes 24 Euler steps).
+            num_steps, time_grid: see flow_matching.time_grid ("release": 25 makes 24 Euler steps).
             num_steps_last: anneal the steps from num_steps at the first scale to this at the last.
             cfg: guidance scale of the last scale; 1 is no guidance. cfg_schedule: "linear" ramp or "constant".
             guidance: guidance acts only where t <= guidance.
-            temperature: factor of the starting noise.
-            solver: one of flow_matching.SOLVERS; "euler" is the release's.
+            temperature: factor of the starting noise. solver: one of flow_matching.SOLVERS; "euler" is the release's.
             noise: see draw_noise, which draws it with `generator` if None. A solver that draws uses `generator` too.
             nfe: if given, a list that gets a list for every scale drawn: the number of images in each evaluation of the
                 flow head, 2 B where guidance acts and B elsewhere. Its length is the scale's NFE.
             given: latents of the first scales, (B, token_channels, s, s) each, which are kept as they are.
             known: (latents of every scale like what is returned, a bool (B or 1, 1, s, s) for every scale: which cells
                 are kept as they are). The others are drawn to fit.
-
-        Dropout is off whatever the module's mode.
+            forced: a pyramid that the transformer reads in place of what is drawn, as in training.
         """
         check_labels(labels, self.class_num)
         if solver not in fm.SOLVERS:
             raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(fm.SOLVERS)}")
-        times = [fm.time_grid(n) for n in fm.annealed_steps(num_steps, num_steps_last, len(self.scale))]
+        times = [fm.time_grid(n, time_grid) for n in fm.annealed_steps(num_steps, num_steps_last, len(self.scale))]
         weights = fm.guidance_scales(cfg, len(self.scale), cfg_schedule)
         noise = self.draw_noise(len(labels), generator) if noise is None else noise
         check_grids(self, len(labels), noise, given, known)
@@ -307,7 +307,7 @@ class FlowAR(nn.Module):
                     x = self._integrate(fm.SOLVERS[solver], velocity, start, times[k], generator, known, k)
                 latents.append(to_grid(x.to(c), s))
                 if k + 1 < len(self.scale):
-                    tokens = self.z_proj(to_tokens(self.next_input(latents[k], k)))
+                    tokens = self.z_proj(to_tokens(self.next_input((forced or latents)[k], k)))
                     tokens = tokens.repeat(2, 1, 1) if guided else tokens
             return latents
         finally:

@@ -64,6 +64,7 @@ from util.training.randomness import draw, image_noise
 
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
 LOADER_BATCH = 64
+PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0}  # of tests/plain.py's sampler
 
 
 def parse_args():
@@ -82,6 +83,7 @@ def parse_args():
     parser.add_argument("--vae_ch", type=positive, default=128, help="base width of the VAE (KL-16 has 128)")
     parser.add_argument("--vae_ch_mult", type=integer_list, default=(1, 1, 2, 2, 4), help="its levels")
     parser.add_argument("--beside", help="train, sample, parts: Python file with another way to compute the same")
+    parser.add_argument("--student_steps", type=positive, help="sample: times a student of scripts/distill.py too, of so many steps a scale")
     parser.add_argument("--against", help="train, sample: folder of another checkout of this project, timed in turns with this one")
     parser.add_argument("--turns", type=positive, default=3, help="--against: how often each is started")
     parser.add_argument("--json", help="file to write the figures to")
@@ -154,8 +156,8 @@ def benchmark_sample(args, device):
     noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
     options, latents_ = sampling_options(args), {}
     plain = load_plain(args.beside)
-    if plain and (options["solver"] != "euler" or options["num_steps_last"] is not None or options["temperature"] != 1):
-        raise FlowARError("--beside compares with a plain Euler sampler: leave out --solver, --num_step_last, --temperature")
+    if plain and any(options[name] != value for name, value in PLAIN.items()):
+        raise FlowARError("--beside compares with a plain Euler sampler: leave out --solver, --time_grid, --num_step_last, --temperature")
     counted = {name: options[name] for name in ("cfg", "guidance", "num_steps", "cfg_schedule")}
 
     def fast():
@@ -166,7 +168,11 @@ def benchmark_sample(args, device):
         with autocast(device, args.precision):
             latents_["plain"] = plain.sample(slow, labels, noise, **counted)
 
-    ways = {"fast": fast, "plain": plainly} if plain else {"fast": fast}
+    def student():
+        with autocast(device, args.precision):
+            model.sample_tokens(labels, noise=noise, num_steps=args.student_steps, time_grid="uniform")
+
+    ways = {"fast": fast, **({"plain": plainly} if plain else {}), **({"student": student} if args.student_steps else {})}
     work = count(ways, args, device)
     if args.compile:
         prepare.compile_sampling(model, args.compile)
@@ -209,6 +215,9 @@ def compare(ways, images, operations, args, device):
     if "plain" in taken:
         result["ratio"] = taken["plain"] / taken["fast"]
         beside = f"; plain {1000 * taken['plain']:.0f} ms, ratio {result['ratio']:.2f}"
+    if "student" in taken:
+        result["student_times_as_fast"] = taken["fast"] / taken["student"]
+        beside += f"; student {1000 * taken['student']:.0f} ms, {result['student_times_as_fast']:.1f} times as fast"
     print(f"{args.what} {args.model}, {images} images of {args.img_size}, {args.precision}, compile {args.compile}: "
           f"{1000 * taken['fast']:.0f} ms, {result['images_per_second']:.3f} images/s, {reached / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
           f"{100 * result['share_of_peak']:.0f} %{beside}", flush=True)

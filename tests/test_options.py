@@ -208,7 +208,7 @@ TABLE = [
     (EVAL, "--epochs 3", "unrecognized arguments: --epochs 3"),
     (EVAL, "--num_images 0", "--num_images: 0 is out of range: expected 1 or more"),
     (EVAL, "--eval_bsz 4,8", "--eval_bsz: '4,8' is not an integer"),
-    (EVAL, "--num_step 4,1", "--num_step: 1 is out of range: expected between 2 and 10000"),
+    (EVAL, "--num_step 4,0", "--num_step: 0 is out of range: expected between 1 and 10000"),
     (EVAL, "--num_step 4,,8", "--num_step: '' is not an integer"),
     (EVAL, "--num_step_last x", "--num_step_last: 'x' is not an integer"),
     (EVAL, "--cfg 1,0.5", "--cfg: 0.5 is out of range: expected 1.0 or more"),

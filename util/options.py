@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from models import MODELS, FlowARError
-from models.flow_matching import CFG_SCHEDULES, SOLVERS
+from models.flow_matching import CFG_SCHEDULES, SOLVERS, TIME_GRIDS
 from models.vaes import find_vae
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.data.pixels import parse_color
@@ -62,7 +62,7 @@ pixels = between(int, 1, 8192)  # PIL refuses to crop much more
 width = between(int, 1, 16384)
 depth = between(int, 1, 256)
 classes = between(int, 1, 10**6)
-steps = between(int, 2, 10**4)
+steps = between(int, 1, 10**4)
 workers = between(int, 0, 1024)
 seconds = between(float, 1.0, 1e6)
 seed = between(int, 0, 2**32 - 1)
@@ -131,6 +131,12 @@ def solver(text):
     return text
 
 
+def time_grid(text):
+    if text not in TIME_GRIDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: expected one of {', '.join(TIME_GRIDS)}")
+    return text
+
+
 def add_model_options(parser):
     add = parser.add_argument_group("model and VAE").add_argument
     add("--model", choices=MODELS,
@@ -158,6 +164,8 @@ def add_sampling_options(parser):
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
     add("--num_step", type=several(steps),
         help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); default: the checkpoint's, else 25; *")
+    add("--time_grid", choices=TIME_GRIDS, help="times of the steps: release, or uniform, where --num_step are as many "
+        "Euler steps, from 1 on; default: the checkpoint's, else release")
     add("--num_step_last", type=several(steps), help="anneal the steps to this number at the last scale (DiSA); *")
     add("--solver", type=several(solver), help="euler (the release's) or ab2: one evaluation a step; heun, midpoint: "
         "two; rk4: four; default: the checkpoint's, else euler; *")
@@ -356,7 +364,7 @@ SAMPLING = {
     "num_steps": Setting("num_step", 25, steps), "num_steps_last": Setting("num_step_last", None, steps),
     "cfg": Setting("cfg", 1.0, at_least_one), "guidance": Setting("guidance", 0.9, fraction),
     "cfg_schedule": Setting("cfg_schedule", "linear", str), "temperature": Setting("temperature", 1.0, real),
-    "solver": Setting("solver", "euler", solver)}
+    "solver": Setting("solver", "euler", solver), "time_grid": Setting("time_grid", "release", time_grid)}
 
 
 def sampling_options(args, stored=None):
@@ -371,6 +379,10 @@ def sampling_options(args, stored=None):
     if values["num_steps_last"] is not None and values["num_steps_last"] > values["num_steps"]:
         raise FlowARError(f"--num_step_last {values['num_steps_last']} is above --num_step {values['num_steps']}: "
                           "steps are annealed down to it")
+    for name in ("num_steps", "num_steps_last"):
+        if values[name] is not None and values[name] < TIME_GRIDS[values["time_grid"]]:
+            raise FlowARError(f"--{SAMPLING[name].option} {values[name]} is too few for the {values['time_grid']} time "
+                              f"grid: give at least {TIME_GRIDS[values['time_grid']]}, or --time_grid uniform")
     return values
 
 

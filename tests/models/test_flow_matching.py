@@ -28,9 +28,17 @@ def test_time_grid(n, steps):
         assert (grid >= 0.3).sum() == n // 2 and (grid <= 0.25).sum() == n // 2 + 1
 
 
-def test_one_step_is_refused():
-    with pytest.raises(FlowARError, match="num_steps is 1"):
-        fm.time_grid(1)
+@pytest.mark.parametrize("n,expected", [(1, [1, 0]), (2, [1, 0.5, 0]), (4, [1, 0.75, 0.5, 0.25, 0])])
+def test_uniform_time_grid(n, expected):
+    grid = fm.time_grid(n, "uniform")
+    assert grid.dtype == torch.float64 and grid.tolist() == expected
+
+
+@pytest.mark.parametrize("n,kind,message", [(1, "release", "num_steps is 1: the release time grid needs at least 2"), (0, "uniform", "at least 1"),
+                                            (4, "cosine", "time_grid is 'cosine': expected one of release, uniform")])
+def test_what_is_no_time_grid_is_refused(n, kind, message):
+    with pytest.raises(FlowARError, match=message):
+        fm.time_grid(n, kind)
 
 
 @pytest.mark.parametrize("first,last,expected", [

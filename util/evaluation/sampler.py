@@ -91,9 +91,9 @@ class Sampler(NamedTuple):
         """What a reader needs to make the images again."""
         options, scales = self.options, self.model.scale
         steps = fm.annealed_steps(options["num_steps"], options["num_steps_last"], len(scales))
-        same = ("cfg", "cfg_schedule", "guidance", "temperature")
+        same = ("cfg", "cfg_schedule", "guidance", "temperature", "time_grid")
         return {"class_num": self.model.class_num, "img_size": self.model.img_size, "scales": scales,
                 "solver": options["solver"], "num_step": options["num_steps"],
                 "num_step_last": options["num_steps_last"], **{name: options[name] for name in same},
-                "steps": [len(fm.time_grid(n)) - 1 for n in steps],
+                "steps": [len(fm.time_grid(n, options["time_grid"])) - 1 for n in steps],
                 "precision": self.precision, "seed": self.seed, "eval_bsz": self.batch}

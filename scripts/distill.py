@@ -1,0 +1,106 @@
+"""Distil a FlowAR into a student that samples in one or two steps a scale, without guidance (docs/few-step.md).
+
+    torchrun --standalone --nproc_per_node=8 scripts/distill.py --resume pretrained_models/FlowAR-S.pth --cfg 4.3 --num_step 25 \\
+        --guidance 0.9 --output_dir output/student --data_path imagenet --cached_path imagenet_feature --vae_path kl16.ckpt
+
+--resume is the teacher, and the sampling options are its own, as in eval.py. The student's head learns what they make of noise; its
+transformer is the teacher's. Training, data, files and reports are those of main_flowar.py, with other defaults; the same command goes on.
+--output_dir is a run like any other, which eval.py, scripts/sample.py and load_pipeline sample with --student_steps steps a scale.
+"""
+from pathlib import Path
+
+import project_root  # noqa: F401  first: it names what is too old
+
+import torch
+
+from main_flowar import train
+from models import load_flowar
+from models.errors import FlowARError
+from models.files import file_hash
+from models.files.checkpoints import saved_options
+from models.rectified import RectifiedFlowAR
+from models.registry import recognise_size
+from util import cluster
+from util.cluster import AUTOCAST, from_main, log
+from util.evaluation.setup import saved_sampling
+from util.files import make_directory
+from util.options import (check_geometry, fraction, positive, sampling_options, single_point, training_parser,
+                          with_options)
+from util.speed import prepare
+from util.training import checkpoint
+
+DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=1e-3, ema_rate=0.99, save_last_freq=1, eval_freq=1)
+
+
+def make_parser():
+    parser = training_parser()
+    parser.description = __doc__.splitlines()[0]
+    add = parser.add_argument_group("distillation").add_argument
+    add("--student_steps", type=positive, default=2, help="steps a scale that the student samples with where no option says otherwise")
+    add("--reuse", type=positive, default=4, help="times drawn for every pair of noise and the teacher's solution, in one pass")
+    add("--at_noise", type=fraction, default=0.25, help="part of the times that are exactly 1, where sampling begins; 1: for one step alone")
+    add("--condition_on", choices=("own", "latents"), default="own", help="coarser scales that the condition is of: what the teacher draws, as in "
+        "sampling, or the training images'")
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def open_teacher(args):
+    """(FlowAR on the CPU, its content and path, its settings of sampling) of --resume."""
+    if not args.resume:
+        raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
+    if args.evaluate:
+        raise FlowARError("--evaluate is for eval.py and main_flowar.py: this trains a student")
+    path, content = checkpoint.read_model_file(args.resume)
+    solution = sampling_options(args, saved_sampling(content, args.resume))
+    return load_flowar(args.resume, args.weights), content, path, solution
+
+
+def student_options(args, teacher, content, path, solution):
+    """The options of the student's run: the teacher's geometry, its own settings of sampling, and where it is from."""
+    config = teacher.config
+    names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num")
+    known = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale, **{name: config[name] for name in names}}
+    check_geometry(args, known, path)
+    sampling = dict(num_step=(args.student_steps,), time_grid="uniform", solver=("euler",), cfg=(1.0,), guidance=None, cfg_schedule=None,
+                    num_step_last=None, temperature=None)
+    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: content.get("checksum") or file_hash(path)), teacher_sampling=solution)
+    return with_options(args, **known, **sampling, **origin, resume=args.output_dir, weights=None)
+
+
+def check_same(args):
+    """FlowARError if --output_dir holds the student of another teacher or of other settings of it."""
+    make_directory(Path(args.output_dir))
+    path, content = checkpoint.find_start(args.resume, args.output_dir)
+    before = saved_options(content)
+    for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
+        if path and before.get(name) != getattr(args, name):
+            raise FlowARError(f"{path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
+
+
+def main():
+    args = make_parser().parse_args()
+    if args.deterministic:
+        cluster.set_deterministic()
+    device = cluster.init(args.device, args.timeout)
+    args = single_point(args)
+    teacher, content, path, solution = open_teacher(args)
+    args = student_options(args, teacher, content, path, solution)
+    check_same(args)
+    log(f"teacher: {path}, {', '.join(f'{name} {value}' for name, value in solution.items())}")
+
+    def build(args, record):
+        checkpoint.check_trained_on(content, path, record)
+        student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents")
+        student.flownet.use_checkpoint = args.use_checkpoint
+        prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
+        if args.compile:
+            torch._dynamo.config.cache_size_limit = 64  # of one function: teacher, student and average share theirs
+            prepare.compile_sampling(teacher)
+        return student
+
+    train(args, device, build)
+
+
+if __name__ == "__main__":
+    cluster.run_main(main)

@@ -1,0 +1,117 @@
+"""scripts/distill.py: an ordinary run of the project's loop, whose settings of sampling are used wherever it is sampled."""
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers import (assert_same_run, call, evaluate, evaluation_command, finish, make_project, read_checkpoint, read_log, run, start, train,
+                     wait_for)
+from PIL import Image
+
+from models import FlowARError, load_flowar
+from pictures import read_settings
+from util.evaluation import load_pipeline
+from util.files import read_json
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    project = make_project(tmp_path_factory.mktemp("project"))
+    train(project, project / "teacher", "--cfg 2 --guidance 1 --num_step 6")
+    return project
+
+
+def command(project, output, extra=""):
+    return (f"scripts/distill.py --resume {project}/teacher --vae_path {project}/vae.pth --data_path {project}/images --output_dir {output} "
+            f"--epochs 2 --batch_size 8 --reuse 2 --num_workers 0 --device cpu --log_freq 2 --eval_freq 100 {extra}")
+
+
+@pytest.fixture(scope="module")
+def student(project):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        call(monkeypatch, command(project, project / "student", "--save_every 4"))
+    return project / "student"
+
+
+def test_the_student_is_an_ordinary_checkpoint(project, student):
+    teacher, content = read_checkpoint(project / "teacher"), read_checkpoint(student)
+    assert set(content) == set(teacher) and content["model"].keys() == teacher["model"].keys()
+    for key in ("model", "model_ema"):
+        moved = {name for name, value in content[key].items() if not torch.equal(value, teacher["model_ema"][name])}
+        assert moved and all(name.startswith("flownet.") for name in moved)
+    args = content["args"]
+    assert (args["num_step"], args["cfg"], args["time_grid"], args["solver"]) == (2, 1.0, "uniform", "euler")
+    assert args["teacher_sampling"] == {"num_steps": 6, "num_steps_last": None, "cfg": 2.0, "guidance": 1.0, "cfg_schedule": "linear",
+                                        "temperature": 1.0, "solver": "euler", "time_grid": "release"}
+    assert load_flowar(student).config["scale"] == (1, 2, 4)
+    losses = [line["loss"] for line in read_log(student) if line["group"] == "train"]
+    assert losses[-1] < losses[0]
+    assert [line for line in read_log(student) if line["group"] == "val_ema"], "the same loss of validation latents"
+
+
+def test_its_settings_are_used_by_default(project, student, tmp_path, monkeypatch):
+    command = evaluation_command(project, student, tmp_path / "eval").replace("--num_step 6 --cfg 2", "")
+    call(monkeypatch, command)
+    report = read_json(tmp_path / "eval" / "results.json")
+    assert report["steps"] == [2, 2, 2] and report["time_grid"] == "uniform" and report["cfg"] == 1.0
+    assert report["nfe"] == [2, 2, 2] and report["flow_head_passes_per_image"] == 6
+    pipe = load_pipeline(student, vae=project / "vae.pth", device="cpu")
+    assert pipe.settings()["steps"] == [2, 2, 2] and pipe.settings()["cfg"] == 1.0
+    image, = pipe([3], seed=5)
+    call(monkeypatch, f"scripts/sample.py --resume {student} --vae_path {project}/vae.pth --device cpu --labels 3 --seeds 5 --folder {tmp_path}/folder")
+    file, = (tmp_path / "folder").glob("*.png")
+    assert read_settings(file)["steps"] == [2, 2, 2] and Image.open(file).tobytes() == image.tobytes()
+    other = evaluate(project, student, tmp_path / "other", "--num_step 1 --cfg 1")
+    assert other["steps"] == [1, 1, 1]
+    with pytest.raises(FlowARError, match="--num_step 1 is too few for the release time grid: give at least 2, or --time_grid uniform"):
+        evaluate(project, student, tmp_path / "no", "--num_step 1 --cfg 1 --time_grid release")
+
+
+def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
+    words = command(project, tmp_path, "--save_every 4")
+    for step in (4, 16):
+        process = start(words)
+        wait_for(tmp_path / f"checkpoint-{step:09d}.pth", process)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    status, output = finish(start(words))
+    assert status == 0 and "going on after step" in output, output
+    assert_same_run(tmp_path, student)
+
+
+def test_two_processes_distil_as_one(project, student, tmp_path):
+    run(command(project, tmp_path / "two", "--save_every 4 --epochs 1").replace("--batch_size 8", "--batch_size 4"), processes=2)
+    run(command(project, tmp_path / "one", "--save_every 4 --epochs 1"))
+    a, b = ([line["loss"] for line in read_log(tmp_path / name) if line["group"] == "train"] for name in ("one", "two"))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
+    with pytest.raises(FlowARError, match=r"its teacher_sampling is .*, now .*: give the same, or another --output_dir"):
+        call(monkeypatch, command(project, student, "--cfg 3"))
+    with pytest.raises(FlowARError, match="its reuse is 2, now 3"):
+        call(monkeypatch, command(project, student).replace("--reuse 2", "--reuse 3"))
+    with pytest.raises(FlowARError, match="--resume is missing: give the teacher's checkpoint"):
+        call(monkeypatch, f"scripts/distill.py --output_dir {project}/none --device cpu")
+
+
+def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
+    """The student's blocks and the teacher's, through torch.compile without code generation."""
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (
+        compiled.append(function), real(function, **options, backend="aot_eager"))[1])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    call(monkeypatch, command(project, tmp_path, "--save_every 4 --epochs 1 --compile"))
+    torch._dynamo.reset()
+    assert len(compiled) == 1 + 3 + 2 + 3 + 3  # a trial; flow blocks of the teacher; blocks of the student; flow blocks of its average
+    a, b = ([line["loss"] for line in read_log(folder) if line["group"] == "train"] for folder in (tmp_path, student))
+    assert a[0] == pytest.approx(b[0], rel=1e-4)  # before the schedules of one epoch and of two part
+
+
+def test_bf16_leaves_the_head_its_gradients(project, tmp_path, monkeypatch):
+    call(monkeypatch, command(project, tmp_path, "--precision bf16 --epochs 1"))
+    content, whole = read_checkpoint(tmp_path), read_checkpoint(project / "teacher")
+    assert all(value.dtype == torch.float32 for value in content["model"].values())
+    still = [name for name, value in content["model"].items() if name.startswith("flownet.") and "freqs" not in name
+             and torch.equal(value, whole["model_ema"][name])]
+    assert not still
