@@ -38,7 +38,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     if is_main():
         held = checkpoint.hold(args.output_dir, args.resume)  # noqa: F841: until this run ends
     path, content = checkpoint.find_start(args.resume, args.output_dir)
-    args = resolve_training(args, world_size(), checkpoint.saved_options(content).get("global_batch"))
+    args = resolve_training(args, world_size(), checkpoint.global_batch_of(content))
 
     # ---- 2. data
     args, source, validation, vae, origin = open_sources(args, device, checkpoint.class_num_of(content, path))

@@ -31,6 +31,7 @@ from util.cluster import PRECISIONS, run_main, select_device
 from util.cluster.ending import explain
 from util.evaluation.pipeline import open_pipeline
 from util.evaluation.reports import CODE
+from util import options
 from util.options import SAMPLING, between, sampling_parser, seed, single_point, with_options
 
 QUICKSTART = "output/quickstart/run"
@@ -68,10 +69,7 @@ def checked(name, kind, value):
     """A value of the page as the option of the same kind takes it, or FlowARError."""
     if value is None or value == "":
         raise FlowARError(f"{name} is empty")
-    try:
-        return kind(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise FlowARError(f"{name}: {error}") from error
+    return options.checked(name, kind, value)
 
 
 def read_form(pipe, label, first_seed, count, cfg, guidance, steps, solver, precision):

@@ -7,6 +7,7 @@
 A PNG holds the settings that it was made with: --again PICTURE makes it once more.
 """
 import argparse
+import re
 from pathlib import Path
 
 import project_root  # noqa: F401  first: it names what is too old
@@ -14,7 +15,7 @@ import project_root  # noqa: F401  first: it names what is too old
 from pictures import check_picture, draw_table, read_settings, save
 from models import FlowARError
 from util.cluster import run_main, select_device
-from util.data import open_image
+from util.data import center_crop, open_image
 from util.data.folders import name_classes
 from util.evaluation.pipeline import open_pipeline
 from util.evaluation.reports import CODE
@@ -33,11 +34,16 @@ FILES = (*KINDS, "inpaint", "folder")
 
 
 def names_or_numbers(text):
-    return tuple(part.strip() for part in text.split(","))
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: nothing between two commas, expected names or numbers")
+    return parts
 
 
 def seed_list(text):
     """'0-15' or '1,4,9-11' -> (0, 1, ..., 15)."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0-15, or 1,4,9")
     parts = [part.partition("-") for part in text.split(",")]
     found = tuple(value for first, _, last in parts for value in range(seed(first), seed(last or first) + 1))
     if not found:
@@ -55,7 +61,7 @@ def make_parser():
     parser.add_argument("--labels", type=names_or_numbers, help="classes, by number or name; default: the first 10 that had training images")
     parser.add_argument("--seeds", type=seed_list, help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
     parser.add_argument("--per_class", type=positive, default=8, help="samples of each class")
-    parser.add_argument("--keep_scales", type=count, default=3, help="scales that --variations and --edit keep")
+    parser.add_argument("--keep_scales", type=count, help="scales that --variations and --edit keep; default: 3, or all but one of fewer")
     parser.add_argument("--class_names", help="folder whose class folders name the classes; default: the checkpoint's names, or ImageNet's")
     parser.add_argument("--again", metavar="PICTURE", help="take the options that a picture was made with; those given here come first")
     return parser
@@ -72,6 +78,8 @@ def parse_args():
         args = make_parser().parse_args(before)
         for kind in {*FILES} - {said.get("picture")}:
             setattr(args, kind, None)
+        if said.get("picture") == "folder" and "seed" in said:  # that picture alone
+            args.labels, args.seeds = (str(said["label"]),), (said["seed"],)
         words, args = before + words, make_parser().parse_args(words, args)
     args = args or make_parser().parse_args(words)
     if not any(getattr(args, kind) for kind in FILES):
@@ -143,9 +151,9 @@ def draw(kind, pipe, labels, args):
             raise FlowARError("--edit needs two classes or more: --labels FROM,TO")
         return [[pipe(first, seed=start)[0], *edited]], [""], names
     image, mask = map(open_image, args.inpaint[:2])
-    size = pipe.sampler.model.img_size, pipe.sampler.model.img_size
+    size = pipe.sampler.model.img_size
     drawn = pipe.inpaint(image, mask, first, count=args.per_class, seed=start)
-    return [[image.resize(size), mask.resize(size), *drawn]], names[:1], ["image", "mask"]
+    return [[center_crop(image, size), center_crop(mask, size), *drawn]], names[:1], ["image", "mask"]
 
 
 def main():

@@ -307,6 +307,14 @@ def sampling_parser(description):
     return _parser(description, add_model_options, add_sampling_options, add_checkpoint_options)
 
 
+def checked(name, kind, value):
+    """What a type of an option makes of a value that is not from a command line, or FlowARError with its name."""
+    try:
+        return kind(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise FlowARError(f"{name}: {error}") from error
+
+
 # ---- what follows from the options ---------------------------------------------------------------------------
 # Nothing here changes the options that it is given: what is filled in comes back as a copy.
 
@@ -358,6 +366,10 @@ class Setting(NamedTuple):
     option: str
     default: object
     kind: Callable
+
+    def of(self, name, value):
+        """A value that is given in Python, or FlowARError. name: for it."""
+        return None if value is None and self.default is None else checked(name, self.kind, value)
 
 
 SAMPLING = {

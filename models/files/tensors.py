@@ -61,7 +61,9 @@ def write_safetensors(tensors, said, path):
     """A file that read_file gives back as {**said, said["weights_key"]: tensors}; said: plain values."""
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     with writing(path) as file:
+        mode = os.fstat(file.fileno()).st_mode  # the user's, where save_file's is 0600
         save_file(tensors, file.name, {DESCRIBED: json.dumps(said)})
+        os.chmod(file.name, mode)
 
 
 def check_claims(content, path, limit):

@@ -157,6 +157,7 @@ def test_keeping_scales(pipe):
     edited = pipe.edit(3, 8, keep_scales=2, seed=7)
     assert len(edited) == 1 and not same(edited, whole) and same(pipe.edit(3, 3, 1, seed=7), whole)
     assert same(pipe.edit(3, 8, 0, seed=7), pipe([8], seed=7)) and same(pipe.edit(3, 8, 3, seed=7), whole)
+    assert same(pipe.variations(3, count=3, seed=7), varied) and same(pipe(np.array([3]), seed=7), whole)
     with pytest.raises(FlowARError, match="keep_scales is 4: expected 0 to 3"):
         pipe.variations(3, keep_scales=4)
 
@@ -206,8 +207,14 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 @pytest.mark.parametrize("call,message", [
     (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe(["cat"]), "'cat': no class of this name"),
     (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling, expected one of num_steps"),
-    (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5"), (lambda pipe: load_pipeline("nowhere"), "nowhere: no such checkpoint"),
-    (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name")])
+    (lambda pipe: pipe([1], cfg=0.5), "cfg: 0.5 is out of range"), (lambda pipe: load_pipeline("nowhere"), "nowhere: no such checkpoint"),
+    (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"), (lambda pipe: pipe([]), "no labels"),
+    (lambda pipe: pipe([1], seed=-1), "seed: -1 is out of range"), (lambda pipe: pipe([1], num_steps=2.5), "num_steps: '2.5' is not an integer"),
+    (lambda pipe: pipe([1], cfg="a"), "cfg: 'a' is not a number"), (lambda pipe: pipe.variations(1, count=0), "count is 0 or less"),
+    (lambda pipe: pipe.variations(1, keep_scales="2"), "keep_scales is 2: expected 0 to 3"), (lambda pipe: pipe.using("foo"), "precision is 'foo'"),
+    (lambda pipe: load_pipeline("x", precision="foo"), "precision is 'foo': expected one of"), (lambda pipe: load_pipeline("x", cfg=-3), "cfg: -3 is out of"),
+    (lambda pipe: load_pipeline("x", device="gpu"), "device is 'gpu': expected one of"), (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values"),
+    (lambda pipe: pipe.inpaint(np.zeros((16, 16)), np.zeros((16, 16)), 3), "image or mask is a ndarray")])
 def test_bad_calls_are_named(pipe, call, message):
     with pytest.raises(FlowARError, match=message):
         call(pipe)

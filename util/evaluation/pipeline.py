@@ -3,18 +3,20 @@
     pipe = load_pipeline("released:flowar_small", vae="released:kl16")
     images = pipe(["golden retriever", 207], cfg=4.3, seed=0)
 """
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from models import FlowARError
-from util.cluster import autocast, select_device, set_precision
+from util.cluster import PRECISIONS, autocast, select_device, set_precision
 from util.data import center_crop, open_image
 from util.data.images import to_tensor
 from util.data.pixels import WHITE, over
 from util.evaluation.names import class_names, find_label
 from util.evaluation.setup import build_sampler, open_for_sampling
-from util.options import sampling_parser, with_options
+from util.options import checked, sampling_parser, seed as seed_of, single_point, with_options
 
 
 def load_pipeline(resume, vae=None, device=None, precision=None, **options):
@@ -24,12 +26,18 @@ def load_pipeline(resume, vae=None, device=None, precision=None, **options):
     options (weights="raw", cfg=3.0, ...): see docs/options.md. Raises FlowARError.
     """
     kind = {"vae": vae} if str(vae or "").startswith("diffusers:") else {"vae_path": vae}
-    args = sampling_parser("").parse_args([])
-    unknown = sorted(options.keys() - vars(args).keys())
-    if unknown:
-        raise FlowARError(f"{unknown[0]}: no option of this name (see docs/options.md)")
-    args = with_options(args, resume=str(resume), precision=precision, **kind, **options)
-    return open_pipeline(args, select_device(str(device or "auto")))
+    parser = sampling_parser("")
+    known, given = {action.dest: action for action in parser._actions}, {**options, "precision": precision,
+                                                                         "device": str(device or "auto")}
+    for name, value in given.items():
+        if name not in known:
+            raise FlowARError(f"{name}: no option of this name (see docs/options.md)")
+        if known[name].choices and value not in (None, *known[name].choices):
+            raise FlowARError(f"{name} is {value!r}: expected one of {', '.join(known[name].choices)}")
+        if known[name].type and value is not None:
+            given[name] = checked(name, known[name].type, value)
+    args = single_point(with_options(parser.parse_args([]), resume=str(resume), **kind, **given))
+    return open_pipeline(args, select_device(args.device))
 
 
 def open_pipeline(args, device, identify=False):
@@ -52,7 +60,10 @@ class Pipeline:
 
     def __call__(self, labels, *, seed=0, **settings):
         """One image for each of a list of labels."""
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
         labels = [self.label(asked) for asked in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
+        if not labels:
+            raise FlowARError("no labels: expected one or more")
         return self.draw(labels, self.noise(seed, range(len(labels))), **settings)
 
     def settings(self):
@@ -65,6 +76,8 @@ class Pipeline:
         if precision not in (None, sampler.precision) and rounded != torch.float32:
             raise FlowARError(f"precision {precision}: this pipeline was opened with weights rounded to {rounded}, "
                               "open it in fp32 to choose later")
+        if precision not in (None, *PRECISIONS):
+            raise FlowARError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
         precision = set_precision(precision or sampler.precision, sampler.device)
         return Pipeline(sampler._replace(precision=precision), self.names, self.classes, self.description)
 
@@ -74,7 +87,9 @@ class Pipeline:
 
     def noise(self, seed, indices):
         """Starting noise of the images with these indices, see Sampler.noise."""
-        return self.sampler._replace(seed=seed).noise(indices)
+        if not len(indices):
+            raise FlowARError("count is 0 or less: expected 1 image or more")
+        return self.sampler._replace(seed=checked("seed", seed_of, seed)).noise(indices)
 
     def draw(self, labels, noise, **settings):
         """One image for each label and noise; settings may hold `given` and `known` of FlowAR.sample_pyramid."""
@@ -112,20 +127,23 @@ class Pipeline:
         size = scales[-1].shape[-2:]
         return self.decode(torch.cat([F.interpolate(x, size=size, mode="bicubic") for x in scales]))
 
-    def variations(self, label, *, keep_scales=3, count=8, seed=0, **settings):
-        """`count` images that share the first keep_scales latents of pipe([label], seed=seed), which is the first."""
+    def variations(self, label, *, keep_scales=None, count=8, seed=0, **settings):
+        """`count` images that share the first keep_scales latents of pipe([label], seed=seed), which is the first.
+        keep_scales: by default 3, or all but one of a model with fewer.
+        """
         given = self.kept(label, keep_scales, seed, settings)
         given = [x.expand(count, -1, -1, -1) for x in given]
         return self.draw([self.label(label)] * count, self.noise(seed, range(count)), given=given, **settings)
 
-    def edit(self, label_from, label_to, keep_scales=3, *, seed=0, **settings):
+    def edit(self, label_from, label_to, keep_scales=None, *, seed=0, **settings):
         """One image: that of pipe([label_from], seed=seed) whose later scales are drawn for label_to, of one noise."""
         given = self.kept(label_from, keep_scales, seed, settings)
         return self.draw([self.label(label_to)], self.noise(seed, [0]), given=given, **settings)
 
     def kept(self, label, keep_scales, seed, settings):
         scales = len(self.sampler.model.scale)
-        if not 0 <= keep_scales <= scales:
+        keep_scales = min(3, scales - 1) if keep_scales is None else keep_scales
+        if not isinstance(keep_scales, int) or not 0 <= keep_scales <= scales:
             raise FlowARError(f"keep_scales is {keep_scales}: expected 0 to {scales}, the model's scales")
         return self.latents([self.label(label)], self.noise(seed, [0]), **settings)[:keep_scales]
 
@@ -174,6 +192,8 @@ DARK = 0.5  # of white; darker is kept
 
 def as_rgb(image):
     """RGB image of one of any mode, or of a path."""
+    if not isinstance(image, (Image.Image, str, Path)):
+        raise FlowARError(f"image or mask is a {type(image).__name__}: expected a PIL image or a path")
     return over(image, WHITE)[0] if isinstance(image, Image.Image) else open_image(image)
 
 

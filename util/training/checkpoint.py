@@ -343,6 +343,11 @@ def class_num_of(content, path):
     return len(find_model(content, path, "raw first").tensors["class_emb.weight"]) - 1 if content else None
 
 
+def global_batch_of(content):
+    """That of the run that a checkpoint's content is of; None of weights alone, which begin a new training."""
+    return saved_options(content).get("global_batch") if "optimizer" in content else None
+
+
 def geometry_of(content, path, vae_embed_dim):
     """What a checkpoint's tensors say of the options, see recognise_geometry."""
     return recognise_geometry(find_model(content, path, "raw first").tensors, path, vae_embed_dim)
