@@ -79,6 +79,7 @@ def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
     assert_same_run(tmp_path, student)
 
 
+@pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always
 def test_two_processes_distil_as_one(project, student, tmp_path):
     run(command(project, tmp_path / "two", "--save_every 4 --epochs 1").replace("--batch_size 8", "--batch_size 4"), processes=2)
     run(command(project, tmp_path / "one", "--save_every 4 --epochs 1"))
@@ -95,6 +96,7 @@ def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
         call(monkeypatch, f"scripts/distill.py --output_dir {project}/none --device cpu")
 
 
+@pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always
 def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
     """The student's blocks and the teacher's, through torch.compile without code generation."""
     compiled, real = [], torch.compile
