@@ -39,6 +39,11 @@ class DiagonalGaussian:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
+    @classmethod
+    def of_mean(cls, mean):
+        """Of a deterministic encoder: a sample is the mean."""
+        return cls(torch.cat((mean, torch.full_like(mean, -30.0)), dim=1))
+
     def sample(self, generator=None, noise=None):
         """mean + std * noise; noise (B, C, h, w) is drawn with `generator` if None."""
         if noise is None:

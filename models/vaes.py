@@ -7,18 +7,15 @@ in VAES makes --vae, the caches and the reports know it.
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from models.errors import FlowARError
-from models.files import (file_hash, first_line, load_state, notify, read_file, read_latent_scale, reading,
-                          tensors_hash, write_file)
-from models.files.diffusers import open_network
+from models.files import file_hash, first_line, load_state, notify, read_file, tensors_hash, write_file
+from models.files.diffusers import open_diffusers
 from models.files.hub import is_remote, local_file
 from models.files.vaes import find_vae_weights, vae_config, vae_notes
-from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
+from models.vae import AutoencoderKL
 
 DEFAULT_PATH = "pretrained_models/vae/kl16.ckpt"
-NO_VARIANCE = -30.0  # log-variance of a deterministic encoder's "posterior": a sample is the mean
 
 
 class NamedVAE:
@@ -58,44 +55,13 @@ class VAEFile(NamedVAE):
         return file_hash(local_file(self.path)) if self.is_there() else None
 
 
-class DiffusersVAE(nn.Module):
-    """A diffusers autoencoder as a VAE."""
-
-    def __init__(self, network, latent_scale):
-        super().__init__()
-        self.network, self.latent_scale = network, latent_scale
-        config = network.config
-        self.embed_dim = config.latent_channels
-        if "spatial_compression_ratio" in config or hasattr(network, "spatial_compression_ratio"):
-            self.stride = network.spatial_compression_ratio
-        else:
-            widths = config.get("block_out_channels") or config.encoder_block_out_channels
-            self.stride = 2 ** (len(widths) - 1)
-        if type(self.stride) is not int or self.stride < 1:
-            raise ValueError(f"its stride is {self.stride!r}, expected a number above 0")
-
-    def encode(self, images):
-        encoded = self.network.encode(images)
-        if hasattr(encoded, "latent_dist"):
-            return DiagonalGaussian(encoded.latent_dist.parameters)
-        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
-        return DiagonalGaussian(torch.cat((latents, torch.full_like(latents, NO_VARIANCE)), dim=1))
-
-    def decode(self, latents):
-        return self.network.decode(latents).sample
-
-
 class Diffusers(NamedVAE):
     """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: AutoencoderKL (SD, SDXL, SD3, FLUX), AutoencoderDC (stride 32) or
     AutoencoderTiny. Stride, channels, latent scale and shift come from their configuration.
     """
 
     def open(self):
-        network, notes = open_network(self.spec)
-        with reading(self.option):
-            config = network.config
-            scale = read_latent_scale((config.scaling_factor, config.get("shift_factor") or 0.0), self.option)
-            return DiffusersVAE(network, LatentScale(*scale)).eval().requires_grad_(False), notes
+        return open_diffusers(self.spec)
 
 
 VAES = {"kl16": VAEFile, "diffusers": Diffusers}

@@ -2,14 +2,51 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.errors import FlowARError
 from models.files.states import printable, unused
-from models.files.tensors import first_line, name_some
-from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST, beyond
+from models.files.tensors import first_line, name_some, reading
+from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST, beyond, read_latent_scale
+from models.vae import DiagonalGaussian, LatentScale
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 MOST_WEIGHTS = 2**30  # of a repository, whose file is not here yet
+
+
+def open_diffusers(spec):
+    """(DiffusersVAE of '<path or repository>[:subfolder]', lines for a log)."""
+    network, notes = open_network(spec)
+    with reading(f"--vae diffusers:{spec}"):
+        config = network.config
+        scale = read_latent_scale((config.scaling_factor, config.get("shift_factor") or 0.0), f"--vae diffusers:{spec}")
+        return DiffusersVAE(network, LatentScale(*scale)).eval().requires_grad_(False), notes
+
+
+class DiffusersVAE(nn.Module):
+    """A diffusers autoencoder as a VAE."""
+
+    def __init__(self, network, latent_scale):
+        super().__init__()
+        self.network, self.latent_scale = network, latent_scale
+        config = network.config
+        self.embed_dim = config.latent_channels
+        if "spatial_compression_ratio" in config or hasattr(network, "spatial_compression_ratio"):
+            self.stride = network.spatial_compression_ratio
+        else:
+            widths = config.get("block_out_channels") or config.encoder_block_out_channels
+            self.stride = 2 ** (len(widths) - 1)
+        if type(self.stride) is not int or self.stride < 1:
+            raise ValueError(f"its stride is {self.stride!r}, expected a number above 0")
+
+    def encode(self, images):
+        encoded = self.network.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            return DiagonalGaussian(encoded.latent_dist.parameters)
+        return DiagonalGaussian.of_mean(encoded.latent if hasattr(encoded, "latent") else encoded.latents)
+
+    def decode(self, latents):
+        return self.network.decode(latents).sample
 
 
 def open_network(spec):
