@@ -1,9 +1,10 @@
 """Flow matching and its sampler as pure functions: path, target, time grid, guidance, solvers.
 
 Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
-Nothing here knows a network, a device or a file. Times of training are drawn in FlowAR.draw.
+Nothing here knows a network, a device or a file.
 """
 import itertools
+import math
 
 import torch
 
@@ -12,6 +13,7 @@ from models.errors import FlowARError
 UNIFORM_STEPS = 50  # the one step count that the release integrates on a uniform grid
 TIME_GRIDS = {"release": 2, "uniform": 1}  # the fewest steps of each
 CFG_SCHEDULES = ("linear", "constant")
+STEP_SCHEDULES = ("linear", "cosine", "two_stage")
 
 
 def interpolate(x, noise, t):
@@ -22,6 +24,19 @@ def interpolate(x, noise, t):
 def velocity_target(x, noise):
     """dx_t / dt = e - x."""
     return noise - x
+
+
+def logit_normal(u, mean, std):
+    """Times of u, uniform in [0, 1): sigmoid(mean + std n), n normal; a mean above 0 spends more on noise."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+def shift(u, k):
+    """Times k u / (1 + (k - 1) u); k > 1 spends more on noise."""
+    return k * u / (1 + (k - 1) * u)
+
+
+TIME_DISTRIBUTIONS = {"uniform": lambda u: u, "logit_normal": logit_normal, "shift": shift}
 
 
 def time_grid(num_steps, kind="release"):
@@ -40,37 +55,53 @@ def time_grid(num_steps, kind="release"):
     return torch.cat((early, late))
 
 
-def annealed_steps(num_steps, num_steps_last, num_scales):
-    """num_steps of each scale's time_grid, linear from num_steps to num_steps_last (DiSA, arXiv 2505.20297)."""
-    if num_steps_last is None or num_scales == 1:
-        return [num_steps] * num_scales
+def scale_steps(num_steps, num_steps_last, num_scales, schedule="linear"):
+    """num_steps of each scale's time_grid: a list as it is, else one number, or the way from num_steps at the first to
+    num_steps_last at the last scale (DiSA, arXiv 2505.20297): straight, half a cosine, or a jump after the first half.
+    """
+    if schedule not in STEP_SCHEDULES:
+        raise FlowARError(f"num_step_schedule is {schedule!r}: expected one of {', '.join(STEP_SCHEDULES)}")
+    if isinstance(num_steps, (list, tuple)) or num_steps_last is None or num_scales == 1:
+        return of_each_scale("num_steps", num_steps, num_scales)
     last = num_scales - 1
-    return [int((num_steps - num_steps_last) * (last - k) / last + num_steps_last) for k in range(num_scales)]
+    left = {"linear": lambda k: (last - k) / last, "cosine": lambda k: (1 + math.cos(math.pi * k / last)) / 2,
+            "two_stage": lambda k: float(2 * k < num_scales)}[schedule]
+    return [int((num_steps - num_steps_last) * left(k) + num_steps_last) for k in range(num_scales)]
 
 
 def guidance_scales(cfg, num_scales, schedule="linear"):
-    """Classifier-free guidance scale of each scale: a ramp from 1 to cfg, or cfg everywhere."""
+    """Guidance scale of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
     if schedule not in CFG_SCHEDULES:
         raise FlowARError(f"cfg_schedule is {schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}")
-    if not cfg >= 1:
+    weights = [*map(float, of_each_scale("cfg", cfg, num_scales))]
+    if not min(weights) >= 1:
         raise FlowARError(f"cfg is {cfg}: expected 1 (no guidance) or more")
-    if schedule == "constant" or num_scales == 1:
-        return [float(cfg)] * num_scales
+    if schedule == "constant" or num_scales == 1 or isinstance(cfg, (list, tuple)):
+        return weights
     return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]
 
 
-def guided_velocity(network, condition, both, weight, interval):
-    """A velocity(x, t) that applies classifier-free guidance where t <= interval, and only there.
+def of_each_scale(name, values, num_scales):
+    """A list with a value for each scale, of one for all or of such a list; FlowARError for one of another length."""
+    if not isinstance(values, (list, tuple)):
+        return [values] * num_scales
+    if len(values) != num_scales:
+        raise FlowARError(f"{name} has {len(values)} values ({values}): expected one for each of {num_scales} scales")
+    return list(values)
 
-    network(x, t, condition) -> velocity. `both` is the condition of the images and then of their null branch, which is
-    evaluated at the class branch's x. With weight <= 1 or without `both` the class branch alone decides.
+
+def guided_velocity(network, pair, weight, low, high):
+    """velocity(x, t) = v_other + weight (v - v_other) where low < t <= high, and v = network(x, t) elsewhere.
+
+    pair(x, t) -> (v, v_other): v_other is of the null class (classifier-free guidance), or of a weaker network
+    (autoguidance, arXiv 2406.02507), at the same x. With weight <= 1 v everywhere.
     """
 
     def velocity(x, t):
-        if both is None or weight <= 1 or t > interval:
-            return network(x, t, condition)
-        v, v_null = network(torch.cat((x, x)), t, both).chunk(2)
-        return v_null + weight * (v - v_null)
+        if weight <= 1 or not low < t <= high:
+            return network(x, t)
+        v, v_other = pair(x, t)
+        return v_other + weight * (v - v_other)
 
     return velocity
 
@@ -100,23 +131,19 @@ def euler(velocity, x, times, generator=None):
     return x
 
 
-def heun(velocity, x, times, generator=None):
-    """Second order, two evaluations a step: the mean of the slopes at both ends."""
-    x = x.double()
-    for t, t_next in itertools.pairwise(times.tolist()):
-        v = velocity(x, t).double()
-        v_next = velocity(x + (t_next - t) * v, t_next).double()
-        x = x + (t_next - t) * (v + v_next) / 2
-    return x
+def second_order(part):
+    """Two evaluations a step: the slope here and the one after `part` of a step, 1 is Heun's method, 1/2 the midpoint's.
+    """
 
+    def solver(velocity, x, times, generator=None):
+        x = x.double()
+        for t, t_next in itertools.pairwise(times.tolist()):
+            step, v = t_next - t, velocity(x, t).double()
+            later = velocity(x + part * step * v, t + part * step if part < 1 else t_next).double()
+            x = x + step * (v + (later - v) / (2 * part))
+        return x
 
-def midpoint(velocity, x, times, generator=None):
-    """Second order, two evaluations a step: the slope halfway."""
-    x = x.double()
-    for t, t_next in itertools.pairwise(times.tolist()):
-        half = (t_next - t) / 2
-        x = x + 2 * half * velocity(x + half * velocity(x, t).double(), t + half).double()
-    return x
+    return solver
 
 
 def rk4(velocity, x, times, generator=None):
@@ -143,4 +170,4 @@ def adams_bashforth2(velocity, x, times, generator=None):
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun, "ab2": adams_bashforth2, "midpoint": midpoint, "rk4": rk4}
+SOLVERS = {"euler": euler, "heun": second_order(1), "ab2": adams_bashforth2, "midpoint": second_order(1 / 2), "rk4": rk4}

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import flow_matching as fm
-from models.files.refusals import check_geometry, check_grids, check_labels, check_pattern, check_sizes
+from models.files.refusals import (check_geometry, check_grids, check_guide, check_labels, check_pattern, check_sizes,
+                                   read_time_distribution)
 from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
 from models.kernels import Linear, run_block
@@ -33,10 +34,12 @@ class Draws(NamedTuple):
     t: torch.Tensor  # (scales, n)
     noise: list  # of (n, s*s, token_channels), coarse to fine
     drop: torch.Tensor  # (n,) bool: labels to replace by the null class
+    condition_noise: list = []  # like noise, of all scales but the last: what is added to what the transformer reads
 
     def take(self, images):
         """The draws of a slice of the images."""
-        return Draws(self.t[:, images], [e[images] for e in self.noise], self.drop[images])
+        t, noise, drop, condition_noise = self
+        return Draws(t[:, images], [e[images] for e in noise], drop[images], [e[images] for e in condition_noise])
 
 
 class CausalBlock(nn.Module):
@@ -69,6 +72,8 @@ class FlowAR(nn.Module):
         diffloss_d, diffloss_w, cross: depth, width and kind of block of the flow head.
         buffer_size: kept for the release's signature; only 0 exists.
         use_checkpoint: recompute each block's activations in the backward pass.
+        t_dist: times of training, of flow_matching.TIME_DISTRIBUTIONS; a list has one for each scale.
+        condition_noise: std, at most, of the noise on the scales that the transformer reads in training.
 
     Raises FlowARError for a geometry that cannot work.
     """
@@ -77,7 +82,7 @@ class FlowAR(nn.Module):
                  class_num=1000, encoder_embed_dim=1024, encoder_depth=8, encoder_num_heads=16,
                  decoder_embed_dim=1024, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
                  label_drop_prob=0.1, attn_dropout=0.0, proj_dropout=0.0, diffloss_d=3, diffloss_w=1024,
-                 cross=False, buffer_size=0, use_checkpoint=False):
+                 cross=False, buffer_size=0, use_checkpoint=False, t_dist="uniform", condition_noise=0.0):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_geometry(img_size, vae_stride, patch_size, scale)
@@ -87,7 +92,8 @@ class FlowAR(nn.Module):
         self.vae_embed_dim = vae_embed_dim
         self.scale = tuple(scale)
         self.class_num = class_num
-        self.label_drop_prob = label_drop_prob
+        self.label_drop_prob, self.condition_noise = label_drop_prob, condition_noise
+        self.t_dist = [*map(read_time_distribution, fm.of_each_scale("t_dist", t_dist, len(self.scale)))]
         self.use_checkpoint = use_checkpoint
         self.token_channels = vae_embed_dim * patch_size ** 2
         self.spans = spans(self.scale)
@@ -203,31 +209,39 @@ class FlowAR(nn.Module):
         """
         device = self.class_emb.weight.device if generator is None else generator.device
         t = torch.rand(len(self.scale), batch, generator=generator, device=device)
+        if self.training:  # validation stays uniform: losses compare
+            t = torch.stack([to_time(u) for to_time, u in zip(self.t_dist, t)])
         noise = self.draw_noise(batch, generator)
         drop = torch.rand(batch, generator=generator, device=device) < self.label_drop_prob
-        return Draws(t, noise, drop)
+        if not self.condition_noise or not self.training:
+            return Draws(t, noise, drop)
+        std = self.condition_noise * torch.rand(batch, 1, 1, generator=generator, device=device)
+        return Draws(t, noise, drop, [std * e for e in self.draw_noise(batch, generator)[:-1]])
 
     def draw_noise(self, batch, generator=None):
         """Noise e of every scale, the path's end t = 1: a list of (batch, s*s, token_channels), coarse to fine."""
         device = self.class_emb.weight.device if generator is None else generator.device
         return [torch.randn(batch, s * s, self.token_channels, generator=generator, device=device) for s in self.scale]
 
-    def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None):
+    def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):
         """Mean squared velocity error of every scale and image, (scales, B), unweighted.
 
         Args:
             latents: (B, C, H, W), scaled; labels: (B,) in 0..class_num - 1.
-            t, noise, drop: see Draws; what is None is drawn. No label is dropped in eval mode unless `drop` says so.
+            t, noise, drop, condition_noise: see Draws; what is None is drawn, condition_noise with t. No label is
+                dropped in eval mode unless `drop` says so.
         """
         check_labels(labels, self.class_num, wait=False)
         if t is None or noise is None or drop is None and self.training:
             draws = self.draw(len(labels))
+            condition_noise = draws.condition_noise if t is None else condition_noise
             t, noise = draws.t if t is None else t, draws.noise if noise is None else noise
             drop = draws.drop if drop is None and self.training else drop
         if drop is not None:
             labels = torch.where(drop, self.class_num, labels)
         pyramid = self.pyramid(latents)
-        return self.velocity_errors(pyramid, self._condition(pyramid, labels), t, noise)
+        read = [x + to_grid(e, s) for x, e, s in zip(pyramid, condition_noise, self.scale)]
+        return self.velocity_errors(pyramid, self._condition(read + pyramid[len(read):], labels), t, noise)
 
     def velocity_errors(self, pyramid, z, t, noise):
         """The scale_losses of a pyramid's paths from noise, given the condition z."""
@@ -245,12 +259,12 @@ class FlowAR(nn.Module):
         """The loss, a scalar, of every scale's own, (scales,)."""
         return sum(loss * weight for loss, weight in zip(losses, self.scale_weights()))
 
-    def forward(self, latents, labels, *, t=None, noise=None, drop=None, return_scales=False):
-        """Training loss, a scalar: the sum over scales of the batch mean of scale_losses times scale_weights.
+    def forward(self, latents, labels, *, return_scales=False, **draws):
+        """Training loss, a scalar: the sum over scales of the batch mean of scale_losses(..., **draws) times weights.
 
         With return_scales also the batch mean of every scale, (scales,), unweighted and detached.
         """
-        losses = self.scale_losses(latents, labels, t=t, noise=noise, drop=drop).mean(dim=1)
+        losses = self.scale_losses(latents, labels, **draws).mean(dim=1)
         loss = self.weighted(losses)
         return (loss, losses.detach()) if return_scales else loss
 
@@ -261,18 +275,21 @@ class FlowAR(nn.Module):
         return self.unpatchify(self.sample_pyramid(labels, **options)[-1])
 
     @torch.no_grad()
-    def sample_pyramid(self, labels, *, num_steps=25, cfg=1.0, guidance=0.9, num_steps_last=None, cfg_schedule="linear",
-                       temperature=1.0, solver="euler", time_grid="release", noise=None, generator=None, nfe=None,
-                       given=(), known=None, forced=None):
+    def sample_pyramid(self, labels, *, num_steps=25, cfg=1.0, guidance=0.9, guidance_low=0.0, num_steps_last=None,
+                       num_step_schedule="linear", cfg_schedule="linear", temperature=1.0, solver="euler",
+                       time_grid="release", guide=None, noise=None, generator=None, nfe=None, given=(), known=None,
+                       forced=None):
         """Generate every scale: a list of (B, token_channels, s, s), coarse to fine. Dropout is off in any mode.
 
         Args:
             labels: (B,) in 0..class_num - 1.
             num_steps, time_grid: see flow_matching.time_grid ("release": 25 makes 24 Euler steps).
-            num_steps_last: anneal the steps from num_steps at the first scale to this at the last.
-            cfg: guidance scale of the last scale; 1 is no guidance. cfg_schedule: "linear" ramp or "constant".
-            guidance: guidance acts only where t <= guidance.
+            num_steps_last, num_step_schedule: steps a scale, see flow_matching.scale_steps; num_steps may be a list.
+            cfg: guidance scale of the last scale, 1 is no guidance, with cfg_schedule "linear" ramp or "constant"; or a
+                list, one of each scale.
+            guidance, guidance_low: guidance acts only where guidance_low < t <= guidance.
             temperature: factor of the starting noise. solver: one of flow_matching.SOLVERS; "euler" is the release's.
+            guide: a weaker FlowAR, in the null class's place (autoguidance); it reads what this model draws.
             noise: see draw_noise, which draws it with `generator` if None. A solver that draws uses `generator` too.
             nfe: if given, a list that gets a list for every scale drawn: the number of images in each evaluation of the
                 flow head, 2 B where guidance acts and B elsewhere. Its length is the scale's NFE.
@@ -284,31 +301,28 @@ class FlowAR(nn.Module):
         check_labels(labels, self.class_num)
         if solver not in fm.SOLVERS:
             raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(fm.SOLVERS)}")
-        times = [fm.time_grid(n, time_grid) for n in fm.annealed_steps(num_steps, num_steps_last, len(self.scale))]
+        steps = fm.scale_steps(num_steps, num_steps_last, len(self.scale), num_step_schedule)
+        times = [fm.time_grid(n, time_grid) for n in steps]
         weights = fm.guidance_scales(cfg, len(self.scale), cfg_schedule)
         noise = self.draw_noise(len(labels), generator) if noise is None else noise
         check_grids(self, len(labels), noise, given, known)
-        guided = max(weights) > 1
-        if guided:  # the null branch follows the class branch's latents with a cache of its own
-            labels = torch.cat((labels, torch.full_like(labels, self.class_num)))
+        check_guide(self, guide)
+        null = torch.full_like(labels, self.class_num) if max(weights) > 1 and guide is None else labels[:0]
         training = self.training
         self.eval()
         try:
-            c, rope_table = self.class_emb(labels), self.rope_table()
-            caches = [KVCache(self.tokens) for _ in self.blocks]
-            tokens, latents = c[:, None], []
+            reader, weaker = Reader(self, torch.cat((labels, null))), guide and Reader(guide, labels)
+            latents = []
             for k, s in enumerate(self.scale):
-                z = self._transformer(tokens, c, self.spans[k], rope_table, self.pattern.at(k), caches)
+                z, z_guide = (network and network.condition(k, forced or latents) for network in (reader, weaker))
                 if k < len(given):
                     x = to_tokens(given[k])
                 else:
-                    velocity = self._velocity(z, len(noise[k]), weights[k], guidance, nfe)
-                    start = noise[k].to(c.device) * temperature
+                    velocity = self.flownet.guided(z, len(labels), (weights[k], guidance_low, guidance),
+                                                   guide and (guide.flownet, z_guide), nfe)
+                    start = noise[k].to(z.device) * temperature
                     x = self._integrate(fm.SOLVERS[solver], velocity, start, times[k], generator, known, k)
-                latents.append(to_grid(x.to(c), s))
-                if k + 1 < len(self.scale):
-                    tokens = self.z_proj(to_tokens(self.next_input((forced or latents)[k], k)))
-                    tokens = tokens.repeat(2, 1, 1) if guided else tokens
+                latents.append(to_grid(x.to(reader.c), s))
             return latents
         finally:
             self.train(training)
@@ -321,17 +335,24 @@ class FlowAR(nn.Module):
         x = solver(fm.keep_known(velocity, x_known, start, cells), start, times, generator)
         return torch.where(cells, x_known, x)
 
-    def _velocity(self, z, batch, weight, guidance, nfe):
-        """velocity(x, t) of one scale for a solver; z: of `batch` images, then of their null branch."""
-        both, images = self.flownet.prepare(z if weight > 1 else z[:batch]), []
-        if nfe is not None:
-            nfe.append(images)
 
-        def network(x, t, condition):
-            images.append(len(x))
-            return self.flownet(x.to(self.class_emb.weight.dtype), torch.full((1,), t, device=x.device), condition)
+class Reader:
+    """A network that reads, in sampling, what is drawn: its transformer's condition scale by scale, and its caches.
 
-        return fm.guided_velocity(network, both.first(batch), both if weight > 1 else None, weight, guidance)
+    labels: (B,), or (2 B,) with those of the null branch, which follows the class branch's latents.
+    """
+
+    def __init__(self, model, labels):
+        self.model, self.c, self.rope_table = model, model.class_emb(labels), model.rope_table()
+        self.caches = [KVCache(model.tokens) for _ in model.blocks]
+
+    def condition(self, k, pyramid):
+        """z of scale k, (len(labels), s*s, D), given the latents of the coarser scales, (B, token_channels, s, s)."""
+        model, tokens = self.model, self.c[:, None]
+        if k > 0:
+            tokens = model.z_proj(to_tokens(model.next_input(pyramid[k - 1], k - 1)))
+            tokens = tokens.repeat(len(self.c) // len(tokens), 1, 1)
+        return model._transformer(tokens, self.c, model.spans[k], self.rope_table, model.pattern.at(k), self.caches)
 
 
 def to_tokens(grid):

@@ -3,14 +3,13 @@ import torch
 
 from models.errors import FlowARError
 from models.files import check_content, notify, reading
-from models.files.checkpoints import depth, find_model, recognise_geometry, saved_vae
+from models.files.checkpoints import find_model, recognise_body, recognise_geometry, saved_vae
 from models.files.exports import read_weights
 from models.files.hub import weights_file
-from models.files.states import check_fits
+from models.files.states import check_buffers, check_fits
 from models.flowar import FlowAR
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
-HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
 
 
 def _size(dim, depth, heads, diffloss_d, diffloss_w, cross=False):
@@ -36,30 +35,17 @@ def build_model(name, **overrides):
 
 
 def load_model(model, state, path):
-    """Load all tensors; see check_fits. FlowARError too if a buffer says that they were trained otherwise."""
+    """Load all tensors; see check_fits and check_buffers. Returns the names that are left out."""
     left_out = check_fits(model, state, path)
+    check_buffers(model, state, path)
     with reading(path):
-        for name, own in model.named_buffers():
-            if not torch.allclose(state[name].to(own), own, rtol=HALF_PRECISION):
-                what = "attention pattern" if name == "mask" else "rotary frequencies"
-                raise FlowARError(f"{path}: {name} is not the model's: these weights were trained with another {what}")
         model.load_state_dict({name: state[name] for name in model.state_dict()} | dict(model.named_buffers()))
     return left_out
 
 
 def recognise_size(state, path):
     """{model, diffloss_d, diffloss_w} that a state dict's tensors tell."""
-    try:
-        width, cond = state["class_emb.weight"].shape[1], state["flownet.cond_embed.weight"]
-        body = dict(
-            encoder_embed_dim=width, encoder_depth=depth(state, "encoder_blocks."),
-            encoder_num_heads=width // (4 * len(state["encoder_blocks.0.attn.rope.freqs"])),
-            decoder_embed_dim=cond.shape[1], decoder_depth=depth(state, "decoder_blocks."),
-            decoder_num_heads=cond.shape[1] // (4 * len(state["decoder_blocks.0.attn.rope.freqs"])),
-            cross="flownet.res_blocks.0.crossattn.q.weight" in state)
-        head = dict(diffloss_d=depth(state, "flownet.res_blocks."), diffloss_w=cond.shape[0])
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise FlowARError(f"{path}: the model's size cannot be recognised ({error}); give --model") from error
+    body, head = recognise_body(state, path)
     names = [name for name, size in MODELS.items() if {key: size[key] for key in body} == body]
     names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head
     if not names:

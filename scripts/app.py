@@ -32,7 +32,7 @@ from util.cluster.ending import explain
 from util.evaluation.pipeline import open_pipeline
 from util.evaluation.reports import CODE
 from util import options
-from util.options import SAMPLING, between, sampling_parser, seed, single_point, with_options
+from util.options import SAMPLING, as_text, between, sampling_parser, seed, single_point, with_options
 
 QUICKSTART = "output/quickstart/run"
 MOST_IMAGES, MOST_STEPS, MOST_CFG = 16, 100, 10.0
@@ -80,14 +80,21 @@ def read_form(pipe, label, first_seed, count, cfg, guidance, steps, solver, prec
     count = checked("Images", between(int, 1, MOST_IMAGES), count)
     given = {"cfg": ("Guidance scale", cfg), "guidance": ("Guidance interval", guidance), "num_steps": ("Steps", steps),
              "solver": ("Solver", solver)}
-    settings = {name: checked(title, SAMPLING[name].kind, value) for name, (title, value) in given.items()}
+    now = pipe.sampler.options  # which may have a value for each scale: it stays while the page's is left alone
+    settings = {name: now[name] if value == slider(now[name]) else checked(title, SAMPLING[name].kind, value)
+                for name, (title, value) in given.items()}
     checked("Last seed", seed, first_seed + count - 1)
-    if settings["num_steps"] != pipe.sampler.options["num_steps"]:
+    if settings["num_steps"] != now["num_steps"]:
         settings["num_steps_last"] = None  # the checkpoint's, which goes with its steps
     known = precisions(pipe.sampler.device)
     if precision not in known:
         raise FlowARError(f"Precision is {precision!r}: expected one of {', '.join(known)}")
     return Asked(label, range(first_seed, first_seed + count), precision, settings)
+
+
+def slider(value):
+    """A setting's value on the page: of one for each scale, the last."""
+    return value[-1] if isinstance(value, (tuple, list)) else value
 
 
 def precisions(device):
@@ -159,7 +166,8 @@ def settings_of(pipe, asked, number, words, kept=None):
     tuned = pipe.using(asked.precision, **asked.settings)
     options = {setting.option: tuned.sampler.options[name] for name, setting in SAMPLING.items()}
     command = [*words, "--labels", asked.label, "--seeds", number, "--precision", asked.precision]
-    command += [word for option, value in options.items() if value is not None for word in (f"--{option}", value)]
+    command += [word for option, value in options.items() if value is not None
+                for word in (f"--{option}", as_text(value))]
     said = {**tuned.settings(), "code_sha256": CODE, "seed": number,
             "label": asked.label, "class_name": pipe.names[asked.label]}
     if kept is None:
@@ -354,7 +362,7 @@ def what_fields(gr, pipe):
 
 def how_fields(gr, pipe):
     """The fields of how it is drawn, with the checkpoint's settings in them."""
-    now, precision = pipe.sampler.options, pipe.sampler.precision
+    now, precision = {name: slider(value) for name, value in pipe.sampler.options.items()}, pipe.sampler.precision
     with gr.Group():
         numbers = [
             gr.Slider(1, max(MOST_CFG, now["cfg"]), now["cfg"], step=0.1, label="Guidance scale (cfg)", elem_id="cfg",

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node=8 scripts/distill.py --resume pretrained_models/FlowAR-S.pth --cfg 4.3 --num_step 25 \\
         --guidance 0.9 --output_dir output/student --data_path imagenet --cached_path imagenet_feature --vae_path kl16.ckpt
 
---resume is the teacher, and the sampling options are its own, as in eval.py. The student's head learns what they make of noise; its
-transformer is the teacher's. Training, data, files and reports are those of main_flowar.py, with other defaults; the same command goes on.
+--resume is the teacher, and the sampling options are its own, as in eval.py. The student begins as the teacher and learns what
+they make of noise. Training, data, files and reports are those of main_flowar.py, with other defaults; the same command goes on.
 --output_dir is a run like any other, which eval.py, scripts/sample.py and load_pipeline sample with --student_steps steps a scale.
 """
 from pathlib import Path
@@ -18,7 +18,7 @@ from models import load_flowar
 from models.errors import FlowARError
 from models.files import file_hash
 from models.files.checkpoints import saved_options
-from models.rectified import RectifiedFlowAR
+from models.variants.rectified import RectifiedFlowAR
 from models.registry import recognise_size
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
@@ -49,6 +49,8 @@ def open_teacher(args):
     """(FlowAR on the CPU, its content and path, its settings of sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
+    if args.condition_noise or args.guide:
+        raise FlowARError("--condition_noise and --guide are not of a distillation: the student reads what its teacher draws, without a guide")
     if args.evaluate:
         raise FlowARError("--evaluate is for eval.py and main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
@@ -63,7 +65,7 @@ def student_options(args, teacher, content, path, solution):
     known = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale, **{name: config[name] for name in names}}
     check_geometry(args, known, path)
     sampling = dict(num_step=(args.student_steps,), time_grid="uniform", solver=("euler",), cfg=(1.0,), guidance=None, cfg_schedule=None,
-                    num_step_last=None, temperature=None)
+                    guidance_low=None, num_step_last=None, num_step_schedule=None, temperature=None)
     origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: content.get("checksum") or file_hash(path)), teacher_sampling=solution)
     return with_options(args, **known, **sampling, **origin, resume=args.output_dir, weights=None)
 
@@ -91,7 +93,7 @@ def main():
 
     def build(args, record):
         checkpoint.check_trained_on(content, path, record)
-        student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents")
+        student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
         student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:

@@ -86,7 +86,7 @@ def test_the_unchanged_code_gives_the_same_bits_again(probe, unchanged):
 
 
 @pytest.mark.parametrize("title,expected", [
-    ("Logit-normal times", {"train", "val"}), ("Another weight of the scales in the loss", {"train", "val"}),
+    ("Another distribution of times", {"train", "val"}), ("Another weight of the scales in the loss", {"train", "val"}),
     ("Another attention pattern between scales", {"train", "val", "samples"}),
     ("Another way in which the condition enters the flow head", {"train", "val", "samples"})])
 def test_a_change_acts_in_training_validation_and_sampling_alike(probe, unchanged, title, expected):

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from models import MODELS, FlowARError
-from models.flow_matching import CFG_SCHEDULES, SOLVERS, TIME_GRIDS
+from models import MODELS, FlowARError, flow_matching as fm
+from models.files.refusals import read_time_distribution
+from models.flow_matching import CFG_SCHEDULES, SOLVERS, STEP_SCHEDULES, TIME_GRIDS
 from models.vaes import find_vae
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.data.pixels import parse_color
@@ -125,6 +126,29 @@ def several(kind):
     return lambda text: tuple(dict.fromkeys(kind(part) for part in text.split(",")))
 
 
+def per_scale(kind):
+    """A type for one value of `kind`, or one for each scale, '1:2:3': a tuple."""
+    def values(text):
+        found = tuple(kind(part) for part in text.strip("()[]").replace(", ", ":").split(":"))
+        return found if len(found) > 1 else found[0]
+    return values
+
+
+def as_text(value):
+    """What per_scale's types read."""
+    return ":".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def time_distribution(text):
+    """One distribution of times, or one for each scale, 'uniform;shift:2;shift:3': a tuple."""
+    try:
+        for part in text.split(";"):
+            read_time_distribution(part)
+    except FlowARError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return tuple(text.split(";")) if ";" in text else text
+
+
 def solver(text):
     if text not in SOLVERS:
         raise argparse.ArgumentTypeError(f"{text!r} is unknown: expected one of {', '.join(SOLVERS)}")
@@ -162,19 +186,25 @@ def add_model_options(parser):
 def add_sampling_options(parser):
     add = parser.add_argument_group("sampling").add_argument
     add("--eval_bsz", type=positive, default=64, help="images a batch and process when sampling")
-    add("--num_step", type=several(steps),
-        help="length of the time grid (25 makes 24 Euler steps, 50 makes 50); default: the checkpoint's, else 25; *")
+    add("--num_step", type=several(per_scale(steps)), help="length of the time grid (25 makes 24 Euler steps, 50 makes "
+        "50), or one for each scale, 25:25:12; default: the checkpoint's, else 25; *")
     add("--time_grid", choices=TIME_GRIDS, help="times of the steps: release, or uniform, where --num_step are as many "
         "Euler steps, from 1 on; default: the checkpoint's, else release")
     add("--num_step_last", type=several(steps), help="anneal the steps to this number at the last scale (DiSA); *")
+    add("--num_step_schedule", choices=STEP_SCHEDULES,
+        help="the way to it: linear, cosine, or two_stage; default: the checkpoint's, else linear")
     add("--solver", type=several(solver), help="euler (the release's) or ab2: one evaluation a step; heun, midpoint: "
         "two; rk4: four; default: the checkpoint's, else euler; *")
-    add("--cfg", type=several(at_least_one),
-        help="classifier-free guidance scale of the last scale; default: the checkpoint's, else 1.0 (none); *")
+    add("--cfg", type=several(per_scale(at_least_one)), help="classifier-free guidance scale of the last scale, or one "
+        "for each, 1:1.5:3; default: the checkpoint's, else 1.0 (none); *")
     add("--cfg_schedule", choices=CFG_SCHEDULES,
         help="guidance over scales: a ramp from 1, or constant; default: the checkpoint's, else linear")
     add("--guidance", type=several(fraction),
         help="guidance acts only at times t <= this (t = 1 is noise); default: the checkpoint's, else 0.9; *")
+    add("--guidance_low", type=several(fraction),
+        help="and only at times t > this; default: the checkpoint's, else 0.0; *")
+    add("--guide", default="", help="a weaker checkpoint of the same geometry in the null class's place (autoguidance)")
+    add("--guide_strength", type=at_least_one, help="in place of --cfg with --guide")
     add("--temperature", type=real, help="factor of the starting noise; default: the checkpoint's, else 1.0")
 
 
@@ -246,6 +276,10 @@ def add_training_options(parser):
     add("--attn_dropout", type=below_one, default=0.1, help="dropout on the transformer's attention weights")
     add("--proj_dropout", type=below_one, default=0.1, help="dropout after projections and in MLPs of the transformer")
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
+    add("--t_dist", type=time_distribution, default="uniform", help="times of training (validation: uniform): uniform, "
+        "logit_normal:MEAN,STD or shift:K; or one for each scale, separated by ;")
+    add("--condition_noise", type=real, default=0.0,
+        help="noise on the coarser scales that training reads: its std is uniform up to this, an image")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true",
         help="recompute activations in the backward pass")
     add("--on_bad_image", default="error", choices=("error", "skip"),
@@ -357,7 +391,8 @@ def check_vae(vae, args):
 def model_options(args):
     """FlowAR's arguments out of the options."""
     names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
-             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint")
+             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist",
+             "condition_noise")
     return {"scale": args.scales, **{name: getattr(args, name) for name in names if hasattr(args, name)}}
 
 
@@ -369,12 +404,14 @@ class Setting(NamedTuple):
 
     def of(self, name, value):
         """A value that is given in Python, or FlowARError. name: for it."""
-        return None if value is None and self.default is None else checked(name, self.kind, value)
+        return None if value is None and self.default is None else checked(name, self.kind, as_text(value))
 
 
 SAMPLING = {
-    "num_steps": Setting("num_step", 25, steps), "num_steps_last": Setting("num_step_last", None, steps),
-    "cfg": Setting("cfg", 1.0, at_least_one), "guidance": Setting("guidance", 0.9, fraction),
+    "num_steps": Setting("num_step", 25, per_scale(steps)), "num_steps_last": Setting("num_step_last", None, steps),
+    "num_step_schedule": Setting("num_step_schedule", "linear", str),
+    "cfg": Setting("cfg", 1.0, per_scale(at_least_one)), "guidance": Setting("guidance", 0.9, fraction),
+    "guidance_low": Setting("guidance_low", 0.0, fraction),
     "cfg_schedule": Setting("cfg_schedule", "linear", str), "temperature": Setting("temperature", 1.0, real),
     "solver": Setting("solver", "euler", solver), "time_grid": Setting("time_grid", "release", time_grid)}
 
@@ -386,19 +423,37 @@ def sampling_options(args, stored=None):
     given = {argument: getattr(args, setting.option) for argument, setting in SAMPLING.items()}
     if given["num_steps"] is not None:
         stored = {name: value for name, value in (stored or {}).items() if name != "num_steps_last"}
+    if args.guide_strength is not None:
+        if not args.guide:
+            raise FlowARError(f"--guide_strength {args.guide_strength} needs --guide, the weaker checkpoint")
+        given["cfg"] = args.guide_strength
     values = {**{argument: setting.default for argument, setting in SAMPLING.items()}, **(stored or {}),
               **{argument: value for argument, value in given.items() if value is not None}}
-    if values["num_steps_last"] is not None and values["num_steps_last"] > values["num_steps"]:
-        raise FlowARError(f"--num_step_last {values['num_steps_last']} is above --num_step {values['num_steps']}: "
-                          "steps are annealed down to it")
-    for name in ("num_steps", "num_steps_last"):
-        if values[name] is not None and values[name] < TIME_GRIDS[values["time_grid"]]:
-            raise FlowARError(f"--{SAMPLING[name].option} {values[name]} is too few for the {values['time_grid']} time "
-                              f"grid: give at least {TIME_GRIDS[values['time_grid']]}, or --time_grid uniform")
+    check_steps(values)
+    if args.scales:
+        fm.guidance_scales(values["cfg"], len(args.scales))
+        fm.scale_steps(values["num_steps"], None, len(args.scales))
+    if values["guidance_low"] >= values["guidance"] > 0:
+        raise FlowARError(f"--guidance_low {values['guidance_low']} is not below --guidance {values['guidance']}: "
+                          "guidance would act nowhere; give --cfg 1 for none")
     return values
 
 
-SWEPT = ("cfg", "guidance", "num_step", "num_step_last", "solver")  # of these an evaluation takes several values
+def check_steps(values):
+    """FlowARError for numbers of steps in sampling options that contradict each other or their time grid."""
+    steps, last, grid = values["num_steps"], values["num_steps_last"], values["time_grid"]
+    if last is not None and isinstance(steps, (tuple, list)):
+        raise FlowARError(f"--num_step {as_text(steps)} has one for each scale: leave out --num_step_last {last}")
+    if last is not None and last > steps:
+        raise FlowARError(f"--num_step_last {last} is above --num_step {steps}: steps are annealed down to it")
+    fewest = min(steps) if isinstance(steps, (tuple, list)) else steps
+    for name, number in (("num_step", fewest), ("num_step_last", last)):
+        if number is not None and number < TIME_GRIDS[grid]:
+            raise FlowARError(f"--{name} {number} is too few for the {grid} time grid: give at least "
+                              f"{TIME_GRIDS[grid]}, or --time_grid uniform")
+
+
+SWEPT = ("cfg", "guidance", "guidance_low", "num_step", "num_step_last", "solver")  # of these an evaluation takes several values
 
 
 def swept(args, name):
@@ -410,7 +465,7 @@ def sweep_points(args):
     """{name: copy of the options} for every combination of the swept ones; the name has those with several values."""
     varied = [name for name in SWEPT if len(swept(args, name)) > 1]
     points = [dict(zip(SWEPT, values)) for values in itertools.product(*(swept(args, name) for name in SWEPT))]
-    return {"_".join(f"{name}{point[name]}" for name in varied): with_options(args, **point) for point in points}
+    return {"_".join(name + as_text(point[name]) for name in varied): with_options(args, **point) for point in points}
 
 
 def single_point(args):
@@ -438,6 +493,8 @@ def check_training(args):
     found = importlib.util.find_spec("wandb") if args.wandb else None
     if args.wandb and (found is None or found.origin is None):  # a folder of this name, as wandb makes, is no package
         raise FlowARError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave it out")
+    if args.guide:
+        raise FlowARError(f"--guide {args.guide} is for sampling: training draws its samples without")
     if args.weights:
         raise FlowARError(f"--weights {args.weights} is for an evaluation: training goes on with both")
     for name in ("save_images", "save_npz"):

@@ -40,6 +40,21 @@ def recognise_geometry(state, path, vae_embed_dim):
     return {"class_num": class_num, "scales": scales, "patch_size": patch_size}
 
 
+def recognise_body(state, path):
+    """({argument of FlowAR: value} of the transformer, the same of the flow head) that a state dict's tensors tell."""
+    try:
+        width, cond = state["class_emb.weight"].shape[1], state["flownet.cond_embed.weight"]
+        body = dict(
+            encoder_embed_dim=width, encoder_depth=depth(state, "encoder_blocks."),
+            encoder_num_heads=width // (4 * len(state["encoder_blocks.0.attn.rope.freqs"])),
+            decoder_embed_dim=cond.shape[1], decoder_depth=depth(state, "decoder_blocks."),
+            decoder_num_heads=cond.shape[1] // (4 * len(state["decoder_blocks.0.attn.rope.freqs"])),
+            cross="flownet.res_blocks.0.crossattn.q.weight" in state)
+        return body, dict(diffloss_d=depth(state, "flownet.res_blocks."), diffloss_w=cond.shape[0])
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise FlowARError(f"{path}: the model's size cannot be recognised ({error}); give --model") from error
+
+
 def depth(state, prefix):
     """Number of blocks whose names begin with `prefix`; ValueError unless they are numbered 0, 1, ... without a gap."""
     numbers = {int(name[len(prefix):].split(".")[0]) for name in state if name.startswith(prefix)}

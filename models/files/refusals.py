@@ -1,8 +1,11 @@
 """What FlowAR refuses, of files and callers: geometry that cannot work, labels outside of the classes, wrong shapes."""
+import math
+
 import torch
 
 from models import kernels
 from models.errors import FlowARError
+from models.flow_matching import TIME_DISTRIBUTIONS
 
 MOST_TOKENS = 32768  # of all scales together; 512 pixels have 1,365
 
@@ -74,3 +77,25 @@ def check_grids(model, batch, noise, given, known):
         check_shapes("known cells", cells, [(1 if len(m) == 1 else batch, 1, s, s) for m, s in zip(cells, model.scale)])
         if any(m.dtype != torch.bool for m in cells):
             raise FlowARError("known cells are numbers: expected bool, True where a cell is kept")
+
+
+def check_guide(model, guide):
+    """FlowARError unless a guide, if there is one, reads and draws what the model does."""
+    for name in ("scale", "vae_embed_dim", "patch_size", "class_num"):
+        if guide is not None and getattr(guide, name) != getattr(model, name):
+            raise FlowARError(f"guide: its {name} is {getattr(guide, name)}, the model's is {getattr(model, name)}: "
+                              "give a weaker checkpoint of the same geometry")
+
+
+def read_time_distribution(text):
+    """u -> t of "uniform", "logit_normal:mean,std" or "shift:k"; FlowARError for another text."""
+    name, _, numbers = str(text).partition(":")
+    try:
+        function, values = TIME_DISTRIBUTIONS[name], [float(number) for number in numbers.split(",") if numbers]
+        function(torch.rand(1), *values)
+        if not all(map(math.isfinite, values)) or values and values[-1] <= 0:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise FlowARError(f"t_dist is {text!r}: expected uniform, logit_normal:MEAN,STD or shift:K, with STD and K "
+                          "above 0") from None
+    return lambda u: function(u, *values)

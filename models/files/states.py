@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from models.errors import FlowARError
-from models.files.tensors import name_some
+from models.files.tensors import name_some, reading
 
 # Parts of a name that wrappers add, wherever they wrap: DDP, torch.compile, FSDP, checkpointing, fairscale, DeepSpeed;
 # the last three stand in modules that were pickled whole.
@@ -15,6 +15,7 @@ AVERAGE = re.compile(r"(?:^|_)(?:ema|shadow|swa|avg|averaged?)(?:_|\d|$)", re.IG
 ONLINE = re.compile(r"(?:^|_)online(?:_|$)")  # beside ema_model in ema-pytorch's state: the weights themselves
 OPTIMIZER = re.compile(r"(?:^|\.)(?:optim\w*|\w*exp_avg\w*|momentum\w*|grads?|gradients?)\.")  # names like the weights'
 AVERAGED = "n_averaged"  # in the state of torch's AveragedModel
+HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
 LONGEST = 1000  # characters of keys in keys
 KINDS = {"ema": "the average (EMA)", "raw": "weights (not called an average)",
          "unnamed": "weights (not called an average)"}
@@ -178,6 +179,15 @@ def check_fits(network, state, path, what="model"):
     if wrong:
         raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the {what}: {name_some(wrong, 3)}")
     return left_out
+
+
+def check_buffers(model, state, path):
+    """FlowARError if a buffer of a state dict that fits a FlowAR says that it was trained otherwise."""
+    with reading(path):
+        for name, own in model.named_buffers():
+            if not torch.allclose(state[name].to(own), own, rtol=HALF_PRECISION):
+                what = "attention pattern" if name == "mask" else "rotary frequencies"
+                raise FlowARError(f"{path}: {name} is not the model's: these weights were trained with another {what}")
 
 
 def grouped(names, prefix=""):

@@ -6,6 +6,7 @@ import torch
 
 from models import FlowARError
 from models import flow_matching as fm
+from models.files.refusals import read_time_distribution
 
 
 def test_path_and_target():
@@ -43,8 +44,29 @@ def test_what_is_no_time_grid_is_refused(n, kind, message):
 
 @pytest.mark.parametrize("first,last,expected", [
     (25, 15, [25, 22, 20, 17, 15]), (25, None, [25] * 5), (50, 15, [50, 41, 32, 23, 15])])
-def test_annealed_steps(first, last, expected):
-    assert fm.annealed_steps(first, last, 5) == expected
+def test_steps_of_each_scale(first, last, expected):
+    assert fm.scale_steps(first, last, 5) == expected
+
+
+@pytest.mark.parametrize("schedule,expected", [("linear", [24, 18, 12, 6]), ("cosine", [24, 19, 10, 6]), ("two_stage", [24, 24, 6, 6])])
+def test_ways_from_the_first_scales_steps_to_the_lasts(schedule, expected):
+    assert fm.scale_steps(24, 6, 4, schedule) == expected
+    assert fm.scale_steps([5, 6, 7, 8], None, 4, schedule) == [5, 6, 7, 8]
+
+
+def test_a_list_has_a_value_for_each_scale():
+    assert fm.guidance_scales([1, 2, 4], 3) == fm.guidance_scales((1, 2, 4), 3, "constant") == [1, 2, 4]
+    for call, message in ((lambda: fm.guidance_scales([1, 2], 3), r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"),
+                          (lambda: fm.guidance_scales([2, 0.5, 1], 3), "expected 1"), (lambda: fm.scale_steps((4, 4), None, 3), "num_steps has 2 values"),
+                          (lambda: fm.scale_steps(4, 2, 3, "cubic"), "num_step_schedule is 'cubic': expected one of linear, cosine, two_stage")):
+        with pytest.raises(FlowARError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("text", ["normal", "shift", "shift:0", "shift:x", "shift:2,3", "logit_normal:0", "logit_normal:0,-1", "logit_normal:nan,1", "uniform:1"])
+def test_what_is_no_distribution_of_times_is_refused(text):
+    with pytest.raises(FlowARError, match=f"t_dist is '{text}': expected uniform, logit_normal:MEAN,STD or shift:K"):
+        read_time_distribution(text)
 
 
 def test_guidance_scales():
@@ -57,17 +79,22 @@ def test_guidance_scales():
         fm.guidance_scales(2, 5, "cosine")
 
 
-@pytest.mark.parametrize("interval,doubled", [(0.7, 35 + 1), (1.0, 51), (0.0, 1)])
-def test_guidance_acts_only_inside_its_interval(interval, doubled):
+@pytest.mark.parametrize("low,high,doubled", [(0.0, 0.7, 35), (0.0, 1.0, 50), (0.0, 0.0, 0), (0.3, 0.7, 20)])
+def test_guidance_acts_only_inside_its_interval(low, high, doubled):
+    """low < t <= high of the 51 times 0, 0.02, ..., 1."""
     calls = []
 
-    def network(x, t, z):
-        calls.append(len(x))
-        return z.expand_as(x)
+    def network(x, t):
+        calls.append(1)
+        return torch.ones_like(x)
 
-    velocity = fm.guided_velocity(network, torch.ones(2, 1), torch.tensor([[1.0], [1.0], [0.0], [0.0]]), 3.0, interval)
-    values = [velocity(torch.zeros(2, 1), t)[0].item() for t in fm.time_grid(50).tolist()]
-    assert calls.count(4) == doubled == values.count(3.0)
+    def pair(x, t):
+        calls.append(2)
+        return torch.ones_like(x), torch.zeros_like(x)
+
+    velocity = fm.guided_velocity(network, pair, 3.0, low, high)
+    values = [velocity(torch.zeros(2, 1), round(t, 6))[0].item() for t in fm.time_grid(50).tolist()]
+    assert calls.count(2) == doubled == values.count(3.0)
     assert values.count(1.0) == 51 - doubled
 
 
@@ -92,10 +119,10 @@ def test_order_of_the_solvers(solver, order):
 @pytest.mark.parametrize("solver,nfe", [("euler", 24), ("heun", 48), ("ab2", 24), ("midpoint", 48), ("rk4", 96)])
 def test_evaluations_are_counted(solver, nfe):
     calls = []
-    network = lambda x, t, z: calls.append(len(x)) or z  # noqa: E731
-    velocity = fm.guided_velocity(network, torch.ones(3, 1), torch.ones(6, 1), 2.0, 0.28)
+    velocity = fm.guided_velocity(lambda x, t: calls.append(3) or x, lambda x, t: calls.append(6) or (x, x), 2.0, 0.0, 0.28)
     fm.SOLVERS[solver](velocity, torch.zeros(3, 1), fm.time_grid(25))
     assert len(calls) == nfe and set(calls) == {3, 6}
-    # 12 steps lie below 0.28; of the one from 0.3 to 0.25, Heun also looks at its end, the midpoint at 0.275, RK4 at all three
-    late = {"euler": 12, "ab2": 12, "heun": 24 + 1, "midpoint": 24 + 1, "rk4": 48 + 3}[solver]
+    # 12 steps lie below 0.28; of the one from 0.3 to 0.25, Heun also looks at its end, the midpoint at 0.275, RK4 at all three;
+    # at 0, where Heun and RK4 look once, guidance does not act
+    late = {"euler": 12, "ab2": 12, "heun": 24, "midpoint": 24 + 1, "rk4": 48 + 2}[solver]
     assert calls.count(6) == late

@@ -6,9 +6,11 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import inputs, small_model
+from helpers import CLASSES, inputs, small_model
 
 from models import MODELS, AutoencoderKL, FlowARError, build_model
+from models import flow_matching as fm
+from models.flowar import to_grid, to_tokens
 
 PARAMETERS = {"flowar_small": 171_718_072, "flowar_large": 586_862_912, "flowar_huge": 1_913_316_880}
 
@@ -247,3 +249,47 @@ def test_autocast_keeps_the_residual_stream_in_float32(precision):
         loss = model(latents, labels, t=t, noise=noise)
     assert set(seen) == {torch.float32}
     golden.assert_close(loss, exact.detach(), tolerance=0.02)
+
+
+# ---- beyond the release ----------------------------------------------------------------------------------------
+
+
+def test_autoguidance_is_that_of_a_plain_computation():
+    """v_guide + w (v - v_guide), the guide's condition of the latents that the model draws."""
+    model, guide = small_model(), small_model(encoder_depth=2, diffloss_d=2)
+    _, labels, _, noise = inputs(model)
+    options = dict(num_steps=4, cfg=[1.5, 2.0, 3.0], guidance=0.8, guidance_low=0.1, noise=noise)
+    nfe = []
+    drawn = model.sample_pyramid(labels, guide=guide, nfe=nfe, **options)
+    conditions = [network._condition(drawn, labels) for network in (model, guide)]
+    for k, (span, weight) in enumerate(zip(model.spans, options["cfg"])):
+        def velocity(x, t, span=span, weight=weight):
+            v, v_guide = (network.flownet(x.float(), torch.full((1,), t), z[:, span]) for network, z in zip((model, guide), conditions))
+            return v_guide + weight * (v - v_guide) if 0.1 < t <= 0.8 else v
+        expected = fm.euler(velocity, noise[k], fm.time_grid(4)).float()
+        torch.testing.assert_close(to_tokens(drawn[k]), expected, atol=1e-4, rtol=1e-4)
+        assert nfe[k] == [2, 4, 4, 4][:len(nfe[k])]
+    own = model.sample_pyramid(labels, guide=small_model(), **options)  # guided by itself
+    for found, expected in zip(own, model.sample_pyramid(labels, **{**options, "cfg": 1.0})):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for other in (dict(scale=(1, 4)), dict(class_num=CLASSES + 1)):
+        with pytest.raises(FlowARError, match="guide: its .* is .*, the model's is .*: give a weaker checkpoint of the same geometry"):
+            model.sample_pyramid(labels, guide=small_model(**other), **options)
+
+
+def test_lists_for_the_scales_are_the_ramps_written_out():
+    model = small_model()
+    _, labels, _, noise = inputs(model)
+    ramps = model.sample_tokens(labels, num_steps=10, num_steps_last=6, cfg=3.0, noise=noise)
+    assert torch.equal(ramps, model.sample_tokens(labels, num_steps=[10, 8, 6], cfg=[1, 2, 3], noise=noise))
+    assert not torch.equal(ramps, model.sample_tokens(labels, num_steps=[10, 8, 6], cfg=[1, 2, 3], guidance_low=0.3, noise=noise))
+
+
+def test_noise_on_what_is_read_changes_the_condition_and_not_the_target():
+    model = small_model()
+    latents, labels, t, noise = inputs(model)
+    added = [0.3 * torch.randn_like(e) for e in noise[:-1]]
+    plain, noisy = model.scale_losses(latents, labels, t=t, noise=noise), model.scale_losses(latents, labels, t=t, noise=noise, condition_noise=added)
+    assert torch.equal(plain[0], noisy[0]) and (plain[1:] != noisy[1:]).all()
+    grids = [x + to_grid(e, s) for x, e, s in zip(model.pyramid(latents), [*added, 0 * noise[-1]], model.scale)]
+    assert torch.equal(noisy, model.velocity_errors(model.pyramid(latents), model._condition(grids, labels), t, noise))

@@ -43,7 +43,8 @@ def load_pipeline(resume, vae=None, device=None, precision=None, **options):
 def open_pipeline(args, device, identify=False):
     """The Pipeline of a sampling_parser's options, one value each. identify: see open_for_sampling."""
     opened = open_for_sampling(args, device, identify)
-    return Pipeline(build_sampler(args, opened.model, opened.vae, opened.precision, stored=opened.sampling),
+    shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
+    return Pipeline(build_sampler(args, *shared),
                     class_names(opened.classes), opened.classes, opened.description)
 
 

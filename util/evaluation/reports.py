@@ -16,7 +16,7 @@ import torchvision
 from models import FlowARError
 from models.flow_matching import SOLVERS
 from util.cluster import log, world_size
-from util.options import SWEPT
+from util.options import SWEPT, as_text
 from util.files import check_fields, is_count, is_number, is_strings, read_json, write_bytes
 
 RESULTS = "results.json"
@@ -55,13 +55,19 @@ class Stopwatch:
         return seconds
 
 
+def of_scales(is_kind):
+    """Whether a value is of a kind, or a list of such values."""
+    return lambda value: is_kind(value) or isinstance(value, list) and value and all(map(is_kind, value))
+
+
 NUMBER = is_number, "a number"
 REPORT = {  # of results.json, what is printed, put into tables and drawn
-    "metrics": (is_strings, "a list of names"), "images_per_second": NUMBER, "cfg": NUMBER, "guidance": NUMBER,
+    "metrics": (is_strings, "a list of names"), "images_per_second": NUMBER, "guidance": NUMBER,
+    "cfg": (of_scales(is_number), "a number, or one of each scale"),
     "nfe": (lambda value: isinstance(value, list) and all(map(is_count, value)), "a list of numbers"),
     "seconds_per_image": (lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
                           "a number for every stage"),
-    "num_step": (is_count, "a number of steps"),
+    "num_step": (of_scales(is_count), "a number of steps, or one of each scale"),
     "num_step_last": (lambda value: value is None or is_count(value), "a number of steps or null"),
     "solver": (lambda value: isinstance(value, str) and value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
 }
@@ -136,7 +142,7 @@ def write_table(rows, path):
 
 # What results have in common that belong into one table.
 SAME = ("code_sha256", "checkpoint_sha256", "weights", "vae_sha256", "num_images", "labels_sha256", "reference_sha256",
-        "feature_extractor", "precision", "seed", "temperature", "cfg_schedule")
+        "feature_extractor", "precision", "seed", "temperature", "cfg_schedule", "num_step_schedule", "guide_tensors")
 
 
 def sweep_rows(folder, like=None):
@@ -151,7 +157,8 @@ def sweep_rows(folder, like=None):
             f"{others[0]} the first")
     reports = [report for path, report in reports.items() if path not in others]
     return [{"nfe": sum(report["nfe"]), "seconds_per_image": sum(report["seconds_per_image"].values()),
-             **{key: value for key, value in report.items() if isinstance(value, (int, float, str)) or value is None}}
+             **{key: value for key, value in report.items() if isinstance(value, (int, float, str)) or value is None},
+             **{key: as_text(report[key]) for key in ("cfg", "num_step") if isinstance(report[key], list)}}
             for report in reports]
 
 
@@ -159,11 +166,12 @@ def plot_sweep(rows, metric, path):
     """`metric` against cfg (NFE if cfg was not swept) and seconds per image; a line for every other option."""
     from matplotlib.figure import Figure
 
-    varied = [name for name in SWEPT if len({row[name] for row in rows}) > 1]
-    swept, along = ("cfg", ("cfg",)) if "cfg" in varied else ("nfe", ("num_step", "num_step_last"))
+    varied = [name for name in SWEPT if len({row.get(name) for row in rows}) > 1]
+    is_axis = "cfg" in varied and all(is_number(row["cfg"]) for row in rows)  # and no list for the scales
+    swept, along = ("cfg", ("cfg",)) if is_axis else ("nfe", ("num_step", "num_step_last"))
     others, lines = [name for name in varied if name not in along], {}
     for row in rows:
-        lines.setdefault(tuple(row[name] for name in others), []).append(row)
+        lines.setdefault(tuple(row.get(name) for name in others), []).append(row)
     figure, encoded = Figure(figsize=(12, 4), dpi=100), io.BytesIO()
     for axis, column in zip(figure.subplots(1, 2), (swept, "seconds_per_image")):
         axis.set(xlabel=swept if column == swept else "seconds per image and device", ylabel=metric)

@@ -29,6 +29,7 @@ class Sampler(NamedTuple):
     batch: int  # images at once
     weights: str = "the EMA"  # where they come from, for messages
     classes: np.ndarray | None = None  # labels that a grid may have; None: all
+    guide: torch.nn.Module | None = None  # see FlowAR.sample_pyramid
 
     @property
     def device(self):
@@ -51,7 +52,8 @@ class Sampler(NamedTuple):
         """Latents of every scale for a list of labels and noise(indices); known: see FlowAR.sample_pyramid."""
         labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
-            return self.model.sample_pyramid(labels, noise=noise, nfe=nfe, **known, **self.options)
+            return self.model.sample_pyramid(labels, noise=noise, nfe=nfe, guide=self.guide, **known,
+                                             **self.options)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -92,8 +94,9 @@ class Sampler(NamedTuple):
     def settings(self):
         """What a reader needs to make the images again."""
         options, scales = self.options, self.model.scale
-        steps = fm.annealed_steps(options["num_steps"], options["num_steps_last"], len(scales))
-        same = ("cfg", "cfg_schedule", "guidance", "temperature", "time_grid")
+        steps = fm.scale_steps(options["num_steps"], options["num_steps_last"], len(scales),
+                               options["num_step_schedule"])
+        same = ("cfg", "cfg_schedule", "guidance", "guidance_low", "temperature", "time_grid", "num_step_schedule")
         return {"class_num": self.model.class_num, "img_size": self.model.img_size, "scales": scales,
                 "solver": options["solver"], "num_step": options["num_steps"],
                 "num_step_last": options["num_steps_last"], **{name: options[name] for name in same},

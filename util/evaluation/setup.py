@@ -9,7 +9,8 @@ from models import FlowARError
 from models.files import file_hash, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.hub import RELEASE, beside, is_remote, release_of
-from models.registry import open_model, recognise_size
+from models.files.refusals import check_guide
+from models.registry import load_flowar, open_model, recognise_size
 from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
@@ -19,8 +20,8 @@ from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_fe
 from util.evaluation.references import Reference, find_reference
 from util.evaluation.reports import CODE
 from util.evaluation.sampler import Sampler
-from util.options import (SAMPLING, check_geometry, check_vae, model_options, resolve_geometry, sampling_options,
-                          sweep_points, with_options)
+from util.options import (SAMPLING, as_text, check_geometry, check_vae, model_options, resolve_geometry,
+                          sampling_options, sweep_points, with_options)
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
 from util.training.provenance import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
@@ -85,6 +86,7 @@ class Opened(NamedTuple):
     description: dict  # for a report
     classes: Classes
     sampling: dict  # settings that the checkpoint asks for, see options.sampling_options
+    guide: torch.nn.Module | None  # of autoguidance
     data: dict  # that it was trained on, {} if it does not say it
     origin: LatentOrigin  # the VAE
 
@@ -129,13 +131,25 @@ def open_for_sampling(args, device, identify=False):
                    "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}
     if identify and is_main():
         description.update(checkpoint_sha256=checksum or file_hash(path))
-    prepare.for_sampling(model.to(device), AUTOCAST.get(precision))
-    if args.compile:
-        check_compiler(device)
-        prepare.compile_sampling(model, args.compile)
+    guide = open_guide(args, model, description)
+    for network in filter(None, (model, guide)):
+        prepare.for_sampling(network.to(device), AUTOCAST.get(precision))
+        if args.compile:
+            check_compiler(device)
+            prepare.compile_sampling(network, args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
-    return Opened(model, vae.to(device), precision, description, classes, sampling, data, origin)
+    return Opened(model, vae.to(device), precision, description, classes, sampling, guide, data, origin)
+
+
+def open_guide(args, model, description):
+    """The model of --guide, None without one; the description gets what it is."""
+    if not args.guide:
+        return None
+    guide = load_flowar(args.guide, args.weights)
+    check_guide(model, guide)
+    description.update(guide=args.guide, guide_tensors=tensors_hash(guide.state_dict()))
+    return guide
 
 
 def choose_vae(args, content, path):
@@ -158,10 +172,10 @@ def saved_sampling(content, name):
     said = release.sampling if release else {argument: options[setting.option] for argument, setting in SAMPLING.items()
                                              if options.get(setting.option) is not None}
     try:
-        said = {argument: SAMPLING[argument].kind(str(value)) for argument, value in said.items()}
+        said = {argument: SAMPLING[argument].kind(as_text(value)) for argument, value in said.items()}
     except argparse.ArgumentTypeError as error:
         raise FlowARError(f"{name}: its settings of sampling: {error}") from error
-    unlike = [f"{argument} {value}" for argument, value in said.items() if value != SAMPLING[argument].default]
+    unlike = [f"{argument} {as_text(value)}" for argument, value in said.items() if value != SAMPLING[argument].default]
     if unlike:
         log(f"{name}: sampled with {', '.join(unlike)} where no option says otherwise")
     return said
@@ -177,10 +191,10 @@ def recognise(args, state, path, vae):
     return resolve_geometry(args, {**known, **(recognise_size(state, path) if args.model is None else {})})
 
 
-def build_sampler(args, model, vae, precision, classes=None, stored=None):
-    """The Sampler of options with one value each; classes: see Sampler; stored: see sampling_options."""
-    return Sampler(model, vae, sampling_options(args, stored), precision, args.seed, args.eval_bsz,
-                   args.resume or "the EMA", classes)
+def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
+    """The Sampler of options with one value each; classes, guide: see Sampler; stored: see sampling_options."""
+    options = sampling_options(with_options(args, scales=model.scale), stored)
+    return Sampler(model, vae, options, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
 
 
 def build_labels(args, count, classes):
@@ -190,6 +204,7 @@ def build_labels(args, count, classes):
 
 def plan_reports(args, data):
     """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.provenance."""
+    sampling_options(args)  # what is wrong with them is said now
     classes = classes_of(data, args.class_num, "the training set")
     return Plan(build_labels(args, args.eval_num_images, classes), persistent=False)
 
@@ -212,8 +227,8 @@ def open_evaluation(args, device):
     opened = open_for_sampling(args, device, identify=True)
     labels = build_labels(args, args.num_images, opened.classes)
     measure = build_measure(args, opened.model.img_size, labels, device)
-    samplers = {name: build_sampler(point, opened.model, opened.vae, opened.precision, stored=opened.sampling)
-                for name, point in sweep_points(args).items()}
+    shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
+    samplers = {name: build_sampler(point, *shared) for name, point in sweep_points(args).items()}
     record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
     begun = manifest.begin(record, device, evaluated=opened.description)
     plan = Plan(labels, args.save_images, args.save_npz, begun=begun)

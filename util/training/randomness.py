@@ -35,8 +35,8 @@ class BatchDraws(NamedTuple):
         return BatchDraws(self.draws.take(images), self.posterior[images])
 
     def to(self, device):
-        t, noise, drop = self.draws
-        draws = Draws(t.to(device), [e.to(device) for e in noise], drop.to(device))
+        t, noise, drop, extra = self.draws
+        draws = Draws(t.to(device), [e.to(device) for e in noise], drop.to(device), [e.to(device) for e in extra])
         return BatchDraws(draws, self.posterior.to(device))
 
 
@@ -50,8 +50,9 @@ def draw(model, count, seed, device):
 def draw_each(model, seed, stream, indices):
     """BatchDraws of images by their index, on the CPU: they do not depend on what else is in a batch."""
     parts = [draw(model, 1, derive_seed(seed, stream, index), "cpu") for index in indices]
-    t, noise, drop = zip(*(part.draws for part in parts))
-    draws = Draws(torch.cat(t, dim=1), [torch.cat(scale) for scale in zip(*noise)], torch.cat(drop))
+    t, noise, drop, extra = zip(*(part.draws for part in parts))
+    noise, extra = ([torch.cat(scale) for scale in zip(*images)] for images in (noise, extra))
+    draws = Draws(torch.cat(t, dim=1), noise, torch.cat(drop), extra)
     return BatchDraws(draws, torch.cat([part.posterior for part in parts]))
 
 

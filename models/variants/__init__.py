@@ -1,0 +1,1 @@
+"""Models beyond the release's, each in a file: what the paper does not have."""

@@ -1,0 +1,125 @@
+"""Steps of each scale from the path itself: for a number of evaluations, the list that --num_step takes.
+
+    python scripts/step_plan.py --resume output/quickstart/run --cfg 3 --guidance 1 --evaluations 36,18,9
+
+Along paths of --reference uniform steps, with the guidance of the options, an Euler and a Heun step differ by h^2 / 2 |dv/dt|, the local
+error of a step h: it says how straight the paths of a scale are. The errors of a scale's steps add up; `gain` is what an error of a scale's
+latent becomes in the last one, measured by drawing the finer scales again from a latent that is off. Of all lists with as many evaluations in
+all, the one is printed whose predicted error, of Euler's method, is the smallest.
+"""
+import math
+
+import project_root  # noqa: F401  first: it names what is too old
+
+import torch
+
+from models import FlowARError
+from models import flow_matching as fm
+from util.cluster import run_main, select_device
+from util.evaluation.labels import image_label
+from util.evaluation.pipeline import open_pipeline
+from util.options import as_text, at_least_two, positive, sampling_parser, several, single_point
+
+OFF = 8  # Euler steps of the latents that are off, for gain
+MOST = 256  # length of a scale's time grid
+
+
+def parse_args():
+    parser = sampling_parser(__doc__.splitlines()[0])
+    add = parser.add_argument_group("plan").add_argument
+    add("--evaluations", type=several(positive), required=True, help="Euler steps of all scales together; several: a list for each")
+    add("--reference", type=at_least_two, default=200, help="uniform steps of the paths that are measured")
+    add("--images", type=positive, default=64, help="paths, of classes spread over all")
+    return single_point(parser.parse_args())
+
+
+def measured(velocity, x, times):
+    """(x at the end, |dv/dt| at every step): root mean squares over paths and tokens along Euler steps."""
+    rates = []
+    for t, t_next in zip(times, times[1:]):
+        step, v = t_next - t, velocity(x, t).double()
+        later = velocity(x + step * v, t_next).double() if t_next > 0 else v  # Heun's second slope; the last step has none
+        rates.append(((later - v) / step).square().mean().sqrt().item())
+        x = x + step * v
+    rates[-1] = rates[-2]
+    return x, torch.tensor(rates, dtype=torch.float64)
+
+
+def straightness(sampler, labels, noise, steps):
+    """(pyramid of the reference, |dv/dt| of each scale at the reference's steps)."""
+    rates, times = [], fm.time_grid(steps, "uniform").tolist()
+
+    def solver(velocity, x, _, generator=None):
+        x, rate = measured(velocity, x.double(), times)
+        rates.append(rate)
+        return x
+
+    fm.SOLVERS["measured"] = solver
+    try:
+        options = {**sampler.options, "solver": "measured"}
+        return sampler._replace(options=options).pyramid(labels, noise), rates
+    finally:
+        del fm.SOLVERS["measured"]
+
+
+def euler_error(rate, grid):
+    """Sum of h^2 / 2 |dv/dt| over the steps of a time grid; rate: at uniform steps from 1 on."""
+    starts, steps = grid[:-1], grid[:-1] - grid[1:]
+    at = ((1 - starts + steps / 2) * len(rate)).long().clamp(max=len(rate) - 1)  # the middle of a step
+    return (steps.square() / 2 * rate[at]).sum().item()
+
+
+def gains(sampler, labels, noise, pyramid):
+    """What an error of each scale's latent becomes in the last scale's: a ratio of root mean squares; the last's is 1."""
+    reference, few = (sampler.with_settings({"num_steps": n, "num_steps_last": None, "time_grid": "uniform", "solver": "euler"})
+                      for n in (3 * OFF, OFF))
+    found, rms = [], lambda a, b: (a.double() - b.double()).square().mean().sqrt().item()
+    for k in range(len(pyramid) - 1):
+        off = few.pyramid(labels, noise, given=pyramid[:k])[k]
+        ends = [reference.pyramid(labels, noise, given=[*pyramid[:k], latent])[-1] for latent in (pyramid[k], off)]
+        found.append(rms(*ends) / max(rms(pyramid[k], off), 1e-12))
+    return [*found, 1.0]
+
+
+def plan(errors, evaluations):
+    """(num_step of each scale, predicted error) of the smallest root sum of squares with as many evaluations in all, or fewer if none has as
+    many. errors: for each scale {length of its time grid: (evaluations, error)}."""
+    best = {0: (0.0, ())}
+    for options in errors:
+        reached = {}
+        for used, (total, chosen) in best.items():
+            for number, (cost, error) in options.items():
+                key, value = used + cost, (total + error * error, (*chosen, number))
+                if key <= evaluations and (key not in reached or value < reached[key]):
+                    reached[key] = value
+        best = reached
+    if not best:
+        raise FlowARError(f"--evaluations {evaluations}: too few for {len(errors)} scales, each needs at least "
+                          f"{min(cost for cost, _ in errors[0].values())}")
+    total, chosen = best[max(best)]
+    return chosen, math.sqrt(total)
+
+
+def main():
+    args = parse_args()
+    device = select_device(args.device)
+    sampler = open_pipeline(args, device).sampler
+    classes, scales = sampler.model.class_num, sampler.model.scale
+    labels, noise = [image_label(i, args.images, classes) for i in range(args.images)], sampler.noise(range(args.images))
+    pyramid, rates = straightness(sampler, labels, noise, args.reference)
+    factors, kind = gains(sampler, labels, noise, pyramid), sampler.options["time_grid"]
+    grids = {n: fm.time_grid(n, kind) for n in range(fm.TIME_GRIDS[kind], MOST + 1) if kind == "uniform" or n % 2 or n == fm.UNIFORM_STEPS}
+    errors = [{n: (len(grid) - 1, gain * euler_error(rate, grid)) for n, grid in grids.items()} for rate, gain in zip(rates, factors)]
+    print("| scale | mean abs dv/dt | at noise, middle, data | gain |\n|---|---|---|---|")
+    for s, rate, gain in zip(scales, rates, factors):
+        parts = ", ".join(f"{part.mean().item():.2f}" for part in rate.chunk(3))
+        print(f"| {s} | {rate.mean().item():.2f} | {parts} | {gain:.2f} |")
+    print(f"\nTime grid: {kind}.\n\n| evaluations | --num_step | predicted error | evenly |\n|---|---|---|---|")
+    for evaluations in args.evaluations:
+        chosen, error = plan(errors, evaluations)
+        even = [min(options.items(), key=lambda item: abs(item[1][0] - evaluations / len(scales)))[1][1] for options in errors]
+        print(f"| {evaluations} | {as_text(chosen)} | {error:.4f} | {math.sqrt(sum(e * e for e in even)):.4f} |")
+
+
+if __name__ == "__main__":
+    run_main(main)
