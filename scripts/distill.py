@@ -29,7 +29,7 @@ from util.options import (check_geometry, fraction, positive, sampling_options, 
 from util.speed import prepare
 from util.training import checkpoint
 
-DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=1e-3, ema_rate=0.99, save_last_freq=1, eval_freq=1)
+DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99, save_last_freq=1, eval_freq=1)
 
 
 def make_parser():

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from models import MODELS, FlowARError, flow_matching as fm
+from models import MODELS, FlowARError
 from models.files.refusals import read_time_distribution
 from models.flow_matching import CFG_SCHEDULES, SOLVERS, STEP_SCHEDULES, TIME_GRIDS
 from models.vaes import find_vae
@@ -344,7 +344,7 @@ def sampling_parser(description):
 def checked(name, kind, value):
     """What a type of an option makes of a value that is not from a command line, or FlowARError with its name."""
     try:
-        return kind(str(value))
+        return kind(as_text(value))
     except argparse.ArgumentTypeError as error:
         raise FlowARError(f"{name}: {error}") from error
 
@@ -404,7 +404,7 @@ class Setting(NamedTuple):
 
     def of(self, name, value):
         """A value that is given in Python, or FlowARError. name: for it."""
-        return None if value is None and self.default is None else checked(name, self.kind, as_text(value))
+        return None if value is None and self.default is None else checked(name, self.kind, value)
 
 
 SAMPLING = {
@@ -430,9 +430,11 @@ def sampling_options(args, stored=None):
     values = {**{argument: setting.default for argument, setting in SAMPLING.items()}, **(stored or {}),
               **{argument: value for argument, value in given.items() if value is not None}}
     check_steps(values)
-    if args.scales:
-        fm.guidance_scales(values["cfg"], len(args.scales))
-        fm.scale_steps(values["num_steps"], None, len(args.scales))
+    for name in ("cfg", "num_steps"):
+        count = len(values[name]) if isinstance(values[name], (tuple, list)) else None
+        if count and args.scales and count != len(args.scales):
+            raise FlowARError(f"--{SAMPLING[name].option} {as_text(values[name])} has {count} values: expected one for "
+                              f"each of {len(args.scales)} scales")
     if values["guidance_low"] >= values["guidance"] > 0:
         raise FlowARError(f"--guidance_low {values['guidance_low']} is not below --guidance {values['guidance']}: "
                           "guidance would act nowhere; give --cfg 1 for none")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import golden
 import sample
-from helpers import inputs, make_project, run, small_model, training_command
+from helpers import inputs, make_project, read_checkpoint, run, small_model, training_command
 from models import FlowARError
 from models.flow_matching import SOLVERS
 from pictures import read_settings
@@ -31,6 +31,13 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(trained):
     return load_pipeline(trained, device="cpu")
+
+
+def raw_file(run):
+    """The path of a run's raw weights, alone in a file."""
+    file = run.parent / "raw.pth"
+    torch.save(read_checkpoint(run)["model"], file)
+    return str(file)
 
 
 def pixels(pictures):
@@ -169,6 +176,16 @@ def test_other_settings_and_precision_of_one_model(pipe, trained):
     assert same(rounded.using(cfg=4.0)([3]), rounded([3], cfg=4.0))
     with pytest.raises(FlowARError, match="precision fp32: this pipeline was opened with weights rounded to torch.bfloat16"):
         rounded.using("fp32")
+
+
+def test_a_guide_and_lists_for_the_scales(pipe, trained):
+    plain, raw = load_pipeline(trained, device="cpu", cfg=1), load_pipeline(trained, device="cpu", weights="raw", cfg=1)
+    guided = load_pipeline(trained, device="cpu", guide=raw_file(trained), guide_strength=3, cfg_schedule="constant", num_step=[6, 6, 4])
+    assert guided.settings()["cfg"] == 3.0 and guided.settings()["steps"] == [6, 6, 4] and guided.settings()["guide"] == raw_file(trained)
+    steps = {"num_steps": [6, 6, 4]}
+    images = guided([3], seed=5)
+    assert not same(images, plain([3], seed=5, **steps)) and not same(images, pipe([3], seed=5, cfg=3.0, cfg_schedule="constant", **steps))
+    assert same(guided([3], seed=5, cfg=1.0), plain([3], seed=5, **steps)) and not same(plain([3], seed=5), raw([3], seed=5))
 
 
 def test_interpolation_ends_at_the_seeds(pipe):

@@ -9,8 +9,7 @@ from models import FlowARError
 from models.files import file_hash, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.hub import RELEASE, beside, is_remote, release_of
-from models.files.refusals import check_guide
-from models.registry import load_flowar, open_model, recognise_size
+from models.registry import open_model, recognise_size
 from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
@@ -20,7 +19,7 @@ from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_fe
 from util.evaluation.references import Reference, find_reference
 from util.evaluation.reports import CODE
 from util.evaluation.sampler import Sampler
-from util.options import (SAMPLING, as_text, check_geometry, check_vae, model_options, resolve_geometry,
+from util.options import (GEOMETRY, SAMPLING, as_text, check_geometry, check_vae, model_options, resolve_geometry,
                           sampling_options, sweep_points, with_options)
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
@@ -143,11 +142,15 @@ def open_for_sampling(args, device, identify=False):
 
 
 def open_guide(args, model, description):
-    """The model of --guide, None without one; the description gets what it is."""
+    """The model of --guide, of the model's geometry, None without one; the description gets what it is."""
     if not args.guide:
         return None
-    guide = load_flowar(args.guide, args.weights)
-    check_guide(model, guide)
+    path, content = read_model_file(args.guide)
+    weights = find_model(content, path)
+    size = recognise_size(weights.tensors, path)
+    geometry = {name: model.config[name] for name in GEOMETRY.keys() - {"model"} | {"scale"}}
+    guide, left_out = open_model(weights.tensors, path, size.pop("model"), **geometry, **size)
+    log(f"--guide {path}: {weights.describe(left_out)}")
     description.update(guide=args.guide, guide_tensors=tensors_hash(guide.state_dict()))
     return guide
 
