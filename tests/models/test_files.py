@@ -169,7 +169,7 @@ def load_npz_info(path):
 
 
 def load_statistics(path):
-    return references.load_statistics(path, SimpleNamespace(name="flat", dim=4), 16)
+    return references.load_statistics(path, SimpleNamespace(name="flat", suffix="_flat", dim=4), 16)
 
 
 def load_sweep(path):
