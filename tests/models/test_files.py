@@ -30,7 +30,7 @@ from models.files import read_file
 from models.files.states import clean_names
 from scripts import plot_results, train_vae
 from util.data import latents
-from util.evaluation import metrics, references, reports, store
+from util.evaluation import extractors, references, reports, store
 from util.data import open_image
 from models.files import file_hash
 from util.files import read_json
@@ -201,7 +201,7 @@ def load_diffusers(path):
 
 
 LOADERS = {  # file in the folder of valid ones -> what reads it
-    "flowar.pth": load_flowar, "flowar.safetensors": load_flowar, "network.pth": metrics.inception_weights, "vae.pth": load_vae,
+    "flowar.pth": load_flowar, "flowar.safetensors": load_flowar, "network.pth": extractors.inception_weights, "vae.pth": load_vae,
     "snapshot.pth": load_snapshot, "cache/index.json": load_cache, "cache/shard-00000.safetensors": load_shard, "npz/a/x.npz": load_npz,
     "npz/latents.json": load_npz_info, "statistics.npz": load_statistics, "sweep/cfg1/results.json": load_sweep,
     "sweep/cfg1/settings.json": load_sweep, "partial/batch-000000.safetensors": load_batch, "results.csv": load_table,

@@ -40,14 +40,21 @@ class Inception(Extractor):
     resize = "bilinear to 299x299, as TensorFlow 1 does"
 
     def __init__(self, device, file=None):
-        weights = io.BytesIO()  # of tensors alone: torch-fidelity unpickles anything; the published are of PyTorch 1.5
-        torch.save(read_file(file or published(self.name, inception.URL_INCEPTION_V3), legacy=True), weights)
-        weights.seek(0)
+        file = file or published(self.name, inception.URL_INCEPTION_V3)
         self.network = inception.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights).to(device)
+            "inception-v3-compat", ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=inception_weights(file)).to(device)
 
     def forward(self, images):
         return self.network(images)
+
+
+def inception_weights(path):
+    """A file in memory with the tensors of a weights file: torch-fidelity unpickles anything."""
+    file = io.BytesIO()
+    torch.save(read_file(path, legacy=True), file)  # the published one is of PyTorch 1.5
+    file.seek(0)
+    return file
 
 
 class EfficientNetLite0(Extractor):
