@@ -604,7 +604,7 @@ def test_npy_headers_that_claim_too_much(tmp_path, shape, descr):
     array = header(shape, descr)
     write_npy(tmp_path / "a" / "x.npz", {"moments": array})
     refused(lambda path: latents.NpzMoments(tmp_path, (8, 4, 4))[(0, 0)], tmp_path / "a" / "x.npz", "cannot read moments")
-    for name in ("mu", "sigma", "features", "img_size", "weights_sha256"):
+    for name in ("mu", "sigma", "features", "img_size", "weights_sha256", "held_out"):
         np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4), feature_extractor="flat", img_size=16)
         with zipfile.ZipFile(tmp_path / "s.npz") as archive:
             members = {member.removesuffix(".npy"): archive.read(member) for member in archive.namelist()}
