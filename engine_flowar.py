@@ -14,7 +14,7 @@ from util import manifest
 from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, from_main,
                           gather_to_main, is_main, log, rank, world_size)
 from util.data.source import Source
-from util.evaluation import metrics, reports
+from util.evaluation import extractors, reports
 from util.evaluation.reports import RESULTS, Stopwatch
 from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, write_npz
 from util.files import write_json
@@ -336,7 +336,7 @@ def sample_and_measure(sampler, plan, extractor, batches, output):
         if len(bad) == len(indices):
             sampler.refuse_not_finite(bad, plan.num_images)  # all of a batch: no use in going on
         with watch("features"):
-            features, logits = metrics.extract(extractor, images)
+            features, logits = extractors.extract(extractor, images)
         if pending:
             finish(*pending)  # its files were written while this batch was sampled
         with watch("writing"):

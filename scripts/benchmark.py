@@ -50,7 +50,7 @@ from models.layers import GatedMLP
 from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
 from util.data import Images, build_loader, latents
 from util.data.latents import NpzMoments, ShardedMoments
-from util.evaluation.metrics import build_extractor
+from util.evaluation.extractors import build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.references import folder_features
 from util.evaluation.reports import machine
@@ -333,7 +333,7 @@ def benchmark_memory(args, device):
 
 
 def in_memory(sampler, plan, extractor, folder):
-    return evaluate(sampler, plan, Measure(extractor, None), {}, folder)
+    return evaluate(sampler, plan, Measure(extractor, [None] * len(extractor.parts)), {}, folder)
 
 
 def through_files(sampler, plan, extractor, folder):
@@ -347,7 +347,7 @@ def through_files(sampler, plan, extractor, folder):
 
 def benchmark_evaluate(args, device):
     sampler = build_sampler(args, *build(args, device), args.precision)
-    extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
+    extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
     seconds = {"in_memory": 0.0, "through_files": 0.0}
     for warm_up in (True, False):
         plan = Plan(choose_labels("balanced", args.eval_bsz if warm_up else args.num_images, Classes(args.class_num)))

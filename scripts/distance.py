@@ -18,10 +18,11 @@ from models.vaes import find_vae
 from util import cluster
 from util.data import to_uint8
 from util.data.source import open_if_there
-from util.evaluation.metrics import EXTRACTORS, build_extractor, frechet_distance, statistics, warn_of_few
+from util.evaluation.extractors import build_extractors
+from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
 from util.evaluation.references import FolderFeatures, folder_features
 from util.evaluation.sampler import DECODED_AT_ONCE
-from util.options import color, pixels, seed, some_path
+from util.options import add_extractor_options, color, pixels, seed, some_path
 
 LARGEST_HALF = 50000  # images; more than the distances of the literature have
 
@@ -33,8 +34,7 @@ def parse_args():
     parser.add_argument("--vae", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     parser.add_argument("--vae_path", type=some_path, help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
     parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
-    parser.add_argument("--feature_extractor", "--extractor", default="inception", choices=EXTRACTORS, help="network")
-    parser.add_argument("--fid_weights", help="local file of torch-fidelity's Inception weights")
+    add_extractor_options(parser.add_argument, "--extractor")
     parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--seed", type=seed, default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
@@ -76,13 +76,13 @@ def halves(features, count, seed):
 def main():
     args = parse_args()
     device = cluster.init(args.device)
-    extractor, through = build_extractor(args.feature_extractor, args.fid_weights, device), [None] * len(args.folders)
+    joint, through = build_extractors(args.feature_extractor, args.fid_weights, device), [None] * len(args.folders)
     if args.vae or args.vae_path:
         named = find_vae(args.vae or "kl16", args.vae_path)
         through.append(through_vae(open_if_there(named, device, needed=True)))
     folders = (args.folders * 2)[:len(through)]
     crop = args.img_size is not None
-    found = [folder_features(folder, extractor, device, args.img_size, crop, through=way, background=args.background)
+    found = [folder_features(folder, joint, device, args.img_size, crop, through=way, background=args.background)
              for folder, way in zip(folders, through)]
     if found[0] is None:  # rank 0 has them
         return
@@ -92,14 +92,15 @@ def main():
     half = min(LARGEST_HALF, *(part.count // 2 for part in found))
     if half < 2:
         raise FlowARError(f"{folders[-1]}: too few images for two halves, expected at least 4")
-    warn_of_few(half, extractor)
-    parts, name = [halves(part.features, half, args.seed) for part in found], extractor.distance
-    if len(found) == 2:
-        what = f"{args.folders[0]} to {args.folders[1] if not through[1] else f'itself through the VAE {named.name}'}"
-        print(f"{name} of {what}: {distance(*found):.4f} ({found[0].count} and {found[1].count} images)")
-        print(f"{name} of {what}: {distance(parts[0][0], parts[1][1]):.4f} ({half} and {half} images)")
-    for folder, part in zip(args.folders, parts):
-        print(f"{name} of two halves of {folder}, the floor: {distance(*part):.4f} ({half} and {half} images)")
+    for extractor, *mine in zip(joint.parts, *(part.split(joint) for part in found)):
+        warn_of_few(half, extractor)
+        parts, name = [halves(part.features, half, args.seed) for part in mine], extractor.distance
+        if len(found) == 2:
+            what = f"{args.folders[0]} to {args.folders[1] if not through[1] else f'itself through the VAE {named.name}'}"
+            print(f"{name} of {what}: {distance(*mine):.4f} ({found[0].count} and {found[1].count} images)")
+            print(f"{name} of {what}: {distance(parts[0][0], parts[1][1]):.4f} ({half} and {half} images)")
+        for folder, part in zip(args.folders, parts):
+            print(f"{name} of two halves of {folder}, the floor: {distance(*part):.4f} ({half} and {half} images)")
 
 
 if __name__ == "__main__":

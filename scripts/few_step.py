@@ -18,8 +18,9 @@ from models import FlowARError
 from pictures import draw_table, save
 from quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device
+from util.evaluation.extractors import build_extractor, extract
 from util.evaluation.labels import image_label
-from util.evaluation.metrics import build_extractor, compute_metrics, extract
+from util.evaluation.metrics import compute_metrics
 from util.evaluation.pipeline import load_pipeline
 from util.evaluation.references import load_statistics
 from util.evaluation.reports import machine

@@ -22,7 +22,7 @@ from models.vaes import load_vae
 from util.data import Images
 from util.cluster import run_main, select_device
 from util.evaluation.labels import image_label
-from util.evaluation.metrics import build_extractor, extract
+from util.evaluation.extractors import build_extractor, extract
 from util.evaluation.references import load_statistics, load_uint8
 from util.evaluation.reports import read_report
 from util.files import write_json
@@ -103,7 +103,7 @@ def main():
     results = read_report(results_path)
     plot_run.save(plot_run.draw([plot_run.read_run(root / "run")]), root / "loss.png")
     network = get_classifier(root, device)
-    extractor = build_extractor(results["feature_extractor"], None, device)
+    extractor = build_extractor(results["feature_extractor"].split(",")[0], None, device)
     reference = load_statistics(results["reference"], extractor, results["img_size"])
     count, name = results["num_images"], extractor.distance
     test, test_labels, classes = real_images(root / "images" / "val", count)

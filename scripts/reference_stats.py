@@ -1,9 +1,11 @@
-"""Statistics of a folder of images for --fid_stats: mu and sigma in a feature extractor, in one .npz that says what it is.
+"""Statistics of a folder of images for --fid_stats: mu and sigma in one feature extractor or several, in an .npz that says what it is.
 
 With --keep_features also the features, which KID, precision and recall need. Of class folders also how many images each
-has: an evaluation says if its own are of another mix.
+has: an evaluation says if its own are of another mix. With --held_out also the distance of those images, which FDr needs:
 
     torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
+    torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/train --held_out imagenet/val \
+        --feature_extractor inception,dinov2-vit-l-14,clip-vit-l-14 --img_size 256 --output train_stats.npz
 """
 import argparse
 from pathlib import Path
@@ -15,34 +17,50 @@ import numpy as np
 from models import FlowARError
 from models.files import tensors_hash, writing
 from util import cluster
-from util.evaluation.metrics import EXTRACTORS, build_extractor
+from util.evaluation.extractors import build_extractors
+from util.evaluation.metrics import frechet_distance, warn_of_few
 from util.evaluation.references import folder_features
 from util.files import check_output
-from util.options import color, pixels, some_path
+from util.options import add_extractor_options, color, pixels, some_path
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ref_images", type=some_path, required=True, help="folder of images, searched recursively")
+    parser.add_argument("--held_out", type=some_path, help="folder of other real images, for FDr: validation where --ref_images are training images")
     parser.add_argument("--output", type=some_path, required=True, help=".npz to write")
     parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
     parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--keep_features", action="store_true", help="store the features too")
-    parser.add_argument("--feature_extractor", default="inception", choices=EXTRACTORS, help="network")
-    parser.add_argument("--fid_weights", help="local file of torch-fidelity's Inception weights")
+    add_extractor_options(parser.add_argument)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 
 
-def save_statistics(path, found, extractor):
-    """Write FolderFeatures, mu, sigma and features if they were kept, with their description to an .npz."""
+def describe(found, extractor, held_out):
+    """What a file holds of one extractor, of FolderFeatures in it; held_out: those of the held-out images, or None."""
     content = {**found.statistics, "feature_extractor": extractor.name,
-               "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize,
-               "num_images": found.count, "img_size": found.img_size, "left_out": sum(found.listing.left_out.values())}
-    if found.classes:
-        content.update(classes=np.array(list(found.classes)), class_counts=np.array(list(found.classes.values())))
+               "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize}
     if found.features is not None:
         content["features"] = np.asarray(found.features, dtype=np.float32)
+    if held_out is not None:
+        warn_of_few(min(found.count, held_out.count), extractor)
+        content["held_out"] = np.array([frechet_distance(held_out.statistics, found.statistics), held_out.count], dtype=np.float64)
+    return content
+
+
+def save_statistics(path, found, joint, held_out=None):
+    """Write FolderFeatures of a Joint of extractors, with the features if they were kept, and their description to an
+    .npz; see OWN of util.evaluation.references. held_out: those of other images, or None.
+    """
+    content = {"feature_extractor": joint.name, "num_images": found.count, "img_size": found.img_size,
+               "left_out": sum(found.listing.left_out.values())}
+    if found.classes:
+        content.update(classes=np.array(list(found.classes)), class_counts=np.array(list(found.classes.values())))
+    others = held_out.split(joint) if held_out else [None] * len(joint.parts)
+    for extractor, part, other in zip(joint.parts, found.split(joint), others):
+        suffix = extractor.suffix if len(joint.parts) > 1 else ""
+        content.update({name + suffix: value for name, value in describe(part, extractor, other).items()})
     with writing(path) as file:
         np.savez(file, **content)
 
@@ -53,12 +71,19 @@ def main():
     check_output(args.output)
     if Path(args.output).exists() or not args.output.endswith(".npz"):
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
-    extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
-    found = folder_features(args.ref_images, extractor, device, args.img_size, crop=True, keep=args.keep_features,
-                            background=args.background)
-    if found is not None:
-        save_statistics(args.output, found, extractor)
-        print(f"{args.output}: {found.count} images of {args.ref_images}, {found.img_size} pixels, in {extractor.name} features")
+    joint = build_extractors(args.feature_extractor, args.fid_weights, device)
+    found, held_out = (folder and folder_features(folder, joint, device, args.img_size, crop=True, background=args.background,
+                                                  keep=args.keep_features and folder == args.ref_images)
+                       for folder in (args.ref_images, args.held_out))
+    if found is None:
+        return
+    if held_out and held_out.listing.identity() == found.listing.identity():
+        raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
+    if held_out and held_out.img_size != found.img_size:
+        raise FlowARError(f"--held_out {args.held_out}: images of {held_out.img_size} pixels, those of --ref_images have {found.img_size}: "
+                          "give --img_size")
+    save_statistics(args.output, found, joint, held_out)
+    print(f"{args.output}: {found.count} images of {args.ref_images}, {found.img_size} pixels, in {joint.name} features")
 
 
 if __name__ == "__main__":

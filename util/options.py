@@ -17,7 +17,7 @@ from models.flow_matching import CFG_SCHEDULES, SOLVERS, STEP_SCHEDULES, TIME_GR
 from models.vaes import find_vae
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.data.pixels import parse_color
-from util.evaluation.metrics import EXTRACTORS
+from util.evaluation.extractors import EXTRACTORS, Inception
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
@@ -149,16 +149,27 @@ def time_distribution(text):
     return tuple(text.split(";")) if ";" in text else text
 
 
-def solver(text):
-    if text not in SOLVERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: expected one of {', '.join(SOLVERS)}")
-    return text
+def one_of(known):
+    """A type for one of the names in a table."""
+    def name(text):
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown: expected one of {', '.join(known)}")
+        return text
+    return name
 
 
-def time_grid(text):
-    if text not in TIME_GRIDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: expected one of {', '.join(TIME_GRIDS)}")
-    return text
+solver, time_grid, extractor = map(one_of, (SOLVERS, TIME_GRIDS, EXTRACTORS))
+
+
+def extractor_files(text):
+    """{extractor: file} of 'NAME=FILE,NAME=FILE', or of Inception's FILE alone."""
+    if "=" not in text or Path(text).exists():
+        return {Inception.name: some_path(text)}
+    pairs = [part.partition("=") for part in text.split(",")]
+    files = {extractor(name): some_path(file) for name, _, file in pairs}
+    if len(files) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names an extractor twice")
+    return files
 
 
 def add_model_options(parser):
@@ -208,6 +219,13 @@ def add_sampling_options(parser):
     add("--temperature", type=real, help="factor of the starting noise; default: the checkpoint's, else 1.0")
 
 
+def add_extractor_options(add, *aliases):
+    add("--feature_extractor", *aliases, default="inception", type=several(extractor),
+        help=f"network of the metrics, or several, NAME,NAME: {', '.join(EXTRACTORS)}")
+    add("--fid_weights", type=extractor_files,
+        help="files of their weights, NAME=FILE,NAME=FILE, or a FILE of Inception's alone; default: downloaded once")
+
+
 def add_evaluation_options(parser):
     add = parser.add_argument_group("evaluation").add_argument
     add("--num_images", type=positive, default=50000, help="images to generate")
@@ -218,12 +236,11 @@ def add_evaluation_options(parser):
         help="balanced: as many images of each class; train: in the proportions of the training images; or a file with "
              "one label (or class name) a line")
     add("--all_classes", action="store_true", help="sample classes that had no training images too")
-    add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall); "
-        "default fid_stats/adm_in256_stats.npz if it is there")
+    add("--fid_stats", help="npz with mu and sigma of the reference (and features, for KID, precision and recall, and "
+        "the distance of held-out images, for FDr), in one extractor or several; default "
+        "fid_stats/adm_in256_stats.npz if it is there")
     add("--ref_images", help="folder of reference images, instead of --fid_stats")
-    add("--feature_extractor", default="inception", choices=EXTRACTORS,
-        help="network of the metrics")
-    add("--fid_weights", help="local file of torch-fidelity's Inception weights; default: downloaded once")
+    add_extractor_options(add)
     add("--evaluate", action="store_true",
         help="main_flowar.py: evaluate --resume instead of training; eval.py always does")
 

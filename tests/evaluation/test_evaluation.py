@@ -13,12 +13,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import GEOMETRY, ROOT, evaluate, evaluation_command, make_project, run, train
+from helpers import GEOMETRY, ROOT, call, evaluate, evaluation_command, make_project, run, train
 from PIL import Image
 
 import seams
 from models import FlowARError
-from util.evaluation import metrics, references, reports, setup, store
+from util.evaluation import extractors, metrics, references, reports, setup, store
 from util.evaluation.setup import open_for_sampling
 from util.options import evaluation_parser
 from util.training.checkpoint import lock
@@ -71,7 +71,7 @@ def test_report(whole):
 
 def test_distance_in_memory_equals_that_of_saved_images(project, whole):
     report, output = whole
-    extractor = metrics.EfficientNetLite0(torch.device("cpu"))
+    extractor = extractors.EfficientNetLite0(torch.device("cpu"))
     saved, reference = (references.folder_features(folder, extractor, torch.device("cpu")).statistics
                         for folder in (output / "images", project / "images" / "val"))
     distance = metrics.frechet_distance(saved, reference)
@@ -94,6 +94,44 @@ def test_no_reference_and_few_images_are_said(project, checkpoint, tmp_path, cap
     assert "no reference: the frechet_distance" in capsys.readouterr().out
     evaluate(project, checkpoint, tmp_path / "few", f"--ref_images {project}/images/val")
     assert "10 images for 1280 features: the covariance is rank-deficient" in capsys.readouterr().out
+
+
+class Colors(extractors.Extractor):
+    """A feature network of an image's mean red, green and blue."""
+    name, dim, resize = "colors", 3, "none"
+    network = torch.nn.Identity()
+
+    def __init__(self, device, file=None):
+        pass
+
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3)), None
+
+
+def test_several_extractors(project, checkpoint, whole, tmp_path, monkeypatch):
+    """Each as alone, from the same images; interrupted too; with FDr of a file that can give it."""
+    monkeypatch.setitem(extractors.EXTRACTORS, "colors", Colors)
+    both = "--feature_extractor colors,efficientnet-lite0"
+    call(monkeypatch, f"scripts/reference_stats.py --ref_images {project}/images/val --held_out {project}/images/train "
+                      f"--keep_features --output {tmp_path}/stats.npz {both} --device cpu")
+    options = f"--eval_bsz 4 {both} --fid_stats {tmp_path}/stats.npz"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        seams.interrupt(patch, seams.KEPT_BATCH, 1)
+        evaluate(project, checkpoint, tmp_path / "out", options)
+    report = evaluate(project, checkpoint, tmp_path / "out", options)
+    for name in whole[0]["metrics"]:
+        assert report[name] == pytest.approx(whole[0][name], rel=1e-5, abs=1e-6), name
+    images, real = (references.folder_features(folder, Colors(None), torch.device("cpu")).statistics
+                    for folder in (whole[1] / "images", project / "images" / "val"))
+    assert report["frechet_distance_colors"] == pytest.approx(metrics.frechet_distance(images, real), rel=1e-4)
+    assert report["fdr_mean_of_2"] == pytest.approx((report["fdr_colors"] + report["fdr_efficientnet_lite0"]) / 2) and report["fdr_colors"] > 1
+    assert report["metrics"][0] == "frechet_distance_colors" and report["feature_extractor"] == "colors,efficientnet-lite0"
+    assert evaluate(project, checkpoint, tmp_path / "out", options) == report
+    with pytest.raises(FlowARError, match="has .*, now it is "):
+        evaluate(project, checkpoint, tmp_path / "out", options.replace("colors,", ""))
+    with pytest.raises(FlowARError, match="--held_out .*val: the same images as those of --ref_images"):
+        call(monkeypatch, f"scripts/reference_stats.py --ref_images {project}/images/val --held_out {project}/images/val "
+                          f"--output {tmp_path}/same.npz --feature_extractor colors --device cpu")
 
 
 # ---- the same images everywhere ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from helpers import evaluate, make_project, train
 
 from models import FlowARError
 from models.files import content_hash
+from util.evaluation.extractors import Joint
 from util.evaluation.labels import Classes, choose_labels, classes_of, image_label, warn_of_mix
 from util.evaluation.references import Reference
 from util.files import read_json
@@ -157,7 +158,7 @@ class Means:
 
 def ask(monkeypatch, capsys, *options):
     """[(what, distance, images)] that the script prints."""
-    monkeypatch.setattr(distance, "build_extractor", lambda *args: Means())
+    monkeypatch.setattr(distance, "build_extractors", lambda *args: Joint([Means()]))
     monkeypatch.setattr(sys, "argv", ["distance.py", *map(str, options), "--device", "cpu"])
     distance.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frechet_distance")]

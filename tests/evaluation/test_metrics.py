@@ -1,21 +1,31 @@
 """Feature networks, distances and their references."""
+import functools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import reference_stats
+import timm
 import torch
+import torch.nn.functional as F
 import torch_fidelity
 from helpers import run, write_digits
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
+from torch_fidelity import registry
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+import seams
 from models import FlowARError
-from util.evaluation import metrics, references
+from models.files import file_hash
+from util.evaluation import extractors, metrics, references, setup
 
 
 def build(feature_extractor="inception", fid_weights=None):
-    return metrics.build_extractor(feature_extractor, fid_weights, torch.device("cpu"))
+    return extractors.build_extractor(feature_extractor, fid_weights, torch.device("cpu"))
 
 
 def test_distance_and_statistics_are_torch_fidelitys():
@@ -39,30 +49,141 @@ def random_inception(tmp_path_factory):
     return str(path)
 
 
-def test_inception_metrics_equal_torch_fidelitys_own(tmp_path, random_inception):
-    """Every metric of two folders, with --fid_weights a local file, against calculate_metrics on the same folders."""
+class PlainDINOv2(nn.Module):
+    """The network that torch-fidelity gets from GitHub, in its words: positions are resampled as an image goes through."""
+    def __init__(self, state, heads):
+        super().__init__()
+        self.state, self.heads = state, heads
+
+    def forward(self, x):
+        p = self.state
+        x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=14)
+        grid = p["pos_embed"][:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=((x.shape[2] + 0.1) / 37, (x.shape[3] + 0.1) / 37), mode="bicubic").flatten(2).mT
+        x = torch.cat((p["cls_token"].expand(len(x), -1, -1) + p["pos_embed"][:, :1], x.flatten(2).mT + grid), dim=1)
+        norm = lambda name, x: F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)  # noqa: E731
+        linear = lambda name, x: F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])  # noqa: E731
+        for block in ("blocks.0", "blocks.1"):
+            q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = (q @ k.mT / q.shape[-1]**0.5).softmax(-1) @ v
+            x = x + p[f"{block}.ls1.gamma"] * linear(f"{block}.attn.proj", attended.transpose(1, 2).flatten(2))
+            x = x + p[f"{block}.ls2.gamma"] * linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x))))
+        return norm("norm", x)[:, 0]
+
+
+class Registered(FeatureExtractorBase):
+    """Our stand-in, for torch-fidelity."""
+    def __init__(self, name, features, **options):
+        super().__init__(name, features)
+        self.extractor = build("efficientnet-lite0")
+
+    def forward(self, images):
+        return (self.extractor.forward(images)[0],)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("features",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "features"
+
+
+@pytest.fixture
+def random_transformers(tmp_path, monkeypatch):
+    """{name: weights file} of small random DINOv2 and CLIP, of which torch-fidelity's have the same."""
+    torch.manual_seed(0)
+    heads, create = 2, timm.create_model
+    small = dict(embed_dim=32, depth=2, num_heads=heads)
+    dino = {name: torch.randn_like(value) / 4 for name, value in create("vit_base_patch14_dinov2", num_classes=0, **small).state_dict().items()}
+    assert dino["pos_embed"].shape == (1, 1 + 37 * 37, 32)
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **small, **options))
+    monkeypatch.setattr(torch.hub, "load", lambda repository, name: PlainDINOv2(dino, heads))
+    sizes = (24, 224, 2, 64, 32)
+    monkeypatch.setitem(extractors.EXTRACTORS, "clip-vit-b-32", functools.partial(extractors.CLIP, "b-32", sizes))
+    tower = {name: value.half() for name, value in extractors.clip.CLIPVisual(*sizes).state_dict().items()}  # OpenAI's precision
+    tower |= {"text_projection": torch.zeros(8, 24), "logit_scale": torch.zeros(())}
+    monkeypatch.setattr(extractors.clip, "load_state_dict_from_url", lambda *args, **options: SimpleNamespace(state_dict=lambda: dict(tower)))
+    files = {"dinov2-vit-b-14": tmp_path / "dino.pth", "clip-vit-b-32": tmp_path / "clip.safetensors"}
+    torch.save(dino | {"mask_token": torch.zeros(1, 32)}, files["dinov2-vit-b-14"])
+    save_file(tower, files["clip-vit-b-32"])
+    return files
+
+
+def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_transformers, monkeypatch):
+    """Every metric of two folders in all extractors, in one pass over the images, against calculate_metrics on the same folders."""
     write_digits(tmp_path, 2)
     for split in ("train", "val"):  # torch-fidelity reads flat folders
         (tmp_path / f"flat_{split}").mkdir()
-        for i, file in enumerate(sorted((tmp_path / split).rglob("*.png"))[:12]):
+        for i, file in enumerate(sorted((tmp_path / split).rglob("*.png"))[:10]):
             Image.open(file).convert("RGB").save(tmp_path / f"flat_{split}" / f"{i:03d}.png")
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "flat_train"), input2=str(tmp_path / "flat_val"), cuda=False, fid=True, isc=True, kid=True,
-        prc=True, kid_subset_size=12, feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=random_inception, feature_layer_isc="logits_unbiased", feature_layer_prc="2048",
-        verbose=False, save_cpu_ram=True, cache=False)
-    cpu = torch.device("cpu")
-    extractor = build(fid_weights=random_inception)
-    flat = references.folder_features(tmp_path / "flat_val", extractor, cpu, 16)
-    reference = references.Reference("val", **flat.statistics, features=flat.features)
-    found = metrics.compute_metrics(*metrics.extract(extractor, references.load_uint8([path for path, _ in references.list_images(tmp_path / "flat_train")])),
-                            reference, extractor, cpu)
-    names = {"fid": "frechet_inception_distance", "inception_score_mean": "inception_score_mean",
-             "inception_score_std": "inception_score_std", "kid_mean": "kernel_inception_distance_mean",
-             "kid_std": "kernel_inception_distance_std", "precision_k3": "precision", "recall_k3": "recall"}
-    assert set(found) == set(names)
-    for ours, theirs in names.items():
-        assert found[ours] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-7), ours
+    files, cpu = {"inception": random_inception, **random_transformers}, torch.device("cpu")
+    joint = extractors.build_extractors(["dinov2-vit-b-14", "efficientnet-lite0", "inception", "clip-vit-b-32"], files, cpu)
+    read = seams.count(monkeypatch, (references, "read_image"))
+    found = references.find_references(None, str(tmp_path / "flat_val"), joint, 16, cpu)
+    measure = setup.Measure(joint, found).open()
+    assert len(read) == 10
+    images = references.load_uint8([path for path, _ in references.list_images(tmp_path / "flat_train")])
+    ours = measure.compute([dict(zip(("features", "logits"), extractors.extract(joint, images)))], cpu)
+    names = {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std", "precision_k3": "precision", "recall_k3": "recall"}
+    scores = {name: name for name in ("inception_score_mean", "inception_score_std")}
+    monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "efficientnet-lite0", Registered)
+    for extractor in joint.parts:
+        inception = extractor.name == "inception"
+        options = dict(feature_extractor_weights_path=random_inception, feature_layer_isc="logits_unbiased", feature_layer_prc="2048", isc=True)
+        theirs = torch_fidelity.calculate_metrics(
+            input1=str(tmp_path / "flat_train"), input2=str(tmp_path / "flat_val"), cuda=False, fid=True, kid=True, prc=True, kid_subset_size=10,
+            feature_extractor="inception-v3-compat" if inception else extractor.name, **(options if inception else {}), verbose=False,
+            save_cpu_ram=True, cache=False)
+        expected = {extractor.distance: "frechet_inception_distance", **{name + extractor.suffix: value for name, value in names.items()},
+                    **(scores if inception else {})}
+        assert {name for name in ours["metrics"] if name.endswith(extractor.suffix)} >= set(expected)
+        for name, value in expected.items():
+            assert ours[name] == pytest.approx(theirs[value], rel=1e-4, abs=1e-6), name
+            del ours[name]
+        if extractor.name in random_transformers:
+            network = registry.FEATURE_EXTRACTORS_REGISTRY[extractor.name](extractor.name, extractor.name.split("-")[:1])
+            torch.testing.assert_close(extractors.extract(extractor, images)[0], network(images)[0], rtol=1e-4, atol=1e-5)
+    assert set(ours) == {"metrics", "reference_images", "reference_left_out"}
+
+
+class Tower(nn.Module):
+    """Tensors by their names, as a module that TorchScript takes."""
+    def __init__(self, tensors):
+        super().__init__()
+        for name, value in tensors.items():
+            *path, last = name.split(".")
+            module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_buffer(last, value)
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_only_the_weights_of_a_network_are_taken(tmp_path, random_transformers, monkeypatch):
+    other = tmp_path / "other.safetensors"
+    save_file({"visual.proj": torch.zeros(64, 24)}, other)
+    for name, file in (("clip-vit-b-32", other), ("dinov2-vit-b-14", other), ("dinov2-vit-b-14", random_transformers["clip-vit-b-32"]),
+                       ("clip-vit-b-16", random_transformers["clip-vit-b-32"])):
+        with pytest.raises(FlowARError, match=f"--fid_weights {file}: not the weights of {name}"):
+            build(name, file)
+    giant = timm.create_model("vit_giant_patch14_dinov2", num_classes=0).state_dict()
+    torch.save({name.replace("fc1", "w12").replace("fc2", "w3"): value for name, value in giant.items()}, tmp_path / "giant.pth")
+    found = build("dinov2-vit-g-14", tmp_path / "giant.pth").network.state_dict()
+    assert found.keys() == giant.keys() and torch.equal(found["blocks.1.mlp.fc2.weight"], giant["blocks.1.mlp.fc2.weight"])
+    program = str(tmp_path / "program.pt")  # OpenAI's file is one: run if it is that very file alone
+    tensors = load_file(random_transformers["clip-vit-b-32"])
+    torch.jit.save(torch.jit.script(Tower(tensors)), program)
+    with pytest.raises(FlowARError, match="program.pt: a TorchScript archive, expected tensors"):
+        build("clip-vit-b-32", program)
+    monkeypatch.setitem(extractors.clip.MODEL_METADATA, "clip-vit-b-32", {"hash": file_hash(program)})
+    found, expected = (build("clip-vit-b-32", file).network.state_dict() for file in (program, random_transformers["clip-vit-b-32"]))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 class Payload:
@@ -74,39 +195,41 @@ def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(inception_module, "load_state_dict_from_url", offline)
-    with pytest.raises(FlowARError, match="cannot be downloaded.*--fid_weights.*efficientnet-lite0"):
-        build()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in set(extractors.EXTRACTORS) - {"efficientnet-lite0"}:
+        with pytest.raises(FlowARError, match=f"weights of {name} cannot be downloaded .no route.*give --fid_weights {name}=FILE.*efficientnet-lite0"):
+            build(name)
     with pytest.raises(FlowARError, match="nowhere.pth: no such file"):
         build(fid_weights="nowhere.pth")
     torch.save({"a": Payload()}, tmp_path / "evil.pth")
     with pytest.raises(FlowARError, match="evil.pth: not a file of tensors"):
         build(fid_weights=str(tmp_path / "evil.pth"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(FlowARError, match="other.pth: not torch-fidelity's Inception weights"):
+    with pytest.raises(FlowARError, match="other.pth: not the weights of inception"):
         build(fid_weights=str(tmp_path / "other.pth"))
-    with pytest.raises(FlowARError, match="--fid_weights is for inception"):
-        build(feature_extractor="efficientnet-lite0", fid_weights="x")
+    with pytest.raises(FlowARError, match="--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"):
+        extractors.build_extractors(["efficientnet-lite0"], {"inception": "x"}, torch.device("cpu"))
 
 
 def test_efficientnet_features_tell_images_apart(tmp_path):
     write_digits(tmp_path, 3)
     extractor = build(feature_extractor="efficientnet-lite0")
     images = references.load_uint8([path for path, _ in references.list_images(tmp_path / "train")])
-    features, logits = metrics.extract(extractor, images)
-    alone, _ = metrics.extract(extractor, images[3:4])
+    features, logits = extractors.extract(extractor, images)
+    alone, _ = extractors.extract(extractor, images[3:4])
     assert features.shape == (30, 1280) and logits is None
     torch.testing.assert_close(features[3:4], alone, atol=1e-4, rtol=1e-3)
     assert "fid" not in extractor.distance
     same = metrics.frechet_distance(metrics.statistics(features), metrics.statistics(features))
-    noise = metrics.statistics(metrics.extract(extractor, torch.randint_like(images, 255))[0])
+    noise = metrics.statistics(extractors.extract(extractor, torch.randint_like(images, 255))[0])
     assert abs(same) < 1e-2 < metrics.frechet_distance(metrics.statistics(features), noise)
 
 
-class Flat:
+class Flat(extractors.Extractor):
     """A feature network of 4 numbers, for tests of files."""
 
-    name, dim, suffix, distance, batch, resize = "flat", 4, "_flat", "frechet_distance_flat", 8, "none"
+    name, dim, batch, resize = "flat", 4, 8, "none"
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)
@@ -150,7 +273,7 @@ def test_statistics_say_what_they_are(tmp_path, keep):
     statistics = metrics.statistics(features)
     listing = references.Listing("nowhere", [], [], {".txt": 2})
     listing.samples = [(f"nowhere/{i}.png", 0) for i in range(20)]
-    reference_stats.save_statistics(path, references.FolderFeatures(statistics, features if keep else None, 16, listing), Flat())
+    reference_stats.save_statistics(path, references.FolderFeatures(statistics, features if keep else None, 16, listing), extractors.Joint([Flat()]))
     found = references.load_statistics(path, Flat(), 16)
     np.testing.assert_array_equal(found.mu, features.double().numpy().mean(axis=0))
     assert (found.features is not None) == keep and (not keep or torch.equal(found.features, features))
@@ -205,9 +328,54 @@ def test_statistics_know_their_classes(tmp_path):
     (tmp_path / "val" / "3" / "000.png").unlink()
     found = references.folder_features(tmp_path / "val", Flat(), torch.device("cpu"))
     assert found.classes == {str(digit): 2 - (digit == 3) for digit in range(10)}
-    reference_stats.save_statistics(tmp_path / "stats.npz", found, Flat())
+    reference_stats.save_statistics(tmp_path / "stats.npz", found, extractors.Joint([Flat()]))
     assert references.load_statistics(tmp_path / "stats.npz", Flat(), 16).classes == found.classes
     assert references.folder_features(tmp_path / "val" / "0", Flat(), torch.device("cpu")).classes is None  # flat
+
+
+class Alike(Flat):
+    """In Inception's place."""
+    name, suffix, distance = "inception", "", "fid"
+
+
+def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
+    write_digits(tmp_path, 3)
+    path, cpu, joint = tmp_path / "stats.npz", torch.device("cpu"), extractors.Joint([Flat(), Alike(seed=1)])
+    train, val = (references.folder_features(tmp_path / split, joint, cpu) for split in ("train", "val"))
+    reference_stats.save_statistics(path, train, joint, val)
+    with np.load(path) as file:  # where others look for Inception's
+        np.testing.assert_allclose(file["mu"], metrics.statistics(joint.split(train.features)[1])["mu"], atol=1e-9)
+    assert references.load_statistics(path, Alike(seed=1), 16).held_out[1] == 30
+    measure = setup.Measure(joint, references.find_references(path, None, joint, 16, cpu))
+    assert not capsys.readouterr().out.count("warning")
+    generated = val.features + torch.tensor([0.1, 0, 0, 0, 0.3, 0, 0, 0])
+    found = measure.compute([{"features": generated}], cpu)
+    for extractor, mine, theirs, reals in zip(joint.parts, *map(joint.split, (generated, train.features, val.features))):
+        near, far = (metrics.frechet_distance(*map(metrics.statistics, pair)) for pair in ((reals, theirs), (mine, theirs)))
+        assert found[extractor.distance] == pytest.approx(far, rel=1e-4)
+        assert found[f"fdr{extractor.suffix}"] == pytest.approx(far / near, rel=1e-3) and far > 2 * near
+    assert found["fdr_mean_of_2"] == pytest.approx((found["fdr"] + found["fdr_flat"]) / 2) and found["fdr"] != found["fdr_flat"]
+    assert len(measure.settings()["reference_sha256"]) == 2 and measure.settings()["feature_extractor"] == "flat,inception"
+    measure.compute([{"features": generated[:20]}], cpu)
+    assert "warning: 20 images against 30 held-out ones in the fdr of flat: the fewer images, the larger" in capsys.readouterr().out
+
+
+def test_what_a_file_of_several_lacks_is_refused(tmp_path):
+    path, features, joint = tmp_path / "stats.npz", torch.randn(20, 8), extractors.Joint([Flat(), Flat(seed=1)])
+    joint.parts[1].name = "round"
+    listing = references.Listing("nowhere", [], [], {})
+    listing.samples = [(f"nowhere/{i}.png", 0) for i in range(20)]
+    reference_stats.save_statistics(path, references.FolderFeatures(metrics.statistics(features), features, 16, listing), joint)
+    assert references.load_statistics(path, joint.parts[1], 16).held_out is None
+    with pytest.raises(FlowARError, match="its feature_extractor is flat,.*, here it is inception; make statistics with"):
+        references.load_statistics(path, Alike(), 16)
+    with pytest.raises(FlowARError, match="its weights_sha256 is"):
+        references.load_statistics(path, Flat(seed=1), 16)
+    content = dict(np.load(path))
+    for wrong in ([0.0, 20], [-1.0, 20], [3.0], ["3", "4"], [np.nan, 3]):
+        np.savez(path, **{**content, "held_out_flat": np.array(wrong)})
+        with pytest.raises(FlowARError, match="stats.npz: .*(held_out|not an .npz)"):
+            references.load_statistics(path, Flat(), 16)
 
 
 def test_folder_features_crop_and_refuse(tmp_path):

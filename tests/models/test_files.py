@@ -30,7 +30,7 @@ from models.files import read_file
 from models.files.states import clean_names
 from scripts import plot_results, train_vae
 from util.data import latents
-from util.evaluation import metrics, references, reports, store
+from util.evaluation import extractors, references, reports, store
 from util.data import open_image
 from models.files import file_hash
 from util.files import read_json
@@ -169,7 +169,7 @@ def load_npz_info(path):
 
 
 def load_statistics(path):
-    return references.load_statistics(path, SimpleNamespace(name="flat", dim=4), 16)
+    return references.load_statistics(path, SimpleNamespace(name="flat", suffix="_flat", dim=4), 16)
 
 
 def load_sweep(path):
@@ -201,7 +201,7 @@ def load_diffusers(path):
 
 
 LOADERS = {  # file in the folder of valid ones -> what reads it
-    "flowar.pth": load_flowar, "flowar.safetensors": load_flowar, "network.pth": metrics.inception_weights, "vae.pth": load_vae,
+    "flowar.pth": load_flowar, "flowar.safetensors": load_flowar, "network.pth": extractors.inception_weights, "vae.pth": load_vae,
     "snapshot.pth": load_snapshot, "cache/index.json": load_cache, "cache/shard-00000.safetensors": load_shard, "npz/a/x.npz": load_npz,
     "npz/latents.json": load_npz_info, "statistics.npz": load_statistics, "sweep/cfg1/results.json": load_sweep,
     "sweep/cfg1/settings.json": load_sweep, "partial/batch-000000.safetensors": load_batch, "results.csv": load_table,
@@ -604,7 +604,7 @@ def test_npy_headers_that_claim_too_much(tmp_path, shape, descr):
     array = header(shape, descr)
     write_npy(tmp_path / "a" / "x.npz", {"moments": array})
     refused(lambda path: latents.NpzMoments(tmp_path, (8, 4, 4))[(0, 0)], tmp_path / "a" / "x.npz", "cannot read moments")
-    for name in ("mu", "sigma", "features", "img_size", "weights_sha256"):
+    for name in ("mu", "sigma", "features", "img_size", "weights_sha256", "held_out"):
         np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4), feature_extractor="flat", img_size=16)
         with zipfile.ZipFile(tmp_path / "s.npz") as archive:
             members = {member.removesuffix(".npy"): archive.read(member) for member in archive.namelist()}

@@ -15,13 +15,15 @@ from util.cluster import all_reduce_sum, from_main, gather_to_main, is_main, log
 from util.data import center_crop
 from util.data.folders import Listing, list_files
 from util.data.pixels import WHITE, describe_conversions, read_image
-from util.evaluation.metrics import Inception, extract
+from util.evaluation.extractors import Inception, extract
 
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256  # pixels of that file
 DESCRIPTION = {  # what a file may say of itself: {name: (bytes at most, what cannot be checked without it)}
     "feature_extractor": (1024, "feature network"), "img_size": (8, "image size"), "resize": (1024, "preprocessing"),
     "weights_sha256": (1024, "extractor weights"), "num_images": (8, "number of images")}
+OWN = ("mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "held_out")
+# Arrays of an extractor: in a file of several with its suffix, so that Inception's are where everybody expects them.
 SYMMETRIC = 1e-5  # of the largest covariance: by so much float32 may differ from its mirror image
 LARGER = 4  # times what is expected: arrays of up to that are read, to say what the file holds instead
 
@@ -39,6 +41,7 @@ class Reference:
     background: list | None = None  # of a folder's images
     images: int | None = None  # in a folder
     left_out: dict | None = None  # {reason: files} of a folder
+    held_out: tuple | None = None  # distance of other real images to these, and how many, for FDr
     extract: Callable | None = None  # -> FolderFeatures: how a folder's features are still to be had
 
     def open(self):
@@ -49,16 +52,29 @@ class Reference:
                 self.mu, self.sigma, self.features = found.statistics["mu"], found.statistics["sigma"], found.features
 
 
-def find_reference(fid_stats, ref_images, extractor, img_size, device, background=WHITE):
-    """Reference of --fid_stats, --ref_images (see Reference.open) or the default statistics file, or None."""
+def find_references(fid_stats, ref_images, joint, img_size, device, background=WHITE):
+    """A Reference for each extractor of a Joint, None where there is none: of --fid_stats, --ref_images (one pass over
+    the images for all, see Reference.open) or the default statistics file.
+    """
     if fid_stats and ref_images:
         raise FlowARError("--fid_stats and --ref_images are two references: give one")
-    if ref_images:
-        listing = list_images(ref_images)
-        return Reference(ref_images, classes=class_counts(listing), background=list(background), images=len(
-            listing), left_out=dict(listing.left_out), sha256=listing.identity()["sha256"],
-            times=listing.times_sha256(), extract=functools.partial(folder_features, listing, extractor, device,
-                                                                    img_size, background=background))
+    if not ref_images:
+        return [find_statistics(fid_stats, extractor, img_size) for extractor in joint.parts]
+    listing = list_images(ref_images)
+
+    @functools.cache
+    def measured():
+        found = folder_features(listing, joint, device, img_size, background=background)
+        return found and found.split(joint)
+
+    return [Reference(ref_images, classes=class_counts(listing), background=list(background), images=len(listing),
+                      left_out=dict(listing.left_out), sha256=listing.identity()["sha256"],
+                      times=listing.times_sha256(), extract=lambda number=number: measured() and measured()[number])
+            for number in range(len(joint.parts))]
+
+
+def find_statistics(fid_stats, extractor, img_size):
+    """Reference of --fid_stats or the default statistics file, or None."""
     default = extractor.name == Inception.name and img_size == ADM_SIZE
     if fid_stats or default and DEFAULT_STATS.is_file():
         return load_statistics(fid_stats or DEFAULT_STATS, extractor, img_size)
@@ -69,11 +85,15 @@ def find_reference(fid_stats, ref_images, extractor, img_size, device, backgroun
 
 
 def load_statistics(path, extractor, img_size):
-    """Reference of an .npz with mu and sigma. One that does not say of which network they are is taken as Inception's.
+    """Reference of an .npz with mu and sigma, of one extractor or several, see OWN. One that does not say of which
+    network they are is taken as Inception's.
     What contradicts itself, or says another extractor, other weights, preprocessing or another image size, is refused;
     what a file of others does not say (ADM's, CIFAR-10's, pytorch-fid's) is named in one warning.
     """
-    said = read_statistics(path, {name: limit for name, (limit, _) in DESCRIPTION.items()})
+    own = {"suffix": extractor.suffix}
+    if not read_statistics(path, {"feature_extractor": DESCRIPTION["feature_extractor"][0]}, **own):
+        own = {}  # of one extractor
+    said = read_statistics(path, {name: limit for name, (limit, _) in DESCRIPTION.items()}, **own)
     if any(value.size != 1 for value in said.values()):
         raise FlowARError(f"--fid_stats {path}: {', '.join(said)} are not single values")
     said = {name: value.item() for name, value in said.items()}
@@ -88,7 +108,7 @@ def load_statistics(path, extractor, img_size):
             why = "" if name in said else " (one that says nothing of itself is taken as Inception's)"
             raise FlowARError(f"--fid_stats {path}: its {name} is {found}, here it is {value}{why}; "
                               "make statistics with scripts/reference_stats.py")
-    reference, count = read_reference(path, extractor.dim), said.get("num_images")
+    reference, count = read_reference(path, extractor, **own), said.get("num_images")
     if count is not None and reference.features is not None and len(reference.features) != count:
         raise FlowARError(f"--fid_stats {path}: it holds features of {len(reference.features)} images and says "
                           f"num_images {count}")
@@ -99,15 +119,17 @@ def load_statistics(path, extractor, img_size):
     return reference
 
 
-def read_reference(path, dim):
-    """Reference of a statistics file's arrays; FlowARError unless they are finite and fit each other and `dim`."""
-    size = Path(path).stat().st_size
-    room = {"mu": LARGER * 8 * dim, "sigma": LARGER * 8 * dim**2,
+def read_reference(path, extractor, suffix=""):
+    """Reference of a statistics file's arrays, see read_statistics; FlowARError unless they are finite and fit each
+    other and the extractor.
+    """
+    size, dim = Path(path).stat().st_size, extractor.dim
+    room = {"mu": LARGER * 8 * dim, "sigma": LARGER * 8 * dim**2, "held_out": 16,
             **dict.fromkeys(("features", "classes", "class_counts"), LARGER * size)}
-    found = read_statistics(path, room, ("mu", "sigma"))
+    found = read_statistics(path, room, ("mu", "sigma"), suffix)
     classes = class_table(found.pop("classes", None), found.pop("class_counts", None), path)
     if any(value.dtype.kind not in "iuf" for value in found.values()):
-        raise FlowARError(f"--fid_stats {path}: mu, sigma or features are not real numbers")
+        raise FlowARError(f"--fid_stats {path}: mu, sigma, features or held_out are not real numbers")
     mu, sigma = (found[key].astype(np.float64, copy=False) for key in ("mu", "sigma"))
     features = torch.from_numpy(found["features"].astype(np.float32, copy=False)) if "features" in found else None
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
@@ -116,12 +138,18 @@ def read_reference(path, dim):
     if features is not None and (features.ndim != 2 or features.shape[1] != dim):
         raise FlowARError(f"--fid_stats {path}: features are {tuple(features.shape)}, expected (images, {dim})")
     if not all(np.isfinite(value).all() for value in found.values()):
-        raise FlowARError(f"--fid_stats {path}: mu, sigma or features are not finite")
+        raise FlowARError(f"--fid_stats {path}: mu, sigma, features or held_out are not finite")
     if abs(sigma - sigma.T).max() > SYMMETRIC * abs(sigma).max() or sigma.diagonal().min() < 0:
         raise FlowARError(f"--fid_stats {path}: sigma is no covariance: it is not symmetric, or a variance is negative")
-    content = {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": features}
+    held_out = found.get("held_out")
+    if held_out is not None and (held_out.shape != (2,) or held_out.min() <= 0):
+        raise FlowARError(f"--fid_stats {path}: held_out is {held_out.tolist()}, expected a distance and a number of "
+                          "images, both above 0")
+    content = {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": features,
+               "held_out": None if held_out is None else torch.from_numpy(held_out)}
     sha256 = tensors_hash({name: value for name, value in content.items() if value is not None}) if is_main() else None
-    return Reference(str(path), mu, sigma, features, classes, sha256)
+    return Reference(str(path), mu, sigma, features, classes, sha256,
+                     held_out=None if held_out is None else tuple(held_out.tolist()))
 
 
 def class_table(names, counts, path):
@@ -134,12 +162,16 @@ def class_table(names, counts, path):
     return dict(zip(names.tolist(), counts.tolist()))
 
 
-def read_statistics(path, room, needed=()):
-    """The arrays of a statistics file, see models.files.read_npz; FlowARError without those that are needed."""
+def read_statistics(path, room, needed=(), suffix=""):
+    """The arrays of a statistics file, see models.files.read_npz; FlowARError without those that are needed. suffix: of
+    the names in the file, see OWN, not of those that are returned.
+    """
+    names = {name + suffix * (name in OWN): name for name in room}
     if not Path(path).is_file():
         raise FlowARError(f"--fid_stats {path}: no such file")
     try:
-        found = read_npz(path, room)
+        found = read_npz(path, {name: room[own] for name, own in names.items()})
+        found = {names[name]: value for name, value in found.items()}
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
         raise FlowARError(f"--fid_stats {path}: not an .npz with mu and sigma ({first_line(error)})") from error
     for name in needed:
@@ -191,6 +223,14 @@ class FolderFeatures(NamedTuple):
     @property
     def count(self):
         return len(self.listing)
+
+    def split(self, joint):
+        """Those of each extractor, of what was found with a Joint of them, in the order of its parts."""
+        ends = np.cumsum([part.dim for part in joint.parts])
+        places = [slice(end - part.dim, end) for end, part in zip(ends, joint.parts)]
+        mu, sigma = self.statistics["mu"], self.statistics["sigma"]
+        return [self._replace(statistics={"mu": mu[place], "sigma": sigma[place, place]},
+                              features=None if self.features is None else self.features[:, place]) for place in places]
 
 
 def folder_features(listing, extractor, device, img_size=None, crop=False, keep=True, through=None, background=WHITE):

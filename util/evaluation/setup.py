@@ -14,9 +14,10 @@ from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
 from util.data.pixels import WHITE
+from util.evaluation.extractors import Joint, build_extractors
 from util.evaluation.labels import Classes, Labels, choose_labels, classes_of, warn_of_mix
-from util.evaluation.metrics import build_extractor, compute_metrics, warn_of_few
-from util.evaluation.references import Reference, find_reference
+from util.evaluation.metrics import compute_metrics, warn_of_few
+from util.evaluation.references import Reference, find_references
 from util.evaluation.reports import CODE
 from util.evaluation.sampler import Sampler
 from util.options import (GEOMETRY, SAMPLING, as_text, check_geometry, check_vae, model_options, resolve_geometry,
@@ -30,33 +31,51 @@ KL16_VAE = "kl16"  # --vae's default
 
 class Measure(NamedTuple):
     """What images are measured with."""
-    extractor: object  # of metrics.EXTRACTORS
-    reference: Reference | None
+    extractor: Joint
+    references: list  # a Reference, or None, for each of its parts
 
     def open(self):
-        """Extract what of the reference is still to be had, all ranks together; returns self."""
-        if self.reference is not None:
-            self.reference.open()
+        """Extract what of the references is still to be had, all ranks together; returns self."""
+        for reference in filter(None, self.references):
+            reference.open()
         return self
+
+    @property
+    def reference(self):
+        """The first, which knows what they have in common: the images."""
+        return next(filter(None, self.references), Reference(None))
 
     def settings(self):
         """What must agree when an evaluation goes on."""
-        extractor, reference = self.extractor, self.reference or Reference(None)
-        return {"reference": reference.name, "reference_sha256": reference.sha256, "reference_times": reference.times,
-                "reference_background": reference.background, "feature_extractor": extractor.name,
-                "extractor_sha256": tensors_hash(extractor.network.state_dict()),
-                "extractor_resize": extractor.resize, "extractor_batch": extractor.batch}
+        reference, parts = self.reference, self.extractor.parts
+        alike = len({one.sha256 for one in self.references if one}) < 2  # those of one folder are
+        return {"reference": reference.name, "reference_times": reference.times,
+                "reference_sha256": reference.sha256 if alike else [one and one.sha256 for one in self.references],
+                "reference_background": reference.background, "feature_extractor": self.extractor.name,
+                "extractor_sha256": one_or_all(tensors_hash(part.network.state_dict()) for part in parts),
+                "extractor_resize": one_or_all(part.resize for part in parts),
+                "extractor_batch": one_or_all(part.batch for part in parts)}
 
     def compute(self, found, device):
         """The metrics, and their names, of all batches' {features, logits if any} in the images' order."""
-        features = torch.cat([part["features"] for part in found])
+        features = self.extractor.split(torch.cat([part["features"] for part in found]))
         logits = torch.cat([part["logits"] for part in found]) if "logits" in found[0] else None
-        if self.reference is not None:
-            warn_of_few(len(features), self.extractor)
-        values = compute_metrics(features, logits, self.reference, self.extractor, device)
-        reference = self.reference or Reference(None)
-        return {**values, "metrics": list(values), "reference_images": reference.images,
-                "reference_left_out": reference.left_out}
+        values, ratios = {}, []
+        for extractor, reference, mine in zip(self.extractor.parts, self.references, features):
+            if reference is not None:
+                warn_of_few(len(mine), extractor, reference.held_out)
+            values |= compute_metrics(mine, logits if extractor.classes else None, reference, extractor, device)
+            ratios.append(values.get(f"fdr{extractor.suffix}"))
+        if len(ratios) > 1 and None not in ratios:
+            values[f"fdr_mean_of_{len(ratios)}"] = sum(ratios) / len(ratios)
+        return {**values, "metrics": list(values), "reference_images": self.reference.images,
+                "reference_left_out": self.reference.left_out}
+
+
+def one_or_all(values):
+    """The value alone, as of one extractor, or the list of several."""
+    values = list(values)
+    return values[0] if len(values) == 1 else values
 
 
 class Plan(NamedTuple):
@@ -214,13 +233,13 @@ def plan_reports(args, data):
 
 def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is said before anything is sampled or trained."""
-    extractor = build_extractor(args.feature_extractor, args.fid_weights, device)
-    reference = find_reference(args.fid_stats, args.ref_images, extractor, img_size, device,
-                               args.background or WHITE)
-    if reference is not None and len(labels.values) < 2:
+    extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
+    references = find_references(args.fid_stats, args.ref_images, extractor, img_size, device, args.background or WHITE)
+    if any(references) and len(labels.values) < 2:
         raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
-    warn_of_mix(labels, reference)
-    return Measure(extractor, reference)
+    measure = Measure(extractor, references)
+    warn_of_mix(labels, measure.reference)
+    return measure
 
 
 def open_evaluation(args, device):
