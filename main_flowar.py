@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
-from models import FlowARError, build_model
+from models import build_model
 from util import cluster, manifest
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
@@ -25,6 +25,7 @@ from util.speed import prepare
 from util.options import (check_geometry, check_training, model_options, resolve_training, single_point,
                           training_parser, with_options)
 from util.training import checkpoint
+from util.training.initial import begin_with
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, EMA_HOLDS, build_optimizer, ema_advice
 
@@ -49,19 +50,18 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         checkpoint.check_trained_on(content, path, record)
         check_geometry(args, checkpoint.geometry_of(content, path, args.vae_embed_dim), path)
     check_classes(record["data"]["classes"], args.class_num)
-    if args.online_eval and vae is None:
-        raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
     plan = plan_reports(args, record["data"])
     measure = build_measure(args, args.img_size, plan.labels, device).open() if args.online_eval else None
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
     network = build(args, record).to(device)
+    if args.init_from and path is None:
+        begin_with(args.init_from, network, record)
     ema = EMA(network, args.ema_rate)
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    parts = network, ema, optimizer, scaler
-    progress = checkpoint.resume(path, content, parts, record)
+    progress = checkpoint.resume(path, content, (network, ema, optimizer, scaler), record)
     del content
     cluster.agree("where to go on", (progress.epoch, progress.step))
     log(prepare.describe_attention(network, cluster.AUTOCAST.get(args.precision)))
@@ -91,7 +91,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
     with cluster.stop_signals() as signals:
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
-        if path is None and (advice := ema_advice(args.ema_rate, args.epochs * run.steps)):
+        if path is None and not args.init_from and (advice := ema_advice(args.ema_rate, args.epochs * run.steps)):
             log(f"warning: {advice}")
         reported = from_main(lambda: progress.step in logger.reported)
         if progress.done == 0 and is_report_epoch(args, progress.epoch) and not reported:

@@ -49,8 +49,9 @@ def open_teacher(args):
     """(FlowAR on the CPU, its content and path, its settings of sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
-    if args.condition_noise or args.guide:
-        raise FlowARError("--condition_noise and --guide are not of a distillation: the student reads what its teacher draws, without a guide")
+    for name in ("init_from", "condition_noise", "guide"):
+        if getattr(args, name):
+            raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, and reads what that draws")
     if args.evaluate:
         raise FlowARError("--evaluate is for eval.py and main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)

@@ -191,6 +191,7 @@ TABLE = [
     (EVAL, "--guide nowhere.pth", "nowhere.pth: no such checkpoint"),
     (TRAIN, "--guide {p}/run", "--guide {p}/run is for sampling: training draws its samples without"),
     (TRAIN, "--num_step 4:5", "--num_step 4:5 has 2 values: expected one for each of 3 scales"),
+    (TRAIN, "--init_from nowhere.pth", "nowhere.pth: no such checkpoint"),
     (TRAIN, "--t_dist normal", "t_dist is 'normal': expected uniform, logit_normal:MEAN,STD or shift:K"),
     (TRAIN, "--t_dist 'uniform;shift:2'", "t_dist has 2 values (('uniform', 'shift:2')): expected one for each of 3 scales"),
     (EVAL, "--num_step 4 --num_step_last 9", "--num_step_last 9 is above --num_step 4: steps are annealed down to it"),

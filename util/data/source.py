@@ -85,6 +85,8 @@ def open_sources(args, device, class_num=None):
     if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
         log("warning: the images of the validation set have the names and sizes of the training set's: if they are the "
             "same, the validation loss says nothing of images that were not seen")
+    if vae is None and args.online_eval:
+        raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
     if vae is None:
         log(f"no VAE at {named.name} (--vae_path): no sample grids")
     return args, source, validation, vae, origin

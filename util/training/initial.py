@@ -1,0 +1,78 @@
+"""--init_from: a training that begins with the weights of another, whose classes, image size or scales may differ."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from models import FlowARError
+from models.files import name_some, reading
+from models.files.checkpoints import find_model, scales_of
+from models.layers import spans
+from util.cluster import log
+from util.training.checkpoint import read_model_file
+from util.training.provenance import LatentOrigin, check_origin, saved_data, saved_origin
+
+CLASSES = "class_emb.weight"
+POSITIONS = "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"
+LEAST = 0.5  # of the network's numbers, which have to come from the file
+
+
+@torch.no_grad()
+def begin_with(name, network, record):
+    """Load what fits of the weights of a path or name (the average where the file has one) into a new network; say what
+    was taken, resized and left. record: of now, see checkpoint.record. FlowARError if little fits.
+    """
+    path, content = read_model_file(name)
+    weights, resized = find_model(content, path), []
+    state, own = weights.tensors, dict(network.named_parameters())
+    try:
+        check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
+    except FlowARError as error:
+        log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
+    found = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    before, now = saved_data(content).get("classes"), record["data"]["classes"]
+    others = CLASSES not in found or before is not None and before != now
+    if others and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
+        found[CLASSES], kept = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
+        resized.append(f"{CLASSES} ({kept} of {len(now)} classes by name; the others begin as the null class)")
+    with reading(path):
+        scales = scales_of(state["mask"])
+    for key in POSITIONS:
+        if scales != network.scale and key in state and state[key].shape[2] == own[key].shape[2]:
+            found[key] = carry_positions(state[key], scales, network.scale)
+            resized.append(f"{key} (scales {','.join(map(str, scales))} to {','.join(map(str, network.scale))})")
+    left = [f"{key} {tuple(own[key].shape)}" for key in own if key not in found]
+    taken = sum(own[key].numel() for key in found) / sum(value.numel() for value in own.values())
+    if taken < LEAST:
+        raise FlowARError(f"--init_from {path}: only {taken:.0%} of the model's weights are there, without "
+                          f"{name_some(left, 3)}; give --model, --diffloss_d and --diffloss_w as it was trained")
+    for key, value in found.items():
+        own[key].copy_(value)
+    log(f"--init_from {path}: {weights.describe([])}; {len(found)} of {len(own)} tensors taken; "
+        f"resized: {', '.join(resized) or 'none'}; left as drawn: {name_some(left) or 'none'}")
+
+
+def class_table(table, size, before, now):
+    """(Class table of `size` rows, number of classes kept) out of another: rows of classes of the same name, and of the
+    null class, the last, which the others begin as. before, now: names of the classes, [] where they are not known.
+    """
+    rows = {name: row for row, name in enumerate(before)}
+    chosen = [rows.get(name, -1) for name in now]
+    chosen += [-1] * (size - len(chosen))
+    return table[chosen], sum(row >= 0 for row in chosen)
+
+
+def carry_positions(table, old, new):
+    """A table of positions (1, tokens, D) for another list of scales: a scale's own, or those of the one nearest in
+    size, resized bicubically: the positions of every scale span the same square (see RotaryEmbedding).
+    """
+    tables = {s: table[:, span] for s, span in zip(old, spans(old))}
+
+    def of(s):
+        nearest = min(tables, key=lambda other: abs(math.log(other / s)))
+        if nearest == s:
+            return tables[s]
+        grid = tables[nearest].float().transpose(1, 2).unflatten(2, (nearest, nearest))
+        return F.interpolate(grid, size=(s, s), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+    return torch.cat([of(s) for s in new], dim=1)
