@@ -20,8 +20,8 @@ from models.files.checkpoints import find_model
 from util.cluster import log, run_main
 from util.files import check_output
 from util.options import between, fraction, positive, several, some_path
-from util.training.checkpoint import numbered, read_model_file, shapes_of, step_of, write_whole
-from util.training.optimization import rebuild_power
+from util.training.checkpoint import numbered, progress_of, read_model_file, shapes_of, step_of, write_whole
+from util.training.optimization import POWER_WIDTHS, rebuild_power
 
 LARGEST_ERROR = 0.05  # of a profile, relative
 
@@ -39,23 +39,33 @@ def parse_args():
 
 def read_averages(path, content, wanted):
     """{(step, width): {name: tensor}} of a checkpoint and of the snapshots beside it, up to the step that is wanted; memory-mapped."""
-    step = (content.get("progress") or {}).get("step")
-    if not isinstance(content.get("posthoc"), dict) or type(step) is not int:
+    step = (progress_of(content) or {}).get("step")
+    if type(step) is not int or "posthoc" not in content:
         raise FlowARError(f"{path}: it has no averages to rebuild others from: expected a checkpoint of a training with --posthoc_ema")
-    if wanted is not None and wanted > step:
+    if wanted > step:
         raise FlowARError(f"--step {wanted}: {path} is of step {step}")
-    files = [(file, read_file(file, mmap=True)) for file in reversed(numbered(path.parent, "posthoc")) if step_of(file) <= (wanted or step)]
-    found, shapes = {}, shapes_of(next(iter(content["posthoc"].values())))
-    for file, said in [*files, (path, {"step": step, "posthoc": content["posthoc"]})]:  # of one step the checkpoint's, in float32
-        check_content(said, file)
-        try:
-            averages = {(said["step"], float(width)): tensors for width, tensors in said["posthoc"].items() if said["step"] <= (wanted or step)}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FlowARError(f"{file}: it is no snapshot of --posthoc_ema ({error!r}): move it away") from error
-        if any(shapes_of(tensors) != shapes for tensors in averages.values()):
-            raise FlowARError(f"{file}: its tensors are not those of {path}, as if of another model: move it away")
-        found.update(averages)
-    return found
+    found = averages_of({"step": step, "posthoc": content["posthoc"]}, path)  # float32: of one step they are taken
+    shapes = shapes_of(next(iter(found.values())))
+    for file in numbered(path.parent, "posthoc"):
+        if step_of(file) <= wanted:
+            said = read_file(file, mmap=True)
+            check_content(said, file)
+            averages = averages_of(said, file)
+            if any(shapes_of(tensors) != shapes for tensors in averages.values()):
+                raise FlowARError(f"{file}: its tensors are not those of {path}, as if of another model: move it away")
+            found = {**averages, **found}
+    return {key: tensors for key, tensors in found.items() if key[0] <= wanted}
+
+
+def averages_of(said, file):
+    """Those of a snapshot, or of what a checkpoint says in its place."""
+    try:
+        found = {(said["step"], width): said["posthoc"][f"{width:g}"] for width in POWER_WIDTHS}
+        if type(said["step"]) is int and all(map(shapes_of, found.values())):
+            return found
+    except (KeyError, TypeError, AttributeError, IndexError):
+        pass
+    raise FlowARError(f"{file}: it is no snapshot of --posthoc_ema, with a step and averages of widths {POWER_WIDTHS}: move it away")
 
 
 def combine(averages, factors):
@@ -88,10 +98,11 @@ def main():
         check_output(file)
         if file.exists():
             raise FlowARError(f"{file}: is there already: give another --output, or remove it")
-    averages = read_averages(path, content, args.step)
+    step = args.step or (progress_of(content) or {}).get("step") or 0
+    averages = read_averages(path, content, step)
     with torch.no_grad():
         for width, file in files.items():
-            write_whole(rebuild(path, content, averages, args.step or content["progress"]["step"], width, args.largest_error), file)
+            write_whole(rebuild(path, content, averages, step, width, args.largest_error), file)
             print(f"{file}: EMA of width {width}")
 
 

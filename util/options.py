@@ -244,7 +244,8 @@ def add_training_options(parser):
     add("--grad_clip", type=real, default=3.0, help="largest gradient norm; 0 does not clip")
     add("--ema_rate", type=below_one, default=0.9999, help="EMA of the parameters, per step")
     add("--ema_warmup", action="store_true",
-        help="at optimizer step n an EMA rate of min(ema_rate, (1 + n) / (10 + n)): it forgets the random start at once")
+        help="at optimizer step n an EMA rate of min(ema_rate, (1 + n) / (10 + n)): it forgets the random start at "
+             "once")
     add("--posthoc_ema", type=count, default=0,
         help="steps between snapshots of two averages, from which scripts/posthoc_ema.py rebuilds the EMA of any width "
              "after the training; 0: none")

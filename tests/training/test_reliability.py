@@ -114,6 +114,7 @@ def test_killed_it_ends_with_the_same_bits(project, undisturbed, tmp_path, proce
     status, output = finish(start(command, launched))
     assert status == 0 and "going on after step" in output, output
     assert_same_run(tmp_path, undisturbed / str(processes))
+    assert [checkpoint.step_of(path) for path in checkpoint.numbered(tmp_path, "posthoc")] == [36, 30, 24, 18, 12, 6]
 
 
 def test_another_number_of_processes_goes_on_with_the_same_global_batch(project, tmp_path, capsys):

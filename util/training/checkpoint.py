@@ -126,8 +126,9 @@ def powers_of(content):
     def half(value):
         return value.half() if value.abs().max() <= torch.finfo(torch.half).max else value
 
-    powers = {width: {name: half(value) for name, value in power.items()} for width, power in content["posthoc"].items()}
-    return {"step": content["progress"]["step"], "posthoc": powers}
+    return {"step": content["progress"]["step"],
+            "posthoc": {width: {name: half(value) for name, value in power.items()}
+                        for width, power in content["posthoc"].items()}}
 
 
 def lock(folder, patience=LOCK_PATIENCE):

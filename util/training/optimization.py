@@ -1,5 +1,6 @@
-"""Parameter groups, learning-rate schedule and EMA of the release's recipe (METHOD: paper section 4 and release), and the
-averages from which an EMA of any width is rebuilt after a training (EDM2, arXiv 2312.02696).
+"""Parameter groups, learning-rate schedule and EMA of the release's recipe (METHOD: paper section 4 and release).
+
+And the averages from which an EMA of any width is rebuilt after a training (EDM2, arXiv 2312.02696).
 """
 import copy
 import math
@@ -116,7 +117,8 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, model, step):
-        """At the end of optimizer step 1, 2, ...: of the first it is the weights, so it holds nothing of their start."""
+        """At the end of optimizer step 1, 2, ...: after the first it is the weights, and holds nothing of their start.
+        """
         weight = 1 - (1 - 1 / step) ** (self.exponent + 1)
         torch._foreach_lerp_(list(self.tensors.values()), list(model.parameters()), weight)
 
@@ -130,7 +132,7 @@ def rebuild_power(stored, wanted):
     """How to make the power average `wanted` of those `stored`: (the factor of each, relative error of the profile).
 
     wanted, and each of stored: (step, width). Least squares over the profiles p(u) = (g + 1) u^g / n^(g + 1) on [0, n],
-    in float64. The factors sum to 1: what they lacked would scale the weights. A stored one is made of itself alone.
+    in float64, by factors that sum to 1: what they lacked would scale the weights. One that is stored is itself alone.
     """
     if wanted in stored:
         return [float(one == wanted) for one in stored], 0.0
