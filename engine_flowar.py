@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
     precision: str
     seed: int
     log_freq: int  # steps between log entries
-    save_steps: int | None  # steps between checkpoints
+    save_steps: tuple  # numbers of steps between checkpoints; 0 or None: no such
     max_bad_steps: int
 
 
@@ -104,13 +104,13 @@ def train_one_epoch(run):
         run.optimizer.step()
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        run.ema.update(network, skip)
+        run.ema.update(network, skip, progress.step + 1)
         before = PendingStep(progress.step, index, parts, scale, HostCopy(result))
         progress.advance(run.steps)
         run.logger.advance(recipe.global_batch)
 
         log_due = (index + 1) % recipe.log_freq == 0 or progress.done == 0
-        save_due = asked.save or recipe.save_steps and progress.step % recipe.save_steps == 0
+        save_due = asked.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
         if log_due or save_due or asked.stop:
             asked, before = look_at(run, before, asked), None
         if log_due:

@@ -58,7 +58,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     network = build(args, record).to(device)
     if args.init_from and path is None:
         begin_with(args.init_from, network, record)
-    ema = EMA(network, args.ema_rate)
+    ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = checkpoint.resume(path, content, (network, ema, optimizer, scaler), record)
@@ -69,17 +69,16 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         cluster.check_compiler(device)
         prepare.compile_training(network)
         prepare.compile_sampling(ema.module, args.compile)
-    model = network
-    if world_size() > 1:
-        model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True,
-                                        static_graph=args.accum_iter == 1)  # no_sync needs the other kind
+    model = network if world_size() == 1 else DistributedDataParallel(
+        network, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+        static_graph=args.accum_iter == 1)  # no_sync needs the other kind
 
     # ---- 4. what the loop needs
     schedule = dict(lr=args.lr, min_lr=args.min_lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
                     schedule=args.lr_schedule)
     recipe = Recipe(args.batch_size, args.accum_iter, args.global_batch, args.epochs, schedule, args.grad_clip,
-                    args.precision, args.seed, args.log_freq, args.save_every.steps, args.max_bad_steps)
+                    args.precision, args.seed, args.log_freq, (args.save_every.steps, args.posthoc_ema),
+                    args.max_bad_steps)
     saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every, args.resume
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
@@ -91,10 +90,11 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
     with cluster.stop_signals() as signals:
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
-        if path is None and not args.init_from and (advice := ema_advice(args.ema_rate, args.epochs * run.steps)):
+        advice = None if path or args.init_from else ema_advice(args.ema_rate, args.epochs * run.steps, args.ema_warmup)
+        if advice:
             log(f"warning: {advice}")
-        reported = from_main(lambda: progress.step in logger.reported)
-        if progress.done == 0 and is_report_epoch(args, progress.epoch) and not reported:
+        unreported = progress.done == 0 and from_main(lambda: progress.step not in logger.reported)
+        if unreported and is_report_epoch(args, progress.epoch):
             report_or_stop(run, args, validation, plan, measure)  # the run before did not end this one
         while progress.epoch < args.epochs:
             train_one_epoch(run)
@@ -140,7 +140,7 @@ def report(run, args, validation, plan, measure):
                                 plan.labels.allowed)
         if is_main():
             drawn = {"ema": sampler, "raw": sampler._replace(model=run.network.eval(), weights="the model")}
-            for name in drawn if run.ema.rate**step > EMA_HOLDS else ("ema",):  # it may hide what the model has learned
+            for name in drawn if run.ema.held(step) > EMA_HOLDS else ("ema",):  # it may hide what the model has learned
                 run.logger.image(f"samples/{name}", grid := drawn[name].grid(), step)
                 file = f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png"
                 write_png(grid.permute(1, 2, 0).numpy(), Path(args.output_dir) / file)

@@ -59,9 +59,11 @@ def main():
     args = parse_args()
     check_output(args.output)
     figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
-    for path, style in zip(args.tables, ("o-", "s--", "^:", "d-.") * len(args.tables)):
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for number, (path, style) in enumerate(zip(args.tables, ("o-", "s--", "^:", "d-.") * len(args.tables))):
         y, lines = lines_of(path, args.x, args.y, args.by)
-        for (name, points), color in zip(lines.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"]):
+        first = number % len(colors) if len(lines) == 1 else 0  # a line alone has a colour of its own
+        for (name, points), color in zip(lines.items(), colors[first:]):
             axis.plot(*zip(*sorted(points)), style, color=color, label=name)
     axis.set(xlabel=args.x, ylabel=y, xscale="log" if args.log else "linear")
     axis.grid(alpha=0.3, which="both")

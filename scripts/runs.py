@@ -119,9 +119,16 @@ def read_checkpoint(output):
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
 
 
+def snapshots(folder):
+    """{name: hash of the content} of those of the power averages (--posthoc_ema)."""
+    return {path.name: content_hash(torch.load(path, weights_only=True)) for path in Path(folder).glob("posthoc-*.pth")}
+
+
 def assert_same_run(found, expected):
-    """Two output folders hold the same weights, EMA, optimizer, progress and logged losses, bit by bit."""
+    """Two output folders hold the same weights, averages, optimizer, progress and logged losses, bit by bit."""
     a, b = read_checkpoint(found), read_checkpoint(expected)
+    assert content_hash(a.get("posthoc")) == content_hash(b.get("posthoc")), "power averages"
+    assert snapshots(found) == snapshots(expected)
     for key in ("model", "model_ema", "optimizer", "scaler", "epoch", "progress"):
         assert content_hash(a[key]) == content_hash(b[key]), key
     assert read_log(found) == read_log(expected)

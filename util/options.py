@@ -290,6 +290,12 @@ def add_training_options(parser):
     add("--weight_decay", type=real, default=0.02, help="AdamW, on parameters with two or more dimensions")
     add("--grad_clip", type=real, default=3.0, help="largest gradient norm; 0 does not clip")
     add("--ema_rate", type=below_one, default=0.9999, help="EMA of the parameters, per step")
+    add("--ema_warmup", action="store_true",
+        help="at optimizer step n an EMA rate of min(ema_rate, (1 + n) / (10 + n)): it forgets the random start at "
+             "once")
+    add("--posthoc_ema", type=count, default=0,
+        help="steps between snapshots of two averages, from which scripts/posthoc_ema.py rebuilds the EMA of any width "
+             "after the training; 0: none")
     add("--attn_dropout", type=below_one, default=0.1, help="dropout on the transformer's attention weights")
     add("--proj_dropout", type=below_one, default=0.1, help="dropout after projections and in MLPs of the transformer")
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")

@@ -13,7 +13,8 @@ WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_c
                       r"_forward_module|_modules|_parameters|_buffers)\.")
 AVERAGE = re.compile(r"(?:^|_)(?:ema|shadow|swa|avg|averaged?)(?:_|\d|$)", re.IGNORECASE)  # a part of a key
 ONLINE = re.compile(r"(?:^|_)online(?:_|$)")  # beside ema_model in ema-pytorch's state: the weights themselves
-OPTIMIZER = re.compile(r"(?:^|\.)(?:optim\w*|\w*exp_avg\w*|momentum\w*|grads?|gradients?)\.")  # names like the weights'
+OPTIMIZER = re.compile(r"(?:^|\.)(?:optim\w*|\w*exp_avg\w*|momentum\w*|grads?|gradients?|"  # names like the weights'
+                       r"posthoc)\.")  # the power averages of util.training.optimization
 AVERAGED = "n_averaged"  # in the state of torch's AveragedModel
 HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
 LONGEST = 1000  # characters of keys in keys

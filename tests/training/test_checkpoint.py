@@ -1,4 +1,5 @@
 """A run's checkpoints: whole or not at all, the newest whole one found, optimizer and progress refused where they are not."""
+import copy
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from helpers import ROOT, SCALES
 
 import models.files.tensors
 from models import FlowARError, build_model
-from models.files import content_hash
+from models.files import content_hash, read_file
 from util.training import checkpoint
 from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
@@ -236,3 +237,57 @@ def test_training_starts_from_the_weights_of_other_code(tiny, capsys):
     assert capsys.readouterr().out.splitlines()[0] == (
         "x.ckpt: network: weights (not called an average) under 'state_dict.model'; EMA: the average (EMA) under 'state_dict.ema'; "
         "not used: state_dict.loss.w")
+
+
+# ---- power averages ----------------------------------------------------------------------------------------------
+
+
+def with_powers(step, bad=0, every=2):
+    """The content of a checkpoint with averages of 1/3, and of what float16 cannot hold."""
+    powers = {width: {"weight": torch.full((3,), 1 / 3), "large": torch.full((2,), 1e5)} for width in ("0.05", "0.1")}
+    return {"model": {}, "args": {"posthoc_ema": every}, "progress": {**Progress().state_dict(), "step": step, "bad_in_a_row": bad}, "posthoc": powers}
+
+
+def test_snapshots_of_power_averages(tmp_path):
+    """Every --posthoc_ema steps, however few checkpoints are kept, unless the step was a bad one; of later steps they are set aside."""
+    keeper = checkpoint.CheckpointWriter(tmp_path, 1)
+    for step, bad in ((1, 0), (2, 0), (4, 0), (6, 1), (8, 0)):
+        keeper.save(with_powers(step, bad), step)
+    keeper.wait()
+    assert names(tmp_path) == ["checkpoint-000000008.pth", checkpoint.LAST, *(f"posthoc-00000000{step}.pth" for step in (2, 4, 8))]
+    found = read_file(tmp_path / "posthoc-000000004.pth")
+    assert found["step"] == 4 and found["posthoc"]["0.1"]["weight"].dtype == torch.float16
+    assert found["posthoc"]["0.1"]["large"].tolist() == 2 * [1e5] and found["posthoc"]["0.1"]["large"].dtype == torch.float32
+    torn = tmp_path / "posthoc-000000010.pth.tmp"
+    torn.write_bytes(b"cut")
+    checkpoint.CheckpointWriter(tmp_path, 1, step=5)
+    assert [path.name for path in checkpoint.numbered(tmp_path, "posthoc")] == ["posthoc-000000004.pth", "posthoc-000000002.pth"]
+    assert (tmp_path / "posthoc-000000008.pth.aside").is_file() and not torn.exists()
+
+
+def test_power_averages_begin_with_a_training(tiny, tmp_path, capsys):
+    """A run without them cannot go on with them, nor from another step; without the option they end, which is said."""
+    network, scaler = copy.deepcopy(tiny), torch.amp.GradScaler(enabled=False)
+    optimizer = build_optimizer(network, 1e-3, 0.02)
+    args = {**dict.fromkeys(checkpoint.LEARNING), "global_batch": 16, "start_epoch": None, "epochs": 3}
+    record = {"images": 80, "args": args, "data": {}, "vae": {}}
+    held = {posthoc: EMA(network, 0.9, posthoc=posthoc) for posthoc in (True, False)}
+    content = {posthoc: checkpoint.content_of(network, ema, optimizer, scaler, Progress(step=5, epoch=1), record) for posthoc, ema in held.items()}
+
+    def resume(saved, posthoc, **changed):
+        return checkpoint.resume("x.pth", content[saved], (network, held[posthoc], optimizer, scaler), {**record, "args": {**record["args"], **changed}})
+
+    assert "posthoc" not in content[False]
+    content[True] = checkpoint.snapshot(content[True])
+    content[True]["posthoc"]["0.1"]["z_proj.bias"] += 1
+    assert resume(True, True).step == 5 and "not used" not in capsys.readouterr().out
+    assert torch.equal(held[True].powers["0.1"].tensors["z_proj.bias"], content[True]["posthoc"]["0.1"]["z_proj.bias"])
+    assert resume(True, False).step == 5 and "not used: posthoc (160 tensors)" in capsys.readouterr().out
+    with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model: they begin with a training"):
+        resume(False, True)
+    with pytest.raises(FlowARError, match="--start_epoch 2 and --posthoc_ema: its averages begin with a training"):
+        resume(True, True, start_epoch=2)
+    assert resume(True, True, start_epoch=0).step == 0
+    content[True]["posthoc"]["0.1"]["z_proj.bias"] = torch.zeros(3)
+    with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model"):
+        resume(True, True)

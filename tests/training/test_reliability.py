@@ -28,7 +28,7 @@ from util.cluster import RESTART, Preempted, init
 from util.training.progress import Progress
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
-LONG = f"--epochs 8 --save_every 3 --keep 3 {DROPOUT}"  # 40 steps
+LONG = f"--epochs 8 --save_every 3 --keep 3 --posthoc_ema 6 {DROPOUT}"  # 40 steps
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def stopping_before(step, error=KeyboardInterrupt):
         yield
 
 
-@pytest.mark.parametrize("extra", ["", "--precision fp16 --accum_iter 2", "--save_every 2 --log_freq 3 --deterministic"])
+@pytest.mark.parametrize("extra", ["", "--precision fp16 --accum_iter 2 --posthoc_ema 2 --ema_warmup", "--save_every 2 --log_freq 3 --deterministic"])
 def test_stopped_at_any_step_it_ends_with_the_same_bits_and_log(project, tmp_path, extra):
     common = f"--epochs 3 --save_every 1 --keep 1 --eval_freq 2 {DROPOUT} {extra}"
     try:
@@ -114,6 +114,7 @@ def test_killed_it_ends_with_the_same_bits(project, undisturbed, tmp_path, proce
     status, output = finish(start(command, launched))
     assert status == 0 and "going on after step" in output, output
     assert_same_run(tmp_path, undisturbed / str(processes))
+    assert [checkpoint.step_of(path) for path in checkpoint.numbered(tmp_path, "posthoc")] == [36, 30, 24, 18, 12, 6]
 
 
 def test_another_number_of_processes_goes_on_with_the_same_global_batch(project, tmp_path, capsys):

@@ -25,10 +25,12 @@ from util.files import make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
 
-STEP, OWN = "checkpoint-{:09d}.pth", re.compile(r"checkpoint-(\d{9})\.pth")  # a backup's name has other digits
+STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
+OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
-            "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "background", "precision", "seed")
+            "ema_rate", "ema_warmup", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "background",
+            "precision", "seed")
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 
 
@@ -39,14 +41,15 @@ class CheckpointWriter:
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
     symbolic link). A failed write raises FlowARError from the next call; older files go after a newer one is there.
-    Files that are not this class's, see of_steps, are left alone.
+    Files that are not this class's, see of_steps, are left alone. A snapshot of a checkpoint's power averages, where it
+    is due, is written before it and stays.
     """
 
     def __init__(self, folder, keep, minutes=None, step=0, keep_every=0, resume=""):
         self.folder, self.keep, self.minutes, self.keep_every = Path(folder), keep, minutes, keep_every
         self.writer = self.error = None
         self.saved, self.saved_at = step, time.monotonic()
-        for torn in self.folder.glob("checkpoint-*.pth.tmp"):  # of a run that was killed while it wrote
+        for torn in self.folder.glob("*.pth.tmp"):  # of a run that was killed while it wrote
             if OWN.fullmatch(torn.stem) or torn.stem == LAST:
                 torn.unlink()
         last, owned = self.folder / LAST, of_steps(self.folder)
@@ -57,7 +60,7 @@ class CheckpointWriter:
         left = [path for path in owned if path not in aside]
         if left and last.is_file() and any(last.samefile(later) for later in aside):
             link(left[0], last)  # it must not be another name of one that goes
-        for later in aside:
+        for later in [*aside, *(path for path in numbered(self.folder, "posthoc") if step_of(path) > step)]:
             rename_later(later, step)
         before_leaving(self.wait)
 
@@ -96,13 +99,36 @@ class CheckpointWriter:
 
     def _write(self, content, path):
         try:
-            write_file({**content, "checksum": content_hash(content)}, path)
+            if powers_due(content):
+                write_whole(powers_of(content), self.folder / POWERS.format(content["progress"]["step"]))
+            write_whole(content, path)
             link(path, self.folder / LAST)
             self._remove_old()
         except FlowARError as error:
             self.error = error
         except OSError as error:
             self.error = FlowARError(f"{error.filename}: {error.strerror}")
+
+
+def write_whole(content, path):
+    """write_file, with a checksum of the content."""
+    write_file({**content, "checksum": content_hash(content)}, path)
+
+
+def powers_due(content):
+    """Whether a checkpoint's power averages are kept as a snapshot: every --posthoc_ema steps, but no bad ones."""
+    every, progress = saved_options(content).get("posthoc_ema"), content["progress"]
+    return bool(every and progress["step"] % every == 0 and not progress["bad_in_a_row"])
+
+
+def powers_of(content):
+    """A snapshot of a checkpoint's power averages: float16, which halves it, but tensors that this cannot hold."""
+    def half(value):
+        return value.half() if value.abs().max() <= torch.finfo(torch.half).max else value
+
+    return {"step": content["progress"]["step"],
+            "posthoc": {width: {name: half(value) for name, value in power.items()}
+                        for width, power in content["posthoc"].items()}}
 
 
 def lock(folder, patience=LOCK_PATIENCE):
@@ -182,9 +208,9 @@ def of_steps(folder):
     return [path for path, found in progress.items() if found.get("step") == step_of(path)]
 
 
-def numbered(folder):
-    """Files that are named as a run's checkpoints, the latest step first."""
-    found = Path(folder).glob("checkpoint-*.pth")
+def numbered(folder, kind="checkpoint"):
+    """Files that are named as a run's checkpoints, or as its snapshots ("posthoc"), the latest step first."""
+    found = Path(folder).glob(f"{kind}-*.pth")
     return sorted((path for path in found if OWN.fullmatch(path.name)), key=step_of, reverse=True)
 
 
@@ -274,6 +300,7 @@ def content_of(network, ema, optimizer, scaler, progress, record):
         "epoch": progress.epoch - 1,  # the last one that is complete, as the release counts
         "scaler": scaler.state_dict(),
         "progress": progress.state_dict(),
+        **({"posthoc": {width: power.tensors for width, power in ema.powers.items()}} if ema.powers else {}),
     }
 
 
@@ -297,6 +324,22 @@ def load_optimizer(optimizer, scaler, content, path):
             scaler.load_state_dict(content["scaler"])
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise FlowARError(f"{path}: optimizer state cannot be used ({error})") from error
+
+
+def load_powers(ema, content, path):
+    """Load the power averages; FlowARError unless the checkpoint has them, of these parameters."""
+    for width, power in ema.powers.items():
+        saved = content["posthoc"].get(width) if isinstance(content.get("posthoc"), dict) else None
+        if not isinstance(saved, dict) or shapes_of(saved) != shapes_of(power.tensors):
+            raise FlowARError(f"{path}: it has no averages of --posthoc_ema of this model: they begin with a training: "
+                              "leave the option out, or begin anew in another folder")
+        for name, value in power.tensors.items():
+            value.copy_(saved[name])
+
+
+def shapes_of(tensors):
+    """{name: shape}, None for what is no tensor."""
+    return {name: getattr(value, "shape", None) for name, value in tensors.items()}
 
 
 def load_progress(content, path, steps):
@@ -374,21 +417,27 @@ def resume(path, content, parts, record):
     batch, start, before = options["global_batch"], options["start_epoch"], saved_options(content)
     steps = images // batch
     fresh = Progress(epoch=start or 0, step=(start or 0) * steps)
+    anew = "optimizer" not in content or begins_anew(content, options)
+    if ema.powers and anew and fresh.step:
+        raise FlowARError(f"--start_epoch {start} and --posthoc_ema: its averages begin with a training and go by the "
+                          "step: leave out one of them")
     if path is None:
         return fresh
     raw, average = find_model(content, path, "raw first"), find_model(content, path)
     left_out = load_model(network, raw.tensors, path)
     load_model(ema.module, average.tensors, path)
-    others = left_out + [name for name in raw.others if name in average.others and not name.startswith("optimizer.")]
+    used = ("optimizer.", "posthoc.") if ema.powers else "optimizer."
+    others = left_out + [name for name in raw.others if name in average.others and not name.startswith(used)]
     if others or "optimizer" not in content:
         log(f"{path}: network: {raw.source()}; EMA: {average.source()}; {unused(others)}")
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
     load_optimizer(optimizer, scaler, content, path)
-    if begins_anew(content, options):
+    if anew:
         log(f"{path}: --start_epoch: going on with epoch {start + 1}")
         return fresh
+    load_powers(ema, content, path)
     progress = load_progress(content, path, steps)
     if progress.done:
         for what, saved, now in (("images", content.get("images"), images),

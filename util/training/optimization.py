@@ -1,7 +1,11 @@
-"""Parameter groups, learning-rate schedule and EMA of the release's recipe (METHOD: paper section 4 and release)."""
+"""Parameter groups, learning-rate schedule and EMA of the release's recipe (METHOD: paper section 4 and release).
+
+And the averages from which an EMA of any width is rebuilt after a training (EDM2, arXiv 2312.02696).
+"""
 import copy
 import math
 
+import numpy as np
 import torch
 
 from models import FlowARError
@@ -10,6 +14,7 @@ BETAS = (0.9, 0.95)
 LR_SCHEDULES = ("cosine", "constant")
 LR_REFERENCE_BATCH = 256
 EMA_HOLDS = 0.01  # of the random start: more shows in samples
+POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
 
 def peak_learning_rate(blr, global_batch):
@@ -45,30 +50,99 @@ def adjust_learning_rate(optimizer, epoch, **schedule):
     return rate
 
 
-def ema_advice(rate, steps):
+def ema_rate(rate, step, warmup=False):
+    """Of an EMA at optimizer step 1, 2, ...; with warm-up at first lower, so that it holds the last ninth of the steps.
+    """
+    return min(rate, (1 + step) / (10 + step)) if warmup else rate
+
+
+def ema_held(rate, steps, warmup=False):
+    """Part of the weights it began with that an EMA still holds after so many steps."""
+    return math.prod(ema_rate(rate, step, warmup) for step in range(1, steps + 1)) if warmup else rate**steps
+
+
+def ema_advice(rate, steps, warmup=False):
     """A line where the EMA of so many steps will still hold more than 1 % of the weights it began with, else None."""
-    held = rate**steps
+    held = ema_held(rate, steps, warmup)
     if held <= EMA_HOLDS * (1 + 1e-9):
         return None
     forgets = 1 - EMA_HOLDS ** (1 / steps)  # a step
     places = math.ceil(-math.log10(forgets))
     suits = f"{1 - math.ceil(forgets * 10**places) / 10**places:.{places}f}"
     return (f"--ema_rate {rate:g}: after the {steps} steps of this training the EMA will still be {held:.0%} random "
-            f"start, and its samples noise; --ema_rate {suits} suits so few steps, or look at the raw weights "
-            "(--weights raw)")
+            f"start, and its samples noise; --ema_rate {suits} suits so few steps, or give --ema_warmup, or "
+            "look at the raw weights (--weights raw)")
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, kept as a model of its own (eval mode, no gradients)."""
+    """Exponential moving average of a model's parameters, kept as a model of its own (eval mode, no gradients).
 
-    def __init__(self, model, rate):
-        self.rate = rate
+    posthoc: keep the power averages of POWER_WIDTHS too, {width: PowerEMA} in `powers`.
+    """
+
+    def __init__(self, model, rate, warmup=False, posthoc=False):
+        self.rate, self.warmup = rate, warmup
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.powers = {f"{width:g}": PowerEMA(model, width) for width in POWER_WIDTHS if posthoc}
+
+    def held(self, steps):
+        """Part of the random start that it still holds after so many steps."""
+        return ema_held(self.rate, steps, self.warmup)
 
     @torch.no_grad()
-    def update(self, model, skip=None):
-        """ema + (1 - rate) (parameter - ema), in one pass; nothing where `skip`, a tensor (1,) on the device, is 1."""
+    def update(self, model, skip=None, step=None):
+        """ema + (1 - rate) (parameter - ema), in one pass; nothing where `skip`, a tensor (1,) on the device, is 1.
+
+        step: this optimizer step's number, from 1 on, for warm-up and power averages. It counts skipped steps too, as
+        the host does not know of them yet: to a power average they are steps that left the weights as they were.
+        """
         # A step of SGD against `parameter - ema` is just that; its kernel can be told on the device to do nothing.
         average, parameters = list(self.module.parameters()), list(model.parameters())
-        torch._fused_sgd_(average, parameters, [], weight_decay=1.0, momentum=0.0, lr=1 - self.rate, dampening=0.0,
+        rate = ema_rate(self.rate, step, self.warmup)
+        torch._fused_sgd_(average, parameters, [], weight_decay=1.0, momentum=0.0, lr=1 - rate, dampening=0.0,
                           nesterov=False, maximize=True, is_first_step=False, found_inf=skip)
+        for power in self.powers.values():
+            power.update(model, step)
+
+
+# ---- power averages, from which any other is rebuilt (EDM2) ----------------------------------------------------
+
+
+class PowerEMA:
+    """Average of a model's parameters in which step i of n weighs (i^(g + 1) - (i - 1)^(g + 1)) / n^(g + 1)."""
+
+    def __init__(self, model, width):
+        self.exponent = power_exponent(width)
+        self.tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model, step):
+        """At the end of optimizer step 1, 2, ...: after the first it is the weights, and holds nothing of their start.
+        """
+        weight = 1 - (1 - 1 / step) ** (self.exponent + 1)
+        torch._foreach_lerp_(list(self.tensors.values()), list(model.parameters()), weight)
+
+
+def power_exponent(width):
+    """g of the relative width sqrt(g + 1) / ((g + 2) sqrt(g + 3)): the profile's standard deviation in trainings."""
+    return max(root.real for root in np.roots([1, 7, 16 - width**-2, 12 - width**-2]))
+
+
+def rebuild_power(stored, wanted):
+    """How to make the power average `wanted` of those `stored`: (the factor of each, relative error of the profile).
+
+    wanted, and each of stored: (step, width). Least squares over the profiles p(u) = (g + 1) u^g / n^(g + 1) on [0, n],
+    in float64, by factors that sum to 1: what they lacked would scale the weights. One that is stored is itself alone.
+    """
+    if wanted in stored:
+        return [float(one == wanted) for one in stored], 0.0
+    n, g = np.array([(step, power_exponent(width)) for step, width in [*stored, wanted]]).T[..., None]
+    inner = ((g + 1) * (g.T + 1) / (g + g.T + 1) / np.maximum(n, n.T)
+             * (np.minimum(n, n.T) / np.maximum(n, n.T)) ** np.where(n > n.T, g, g.T))
+    norms = np.sqrt(inner.diagonal())
+    inner, sizes = inner / norms / norms[:, None], norms[-1] / norms[:-1]  # of profiles of length 1
+    among, with_it = inner[:-1, :-1], inner[:-1, -1]
+    system = np.block([[among, sizes[:, None]], [sizes, 0]])
+    found = np.linalg.lstsq(system, np.append(with_it, 1), rcond=None)[0][:-1]
+    error = math.sqrt(max(0, 1 - 2 * found @ with_it + found @ among @ found))
+    return (found * sizes).tolist(), error
