@@ -144,8 +144,8 @@ def arrow_files(path):
 
 def list_table(path):
     """Listing of a dataset's images."""
-    import pyarrow.compute as pc
     data = load(path)
+    import pyarrow.compute as pc  # comes with the package, which load() asks for
     column, label_column = find_columns(path, data.features)
     classes, labels = read_labels(path, data.features[label_column], data[label_column][:])
     images = tried(path, lambda: as_bytes(data, column).with_format("arrow")[:][column])
