@@ -20,13 +20,16 @@ for the features, as the release does. Weights are random: time does not depend 
 
     python scripts/benchmark.py data --latents 200000 --scratch /path/to/disk
 
-`data`: images a second through the training loader from shards, from MAR's .npz files, and from JPEGs with the VAE, for 1, 2
-and 4 workers, cold (files dropped from the page cache) and warm. Latents are synthetic, in --scratch, and kept there.
+`data`: images a second through the training loader from shards, from MAR's .npz files, and from JPEGs (in folders, a zip, a
+tar, a parquet file) with the VAE, for 1, 2 and 4 workers, cold (files dropped from the page cache) and warm. Latents and images
+are synthetic, in --scratch, and kept there.
 """
 import copy
+import functools
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -410,6 +413,28 @@ def make_jpegs(folder, count=500, size=(500, 375)):
         Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(folder / "0" / f"{i:05d}.jpg", quality=90)
 
 
+def pack_jpegs(folder, scratch):
+    """The same images in a zip, a tar and, where the package is there, a parquet file; {kind: path}."""
+    places = {"zip": scratch / "zip" / "jpeg.zip", "tar": scratch / "tar" / "jpeg.tar"}
+    for kind, path in places.items():
+        if not path.is_file():
+            make_directory(path.parent)
+            shutil.make_archive(str(path.with_suffix("")), kind, folder)
+    try:
+        import datasets
+    except ImportError:
+        print("no row for parquet: it needs the package datasets")
+        return places
+    datasets.config.HF_DATASETS_CACHE = scratch / "parquet" / "cache"  # whose Arrow file is read
+    files = sorted(folder.rglob("*.jpg"))
+    if not (scratch / "parquet" / "jpeg.parquet").is_file():
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0"])})
+        rows = {"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files], "label": [0] * len(files)}
+        make_directory(scratch / "parquet")
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(scratch / "parquet" / "jpeg.parquet")
+    return {**places, "parquet": scratch / "parquet" / "jpeg"}
+
+
 def forget(folder):
     """Drop a folder's files from the page cache; returns their bytes."""
     total = 0
@@ -452,10 +477,12 @@ def benchmark_data(args, device):
     make_shards(scratch / "shards", args.latents, shape, args.vae_stride)
     make_npz(scratch / "npz", args.latents, shape)
     make_jpegs(scratch / "jpeg")
+    packed = pack_jpegs(scratch / "jpeg", scratch)
     os.sync()  # pages that are not written yet cannot be dropped
     kinds = {"shards": lambda: ShardedMoments(scratch / "shards", train=True),
              "npz": lambda: NpzMoments(scratch / "npz", shape, train=True),
-             "jpeg": lambda: Images(scratch / "jpeg", args.img_size, train=True)}
+             "jpeg": lambda: Images(scratch / "jpeg", args.img_size, train=True),
+             **{kind: functools.partial(Images, path, args.img_size, train=True) for kind, path in packed.items()}}
     rows = []
     for kind, open_dataset in kinds.items():
         size = forget(scratch / kind) / len(open_dataset())

@@ -26,11 +26,12 @@ from models.files import file_hash, name_some, writing
 from util import cluster
 from util.data import Images, latents
 from util.data.caching import Crops, digest
-from util.data.folders import advice, list_classes, split_folder
+from util.data.folders import advice, list_classes
 from util.data.images import RESIZE_MARGIN
 from util.data.inspection import inspect, small_advice
 from util.data.loaders import Loader
 from util.data.pixels import CONVERSIONS
+from util.data.places import find_split
 from util.data.source import open_if_there
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.training.provenance import origin_of
@@ -49,7 +50,7 @@ def crops_option(text):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ (and val/), class folders of images")
+    parser.add_argument("--data_path", type=some_path, required=True, help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
     parser.add_argument("--cached_path", type=lambda text: utf8(some_path(text)), required=True, help="folder to write")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
     parser.add_argument("--vae_path", type=some_path, help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
@@ -281,6 +282,9 @@ def look_before(listing, args):
 def cache_npz(data, vae, args, device, folder, settings):
     """<cached_path>/<class>/<file name>.npz with `moments` and `moments_flip`, float32."""
     listing = data.images.folder
+    if listing.labels_from:
+        raise FlowARError(f"--format npz: MAR's layout has no labels but those of class folders, and these images have those of {listing.labels_from}: "
+                          "leave it out, for shards")
     target = lambda index: folder / f"{listing.name(index)}.npz"  # noqa: E731
     info = {**settings, "images": len(listing), "complete": False}
 
@@ -328,7 +332,7 @@ def main():
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
-    images = Images(split_folder(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
+    images = Images(find_split(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
                     on_bad="error", background=args.background)
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
     if cluster.from_main(lambda: not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO))):

@@ -21,8 +21,8 @@ from models.vae import DiagonalGaussian
 from models.vaes import find_vae
 from util.data import Images, to_uint8
 from util.cluster import run_main, select_device
-from util.data.folders import split_folder
 from util.data.pixels import WHITE
+from util.data.places import find_split
 from util.data.latents import ShardedMoments, kind_of_cache, read_texts
 from util.data.source import open_if_there
 from util.options import default_scales, integer_list, positive, some_path
@@ -59,7 +59,7 @@ def originals(data, chosen, args):
         return None
     index = data.index
     center = index["crops"] == "center"
-    images = Images(split_folder(args.data_path, args.split), index["img_size"], index["seed"], train=not center, flip=False,
+    images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"], train=not center, flip=False,
                     background=tuple(index["background"] or WHITE))
     position = {images.folder.name(i): i for i in range(len(images))}
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]

@@ -16,7 +16,7 @@ from pictures import check_picture, draw_table, read_settings, save
 from models import FlowARError
 from util.cluster import run_main, select_device
 from util.data import center_crop, open_image
-from util.data.folders import name_classes
+from util.data.places import name_images
 from util.evaluation.pipeline import open_pipeline
 from util.evaluation.reports import CODE
 from util.files import make_directory
@@ -106,7 +106,7 @@ def outputs(args):
 
 def name_the_classes(pipe, folder):
     """Let class folders name the classes."""
-    names = name_classes(folder)
+    names = name_images(folder)
     if len(names) > len(pipe.names):
         raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {len(pipe.names)} classes")
     pipe.names[:len(names)] = names

@@ -28,7 +28,7 @@ from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from util.data import Images, build_loader, to_uint8
-from util.data.folders import split_folder
+from util.data.places import find_split
 from util.data.source import say_what_is_there
 from util.cluster import autocast, run_main, select_device, set_precision, set_way_on
 from util.evaluation.store import write_png
@@ -45,7 +45,7 @@ PICTURES = 12
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=some_path, required=True, help="folder with train/ and val/, class folders of images")
+    parser.add_argument("--data_path", type=some_path, required=True, help="folder or archive with train/ and val/, or hf:OWNER/NAME, see docs/data.md")
     parser.add_argument("--output", type=some_path, required=True, help="file to write; <output>.png shows reconstructions")
     parser.add_argument("--resume", help="finished VAE of this script to train further, with its own sizes; may be --output itself")
     parser.add_argument("--no_val", action="store_true", help="no held-out images: no PSNR")
@@ -176,12 +176,12 @@ def evaluate(vae, data, args, device):
 
 def open_images(args):
     """(training images, held-out images or None)."""
-    train = split_folder(args.data_path, "train")
+    train = find_split(args.data_path, "train")
     data = Images(train, args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
                   background=args.background)
     say_what_is_there(data, train, args.img_size)
     try:
-        return data, None if args.no_val else Images(split_folder(args.data_path, "val"), args.img_size,
+        return data, None if args.no_val else Images(find_split(args.data_path, "val"), args.img_size,
                                                           background=args.background)
     except FlowARError as error:
         print(f"warning: no PSNR on held-out images: {error}; mend it, or leave it out with --no_val", flush=True)

@@ -250,7 +250,7 @@ def add_file_options(parser):
     add("--output_dir", type=lambda text: utf8(some_path(text)), default="./output_dir",
         help="where everything is written")
     add("--data_path", type=some_path, default="./data/imagenet",
-        help="folder with train/ and val/, class folders of images (eval.py needs none)")
+        help="folder, .zip or .tar with train/ and val/, class folders of images; or hf:OWNER/NAME (not for eval.py)")
     add("--timeout", type=seconds, default=TIMEOUT,
         help="seconds without a sign of life after which a process, or the data, counts as dead")
 

@@ -1,4 +1,5 @@
 """Caches of latents: what they hold, what they say of themselves, how they go on, and what is refused."""
+import importlib.util
 import json
 import os
 import shutil
@@ -402,7 +403,7 @@ def test_benchmark_of_data(tmp_path):
     done = run(f"scripts/benchmark.py data --latents 600 --scratch {tmp_path} --workers 1 --seconds 1 --vae_ch 16 --vae_ch_mult 1,1,2 "
                "--vae_embed_dim 4 --vae_stride 4 --img_size 16 --device cpu")
     result = json.loads(done.stdout[done.stdout.index("{"):])
-    assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg"] and result["ratio_shards_npz"]["1"] > 0
+    assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg", "zip", "tar", *["parquet"] * bool(importlib.util.find_spec("datasets"))] and result["ratio_shards_npz"]["1"] > 0
 
 
 def test_images_with_a_stray_npz_or_shard_stay_images(project, tmp_path):

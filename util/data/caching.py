@@ -1,6 +1,5 @@
 """What the data workers of scripts/cache_latents.py make: here, as they may be started without that script."""
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch.utils.data import Dataset
 
 from models import FlowARError
 from util.cluster import is_shortage
+from util.data.folders import open_file
 from util.data.latents import DIGEST_BYTES
 
 
@@ -42,4 +42,5 @@ class Crops(Dataset):
 
 
 def digest(path):
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=DIGEST_BYTES).digest()
+    with open_file(path) as file:
+        return hashlib.blake2b(file.read(), digest_size=DIGEST_BYTES).digest()

@@ -6,7 +6,6 @@ posterior moments (2C, h, w), and the dataset has `latent_scale` and may have `o
 order(seed, epoch) -> permutation; identity(), see Listing; and say_counts(), see Images. A row in DATASETS makes
 training, validation and benchmarks know it.
 """
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 from models import FlowARError
@@ -14,6 +13,7 @@ from util.cluster import from_main, rank, world_size
 from util.data import latents
 from util.data.images import Images
 from util.data.pixels import WHITE
+from util.data.places import is_there
 
 
 class DataSettings(NamedTuple):
@@ -63,9 +63,8 @@ def open_npz(path, settings):
 DATASETS = {
     "shards": DataKind(lambda path: latents.kind_of_cache(path) == "shards", open_shards, True, shards_geometry),
     "npz": DataKind(lambda path: latents.kind_of_cache(path) == "npz", open_npz, True),
-    "images": DataKind(lambda path: Path(path).is_dir() and any(Path(path).iterdir()),
-                       lambda path, s: Images(path, s.img_size, s.seed, s.train, flip=s.flip, on_bad=s.on_bad,
-                                              background=s.background)),
+    "images": DataKind(is_there, lambda path, s: Images(path, s.img_size, s.seed, s.train, flip=s.flip, on_bad=s.on_bad,
+                                                        background=s.background)),
 }
 
 

@@ -3,10 +3,12 @@
 A file counts if its suffix says so and its name is not hidden (._x.png) nor left behind by a system (__MACOSX);
 hidden folders (.thumbnails) neither. Links are followed, each folder once, so a loop of links ends. What is left out is
 counted by reason. Classes are the folders at the top, in the order of their names, at whatever depth their files lie;
-files are in torchvision's order. Names are what the disk holds: bytes, which need not be UTF-8.
+files are in torchvision's order. Names are what the disk holds: bytes, which need not be UTF-8. Archives and tables
+(util.data.places) are listed by the same rule; only how a file of theirs is opened is another.
 """
 import copy
 import hashlib
+import io
 import os
 import stat
 from collections import Counter
@@ -22,6 +24,7 @@ IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", "
                             ".pgm", ".pbm", ".pnm", ".pfm", ".tif", ".tiff", ".jp2", ".j2k", ".avif", ".heic", ".heif"))
 LEFT_BEHIND = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin",
                          "lost+found", "system volume information", "__pycache__"))
+LABELS_FILE = "dataset.json"  # of EDM's tools
 READERS = 16  # threads: a network disk answers many at once
 HIDDEN, LOST, AGAIN, NO_FILE, OUTSIDE = ("hidden or a system's", "links to nothing", "folders already read",
                                          "neither files nor folders", "outside of the class folders")
@@ -43,8 +46,10 @@ class Part(NamedTuple):
 class Listing:
     """Files below a folder, in arrays: Python objects would be copied into every worker that touches them.
 
-    root: the folder; classes: names, in the order of the labels; left_out: Counter of reasons.
+    root: the folder; classes: names, in the order of the labels; left_out: Counter of reasons; labels_from: what says
+    the labels, None for class folders.
     """
+    labels_from = None
 
     def __init__(self, root, classes, parts, left_out):
         self.root, self.classes, self.left_out = str(root), classes, left_out
@@ -62,11 +67,15 @@ class Listing:
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.text[start:self.ends[index]].tobytes())
 
+    def file(self, index):
+        """What open_file takes, and str() names."""
+        return os.path.join(self.root, self.name(index))
+
     def __getitem__(self, index):
-        """(path, label)."""
+        """(file, label)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return os.path.join(self.root, self.name(index)), int(self.labels[index])
+        return self.file(index), int(self.labels[index])
 
     @property
     def samples(self):
@@ -89,6 +98,8 @@ class Listing:
         digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         for values in (self.text, self.ends, self.sizes):
             digest.update(np.ascontiguousarray(values))
+        if self.labels_from == LABELS_FILE:  # else they follow from the names
+            digest.update(np.ascontiguousarray(self.labels))
         return {"classes": self.classes, "counts": self.counts, "images": len(self), "sha256": digest.hexdigest()}
 
     def for_workers(self):
@@ -97,6 +108,9 @@ class Listing:
         smaller.sizes = smaller.times = np.zeros(0, np.int64)
         return smaller
 
+    def prepare(self):
+        """Make it readable on this host; all ranks call it."""
+
     def times_sha256(self):
         return hashlib.sha256(np.ascontiguousarray(self.times)).hexdigest()
 
@@ -104,6 +118,27 @@ class Listing:
         """'3,700 images; left out: 12 hidden or a system's, 28 .txt'."""
         reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.most_common())
         return f"{len(self):,} {what}" + (f"; left out: {reasons}" if reasons else "")
+
+
+class Packed(Listing):
+    """Files inside of others: read(index) -> the bytes of one; OSError or ValueError if they are not those listed."""
+
+    def file(self, index):
+        return Inside(self, index)
+
+
+class Inside(NamedTuple):
+    """A file of a Packed listing."""
+    listing: Packed
+    index: int
+
+    def __str__(self):
+        return Listing.file(*self)
+
+
+def open_file(file):
+    """Binary file of a path, or of a file of a Listing."""
+    return io.BytesIO(file.listing.read(file.index)) if isinstance(file, Inside) else open(file, "rb")
 
 
 def pack(rows, left_out):
@@ -139,15 +174,18 @@ def list_classes(root, suffixes=IMAGE_SUFFIXES, what="images"):
     around = {name: set(taken) - {mine} for mine, name in taken.items()}
     with ThreadPoolExecutor(READERS) as pool:
         parts = list(pool.map(lambda name: walk(root, name, suffixes, around[name]), classes))
-    left_out = +sum((part.left_out for part in parts), left_out)
-    listing = Listing(root, classes, parts, left_out)
-    if not classes:
-        flat = left_out[OUTSIDE]
+    return check_listed(Listing(root, classes, parts, +sum((part.left_out for part in parts), left_out)), what)
+
+
+def check_listed(listing, what="images"):
+    """The Listing; FlowARError unless it has classes, and a file."""
+    root, flat = listing.root, listing.left_out[OUTSIDE]
+    if not listing.classes:
         raise FlowARError(f"{root}: " + (
             f"{flat:,} {what} but no class folders: put them into a folder for each class, or all into one, as "
             f"{root}/all" if flat else f"no class folders (expected {what} in class folders)"))
     if not len(listing):
-        raise FlowARError(f"{root}: no {what} in its class folders ({name_some(classes, 3)}; "
+        raise FlowARError(f"{root}: no {what} in its class folders ({name_some(listing.classes, 3)}; "
                           f"expected {what} in class folders{listing.summary(what).partition(what)[2]})")
     return listing
 
@@ -157,16 +195,6 @@ def name_classes(root):
     if not os.path.isdir(root):
         raise FlowARError(f"{root}: no such folder (expected class folders)")
     return [entry.name for entry, status in entries(root, Counter()) if stat.S_ISDIR(status.st_mode)]
-
-
-def split_folder(data_path, split):
-    """data_path/train or data_path/val; FlowARError if it is not there."""
-    folder = os.path.join(data_path, split)
-    if not os.path.isdir(folder):
-        above, name = os.path.split(os.path.normpath(data_path))
-        hint = f"give {above}" if name in ("train", "val") else "it holds train/ and val/, each with a folder per class"
-        raise FlowARError(f"--data_path {data_path}: there is no {split}/ in it: {hint}")
-    return folder
 
 
 def walk(root, top, suffixes, seen):
@@ -242,7 +270,7 @@ def advice(listing):
     depth = depths(listing)
     own = np.bincount(listing.labels[depth == 1], minlength=len(classes))
     only_folders = [name for name, count, direct in zip(classes, counts, own) if count and not direct]
-    if only_folders:
+    if only_folders and not listing.labels_from:
         below = listing.name(int(np.argmax(depth > 1))).rpartition("/")[0]
         lines.append(f"{len(only_folders)} of {len(classes)} class folders hold only folders ("
                      f"{name_some(only_folders, 3)}): an image in {below} gets the label of "

@@ -10,8 +10,8 @@ from torchvision.transforms import functional as TF
 
 from models import FlowARError
 from util.cluster import from_main, gather_to_main, is_shortage, log
-from util.data.folders import list_classes
 from util.data.pixels import CONVERSIONS, WHITE, describe_conversions, read_image
+from util.data.places import list_images
 
 RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
 SKIPPED, READ, FIRST_CONVERSION = range(3)  # what Images counts
@@ -47,7 +47,7 @@ def center_crop(image, size):
 
 
 class Images(Dataset):
-    """Class folders of images. Items: (float tensor (3, size, size) in [-1, 1], label).
+    """Images of a place, see util.data.places. Items: (float tensor (3, size, size) in [-1, 1], label).
 
     In training a random crop of the recipe, or with center=True the centre crop, flipped with probability 1/2.
     An unreadable image is an error, or with on_bad="skip" the next readable one replaces it; "error" is of a program
@@ -57,7 +57,8 @@ class Images(Dataset):
     is_moments = False
 
     def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad=None, background=WHITE):
-        self.folder = from_main(lambda: list_classes(root))  # one rank asks a network disk
+        self.folder = from_main(lambda: list_images(root))  # one rank asks a network disk
+        self.folder.prepare()
         self.classes, self.size, self.seed = self.folder.classes, size, seed
         self.train, self.center, self.flip = train, center, flip
         self.on_bad, self.background = on_bad, background

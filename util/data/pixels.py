@@ -17,6 +17,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 
 from models import FlowARError
 from models.files import first_line
+from util.data.folders import open_file
 
 # Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
@@ -80,7 +81,7 @@ def readable_formats():
 
 def format_found(path):
     """What a file that Pillow does not know seems to be, with the cure, for a message."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(64)
     if not start.strip(b"\0"):
         return "only zeros" if start else "an empty file"
@@ -95,7 +96,7 @@ def opened(path):
     """The file as a Pillow image, not decoded; FlowARError with the path for whatever goes wrong in the block."""
     try:
         # By a file, not its name: by that, Pillow maps a TIFF that is turned, and scrambles it.
-        with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb") as file, \
+        with contextlib.nullcontext(path) if hasattr(path, "read") else open_file(path) as file, \
                 Image.open(file, formats=readable_formats()) as image:
             if max(image.size) > LONGEST_SIDES * min(image.size):  # resized to a crop's size it would take gigabytes
                 raise ValueError(f"{image.width}x{image.height} pixels, expected sides within a factor of "

@@ -9,11 +9,13 @@ from models.vae import DiagonalGaussian
 from models.vaes import find_vae
 from util.cluster import fetch, from_main, log, rank, world_size
 from util.data.door import DATASETS, DataSettings, find_data, open_data
-from util.data.folders import advice, name_classes, split_folder
+from util.data.folders import advice
 from util.data.images import Images
 from util.data.inspection import sample_advice
 from util.data.loaders import build_loader
 from util.data.pixels import WHITE
+from util.data.places import find_split, name_images
+from util.data.tables import is_hub, is_table
 from util.options import check_vae, resolve_geometry, with_options
 from util.training.provenance import LatentOrigin, check_origin, origin_of
 
@@ -61,10 +63,10 @@ def open_sources(args, device, class_num=None):
     origin = LatentOrigin() if vae is None else origin_of(named, vae)
     settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
                             args.on_bad_image, args.background or WHITE)
-    path = args.cached_path if kind else split_folder(args.data_path, "train")
+    path = args.cached_path if kind else find_split(args.data_path, "train")
     data = open_data(path, settings, cached=bool(kind))
     say_what_is_there(data, path, args.img_size)
-    if kind and (other := from_main(lambda: other_classes(data, args.data_path))):
+    if kind and (other := other_classes(data, args.data_path)):
         log(f"warning: {path}: {other}; if the images are the newer ones, run scripts/cache_latents.py again")
     args = with_options(args, class_num=asked or len(data.classes),
                         background=args.background if kind else settings.background)
@@ -122,11 +124,13 @@ def say_what_is_there(data, path, img_size):
 
 
 def other_classes(cache, data_path):
-    """In which classes a cache and the images in data_path differ, as far as these are there; "" if they do not."""
-    folder = Path(data_path or "") / "train"
-    images = name_classes(folder) if data_path and folder.is_dir() else []
+    """In which classes a cache and the images in data_path differ, as far as these are at hand; "" if they do not."""
+    at_hand = data_path and not is_hub(data_path)
+    if not at_hand or (place := find_split(data_path, "train", needed=False)) is None or is_table(place):
+        return ""  # a dataset would be downloaded, or converted
+    images = from_main(lambda: name_images(place))
     unlike = sorted(set(images) ^ set(cache.classes)) if images else []
-    return f"its classes are not those of {folder} (only in one of them: {name_some(unlike)})" if unlike else ""
+    return f"its classes are not those of {place} (only in one of them: {name_some(unlike)})" if unlike else ""
 
 
 def check_classes(classes, class_num):
@@ -167,11 +171,11 @@ def open_validation(args, settings, vae, classes, origin):
         check_origin(f"--cached_val_path {path}", cache_origin(data, path), origin)
         check_same_classes(data, path, classes)
         return data
-    path = Path(args.data_path) / "val"
-    if not from_main(path.is_dir) or vae is None:
-        log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
-        return None
     try:
+        path = None if vae is None else find_split(args.data_path, "val", needed=False)
+        if path is None:
+            log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
+            return None
         data = open_data(path, settings)
         check_same_classes(data, path, classes)
     except FlowARError as error:
