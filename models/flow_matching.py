@@ -132,8 +132,7 @@ def euler(velocity, x, times, generator=None):
 
 
 def second_order(part):
-    """Two evaluations a step: the slope here and the one after `part` of a step, 1 is Heun's method, 1/2 the midpoint's.
-    """
+    """Two evaluations a step: the slope here and that after `part` of a step; 1 is Heun's method, 1/2 the midpoint's."""
 
     def solver(velocity, x, times, generator=None):
         x = x.double()
@@ -170,4 +169,4 @@ def adams_bashforth2(velocity, x, times, generator=None):
     return x
 
 
-SOLVERS = {"euler": euler, "heun": second_order(1), "ab2": adams_bashforth2, "midpoint": second_order(1 / 2), "rk4": rk4}
+SOLVERS = {"euler": euler, "heun": second_order(1), "ab2": adams_bashforth2, "midpoint": second_order(0.5), "rk4": rk4}

@@ -314,8 +314,8 @@ def add_training_options(parser):
     add("--no_val", action="store_true", help="no validation loss, even if there is a val/")
     add("--cached_val_path", type=utf8, default="",
         help="cached latents of val/ for the validation loss; default: encode data_path/val")
-    add("--init_from", default="", help="begin with these weights (path, hf: or released: name) what --resume does not go on "
-        "with: classes, image size, scales may differ")
+    add("--init_from", default="", help="weights to begin a new run with (path, hf: or released: name): classes, image "
+        "size, scales may differ")
     add("--start_epoch", type=count, help="first epoch; default: the one after the checkpoint's")
     add("--global_batch", type=positive,
         help="images an optimizer step; default: the checkpoint's, or batch_size x processes x accum_iter")
@@ -480,7 +480,7 @@ def check_steps(values):
                               f"{TIME_GRIDS[grid]}, or --time_grid uniform")
 
 
-SWEPT = ("cfg", "guidance", "guidance_low", "num_step", "num_step_last", "solver")  # of these an evaluation takes several values
+SWEPT = "cfg", "guidance", "guidance_low", "num_step", "num_step_last", "solver"  # an evaluation takes several values
 
 
 def swept(args, name):
