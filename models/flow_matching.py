@@ -132,7 +132,7 @@ def euler(velocity, x, times, generator=None):
 
 
 def second_order(part):
-    """Two evaluations a step: the slope here and that after `part` of a step; 1 is Heun's method, 1/2 the midpoint's."""
+    """Two evaluations a step: the slope here and after `part` of a step; 1 is Heun's method, 1/2 the midpoint's."""
 
     def solver(velocity, x, times, generator=None):
         x = x.double()
