@@ -25,7 +25,7 @@ import project_root  # noqa: F401  first: it names what is too old
 import torch
 
 from models import FlowARError
-from models.flow_matching import SOLVERS
+from models.flow_matching import SOLVERS, TIME_GRIDS
 from pictures import png_text
 from util.cluster import PRECISIONS, run_main, select_device
 from util.cluster.ending import explain
@@ -369,7 +369,7 @@ def how_fields(gr, pipe):
                       info="1: none; higher: clearer, less varied"),
             gr.Slider(0, 1, now["guidance"], step=0.05, label="Guidance interval", elem_id="guidance",
                       info="It acts at times up to this; 1 is noise"),
-            gr.Slider(2, max(MOST_STEPS, now["num_steps"]), now["num_steps"], step=1, label="Steps of a scale",
+            gr.Slider(TIME_GRIDS[now["time_grid"]], max(MOST_STEPS, now["num_steps"]), now["num_steps"], step=1, label="Steps of a scale",
                       elem_id="steps")]
         with gr.Row():
             return [*numbers,

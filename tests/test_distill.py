@@ -67,6 +67,16 @@ def test_its_settings_are_used_by_default(project, student, tmp_path, monkeypatc
         evaluate(project, student, tmp_path / "no", "--num_step 1 --cfg 1 --time_grid release")
 
 
+def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkeypatch):
+    for name, target in (("run", project / "teacher"), ("vae.pth", project / "vae.pth"), ("val_stats.npz", project / "vae.pth")):
+        (tmp_path / name).symlink_to(target)
+    call(monkeypatch, f"scripts/few_step.py --root {tmp_path} --student {student} --images 0 --batch 2 --repeats 1 --device cpu")
+    table = (student / "few_step.md").read_text().splitlines()
+    assert len(table) == 2 + 1 + 10 + 4 and table[3].startswith("| teacher, euler, 8 |") and table[-1].startswith("| student, euler, 1 |")
+    assert all(value > 0 for value in read_json(student / "few_step.json")["milliseconds"].values())
+    assert Image.open(student / "few_step.png").size[0] > Image.open(student / "few_step.png").size[1]
+
+
 def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
     words = command(project, tmp_path, "--save_every 4")
     for step in (4, 16):

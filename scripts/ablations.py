@@ -1,0 +1,164 @@
+"""Change one thing at a time on the quickstart's model: train, evaluate, and put all into one table and one figure.
+
+    python scripts/ablations.py --root output/quickstart --variants times,reading,guidance
+
+Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few options more, for as
+many images and with each of the seeds; variants that differ in sampling alone share a training. Each is evaluated as the quickstart is. What
+is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md, ablations.json and ablations.png there.
+"""
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import project_root
+
+import torch
+from matplotlib.figure import Figure
+
+from models import FlowARError
+from models.files import name_some
+from quickstart_report import accuracy, get_classifier, gray
+from util.cluster import run_main, select_device
+from util.evaluation.labels import image_label
+from util.evaluation.references import load_uint8
+from util.evaluation.reports import RESULTS, machine, read_report
+from util.files import write_bytes, write_json
+from util.options import count, positive, several, some_path
+from util.training.logging import read_lines
+
+TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny "
+            "--batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --data_path {root}/images "
+            "--cached_path {root}/latents --cached_val_path {root}/latents_val --num_workers 0 --save_last_freq 1 --eval_freq 1000")
+SAMPLING = "eval.py --vae_path {root}/vae.pth --num_step 25 --cfg 3 --guidance 1 --fid_stats {root}/val_stats.npz --feature_extractor efficientnet-lite0 --save_images"
+BASE = "released"
+VARIANTS = {  # group: {name: (options of training, options of sampling)}
+    "times": {BASE: ("", ""), "shift 0.5": ("--t_dist shift:0.5", ""), "shift 2": ("--t_dist shift:2", ""),
+              "logit-normal 0, 1": ("--t_dist logit_normal:0,1", "")},
+    "reading": {BASE: ("", ""), "condition noise 0.1": ("--condition_noise 0.1", ""), "condition noise 0.3": ("--condition_noise 0.3", "")},
+    "scales": {BASE: ("", ""), "1, 4": ("--scales 1,4", ""), "1, 2, 3, 4": ("--scales 1,2,3,4", "")},
+    "guidance": {"no guidance": ("", "--cfg 1"), BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1"), "t > 0.3": ("", "--guidance_low 0.3"),
+                 "t <= 0.7": ("", "--guidance 0.7"), "2 on every scale": ("", "--cfg 2 --cfg_schedule constant"),
+                 "falling, 3:2:1": ("", "--cfg 3:2:1")},
+}
+COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%", "validation loss": ".4f"}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--root", type=some_path, default="output/quickstart", help="the quickstart's folder")
+    parser.add_argument("--variants", type=several(str), default=tuple(VARIANTS), help=f"groups: {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=several(count), default=(0, 1, 2), help="of training and sampling")
+    parser.add_argument("--images", type=positive, default=80000, help="training images that each sees, in whole epochs")
+    parser.add_argument("--samples", type=positive, default=2000, help="images of each evaluation")
+    parser.add_argument("--at_once", type=positive, default=2, help="programs that run side by side")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    args = parser.parse_args()
+    unknown = [name for name in args.variants if name not in VARIANTS]
+    if unknown:
+        raise FlowARError(f"--variants: no group {name_some(unknown)}: expected some of {', '.join(VARIANTS)}")
+    return args
+
+
+def folder_of(options):
+    """Name of the folder of these options."""
+    return "_".join(shlex.split(options.replace("--", ""))).replace(":", "-").replace(",", "-") or BASE
+
+
+class Point:
+    """One variant with one seed."""
+
+    def __init__(self, args, training, sampling, seed):
+        base = Path(args.root) / "ablations" / f"{args.images}"
+        self.run, self.training, self.sampling, self.seed = base / f"{folder_of(training)}_seed{seed}", training, sampling, seed
+        self.output = self.run / f"eval{args.samples}_{folder_of(sampling)}"
+
+    def train(self, args, epochs):
+        command = (f"{TRAINING} {self.training} --seed {self.seed} --epochs {epochs} --warmup_epochs {epochs * 0.05} "
+                   f"--output_dir {self.run} --resume {self.run} --device {args.device}")
+        start(args, command, self.run)
+
+    def evaluate(self, args):
+        command = (f"{SAMPLING} {self.sampling} --resume {self.run} --seed {self.seed} --num_images {args.samples} "
+                   f"--eval_bsz {min(args.samples, 250)} --output_dir {self.output} --device {args.device}")
+        start(args, command, self.output)
+
+    def figures(self, network, device):
+        report = read_report(self.output / RESULTS)
+        images = load_uint8([self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])])
+        labels = torch.tensor([image_label(i, len(images), report["class_num"]) for i in range(len(images))])
+        losses = [line["loss"] for line in read_lines(self.run / "log.jsonl") if line.get("group") == "val_ema"]
+        names = [name for start in ("frechet_distance", "kid_mean", "precision", "recall") for name in report["metrics"] if name.startswith(start)]
+        return [*map(report.get, names), accuracy(network, gray(images), labels, device), losses[-1]], report["parameters"]
+
+
+def start(args, command, output):
+    """Run one of the programs of the project, with its share of the cores; its words go to a file beside what it makes."""
+    command = command.format(root=args.root)
+    threads = str(max(1, (os.cpu_count() or 1) // args.at_once))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{output}.txt", "ab") as log:
+        status = subprocess.run([sys.executable, *shlex.split(command)], cwd=Path.cwd(), stdout=log, stderr=log,
+                                env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(project_root.ROOT)}).returncode
+    if status:
+        raise FlowARError(f"{output}.txt: the last lines say why this ended with status {status}: {command}")
+
+
+def main():
+    args = parse_args()
+    root, device = Path(args.root), select_device(args.device)
+    if not (root / "val_stats.npz").is_file():
+        raise FlowARError(f"{root}: no val_stats.npz: run scripts/quickstart.sh first")
+    epochs = max(1, round(args.images / sum(1 for _ in (root / "images" / "train").glob("*/*"))))
+    rows = {(group, name): [Point(args, *options, seed) for seed in args.seeds] for group in args.variants for name, options in VARIANTS[group].items()}
+    points = [point for seed in range(len(args.seeds)) for row in rows.values() for point in [row[seed]]]  # the first seed of all comes first
+    with ThreadPoolExecutor(args.at_once) as pool:
+        list(pool.map(lambda point: point.train(args, epochs), {point.run: point for point in points}.values()))
+        list(pool.map(lambda point: point.evaluate(args), {point.output: point for point in points}.values()))
+    network = get_classifier(root, device)
+    found = {key: [point.figures(network, device) for point in row] for key, row in rows.items()}
+    report(args, found, device, root / "ablations")
+
+
+def report(args, found, device, output):
+    lines = [f"| | {' | '.join(COLUMNS)} | parameters |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for (group, name), row in found.items():
+        cells = [spread([figures[column] for figures, _ in row], form) for column, form in enumerate(COLUMNS.values())]
+        lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} |")
+    print("\n".join(lines))
+    write_bytes(("\n".join(lines) + "\n").encode(), output / "ablations.md")
+    write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **machine(device),
+                "rows": {f"{group}: {name}": [dict(zip(COLUMNS, figures)) for figures, _ in row] for (group, name), row in found.items()}},
+               output / "ablations.json")
+    draw(found, output / "ablations.png")
+
+
+def spread(values, form):
+    """'287.4 ± 0.6': mean and standard deviation over seeds."""
+    return format(mean(values), form) + (f" ± {format(stdev(values), form).rstrip('%')}" if len(values) > 1 else "")
+
+
+def draw(found, path):
+    """The distance of every seed, a line for each variant; the shade spans the released way's seeds."""
+    figure = Figure(figsize=(9, 1 + 0.3 * len(found)), dpi=100)
+    axis = figure.subplots()
+    for line, ((group, name), row) in enumerate(found.items()):
+        values = [figures[0] for figures, _ in row]
+        axis.plot(values, [line] * len(values), "o", color="tab:gray" if name == BASE else "tab:blue", alpha=0.6)
+        axis.plot(mean(values), line, "|", color="black", markersize=14)
+        if name == BASE:
+            axis.axvspan(min(values), max(values), color="tab:gray", alpha=0.1)
+    axis.set(xlabel="distance to the test split (dots: seeds; bar: their mean)", yticks=range(len(found)),
+             yticklabels=[f"{group}: {name}" for group, name in found])
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,46 @@
+"""scripts/step_plan.py: local errors are those of the definition, and the list is the best of all."""
+import itertools
+import math
+
+import pytest
+import step_plan
+import torch
+from helpers import call, make_project, train
+
+from models import FlowARError
+from models import flow_matching as fm
+
+
+def test_the_rate_is_that_of_the_path_and_its_integral_eulers_error():
+    """dx/dt = t^2: |dv/dt| = 2 t, and Euler's error is what it is."""
+    times = fm.time_grid(1000, "uniform")
+    _, rate = step_plan.measured(lambda x, t: torch.full_like(x, t * t), torch.zeros(2, 3, dtype=torch.float64), times.tolist())
+    torch.testing.assert_close(rate[:-1], (times[:-2] + times[1:-1]), atol=1e-9, rtol=0)
+    for kind, steps in (("uniform", 1), ("uniform", 5), ("release", 9), ("release", 25)):
+        grid = fm.time_grid(steps, kind)
+        found = fm.euler(lambda x, t: torch.full_like(x, t * t), torch.zeros(1), grid).item()
+        assert step_plan.euler_error(rate, grid) == pytest.approx(abs(found + 1 / 3), rel=0.02)
+
+
+def test_the_plan_is_the_best_of_all_lists():
+    generator = torch.Generator().manual_seed(0)
+    errors = [{n: (n, value) for n, value in zip(range(1, 9), torch.rand(8, generator=generator).tolist())} for _ in range(3)]
+    for evaluations in (3, 7, 12):
+        lists = [numbers for numbers in itertools.product(range(1, 9), repeat=3) if sum(numbers) == evaluations]
+        best = min(lists, key=lambda numbers: sum(scale[n][1] ** 2 for scale, n in zip(errors, numbers)))
+        chosen, error = step_plan.plan(errors, evaluations)
+        assert chosen == best and error == pytest.approx(math.sqrt(sum(scale[n][1] ** 2 for scale, n in zip(errors, best))))
+    with pytest.raises(FlowARError, match="--evaluations 2: too few for 3 scales, each needs at least 1"):
+        step_plan.plan(errors, 2)
+
+
+def test_its_lists_are_what_num_step_takes(tmp_path, monkeypatch, capsys):
+    project = make_project(tmp_path, 2)
+    train(project, tmp_path / "run", "--epochs 1")
+    call(monkeypatch, f"scripts/step_plan.py --resume {tmp_path}/run --vae_path {tmp_path}/vae.pth --device cpu --cfg 2 --evaluations 9,18 "
+         "--time_grid uniform --reference 20 --images 4")
+    *_, nine, eighteen = capsys.readouterr().out.strip().splitlines()
+    for row, evaluations in ((nine, 9), (eighteen, 18)):
+        _, said, steps, error, even, _ = row.split("|")
+        assert int(said) == evaluations == sum(map(int, steps.split(":"))) and 0 < float(error) <= float(even)
+    assert "measured" not in fm.SOLVERS
