@@ -63,11 +63,11 @@ def straightness(sampler, labels, noise, steps):
 
 
 def euler_error(rate, grid):
-    """Sum over the steps of a time grid of the integral of (start - t) |dv/dt|, which is h^2 / 2 |dv/dt| where that is constant; rate: of
+    """Sum over the steps of a time grid of the integral of (t - end of the step) |dv/dt|, which is h^2 / 2 |dv/dt| where that is constant; rate: of
     uniform steps from 1 on."""
     t = 1 - (torch.arange(len(rate), dtype=torch.float64) + 0.5) / len(rate)
-    starts = grid[torch.searchsorted(-grid, -t) - 1]
-    return ((starts - t) * rate).mean().item()
+    ends = grid[torch.searchsorted(-grid, -t)]
+    return ((t - ends) * rate).mean().item()
 
 
 def gains(sampler, labels, noise, pyramid):

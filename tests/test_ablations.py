@@ -1,0 +1,70 @@
+"""scripts/ablations.py: every variant's options are real ones, a training is shared by those that differ in sampling, the table is of the reports."""
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from helpers import call
+from PIL import Image
+
+from models import FlowARError, build_model
+from scripts import ablations  # as call() imports it
+from util.options import check_training, evaluation_parser, model_options, sampling_options, single_point, training_parser, with_options
+
+
+def test_every_variant_is_a_command():
+    for group in ablations.VARIANTS.values():
+        assert ablations.BASE in group
+        for training, sampling in group.values():
+            words = shlex.split(f"{ablations.TRAINING.format(root='x')} {training} --epochs 1")[1:]
+            args = single_point(training_parser().parse_args(words))
+            check_training(args)
+            build_model(args.model, **model_options(with_options(args, scales=args.scales or (1, 2, 4), class_num=10)))
+            args = single_point(evaluation_parser().parse_args(shlex.split(f"{ablations.SAMPLING.format(root='x')} {sampling}")[1:]))
+            sampling_options(with_options(args, scales=(1, 2, 4)))
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    """Two variants that differ in sampling share a run; distances are means over seeds with their standard deviation."""
+    (tmp_path / "images" / "train" / "0").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / "train" / "0" / name).touch()
+    (tmp_path / "val_stats.npz").touch()
+    commands = []
+
+    def start(args, command, output):
+        commands.append(command)
+        output.mkdir(parents=True, exist_ok=True)
+        if command.startswith("main"):
+            (output / "log.jsonl").write_text(json.dumps({"step": 1, "group": "val_ema", "loss": 0.5}))
+            return
+        guided, seed = "--guidance_low 0.1" in command, int(command.split("--seed ")[1].split()[0])
+        values = {"frechet_distance_x": 100 + 10 * seed + 50 * guided, "kid_mean_x": 0.1, "precision_k3_x": 0.2, "recall_k3_x": 0.3}
+        report = {**values, "metrics": list(values), "num_images": 4, "class_num": 2, "parameters": 1000, "images_per_second": 1.0, "cfg": 3.0,
+                  "guidance": 1.0, "nfe": [1], "seconds_per_image": {}, "num_step": 25, "num_step_last": None, "solver": "euler"}
+        (output / "results.json").write_text(json.dumps(report))
+        (output / "images").mkdir(exist_ok=True)
+        for i in range(4):
+            Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(output / "images" / f"{i:06d}.png")
+
+    monkeypatch.setattr(ablations, "start", start)
+    monkeypatch.setattr(ablations, "get_classifier", lambda root, device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
+    monkeypatch.setitem(ablations.VARIANTS, "guidance", {ablations.BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1")})
+    call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants guidance --seeds 0,1 --images 6 --at_once 1 --device cpu")
+    trainings = [command for command in commands if command.startswith("main")]
+    assert len(trainings) == 2 and len(commands) == 6 and all("--epochs 3" in command for command in trainings)
+    out = tmp_path / "ablations"
+    assert (out / "ablations.md").read_text().splitlines()[2:] == [
+        "| guidance: released | 105.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 1,000 |",
+        "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 1,000 |"]
+    assert Image.open(out / "ablations.png").size[0] == 900
+    with pytest.raises(FlowARError, match="--variants: no group colour: expected some of times, reading, scales, guidance"):
+        call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants colour")
+
+
+def test_what_ends_a_program_is_said(tmp_path, monkeypatch):
+    point = ablations.Point(type("Args", (), {"root": tmp_path, "images": 6, "samples": 4}), "--t_dist shift:2", "", 0)
+    args = type("Args", (), {"root": tmp_path, "at_once": 1, "device": "cpu"})
+    with pytest.raises(FlowARError, match=r"eval4_released.txt: the last lines say why this ended with status 2: eval.py"):
+        point.evaluate(type("Args", (), {**vars(args), "samples": 4}))
