@@ -455,6 +455,15 @@ def sampling_options(args, stored=None):
     values = {**{argument: setting.default for argument, setting in SAMPLING.items()}, **(stored or {}),
               **{argument: value for argument, value in given.items() if value is not None}}
     check_steps(values)
+    weights = values["cfg"] if isinstance(values["cfg"], (tuple, list)) else [values["cfg"]]
+    for wrong, message in (
+            (args.guide and max(weights) <= 1, f"--guide {args.guide}: give --guide_strength, or --cfg, above 1"),
+            (given["num_step_schedule"] not in (None, "linear") and values["num_steps_last"] is None,
+             f"--num_step_schedule {given['num_step_schedule']} needs --num_step_last, to which it leads"),
+            (given["cfg_schedule"] not in (None, "linear") and len(weights) > 1,
+             f"--cfg {as_text(weights)} has one for each scale: leave out --cfg_schedule {given['cfg_schedule']}")):
+        if wrong:
+            raise FlowARError(message)
     for name in ("cfg", "num_steps"):
         count = len(values[name]) if isinstance(values[name], (tuple, list)) else None
         if count and args.scales and count != len(args.scales):
