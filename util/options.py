@@ -286,6 +286,8 @@ def add_training_options(parser):
         help="an image that cannot be read stops training, or the next one takes its place")
     add("--cached_path", type=utf8, default="",
         help="cached latents (scripts/cache_latents.py); used if they are there")
+    add("--latent_norm", choices=("vae", "channel"), default="vae",
+        help="latents are scaled by the VAE's own numbers, or every channel by its mean and std in --cached_path")
     add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
     add("--no_val", action="store_true", help="no validation loss, even if there is a val/")
