@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from models import FlowARError
-from models.files import file_hash, tensors_hash
+from models.files import file_hash, read_latent_scale, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
@@ -115,7 +115,7 @@ def open_for_sampling(args, device, identify=False):
     for note in notes:  # which may explain what is refused
         log(note)
     if saved_options(content).get("latent_norm") == "channel":
-        vae.latent_scale = trained_scale(trained_with, path)
+        vae.latent_scale = trained_scale(trained_with, path, vae.embed_dim)
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
     named_size, args = args.model, recognise(args, weights.tensors, path, vae)
@@ -144,13 +144,13 @@ def open_for_sampling(args, device, identify=False):
     return Opened(model, vae.to(device), precision, description, classes, sampling, guide, data, origin)
 
 
-def trained_scale(trained_with, path):
+def trained_scale(trained_with, path, channels):
     """The LatentScale that a run with --latent_norm channel had in the VAE's place, out of its LatentOrigin."""
     if trained_with.latent_scale is None:
         raise FlowARError(f"{path}: was trained with --latent_norm channel, but does not hold the mean and std of its "
                           "latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded; take the run's "
                           "own checkpoint")
-    return LatentScale(*trained_with.latent_scale)
+    return LatentScale(*read_latent_scale(trained_with.latent_scale, path, channels))
 
 
 def open_guide(args, model, description, origin):
