@@ -33,9 +33,9 @@ class DiffusersVAE(nn.Module):
     def __init__(self, network, spec):
         super().__init__()
         self.network, config = network, network.config
-        scale = self.scaling(config)
-        self.latent_scale = LatentScale(*read_latent_scale(scale, f"--vae diffusers:{spec}"))
         self.embed_dim, self.stride = self.geometry(config)
+        scale = read_latent_scale(self.scaling(config), f"--vae diffusers:{spec}", self.embed_dim)
+        self.latent_scale = LatentScale(*scale)
         if type(self.stride) is not int or self.stride < 1:
             raise ValueError(f"its stride is {self.stride!r}, expected a number above 0")
 
