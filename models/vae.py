@@ -1,14 +1,12 @@
-"""The KL autoencoder (KL-16 of MAR) and the latent scale that travels with it.
-
-Anything with the same attributes and methods can stand in its place, see vaes.py.
-"""
+"""The KL autoencoder (KL-16 of MAR) and the latent scale that travels with it. Others in its place: see vaes.py."""
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.errors import FlowARError
+from models.files.refusals import check_images, check_latent_scale, check_widths
 from models.files.vaes import load_vae_file
 
 GROUPS = 32
@@ -16,16 +14,29 @@ MIN_GROUP = 4  # channels
 
 
 class LatentScale(NamedTuple):
-    """The affine map between a VAE's raw latents and those that FlowAR models, whose std is about 1."""
-
-    scale: float
-    shift: float = 0.0
+    """The affine map between a VAE's raw latents and those that FlowAR models, whose std is about 1: both parts are
+    numbers, or nested tuples of one for each channel, (C,), or position, (C, h, w).
+    """
+    scale: float | tuple
+    shift: float | tuple = 0.0
 
     def normalize(self, raw):
-        return (raw - self.shift) * self.scale
+        scale, shift = (spread(part, raw.shape[-3:], raw.dtype, raw.device) for part in self)
+        return (raw - shift) * scale
 
     def restore(self, latents):
-        return latents / self.scale + self.shift
+        scale, shift = (spread(part, latents.shape[-3:], latents.dtype, latents.device) for part in self)
+        return latents / scale + shift
+
+
+@functools.lru_cache(maxsize=8)  # on the device already: no copy holds up the host
+def spread(part, shape, dtype, device):
+    """A part of a LatentScale as what broadcasts over latents of a shape (C, h, w)."""
+    if not isinstance(part, tuple):
+        return part
+    numbers = torch.tensor(part, dtype=dtype, device=device)
+    check_latent_scale(numbers.shape, shape)
+    return numbers if numbers.ndim == 3 else numbers[:, None, None]
 
 
 KL16_LATENT_SCALE = LatentScale(0.2325)
@@ -200,10 +211,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=128, ckpt_path=None, num_res_blocks=2,
                  latent_scale=KL16_LATENT_SCALE):
         super().__init__()
-        for mult in ch_mult:
-            if ch * mult < MIN_GROUP or ch * mult % min(GROUPS, ch * mult // MIN_GROUP):
-                raise FlowARError(f"VAE width ch x ch_mult = {ch} x {mult}: expected a multiple of {GROUPS}, or of "
-                                  f"{MIN_GROUP} below {GROUPS * MIN_GROUP} (GroupNorm)")
+        check_widths(ch, ch_mult, GROUPS, MIN_GROUP)
         self.config = dict(embed_dim=embed_dim, ch_mult=tuple(ch_mult), ch=ch, num_res_blocks=num_res_blocks)
         self.latent_scale = LatentScale(*latent_scale)
         self.embed_dim = embed_dim
@@ -217,9 +225,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over raw latents (B, C, H / stride, W / stride)."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % self.stride or images.shape[3] % self.stride:
-            raise FlowARError(f"images are {tuple(images.shape)}: expected (batch, 3, height, width), both multiples "
-                              f"of the VAE's stride {self.stride}")
+        check_images(images.shape, self.stride)
         return DiagonalGaussian(self.quant_conv(self.encoder(images)))
 
     def decode(self, latents):

@@ -56,9 +56,7 @@ class VAEFile(NamedVAE):
 
 
 class Diffusers(NamedVAE):
-    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: AutoencoderKL (SD, SDXL, SD3, FLUX), AutoencoderDC (stride 32) or
-    AutoencoderTiny. Stride, channels, latent scale and shift come from their configuration.
-    """
+    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: see models.files.diffusers."""
 
     def open(self):
         return open_diffusers(self.spec)
@@ -77,9 +75,7 @@ def find_vae(vae, path=None):
 
 def read_vae(path):
     """(AutoencoderKL of a file, lines for a log: see vae_notes): `kl16.ckpt`, what save_vae wrote, or the like; by path
-    or by name, see models.files.hub.
-
-    Nothing is allocated before the file's tensors are found to be of the sizes that its configuration asks for.
+    or by name, see models.files.hub. Nothing is allocated before the tensors are found to fit the configuration.
     """
     path = local_file(path)
     content = read_file(path, mmap=True)

@@ -8,6 +8,7 @@ next run keeps finished shards and redoes the rest; the index appears last.
         --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
 """
 import argparse
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +21,9 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from models import FlowARError
-from models.vae import DiagonalGaussian
+from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae
-from models.files import file_hash, name_some, writing
+from models.files import file_hash, name_some, read_latent_scale, writing
 from util import cluster
 from util.data import Images, latents
 from util.data.caching import Crops, digest
@@ -34,7 +35,7 @@ from util.data.pixels import CONVERSIONS
 from util.data.places import find_split
 from util.data.source import open_if_there
 from util.files import make_directory, read_json, write_bytes, write_json
-from util.training.provenance import origin_of
+from util.training.provenance import origin_of, shorten
 from util.options import between, color, pixels, positive, seed, some_path, utf8, workers
 
 MOST_CROPS = 1000
@@ -133,13 +134,17 @@ def write_shards(data, groups, vae, args, device, folder, settings, known):
 
 
 def summarise(folder, files, settings):
-    """What the index says of these shards, and the sums from which the latent scale is measured."""
-    shards, sums = [], []
+    """What the index says of these shards, and the sums of mean and square from which the latent scale is measured: of
+    the latents, and of those that the VAE's own scale makes of them.
+    """
+    shards, sums, scale = [], [], LatentScale(*read_latent_scale(settings["latent_scale"], folder))
     for name in files:
         moments = latents.open_shard(folder / name, settings)[0][:]
         posterior = DiagonalGaussian(moments[:, 0].float())
-        square = posterior.mean.double().square() + posterior.logvar.double().exp()
-        sums.append(torch.stack((posterior.mean.double().mean(dim=(2, 3)).sum(0), square.mean(dim=(2, 3)).sum(0))))
+        mean, std = posterior.mean.double(), (0.5 * posterior.logvar.double()).exp()
+        scaled = scale.normalize(mean)
+        sums.append(torch.stack([part.mean(dim=(2, 3)).sum(0) for part in (
+            mean, mean.square() + std.square(), scaled, scaled.square() + (scale.normalize(mean + std) - scaled).square())]))
         skipped = latents.read_texts(folder / name, "skipped")
         shards.append({"file": name, "images": len(moments), "bytes": (folder / name).stat().st_size,
                        "sha256": file_hash(folder / name), "skipped": skipped,
@@ -152,13 +157,14 @@ def build_index(settings, parts, vae):
     skipped = sorted(sum((shard.pop("skipped") for shard in shards), []))
     converted = np.sum([shard.pop("converted") for shard in shards], axis=0).tolist()
     images = sum(shard["images"] for shard in shards)
-    mean, square = sum(sums for _, group in parts for sums in group) / images
+    mean, square, scaled_mean, scaled_square = sum(sums for _, group in parts for sums in group) / images
     scale, shift = 1 / (square.mean() - mean.mean() ** 2).sqrt().item(), mean.mean().item()
     measured = {"scale": scale, "shift": shift, "channel_mean": mean.tolist(),
                 "channel_std": (square - mean**2).sqrt().tolist()}
-    if abs(scale / vae.latent_scale.scale - 1) > SCALE_TOLERANCE:
+    std = (scaled_square.mean() - scaled_mean.mean() ** 2).sqrt().item()
+    if abs(1 / std - 1) > SCALE_TOLERANCE:
         cluster.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's is "
-                        f"{vae.latent_scale.scale:.4f} (shift {vae.latent_scale.shift:.4f})")
+                    f"{shorten(vae.latent_scale)}: with it their std is {std:.4f}, expected about 1; see --latent_norm of main_flowar.py")
     return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped,
             "converted": {how: count for how, count in zip(CONVERSIONS, converted) if count}, "shards": shards}
 
@@ -178,7 +184,7 @@ def cache_shards(data, vae, args, device, folder, settings):
         if index["converted"]:
             print(f"{folder}: images " + ", ".join(f"{count:,} {how}" for how, count in index["converted"].items()))
         print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, {len(index['skipped'])} skipped; "
-              f"latent scale {index['measured']['scale']:.4f}, the VAE's {vae.latent_scale.scale:.4f}")
+              f"latent scale {index['measured']['scale']:.4f}, the VAE's {shorten(vae.latent_scale)[0]}")
 
 
 def reopen(folder, settings):
@@ -220,8 +226,8 @@ def check_same(folder, found, settings):
             cluster.log(f"warning: {folder}: images were written since this cache was made, with the same names and sizes: "
                         "--verify compares their contents")
             continue
-        raise FlowARError(f"{folder}: this cache was made with {key} {found.get(key)}, now it is {value}; choose another "
-                          "--cached_path or remove it")
+        raise FlowARError(f"{folder}: this cache was made with {key} {str(found.get(key))[:200]}, now it is {str(value)[:200]}; choose "
+                          "another --cached_path or remove it")
 
 
 def verify(listing, folder, settings):
@@ -343,7 +349,7 @@ def main():
         "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
         "vae": args.vae, "vae_sha256": origin.sha256, "vae_tensors": origin.tensors, "channels": vae.embed_dim,
-        "stride": vae.stride, "latent_scale": list(vae.latent_scale)}
+        "stride": vae.stride, "latent_scale": json.loads(json.dumps(vae.latent_scale))}  # lists, as the file will say
     write = cache_shards if args.format == "shards" else cache_npz
     write(data, vae, args, device, Path(args.cached_path), settings)
 

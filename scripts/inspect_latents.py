@@ -26,7 +26,7 @@ from util.data.places import find_split
 from util.data.latents import ShardedMoments, kind_of_cache, read_texts
 from util.data.source import open_if_there
 from util.options import default_scales, integer_list, positive, some_path
-from util.training.provenance import check_origin, origin_of
+from util.training.provenance import check_origin, origin_of, shorten
 
 
 def parse_args():
@@ -47,10 +47,15 @@ def print_statistics(index):
     measured, scale = index["measured"], index["latent_scale"]
     print(f"{index['images']} images, {index['crops']} crops of {index['img_size']} pixels, {index['dtype']}, {len(index['shards'])} shards, "
           f"{len(index['skipped'])} skipped")
-    print(f"latent scale {scale.scale:.4f}, shift {scale.shift:.4f}; measured {measured['scale']:.4f}, {measured['shift']:.4f}")
-    print("channel   mean     std   (scaled)")
-    for channel, (mean, std) in enumerate(zip(measured["channel_mean"], measured["channel_std"])):
-        print(f"{channel:7d} {(mean - scale.shift) * scale.scale:7.3f} {std * scale.scale:7.3f}")
+    own, shift = (part if isinstance(part, str) else f"{part:.4f}" for part in shorten(scale))
+    print(f"latent scale {own}, shift {shift}; measured {measured['scale']:.4f}, {measured['shift']:.4f}")
+    alike = ", as if all positions of a channel were alike" if " x " in own + shift else ""  # what was measured are channels
+    print(f"channel   mean     std   (scaled{alike})")
+    mean, std = (torch.tensor(measured[name], dtype=torch.float64)[:, None, None] for name in ("channel_mean", "channel_std"))
+    side = index["img_size"] // index["stride"]
+    low, high = (scale.normalize((mean + k * std).expand(-1, side, side)).mean(dim=(1, 2)) for k in (0, 1))
+    for channel, (mean, std) in enumerate(zip(low.tolist(), (high - low).tolist())):
+        print(f"{channel:7d} {mean:7.3f} {std:7.3f}")
 
 
 def originals(data, chosen, args):

@@ -17,6 +17,7 @@ from models import FlowARError
 from util.cluster import gather_to_main, is_main, log
 from util.evaluation.reports import CODE, machine
 from util.files import check_fields, make_directory, read_json, write_json
+from util.training.provenance import shorten
 
 RUN = "run.json"
 ROOT = Path(__file__).parents[1]  # the project's folder: where a program was started says nothing of its code
@@ -37,7 +38,7 @@ def begin(record, device, **more):
              **more, "options": record["args"], "versions": {**here["versions"], **versions()}, "hardware": hardware,
              "git": git_state(), "code_sha256": CODE, "images": data.get("images"), "data_sha256": data.get("sha256"),
              "vae_sha256": vae.get("sha256")}
-    return {"start": start, "data": data, "vae": vae}
+    return {"start": start, "data": data, "vae": {**vae, "latent_scale": shorten(vae.get("latent_scale"))}}
 
 
 def add_start(folder, begun):

@@ -178,7 +178,8 @@ def add_model_options(parser):
         help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
     add("--img_size", type=pixels, help="pixels a side; default 256, the cache's in training, or the checkpoint's "
         "latent size x VAE stride in eval.py")
-    add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
+    add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER], or "
+        "diffusers:FILE.safetensors with its config.json beside it")
     add("--vae_path", type=some_path,
         help="VAE: kl16.ckpt or a file of scripts/train_vae.py, by path, hf:OWNER/REPO/FILE or released:kl16; default: "
              "pretrained_models/vae/kl16.ckpt; when sampling the run's own, else that, else released:kl16")
@@ -308,7 +309,9 @@ def add_training_options(parser):
     add("--on_bad_image", default="error", choices=("error", "skip"),
         help="an image that cannot be read stops training, or the next one takes its place")
     add("--cached_path", type=utf8, default="",
-        help="cached latents (scripts/cache_latents.py); used if they are there")
+        help="cached latents (of scripts/cache_latents.py, MAR or LightningDiT); used if they are there")
+    add("--latent_norm", choices=("vae", "channel"), default="vae",
+        help="latents are scaled by the VAE's own numbers, or every channel by its mean and std in --cached_path")
     add("--no_flip", dest="flip", action="store_false", help="do not flip half of the training images (text, digits)")
     add("--use_cached", action="store_true", help="insist on cached latents: without them, stop")
     add("--no_val", action="store_true", help="no validation loss, even if there is a val/")

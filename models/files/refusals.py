@@ -1,4 +1,6 @@
-"""What FlowAR refuses, of files and callers: geometry that cannot work, labels outside of the classes, wrong shapes."""
+"""What FlowAR and its VAE refuse, of files and callers: geometry that cannot work, labels outside of the classes, wrong
+shapes.
+"""
 import math
 
 import torch
@@ -85,6 +87,34 @@ def check_guide(model, guide):
         if guide is not None and getattr(guide, name) != getattr(model, name):
             raise FlowARError(f"guide: its {name} is {getattr(guide, name)}, the model's is {getattr(model, name)}: "
                               "give a weaker checkpoint of the same geometry")
+
+
+def check_widths(ch, ch_mult, groups, smallest):
+    """FlowARError unless a VAE's widths divide into `groups`, or into those of `smallest` channels (GroupNorm)."""
+    for mult in ch_mult:
+        if ch * mult < smallest or ch * mult % min(groups, ch * mult // smallest):
+            raise FlowARError(f"VAE width ch x ch_mult = {ch} x {mult}: expected a multiple of {groups}, or of "
+                              f"{smallest} below {groups * smallest} (GroupNorm)")
+
+
+def check_images(shape, stride):
+    """FlowARError unless a VAE of this stride can encode images of this shape."""
+    if len(shape) != 4 or shape[1] != 3 or shape[2] % stride or shape[3] % stride:
+        raise FlowARError(f"images are {tuple(shape)}: expected (batch, 3, height, width), both multiples of the VAE's "
+                          f"stride {stride}")
+
+
+def check_latent_scale(shape, latents):
+    """FlowARError unless a latent scale of this shape is one of these latents' channels or positions."""
+    channels, positions = tuple(latents[-3:-2]), tuple(latents[-3:])
+    if shape not in (channels, positions):
+        raise FlowARError(f"the latent scale is of {as_sides(shape)} numbers, the latents are {as_sides(positions)}: "
+                          f"expected one number, one of every channel or of every position; it is of another VAE or "
+                          "image size")
+
+
+def as_sides(shape):
+    return " x ".join(map(str, shape))
 
 
 def read_time_distribution(text):

@@ -12,13 +12,39 @@ LARGEST_SCALE = 1e6
 WIDEST, DEEPEST, MOST_LEVELS = 8192, 32, 12
 
 
-def read_latent_scale(value, path):
-    """(scale, shift) of what a file says, a sequence of both or of the scale; FlowARError if it says something else."""
-    numbers = isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(type(x) in (int, float) for x in value)
-    if not numbers or not all(abs(x) < LARGEST_SCALE for x in value) or value[0] <= 0:
-        raise FlowARError(f"{path}: latent_scale is {reprlib.repr(value)}, "
-                          "expected [scale, shift], two numbers, the scale above 0")
-    return tuple(map(float, (*value, 0.0)[:2]))
+def read_latent_scale(value, path, channels=None):
+    """(scale, shift) of what a file says, a sequence of both or of the scale, each a number or nested lists (C,) or
+    (C, h, w) of them, which become tuples; FlowARError if it says something else, or of other than `channels`.
+    """
+    try:
+        if not isinstance(value, (list, tuple)) or len(value) not in (1, 2):
+            raise ValueError
+        parts = [read_numbers(part, 3, low) for part, low in zip(value, (0.0, -LARGEST_SCALE))]
+        for shape in map(shape_of, parts):
+            if len(shape) == 2 or shape and channels not in (None, shape[0]):
+                raise ValueError
+    except (ValueError, OverflowError):
+        raise FlowARError(f"{path}: latent_scale is {reprlib.repr(value)[:200]}, expected [scale, shift], two numbers, "
+                          f"the scale above 0, or lists of one for each channel{f' of {channels}' if channels else ''} "
+                          "or position (channel, row, column)") from None
+    return (*parts, 0.0)[:2]
+
+
+def read_numbers(value, depth, low):
+    """A number above `low` as a float, or lists, at most `depth` in each other and none ragged, as tuples of them."""
+    if not isinstance(value, (list, tuple)):
+        if type(value) not in (int, float) or not low < value < LARGEST_SCALE:
+            raise ValueError
+        return float(value)
+    parts = tuple(read_numbers(part, depth - 1, low) for part in value) if depth else ()
+    if not parts or len(set(map(shape_of, parts))) > 1:
+        raise ValueError
+    return parts
+
+
+def shape_of(numbers):
+    """Shape of nested tuples of numbers, () of a number."""
+    return (len(numbers), *shape_of(numbers[0])) if isinstance(numbers, tuple) else ()
 
 
 def find_vae_weights(content, path):
@@ -38,14 +64,14 @@ def vae_config(content, state, path):
     held = content.get("config") if isinstance(content, dict) else None
     ours = isinstance(held, dict) and any(name in held for name in (*ranges, "latent_scale"))
     config = {**recognise_config(state), **(held if ours else {})}
-    if "latent_scale" in config:
-        config["latent_scale"] = read_latent_scale(config["latent_scale"], path)
     for name, value in config.items():
         numbers, (low, high) = value if name == "ch_mult" else [value], ranges.get(name, (1, 0))
         if name != "latent_scale" and not (
                 isinstance(numbers, (list, tuple)) and 0 < len(numbers) <= MOST_LEVELS
                 and all(type(number) is int and low <= number <= high for number in numbers)):
             raise FlowARError(f"{path}: bad VAE configuration ({reprlib.repr(name)}: {reprlib.repr(value)})")
+    if "latent_scale" in config:
+        config["latent_scale"] = read_latent_scale(config["latent_scale"], path, config.get("embed_dim"))
     return config
 
 

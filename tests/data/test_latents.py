@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import ROOT, call, make_project, run, train, write_digits
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from models import FlowARError
-from models.vae import KL16_LATENT_SCALE
-from models.vaes import load_vae
+from models.vae import KL16_LATENT_SCALE, LatentScale
+from models.vaes import load_vae, save_vae
 from util.data import latents
 from util.data import DataSettings, EpochSampler, Images, build_loader, open_data
 from util.data.latents import NpzMoments, ShardedMoments, kind_of_cache, npz_latent_scale, read_index, verify_checksums
@@ -117,6 +117,101 @@ def test_npz_and_shards_hold_the_same(project, shards, npz):
     assert files.folder.samples[0][0].endswith("0/000.png.npz")  # MAR's naming
     train = NpzMoments(npz, (8, 4, 4), train=True)
     assert len({tuple(train[(epoch, 0)][0].flatten().tolist()) for epoch in range(20)}) == 2
+
+
+def test_a_latent_scale_of_channels_and_positions_goes_with_the_cache(project, tmp_path, monkeypatch, capsys):
+    """Into the index and back; it agrees with the latents, so no warning; a second run finds the cache finished."""
+    vae = load_vae(project / "vae.pth")
+    vae.latent_scale = LatentScale((((1.0,) * 4,) * 4, ((2.0,) * 4,) * 4, ((0.5,) * 4,) * 4, ((1.5,) * 4,) * 4), (0.0, 0.1, 0.2, 0.3))
+    save_vae(vae, tmp_path / "vae.pth")
+    command = cache_command(project, tmp_path / "cache").replace(f"{project}/vae.pth", f"{tmp_path}/vae.pth")
+    for _ in range(2):
+        call(monkeypatch, command)
+        assert read_index(tmp_path / "cache")["latent_scale"] == vae.latent_scale
+    printed = capsys.readouterr().out
+    assert "the VAE's 4 x 4 x 4 numbers " in printed
+    index = read_index(tmp_path / "cache")
+    data = ShardedMoments(tmp_path / "cache")
+    mean, logvar = torch.stack([data[(0, i)][0] for i in range(80)]).float().chunk(2, dim=1)
+    spread = vae.latent_scale.normalize(mean + (logvar / 2).exp()) - vae.latent_scale.normalize(mean)
+    std = (vae.latent_scale.normalize(mean).var(correction=0) + spread.square().mean()).sqrt().item()
+    said = f"with it their std is {std:.4f}" if abs(1 / std - 1) > 0.1 else "latent scale"
+    assert said in printed and index["images"] == 80
+    call(monkeypatch, f"scripts/inspect_latents.py --cached_path {tmp_path}/cache --vae_path {tmp_path}/vae.pth --output {tmp_path}/a.png --device cpu")
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.startswith("      1 "))
+    measured = index["measured"]
+    assert "as if all positions of a channel were alike" in printed
+    assert [float(part) for part in row[1:]] == pytest.approx(
+        [2 * (measured["channel_mean"][1] - 0.1), 2 * measured["channel_std"][1]], abs=1e-3)
+
+
+# ---- LightningDiT's ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning(tmp_path):
+    """7, 5 and 3 latents of 6 classes in LightningDiT's files, and their statistics."""
+    g = torch.Generator().manual_seed(0)
+    for name, count in (("rank00_shard000", 7), ("rank00_shard001", 5), ("rank01_shard000", 3)):
+        parts = {key: 3 * torch.randn(count, 4, 4, 4, generator=g) + 1 for key in ("latents", "latents_flip")}
+        save_file({**parts, "labels": torch.arange(count) % 6}, tmp_path / f"latents_{name}.safetensors", {"total_size": str(count)})
+    everything = torch.cat([load_file(file)["latents"] for file in sorted(tmp_path.glob("*.safetensors"))])
+    torch.save({"mean": everything.mean(dim=(0, 2, 3), keepdim=True), "std": everything.std(dim=(0, 2, 3), keepdim=True)},
+               tmp_path / "latents_stats.pt")
+    return tmp_path
+
+
+def test_lightning_latents_are_read_in_order_and_deterministic(lightning):
+    data = latents.LightningLatents(lightning, train=True)
+    files = [load_file(file) for file in sorted(lightning.glob("*.safetensors"))]
+    assert len(data) == 15 and data.classes == list("012345") and data.identity()["counts"] == [4, 3, 3, 2, 2, 1]
+    stored = [torch.cat([file[name] for file in files]) for name in ("latents", "latents_flip")]
+    seen = set()
+    for epoch in range(20):
+        moments, label = data[(epoch, 8)]
+        assert label == 1 and torch.equal(moments[:4], stored[data.variant(epoch, 8)][8]) and (moments[4:] == -30).all()
+        seen.add(data.variant(epoch, 8))
+    assert seen == {0, 1} and latents.LightningLatents(lightning).variant(3, 8) == 0
+    assert sorted(data.order(0, 1)) == list(range(15)) and (np.diff(np.searchsorted(data.ends, data.order(0, 1), side="right")) != 0).sum() == 2
+    scale = data.channel_scale()
+    normal = scale.normalize(stored[0])
+    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(4))
+    whole = data.identity()["sha256"]
+    (lightning / "latents_rank01_shard000.safetensors").unlink()
+    assert latents.LightningLatents(lightning).identity()["sha256"] != whole
+
+
+def test_training_on_lightning_latents_needs_their_scale(lightning, tmp_path):
+    shared = f"--cached_path {lightning} --no_val --batch_size 5 --epochs 1 --warmup_epochs 0 --class_num 10 --data_path nowhere --vae_path nowhere.pth"
+    with pytest.raises(FlowARError, match="does not tell the scale of its latents: give the VAE that they are of .*, or --latent_norm channel"):
+        train(lightning, tmp_path / "run", shared)
+    content = train(lightning, tmp_path / "run", f"{shared} --latent_norm channel --resume {tmp_path}/run")
+    assert content["vae"]["latent_scale"] == tuple(latents.LightningLatents(lightning).channel_scale()) and content["data"]["images"] == 15
+    (lightning / "latents_stats.pt").unlink()
+    with pytest.raises(FlowARError, match="latents_stats.pt: no such file, from which --latent_norm channel takes"):
+        train(lightning, tmp_path / "other", f"{shared} --latent_norm channel")
+    torch.save({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 4, 1, 1)}, lightning / "latents_stats.pt")
+    with pytest.raises(FlowARError, match="latents_stats.pt: mean is 1 x 3 x 1 x 1, expected a tensor of 1 x 4 x 1 x 1"):
+        latents.LightningLatents(lightning).channel_scale()
+    with pytest.raises(FlowARError, match="its latents are 4 x 4 x 4, but --vae_embed_dim is 4 and --img_size / --vae_stride 8"):
+        open_data(lightning, DataSettings(32, 4, 4), cached=True)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(labels=torch.full((5,), -1)), "its labels are not 5 numbers of 0 to"), (dict(labels=torch.zeros(4, dtype=torch.int64)), "its labels are not 5"),
+    (dict(labels=torch.full((5,), 2**40)), "its labels are not 5"), (dict(latents_flip=torch.zeros(4, 4, 4, 4)), "latents and latents_flip are 5 x 4"),
+    (dict(latents=torch.zeros(5, 4, 4, 8), latents_flip=torch.zeros(5, 4, 4, 8)), "its latents are 4 x 4 x 8, those of .*rank00_shard000.safetensors 4 x 4 x 4"),
+    (None, "cannot be read")])
+def test_damaged_lightning_latents_are_refused_by_name(lightning, change, message):
+    file = lightning / "latents_rank00_shard001.safetensors"
+    if change is None:
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        save_file({**load_file(file), **change}, file)
+    with pytest.raises(FlowARError, match=f"latents_rank00_shard001.safetensors: {message}"):
+        latents.LightningLatents(lightning)
 
 
 # ---- how it is read ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from helpers import run, small_vae, write_digits
 
 from models import AutoencoderKL, FlowARError
+from models.files import read_latent_scale
 from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
 from models.vaes import load_vae, read_vae, save_vae
 from scripts import train_vae
@@ -40,6 +41,40 @@ def test_latent_scale():
     scale = LatentScale(2.0, 0.5)
     torch.testing.assert_close(scale.restore(scale.normalize(raw)), raw)
     assert scale.normalize(torch.tensor(1.5)) == 2.0
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 3)])
+def test_latent_scale_of_channels_and_positions(shape):
+    """By hand; what is of other channels or positions is refused, as broadcasting would not."""
+    std, mean = torch.rand(shape) + 0.5, torch.randn(shape)
+    scale, raw = LatentScale(totuple(1 / std), totuple(mean)), torch.randn(5, 4, 2, 3)
+    by_hand = (raw - mean.view(4, *shape[1:], *(1,) * (3 - len(shape)))) / std.view(4, *shape[1:], *(1,) * (3 - len(shape)))
+    torch.testing.assert_close(scale.normalize(raw), by_hand)
+    torch.testing.assert_close(scale.restore(by_hand), raw)
+    assert scale.normalize(raw.half()).dtype == torch.float16
+    for other in (torch.zeros(5, 1, 2, 3), torch.zeros(5, 3, 2, 3), *([torch.zeros(5, 4, 1, 1)] if shape[1:] else [])):
+        with pytest.raises(FlowARError, match="the latent scale is of 4.* numbers, the latents are .*: expected one number"):
+            scale.restore(other)
+
+
+def totuple(tensor):
+    return tuple(map(totuple, tensor)) if tensor.ndim else tensor.item()
+
+
+@pytest.mark.parametrize("bad", [[[1.0, 2.0]], [[1.0] * 3, 0], [[1.0, 1.0, 1.0, 0.0], 0], [[1.0] * 4, [0.0] * 5], [[[1.0]] * 4, 0],
+                                 [[[[1.0, 2.0]], [[1.0]], [[1.0]], [[1.0]]], 0], [[[[[1.0]]]] * 4, 0], [[], 0], [1.0, [0.0, None, 0.0, 0.0]],
+                                 [["1", 1, 1, 1], 0], [[1.0] * 4, 0, 0], [[[[float("nan")]]] * 4, 0]])
+def test_what_is_no_latent_scale_is_refused_in_a_short_line(bad):
+    with pytest.raises(FlowARError, match="file: latent_scale is .*, expected .*each channel of 4 or position") as error:
+        read_latent_scale(bad, "file", 4)
+    assert len(str(error.value)) < 500
+
+
+def test_file_carries_a_latent_scale_of_positions(tmp_path):
+    vae = small_vae()
+    vae.latent_scale = LatentScale(totuple(torch.rand(4, 4, 4) + 0.5), totuple(torch.randn(4)))
+    save_vae(vae, tmp_path / "vae.pth")
+    assert load_vae(tmp_path / "vae.pth").latent_scale == vae.latent_scale
 
 
 def test_file_carries_configuration_and_latent_scale(tmp_path):

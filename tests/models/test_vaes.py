@@ -2,9 +2,10 @@
 import json
 import sys
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from helpers import run, train, write_digits
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,16 @@ def small_tiny():
                            num_decoder_blocks=(1,) * 4, latent_channels=4)
 
 
+def small_asymmetric():
+    return AsymmetricAutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, down_block_out_channels=(8,) * 3, norm_num_groups=4,
+                                   up_block_types=("UpDecoderBlock2D",) * 3, up_block_out_channels=(8,) * 3, latent_channels=4)
+
+
+def small_vq():
+    return VQModel(block_out_channels=(8,) * 3, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 3,
+                   up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=3, vq_embed_dim=5, num_vq_embeddings=7)
+
+
 # name -> (network, stride, channels, scale, shift)
 NETWORKS = {
     "sd": (lambda: small_kl(4, scaling_factor=0.18215), 8, 4, 0.18215, 0.0),
@@ -38,6 +49,8 @@ NETWORKS = {
     "kl16": (lambda: small_kl(5), 16, 4, 0.18215, 0.0),
     "dc": (small_dc, 32, 32, 0.41, 0.0),
     "tiny": (small_tiny, 8, 4, 1.0, 0.0),
+    "asymmetric": (small_asymmetric, 4, 4, 0.18215, 0.0),
+    "vq": (small_vq, 4, 5, 0.18215, 0.0),
 }
 
 
@@ -62,7 +75,7 @@ def test_configuration_and_round_trip(saved):
         encoded = network.encode(images)
         expected = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded[0]
         assert torch.equal(posterior.mode(), expected)
-        if name in ("dc", "tiny"):  # deterministic: a sample is the mean
+        if name in ("dc", "tiny", "vq"):  # deterministic: a sample is the mean
             torch.testing.assert_close(posterior.sample(), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(vae.decode(expected), network.decode(expected).sample)
 
@@ -104,6 +117,68 @@ def test_tensors_that_are_missing_or_left_over(tmp_path, change, message):
             find_vae(f"diffusers:{tmp_path}", None).open()
     else:
         assert find_vae(f"diffusers:{tmp_path}", None).open()[1] == [f"--vae diffusers:{tmp_path}: not used: loss.logvar"]
+
+
+def test_one_file_and_a_folder_of_the_fp16_variant_alone(tmp_path):
+    """The same network as from its folder; a file by any name, its config.json beside it; halves as float32."""
+    small_kl(2).save_pretrained(tmp_path / "vae")
+    expected = find_vae(f"diffusers:{tmp_path}/vae", None).open()[0].state_dict()
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "vae" / "mine.safetensors")
+    vae, notes = find_vae(f"diffusers:{tmp_path}/vae/mine.safetensors", None).open()
+    assert notes == [] and all(torch.equal(value, expected[name]) for name, value in vae.state_dict().items())
+    state = {name: value.half() for name, value in load_file(tmp_path / "vae" / "mine.safetensors").items()}
+    save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    vae, notes = find_vae(f"diffusers:{tmp_path}/vae", None).open()
+    assert len(notes) == 1 and "only the fp16 variant" in notes[0] and {value.dtype for value in vae.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(value, expected[name].half().float()) for name, value in vae.state_dict().items())
+    save_file({"small": torch.zeros(1)}, weights)
+    with pytest.raises(FlowARError, match="its configuration asks for .* weights, its file has room for at most"):
+        find_vae(f"diffusers:{weights}", None).open()
+    weights.write_bytes(b"damaged")  # not passed over for the fp16 variant
+    with pytest.raises(FlowARError, match="cannot be opened"):
+        find_vae(f"diffusers:{tmp_path}/vae", None).open()
+    (tmp_path / "vae" / "config.json").unlink()
+    with pytest.raises(FlowARError, match="mine.safetensors: cannot be opened .*config.json"):
+        find_vae(f"diffusers:{tmp_path}/vae/mine.safetensors", None).open()
+
+
+RAE = dict(encoder_hidden_size=64, encoder_patch_size=14, encoder_num_hidden_layers=1, decoder_hidden_size=32, decoder_num_hidden_layers=1,
+           decoder_num_attention_heads=4, decoder_intermediate_size=64, patch_size=4, encoder_input_size=56)
+
+
+@pytest.mark.parametrize("encoder", ["dinov2", "mae"])
+def test_a_representation_autoencoder(tmp_path, encoder):
+    """Images of [-1, 1] become its [0, 1]; it normalises by position itself; one image size; no more memory than its file."""
+    pytest.importorskip("transformers")
+    mean, std = torch.randn(64, 4, 4), torch.rand(64, 4, 4) + 0.5
+    diffusers.AutoencoderRAE(encoder_type=encoder, latents_mean=mean, latents_std=std, **RAE).save_pretrained(tmp_path)
+    vae, notes = find_vae(f"diffusers:{tmp_path}", None).open()
+    plain = diffusers.AutoencoderRAE(encoder_type=encoder, **RAE)
+    plain.load_state_dict({**vae.network.state_dict(), "_latents_mean": torch.zeros(1), "_latents_std": torch.ones(1)})
+    images = torch.rand(2, 3, 16, 16)
+    assert (vae.stride, vae.embed_dim, tuple(vae.latent_scale), notes) == (4, 64, (1.0, 0.0), [])
+    with torch.no_grad():
+        tokens = plain.eval().encode(images).latent
+        latents = vae.encode(images * 2 - 1).mode()
+        torch.testing.assert_close(latents, (tokens - mean) / std, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(vae.decode(latents), plain.decode(tokens).sample * 2 - 1, atol=2e-4, rtol=1e-4)
+    for wrong in (lambda: vae.encode(torch.zeros(1, 3, 32, 32)), lambda: vae.decode(torch.zeros(1, 64, 8, 8))):
+        with pytest.raises(FlowARError, match="is of 16 x 16 pixels, not of 32 x 32: give --img_size 16"):
+            wrong()
+    config = tmp_path / "config.json"
+    said = json.loads(config.read_text())
+    for name, value, message in (("encoder_input_size", 7000, "asks for .* weights"), ("encoder_num_hidden_layers", 5000, "numbers of at most 32")):
+        config.write_text(json.dumps({**said, name: value}))
+        with pytest.raises(FlowARError, match=message):
+            find_vae(f"diffusers:{tmp_path}", None).open()
+
+
+def test_a_representation_autoencoder_without_transformers_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderRAE"}))
+    monkeypatch.setattr(diffusers.utils, "is_transformers_available", lambda: False)
+    with pytest.raises(FlowARError, match="an AutoencoderRAE needs: pip install transformers"):
+        find_vae(f"diffusers:{tmp_path}", None).open()
 
 
 def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):

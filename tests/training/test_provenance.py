@@ -1,4 +1,5 @@
 """A checkpoint knows its classes, its images and its VAE; what is at hand and differs is refused or said."""
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -49,6 +50,18 @@ def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
 def test_latents_of_another_vae_or_scale_are_refused(found, message):
     with pytest.raises(FlowARError, match=f"what: {message}"):
         check_origin("what", found, LatentOrigin("b", "2" * 64, (2.0, 0.0)))
+
+
+def test_latent_scales_of_many_numbers_are_compared_and_named_in_a_short_line():
+    """Nested tuples, and the lists of a file; 200,000 numbers that differ in the last."""
+    row, last = (1.0,) * 16, (1.0,) * 15 + (1.5,)
+    scales = [((((row,) * 16,) * 781) + (((row,) * 15 + (end,)),), 0.0) for end in (row, last)]
+    ours, other = (LatentOrigin(name, "1" * 64, scale) for name, scale in zip("ab", scales))
+    check_origin("what", ours, ours._replace(latent_scale=json.loads(json.dumps(scales[0]))))
+    assert saved_origin({"vae": json.loads(json.dumps(ours._asdict()))}) == ours
+    with pytest.raises(FlowARError, match=r"what: .* \('782 x 16 x 16 numbers \w{12}', 0.0\), those of b .*: latents of two scales") as error:
+        check_origin("what", ours, other)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
 def test_the_same_vae_in_another_file_is_the_same():

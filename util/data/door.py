@@ -2,13 +2,15 @@
 
 A dataset has `classes` (their names, a label's order), a length, and items (tensor, label) for a key (epoch, index).
 The tensor is an image (3, img_size, img_size) in [-1, 1] with is_moments = False; with is_moments = True it holds
-posterior moments (2C, h, w), and the dataset has `latent_scale` and may have `origin`, a LatentOrigin. It may have
-order(seed, epoch) -> permutation; identity(), see Listing; and say_counts(), see Images. A row in DATASETS makes
-training, validation and benchmarks know it.
+posterior moments (2C, h, w), and the dataset has `latent_scale`, None if it does not know it, and may have `origin`, a
+LatentOrigin, and channel_scale() -> LatentScale, see --latent_norm. It may have order(seed, epoch) -> permutation;
+identity(), see Listing; and say_counts(), see Images. A row in DATASETS makes training, validation and benchmarks know
+it.
 """
 from typing import Callable, NamedTuple
 
 from models import FlowARError
+from models.files.refusals import as_sides
 from util.cluster import from_main, rank, world_size
 from util.data import latents
 from util.data.images import Images
@@ -60,9 +62,21 @@ def open_npz(path, settings):
     return latents.NpzMoments(path, shape, settings.seed, settings.train, settings.flip)
 
 
+def open_lightning(path, settings):
+    side = settings.img_size // settings.vae_stride
+    data = latents.LightningLatents(path, settings.seed, settings.train, settings.flip)
+    if data.index["shape"] != (settings.vae_embed_dim, side, side):
+        raise FlowARError(f"{path}: its latents are {as_sides(data.index['shape'])}, but --vae_embed_dim is "
+                          f"{settings.vae_embed_dim} and --img_size / --vae_stride {side}")
+    return data
+
+
 DATASETS = {
     "shards": DataKind(lambda path: latents.kind_of_cache(path) == "shards", open_shards, True, shards_geometry),
     "npz": DataKind(lambda path: latents.kind_of_cache(path) == "npz", open_npz, True),
+    "lightning": DataKind(
+        lambda path: latents.kind_of_cache(path) == "lightning", open_lightning, True,
+        lambda path: {"vae_embed_dim": latents.LightningLatents.look(path)["shape"][0]}),
     "images": DataKind(is_there, lambda path, s: Images(path, s.img_size, s.seed, s.train, flip=s.flip, on_bad=s.on_bad,
                                                         background=s.background)),
 }

@@ -1,4 +1,5 @@
-"""Cached latents: posterior moments in shards that know what they are, or in MAR's layout of one .npz an image.
+"""Cached latents: posterior moments in shards that know what they are, or in MAR's layout of one .npz an image, or
+samples in LightningDiT's.
 
 A cache of shards is a folder of safetensors files and index.json, written by scripts/cache_latents.py. The index
 appears last: a folder without one is no cache. Images lie in the shards in a random order, so that an epoch can read
@@ -18,8 +19,9 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from models import FlowARError
-from models.files import file_hash, first_line, read_latent_scale, read_npz, reading
-from models.vae import KL16_LATENT_SCALE, LatentScale
+from models.files import content_hash, file_hash, first_line, read_file, read_latent_scale, read_npz, reading
+from models.files.refusals import as_sides
+from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
 from util.cluster import from_main
 from util.data.folders import list_classes
 from util.data.pixels import CONVERSIONS
@@ -38,10 +40,12 @@ LARGER = 16  # times what is expected: an .npz of up to that is read, to say wha
 LARGEST_IMAGE = 65536  # pixels a side
 DIGEST_BYTES = 16  # of an image's file
 VARIANTS = 1  # stream of random draws, beside that of the order
+LIGHTNING, LIGHTNING_STATS = "latents_rank*_shard*.safetensors", "latents_stats.pt"
+MOST_CLASSES = 10**6
 
 
 def kind_of_cache(path):
-    """'shards', 'npz' (MAR's layout) or None. FlowARError for shards that are not finished."""
+    """'shards', 'npz' (MAR's layout), 'lightning' (LightningDiT's) or None. FlowARError for unfinished shards."""
     path = Path(path)
     if not path.is_dir():
         return None
@@ -51,6 +55,8 @@ def kind_of_cache(path):
         raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
     if next(path.glob("shard-*.safetensors"), None) is not None:
         raise FlowARError(f"{path}: shards of latents without {INDEX}; run scripts/cache_latents.py again to make it")
+    if next(path.glob(LIGHTNING), None) is not None:
+        return "lightning"
     if (path / NPZ_INFO).is_file() or next(path.glob("*/*.npz"), None) is not None:
         return "npz"
     return None
@@ -61,6 +67,12 @@ def is_measured(value):
     channels = [value.get(name) for name in ("channel_mean", "channel_std")] if isinstance(value, dict) else [None]
     return (all(isinstance(part, list) and all(map(is_number, part)) for part in channels)
             and is_number(value.get("scale")) and is_number(value.get("shift")))
+
+
+def scale_of_channels(mean, std, path, channels):
+    """The LatentScale that gives every channel mean 0 and std 1; FlowARError for what no statistics are."""
+    inverse = [1 / part if part > 0 else 0.0 for part in std]  # of which 0 is refused
+    return LatentScale(*read_latent_scale((inverse, list(mean)), f"{path}: of its channels' mean and std", channels))
 
 
 POSITIVE = lambda value: is_count(value, 1), "a number above 0"
@@ -97,7 +109,7 @@ def parse_index(file):
         raise FlowARError(f"{file}: format is {reprlib.repr(index.get('format'))}, expected {FORMAT!r}")
     words = f"{file}: not an index of latents"
     check_fields(index, FIELDS, words)
-    index["latent_scale"] = LatentScale(*read_latent_scale(index.get("latent_scale"), file))
+    index["latent_scale"] = LatentScale(*read_latent_scale(index.get("latent_scale"), file, index["channels"]))
     if index["img_size"] % index["stride"]:
         raise FlowARError(f"{words}: img_size {index['img_size']} is not a multiple of stride {index['stride']}")
     image_bytes = LABEL_BYTES + math.prod(shape_of(index)) * DTYPES[index["dtype"]].itemsize
@@ -149,9 +161,10 @@ class ShardedMoments(Dataset):
     Files are memory-mapped and one at a time is open in a process: reading is O(1) and holds no copy of the data.
     """
     is_moments = True
+    look = staticmethod(read_index)
 
     def __init__(self, root, seed=0, train=False, flip=True):
-        self.root, self.index, self.seed, self.train, self.flip = Path(root), read_index(root), seed, train, flip
+        self.root, self.index, self.seed, self.train, self.flip = Path(root), self.look(root), seed, train, flip
         self.classes, self.latent_scale = self.index["classes"], self.index["latent_scale"]
         self.ends = np.cumsum([shard["images"] for shard in self.index["shards"]])
         self.opened = None  # (number of the shard, moments, labels)
@@ -163,6 +176,19 @@ class ShardedMoments(Dataset):
     def __getstate__(self):
         return {**self.__dict__, "opened": None, "drawn": None}  # a mapped file does not travel to another process
 
+    def open(self, shard):
+        """(what item() reads of, labels) of a shard."""
+        return open_shard(self.root / shard["file"], self.index, shard["images"])
+
+    def item(self, moments, row, variant):
+        return moments[row:row + 1, variant:variant + 1][0, 0]
+
+    def channel_scale(self):
+        """The LatentScale of --latent_norm channel."""
+        measured = self.index["measured"]
+        return scale_of_channels(measured["channel_mean"], measured["channel_std"], self.root / INDEX,
+                                 self.index["channels"])
+
     @property
     def origin(self):
         """LatentOrigin of the moments."""
@@ -170,9 +196,8 @@ class ShardedMoments(Dataset):
 
     def identity(self):
         """Of the images that were cached, as far as the cache knows them; see util.data.folders.Listing."""
-        labels = [open_shard(self.root / shard["file"], self.index, shard["images"])[1]
-                  for shard in self.index["shards"]]
-        digest = hashlib.sha256("".join(shard["sha256"] for shard in self.index["shards"]).encode()).hexdigest()
+        labels = [self.open(shard)[1] for shard in self.index["shards"]]
+        digest = hashlib.sha256("".join(shard.get("sha256", "") for shard in self.index["shards"]).encode()).hexdigest()
         return {"classes": self.classes, "images": len(self),
                 "counts": np.bincount(np.concatenate(labels), minlength=len(self.classes)).tolist(),
                 "sha256": self.index["source_sha256"] or digest}
@@ -200,10 +225,10 @@ class ShardedMoments(Dataset):
         if self.opened is None or self.opened[0] != number:
             shard = self.index["shards"][number]
             self.opened = None  # unmap the last one first
-            self.opened = number, *open_shard(self.root / shard["file"], self.index, shard["images"])
+            self.opened = number, *self.open(shard)
         _, moments, labels = self.opened
         row, variant = index - int(self.ends[number]) + len(labels), self.variant(epoch, index)
-        return moments[row:row + 1, variant:variant + 1][0, 0], int(labels[row])
+        return self.item(moments, row, variant), int(labels[row])
 
 
 def open_shard(path, index, images=None):
@@ -259,6 +284,64 @@ def read_digests(path):
         if "digests" not in file.keys():
             raise FlowARError(f"{path}: this cache does not know its images' contents (made before that was kept)")
         return [bytes(row.tolist()) for row in file.get_tensor("digests")]
+
+
+class LightningLatents(ShardedMoments):
+    """LightningDiT's (extract_features.py): `latents` and `latents_flip` (N, C, h, w), one sample of the posterior
+    each, and `labels` (N,), in latents_rank00_shard000.safetensors and so on. Read and drawn as a cache of shards of
+    one crop, and as moments of a deterministic encoder. Their classes are numbers; their latent scale is not told.
+    """
+
+    @staticmethod
+    def look(root):
+        """What index.json says of a cache of shards, out of the files' names, sizes and headers."""
+        paths = sorted(Path(root).glob(LIGHTNING))
+        opened = [open_lightning(path) for path in paths]
+        shape = opened[0][0][0].get_shape()[1:]
+        for path, (parts, _) in zip(paths, opened):
+            if parts[0].get_shape()[1:] != shape:
+                raise FlowARError(f"{path}: its latents are {as_sides(parts[0].get_shape()[1:])}, those of "
+                                  f"{paths[0].name} {as_sides(shape)}: of another VAE or image size")
+        shards = [{"file": path.name, "images": len(labels), "bytes": path.stat().st_size}
+                  for path, (_, labels) in zip(paths, opened)]
+        classes = 1 + max(int(labels.max()) for _, labels in opened)
+        return {**dict.fromkeys(("vae", "vae_sha256", "vae_tensors", "latent_scale")), "shape": tuple(shape),
+                "shards": shards, "images": sum(shard["images"] for shard in shards), "variants": 2,
+                "classes": [str(label) for label in range(classes)], "source_sha256": content_hash(shards)}
+
+    def open(self, shard):
+        return open_lightning(self.root / shard["file"])
+
+    def item(self, parts, row, variant):
+        return DiagonalGaussian.of_mean(parts[variant][row:row + 1]).parameters[0]
+
+    def channel_scale(self):
+        path, channels = self.root / LIGHTNING_STATS, self.index["shape"][0]
+        if not path.is_file():
+            raise FlowARError(f"{path}: no such file, from which --latent_norm channel takes mean and std: LightningDiT"
+                              " writes it when it first reads the latents, and publishes it beside its VAE")
+        content = read_file(path)
+        parts = [content.get(name) if isinstance(content, dict) else None for name in ("mean", "std")]
+        for name, part in zip(("mean", "std"), parts):
+            if not isinstance(part, torch.Tensor) or part.shape != (1, channels, 1, 1) or part.is_complex():
+                found = as_sides(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
+                raise FlowARError(f"{path}: {name} is {found}, expected a tensor of 1 x {channels} x 1 x 1")
+        return scale_of_channels(*(part.flatten().tolist() for part in parts), path, channels)
+
+
+def open_lightning(path):
+    """((latents, latents_flip) as lazy slices, labels (N,)) of a file of LightningDiT; FlowARError if it is none."""
+    with reading(path):
+        file = safe_open(path, framework="pt")
+        parts, labels = [file.get_slice(name) for name in ("latents", "latents_flip")], file.get_tensor("labels")
+        shapes, dtypes = [part.get_shape() for part in parts], [part.get_dtype() for part in parts]
+    if len(shapes[0]) != 4 or shapes[0] != shapes[1] or not set(dtypes) <= set(SAFETENSORS.values()):
+        raise FlowARError(f"{path}: latents and latents_flip are {as_sides(shapes[0])} {dtypes[0]} and "
+                          f"{as_sides(shapes[1])} {dtypes[1]}, expected two of N x C x h x w, floating-point")
+    if (labels.shape != (shapes[0][0],) or not len(labels) or labels.dtype != torch.int64
+            or not ((labels >= 0) & (labels < MOST_CLASSES)).all()):
+        raise FlowARError(f"{path}: its labels are not {shapes[0][0]} numbers of 0 to {MOST_CLASSES - 1}")
+    return parts, labels.numpy()
 
 
 class NpzMoments(Dataset):

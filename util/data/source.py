@@ -5,7 +5,7 @@ import torch
 
 from models import FlowARError
 from models.files import name_some
-from models.vae import DiagonalGaussian
+from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae
 from util.cluster import fetch, from_main, log, rank, world_size
 from util.data.door import DATASETS, DataSettings, find_data, open_data
@@ -21,12 +21,13 @@ from util.training.provenance import LatentOrigin, check_origin, origin_of
 
 
 class Source:
-    """Batches of a loader's dataset (see util.data.door) as latents on a device. vae: encodes images, None without."""
+    """Batches of a loader's dataset (see util.data.door) as latents of a LatentScale on a device. vae: encodes images,
+    None without.
+    """
 
-    def __init__(self, loader, vae, device):
-        self.loader, self.vae, self.device = loader, vae, device
+    def __init__(self, loader, vae, device, latent_scale):
+        self.loader, self.vae, self.device, self.latent_scale = loader, vae, device, latent_scale
         self.is_moments = loader.dataset.is_moments
-        self.latent_scale = (loader.dataset if self.is_moments else vae).latent_scale
         self.said = False  # what was converted
 
     @torch.no_grad()
@@ -82,8 +83,13 @@ def open_sources(args, device, class_num=None):
                           f"(--batch_size {args.batch_size} x {world_size()} processes x "
                           f"--accum_iter {args.accum_iter})")
     held_out = open_validation(args, settings._replace(train=False), vae, data.classes, origin)
-    source = Source(loader, vae, device)
-    validation = None if held_out is None else Source(build_loader(held_out, args.batch_size, **workers), vae, device)
+    scale = choose_scale(args.latent_norm, data, path, origin)
+    origin = origin._replace(latent_scale=tuple(scale))
+    if args.latent_norm == "channel" and vae is not None:
+        vae.latent_scale = scale
+    source, validation = Source(loader, vae, device, scale), None
+    if held_out is not None:
+        validation = Source(build_loader(held_out, args.batch_size, **workers), vae, device, scale)
     if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
         log("warning: the images of the validation set have the names and sizes of the training set's: if they are the "
             "same, the validation loss says nothing of images that were not seen")
@@ -108,9 +114,22 @@ def open_if_there(named, device, needed):
 
 
 def cache_origin(data, path):
-    """LatentOrigin of a cache; its latent scale is always known."""
-    origin = getattr(data, "origin", LatentOrigin())
-    return origin._replace(name=origin.name or f"that of {path}", latent_scale=tuple(data.latent_scale))
+    """LatentOrigin of a cache."""
+    origin, scale = getattr(data, "origin", LatentOrigin()), data.latent_scale
+    return origin._replace(name=origin.name or f"that of {path}", latent_scale=scale and tuple(scale))
+
+
+def choose_scale(norm, data, path, origin):
+    """The LatentScale of --latent_norm for the data at a path; FlowARError where it is not known. origin: of it."""
+    if norm == "channel":
+        if not hasattr(data, "channel_scale"):
+            raise FlowARError(f"--latent_norm channel needs cached latents whose channels were measured: {path} is no "
+                              "cache of shards (scripts/cache_latents.py makes them); give one as --cached_path")
+        return data.channel_scale()
+    if origin.latent_scale is None:
+        raise FlowARError(f"{path}: does not tell the scale of its latents: give the VAE that they are of (--vae, "
+                          f"--vae_path), or --latent_norm channel")
+    return LatentScale(*origin.latent_scale)
 
 
 def say_what_is_there(data, path, img_size):

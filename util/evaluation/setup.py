@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 
 from models import FlowARError
-from models.files import file_hash, tensors_hash
+from models.files import file_hash, read_latent_scale, tensors_hash
 from models.files.checkpoints import find_model, recognise_geometry, saved_options
 from models.files.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
+from models.vae import LatentScale
 from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
@@ -132,6 +133,8 @@ def open_for_sampling(args, device, identify=False):
     vae, notes = named.open()
     for note in notes:  # which may explain what is refused
         log(note)
+    if saved_options(content).get("latent_norm") == "channel":
+        vae.latent_scale = trained_scale(trained_with, path, vae.embed_dim)
     origin = origin_of(named, vae)
     check_origin(path, trained_with, origin)
     named_size, args = args.model, recognise(args, weights.tensors, path, vae)
@@ -149,7 +152,7 @@ def open_for_sampling(args, device, identify=False):
                    "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}
     if identify and is_main():
         description.update(checkpoint_sha256=checksum or file_hash(path))
-    guide = open_guide(args, model, description)
+    guide = open_guide(args, model, description, origin)
     for network in filter(None, (model, guide)):
         prepare.for_sampling(network.to(device), AUTOCAST.get(precision))
         if args.compile:
@@ -160,11 +163,21 @@ def open_for_sampling(args, device, identify=False):
     return Opened(model, vae.to(device), precision, description, classes, sampling, guide, data, origin)
 
 
-def open_guide(args, model, description):
-    """The model of --guide, of the model's geometry, None without one; the description gets what it is."""
+def trained_scale(trained_with, path, channels):
+    """The LatentScale that a run with --latent_norm channel had in the VAE's place, out of its LatentOrigin."""
+    if trained_with.latent_scale is None:
+        raise FlowARError(f"{path}: was trained with --latent_norm channel, but does not hold the mean and std of its "
+                          "latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded; take the run's "
+                          "own checkpoint")
+    return LatentScale(*read_latent_scale(trained_with.latent_scale, path, channels))
+
+
+def open_guide(args, model, description, origin):
+    """The model of --guide, of the model's geometry and latents, None without one; the description gets what it is."""
     if not args.guide:
         return None
     path, content = read_model_file(args.guide)
+    check_origin(f"--guide {path}", saved_origin(content), origin)
     weights = find_model(content, path)
     size = recognise_size(weights.tensors, path)
     geometry = {name: model.config[name] for name in GEOMETRY.keys() - {"model"} | {"scale"}}

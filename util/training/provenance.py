@@ -6,8 +6,11 @@ LatentOrigin as a dict. Older ones, and released weights, have neither.
 from itertools import zip_longest
 from typing import NamedTuple
 
+import torch
+
 from models import FlowARError
-from models.files import tensors_hash
+from models.files import content_hash, read_latent_scale, tensors_hash
+from models.files.refusals import as_sides
 from util.cluster import from_main, log
 
 
@@ -15,7 +18,7 @@ class LatentOrigin(NamedTuple):
     """The VAE that latents are of; None: not known."""
     name: str | None = None  # for messages: a path, or --vae's
     sha256: str | None = None  # NamedVAE.identity
-    latent_scale: tuple | None = None  # (scale, shift)
+    latent_scale: tuple | None = None  # (scale, shift), see models.vae.LatentScale
     tensors: str | None = None  # SHA-256 over its tensors: the same in whatever file
 
 
@@ -33,23 +36,31 @@ def check_origin(what, found, expected):
             continue
         if name == "latent_scale":
             raise FlowARError(f"{what}: its latents have the scale and shift {one}, those of {expected.name} {other}: "
-                              "latents of two scales do not mix; use the file it was made with, or give this one that "
-                              "scale ('config': {'latent_scale': [scale, shift]})")
+                              "latents of two scales do not mix; use the file it was made with, the same "
+                              "--latent_norm, or give this one that scale ('config': {'latent_scale': [scale, "
+                              "shift]})")
         raise FlowARError(f"{what}: its VAE is {found.name or 'another one'} ({name} {one}), but {expected.name} "
                           f"has {name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
 
 
 def shorten(value):
-    return value[:12] if isinstance(value, str) else None if value is None else tuple(float(part) for part in value)
+    """What a message says of a hash or a latent scale, equal for equal ones; of many numbers their shape and hash."""
+    if value is None or isinstance(value, str):
+        return value and value[:12]
+    parts = [torch.tensor(part, dtype=torch.float64) for part in value]
+    return tuple(f"{as_sides(part.shape)} numbers {content_hash(part)[:12]}" if part.ndim else part.item()
+                 for part in parts)
 
 
 def saved_origin(content):
     """LatentOrigin of a checkpoint's content; what is not of its kind is not known."""
     saved = content.get("vae") if isinstance(content, dict) else None
     name, sha256, scale, tensors = ((saved if isinstance(saved, dict) else {}).get(key) for key in LatentOrigin._fields)
-    is_scale = isinstance(scale, (tuple, list)) and all(type(part) in (int, float) for part in scale)
     name, sha256, tensors = (value if isinstance(value, str) else None for value in (name, sha256, tensors))
-    return LatentOrigin(name, sha256, tuple(scale) if is_scale else None, tensors)
+    try:
+        return LatentOrigin(name, sha256, read_latent_scale(scale, "checkpoint"), tensors)
+    except FlowARError:
+        return LatentOrigin(name, sha256, None, tensors)
 
 
 def saved_data(content):
