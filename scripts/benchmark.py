@@ -351,7 +351,7 @@ def through_files(sampler, plan, extractor, folder):
 def benchmark_evaluate(args, device):
     sampler = build_sampler(args, *build(args, device), args.precision)
     extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
-    seconds = {"in_memory": 0.0, "through_files": 0.0}
+    seconds, report = {"in_memory": 0.0, "through_files": 0.0}, None
     for warm_up in (True, False):
         plan = Plan(choose_labels("balanced", args.eval_bsz if warm_up else args.num_images, Classes(args.class_num)))
         for way in (in_memory, through_files):
