@@ -79,11 +79,10 @@ def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkey
 
 def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
     words = command(project, tmp_path, "--save_every 4")
-    for step in (4, 16):
-        process = start(words)
-        wait_for(tmp_path / f"checkpoint-{step:09d}.pth", process)
-        process.send_signal(signal.SIGKILL)
-        finish(process)
+    process = start(words)
+    wait_for(tmp_path / "checkpoint-000000004.pth", process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
     status, output = finish(start(words))
     assert status == 0 and "going on after step" in output, output
     assert_same_run(tmp_path, student)

@@ -201,7 +201,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])  # test_reliability.py forks them
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])  # test_reliability.py forks them
 def test_workers_end_with_their_rank_and_by_no_signal(tmp_path, method):
     (tmp_path / "rank.py").write_text(RANK)
     process = subprocess.Popen([sys.executable, tmp_path / "rank.py", method], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,

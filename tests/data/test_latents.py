@@ -298,7 +298,7 @@ def test_two_processes_write_the_same_moments(project, shards, tmp_path):
         assert torch.equal(a["names"], b["names"]) and torch.equal(a["labels"], b["labels"])
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_may_be_started_in_any_way(project, shards, tmp_path, method):
     command = cache_command(project, tmp_path / "cache", "--dtype float32").replace("--num_workers 0", "--num_workers 1")
     run(f"{ROOT}/tests/start_method.py {method} {command}")
