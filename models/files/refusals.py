@@ -122,7 +122,7 @@ def read_time_distribution(text):
     name, _, numbers = str(text).partition(":")
     try:
         function, values = TIME_DISTRIBUTIONS[name], [float(number) for number in numbers.split(",") if numbers]
-        function(torch.rand(1), *values)
+        function(torch.zeros(1), *values)  # no draw: the weights are drawn next
         if not all(map(math.isfinite, values)) or values and values[-1] <= 0:
             raise ValueError
     except (KeyError, TypeError, ValueError):

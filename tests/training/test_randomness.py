@@ -1,9 +1,13 @@
 """Seeds: what is drawn follows from (seed, step or image) alone, and is drawn where the loss is."""
+import pickle
+
 import golden
 import numpy as np
+import pytest
 import torch
 from helpers import make_project, read_log, small_model, train
 
+from models import build_model
 from models.flowar import Draws, FlowAR
 from util.training.randomness import SAMPLING, TRAINING, VALIDATION, derive_seed, draw, draw_each, image_noise
 
@@ -29,6 +33,16 @@ def test_the_streams_are_those_of_earlier_versions():
         assert torch.equal(found.draws.drop, expected[f"train{step}_drop"])
     assert_drawn(draw_each(model, 5, VALIDATION, [3, 10]), expected, "val")
     assert all(torch.equal(e, expected[f"sample_noise{k}"]) for k, e in enumerate(image_noise(model, 5, [0, 4711])))
+
+
+@pytest.mark.parametrize("t_dist", ["uniform", "logit_normal:0,1"])
+def test_initial_weights_are_those_of_earlier_versions(t_dist):
+    """All that building draws is the weights, in their order."""
+    torch.manual_seed(0)
+    model = build_model("flowar_tiny", img_size=16, vae_stride=4, vae_embed_dim=4, class_num=10, scale=(1, 2, 4), t_dist=t_dist)
+    found = [model.z_proj.weight.double().sum().item(), model.flownet.final_layer.linear.weight.double().sum().item(), torch.rand(1).item()]
+    pickle.dumps(model)
+    assert found == pytest.approx([-1.2093054710421711, 3.2086148087255424, 0.86063152551651], rel=1e-6)
 
 
 def test_seeds_differ_by_every_number():
