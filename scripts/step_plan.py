@@ -30,7 +30,10 @@ def parse_args():
     add("--evaluations", type=several(positive), required=True, help="Euler steps of all scales together; several: a list for each")
     add("--reference", type=at_least_two, default=200, help="uniform steps of the paths that are measured")
     add("--images", type=positive, default=64, help="paths, of classes spread over all")
-    return single_point(parser.parse_args())
+    args = parser.parse_args()
+    if args.solver and args.solver != ("euler",):
+        raise FlowARError(f"--solver {','.join(args.solver)}: the errors are of Euler's method: leave it out")
+    return single_point(args)
 
 
 def measured(velocity, x, times):
@@ -119,7 +122,8 @@ def main():
     for evaluations in args.evaluations:
         chosen, error = plan(errors, evaluations)
         even = [min(options.items(), key=lambda item: abs(item[1][0] - evaluations / len(scales)))[1][1] for options in errors]
-        print(f"| {evaluations} | {as_text(chosen)} | {error:.4f} | {math.sqrt(sum(e * e for e in even)):.4f} |")
+        used = sum(options[n][0] for options, n in zip(errors, chosen))
+        print(f"| {used} | {as_text(chosen)} | {error:.4f} | {math.sqrt(sum(e * e for e in even)):.4f} |")
 
 
 if __name__ == "__main__":

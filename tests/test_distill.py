@@ -71,9 +71,9 @@ def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkey
     for name, target in (("run", project / "teacher"), ("vae.pth", project / "vae.pth"), ("val_stats.npz", project / "vae.pth")):
         (tmp_path / name).symlink_to(target)
     call(monkeypatch, f"scripts/few_step.py --root {tmp_path} --student {student} --images 0 --batch 2 --repeats 1 --device cpu")
-    table = (student / "few_step.md").read_text().splitlines()
+    table = (student / "few_step_times.md").read_text().splitlines()
     assert len(table) == 2 + 1 + 10 + 4 and table[3].startswith("| teacher, euler, 8 |") and table[-1].startswith("| student, euler, 1 |")
-    assert all(value > 0 for value in read_json(student / "few_step.json")["milliseconds"].values())
+    assert all(value > 0 for value in read_json(student / "few_step_times.json")["milliseconds"].values())
     assert Image.open(student / "few_step.png").size[0] > Image.open(student / "few_step.png").size[1]
 
 

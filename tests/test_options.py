@@ -187,7 +187,7 @@ TABLE = [
     (EVAL, "--cfg 2:3:4:5", "--cfg 2.0:3.0:4.0:5.0 has 4 values: expected one for each of 3 scales"),
     (EVAL, "--num_step 4:1:6", "--num_step 1 is too few for the release time grid: give at least 2, or --time_grid uniform"),
     (EVAL, "--guidance 0.5 --guidance_low 0.5", "--guidance_low 0.5 is not below --guidance 0.5: guidance would act nowhere"),
-    (EVAL, "--guide {p}/run --cfg 1", "--guide {p}/run: give --guide_strength, or --cfg, above 1"),
+    (EVAL, "--weights raw --guide {p}/run --cfg 1", "--guide {p}/run: give --guide_strength, or --cfg, above 1"),
     (EVAL, "--num_step_schedule cosine", "--num_step_schedule cosine needs --num_step_last, to which it leads"),
     (EVAL, "--cfg 1:2:3 --cfg_schedule constant", "--cfg 1.0:2.0:3.0 has one for each scale: leave out --cfg_schedule constant"),
     (EVAL, "--guide_strength 2", "--guide_strength 2.0 needs --guide, the weaker checkpoint"),

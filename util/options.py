@@ -457,25 +457,34 @@ def sampling_options(args, stored=None):
         given["cfg"] = args.guide_strength
     values = {**{argument: setting.default for argument, setting in SAMPLING.items()}, **(stored or {}),
               **{argument: value for argument, value in given.items() if value is not None}}
+    weights = values["cfg"] if isinstance(values["cfg"], (tuple, list)) else [values["cfg"]]
+    if args.guide and max(weights) <= 1:
+        raise FlowARError(f"--guide {args.guide}: give --guide_strength, or --cfg, above 1")
+    check_sampling(values, given, args.scales)
+    return values
+
+
+def check_sampling(values, given, scales):
+    """FlowARError for arguments of FlowAR.sample_tokens that contradict each other or would do nothing. given: those
+    that were asked for, None or absent for others; scales: the model's, None if they are not known yet.
+    """
     check_steps(values)
     weights = values["cfg"] if isinstance(values["cfg"], (tuple, list)) else [values["cfg"]]
     for wrong, message in (
-            (args.guide and max(weights) <= 1, f"--guide {args.guide}: give --guide_strength, or --cfg, above 1"),
-            (given["num_step_schedule"] not in (None, "linear") and values["num_steps_last"] is None,
-             f"--num_step_schedule {given['num_step_schedule']} needs --num_step_last, to which it leads"),
-            (given["cfg_schedule"] not in (None, "linear") and len(weights) > 1,
-             f"--cfg {as_text(weights)} has one for each scale: leave out --cfg_schedule {given['cfg_schedule']}")):
+            (given.get("num_step_schedule") not in (None, "linear") and values["num_steps_last"] is None,
+             f"--num_step_schedule {given.get('num_step_schedule')} needs --num_step_last, to which it leads"),
+            (given.get("cfg_schedule") not in (None, "linear") and len(weights) > 1,
+             f"--cfg {as_text(weights)} has one for each scale: leave out --cfg_schedule {given.get('cfg_schedule')}")):
         if wrong:
             raise FlowARError(message)
     for name in ("cfg", "num_steps"):
         count = len(values[name]) if isinstance(values[name], (tuple, list)) else None
-        if count and args.scales and count != len(args.scales):
+        if count and scales and count != len(scales):
             raise FlowARError(f"--{SAMPLING[name].option} {as_text(values[name])} has {count} values: expected one for "
-                              f"each of {len(args.scales)} scales")
+                              f"each of {len(scales)} scales")
     if values["guidance_low"] >= values["guidance"] > 0:
         raise FlowARError(f"--guidance_low {values['guidance_low']} is not below --guidance {values['guidance']}: "
                           "guidance would act nowhere; give --cfg 1 for none")
-    return values
 
 
 def check_steps(values):

@@ -286,3 +286,16 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
                            ("--resume x --grid a.png --strip a.png", "are one file")):
         with pytest.raises(FlowARError, match=message):
             script(words)
+
+
+@pytest.mark.parametrize("settings,message", [
+    ({"guidance_low": 0.5, "guidance": 0.4}, "guidance would act nowhere"), ({"cfg": [1, 2, 3], "cfg_schedule": "constant"}, "leave out --cfg_schedule"),
+    ({"num_step_schedule": "cosine"}, "needs --num_step_last"), ({"cfg": [1, 2]}, "has 2 values: expected one for each of 3 scales")])
+def test_settings_of_a_call_are_checked_as_options_are(pipe, settings, message):
+    with pytest.raises(FlowARError, match=message):
+        pipe([3], **settings)
+
+
+def test_a_model_does_not_guide_itself(trained):
+    with pytest.raises(FlowARError, match="it is the model itself, which guides nowhere"):
+        load_pipeline(trained, device="cpu", guide=str(trained), guide_strength=2)

@@ -12,7 +12,7 @@ from models.files import name_some
 from util.cluster import autocast
 from util.data import to_uint8
 from util.evaluation.labels import image_label
-from util.options import SAMPLING
+from util.options import SAMPLING, check_sampling
 from util.training.randomness import image_noise
 
 GRID_IMAGES = 16
@@ -40,8 +40,10 @@ class Sampler(NamedTuple):
         unknown = sorted(settings.keys() - self.options.keys())
         if unknown:
             raise FlowARError(f"{unknown[0]}: no setting of sampling, expected one of {', '.join(self.options)}")
-        return self._replace(options={**self.options, **{name: SAMPLING[name].of(name, value)
-                                                         for name, value in settings.items()}})
+        settings = {name: SAMPLING[name].of(name, value) for name, value in settings.items()}
+        options = {**self.options, **settings}
+        check_sampling(options, settings, self.model.scale)
+        return self._replace(options=options)
 
     def noise(self, indices):
         """Starting noise of images by their index, see FlowAR.draw_noise."""

@@ -127,6 +127,8 @@ def open_for_sampling(args, device, identify=False):
     if trained_with.sha256 is None and is_run:
         log(f"{path}: does not say with which VAE it was trained: whether it is this one cannot be checked")
     sampling, data = saved_sampling(content, args.resume), content.get("data")
+    if "teacher_sampling" in saved_options(content) and args.cfg not in (None, (1.0,)):
+        log(f"warning: {path}: a student, which learned without the null class: --cfg above 1 is nothing it knows")
     vae, vae_path = choose_vae(args, content, path)
     named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
     fetch(named.path)
@@ -184,6 +186,8 @@ def open_guide(args, model, description, origin):
     guide, left_out = open_model(weights.tensors, path, size.pop("model"), **geometry, **size)
     log(f"--guide {path}: {weights.describe(left_out)}")
     description.update(guide=args.guide, guide_tensors=tensors_hash(guide.state_dict()))
+    if description["guide_tensors"] == tensors_hash(model.state_dict()):
+        raise FlowARError(f"--guide {path}: it is the model itself, which guides nowhere: give weaker weights")
     return guide
 
 

@@ -29,8 +29,8 @@ STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
-            "ema_rate", "ema_warmup", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "background",
-            "precision", "seed")
+            "t_dist", "condition_noise", "ema_rate", "ema_warmup", "attn_dropout", "proj_dropout", "label_drop_prob",
+            "flip", "background", "precision", "seed")
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 
 
@@ -438,6 +438,9 @@ def resume(path, content, parts, record):
         log(f"{path}: --start_epoch: going on with epoch {start + 1}")
         return fresh
     load_powers(ema, content, path)
+    if "posthoc" in content and not ema.powers:
+        log(f"warning: {path}: without --posthoc_ema its averages end here, for good, and none of later steps can be "
+            "rebuilt: if that is not meant, stop, and give it again")
     progress = load_progress(content, path, steps)
     if progress.done:
         for what, saved, now in (("images", content.get("images"), images),
