@@ -51,6 +51,13 @@ def train(project, output, extra="", device="cpu"):
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
 
 
+def run_with_settings(root):
+    """A run of a few steps that was told how to sample; its folder."""
+    project = make_project(root, 2)
+    run(training_command(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5"))
+    return project / "run"
+
+
 def evaluation_command(project, checkpoint, output, extra=""):
     return (f"eval.py --resume {checkpoint} --vae_path {project}/vae.pth --num_images 10 --num_step 6 --cfg 2 --device cpu "
             f"--output_dir {output} --feature_extractor efficientnet-lite0 --evaluate {extra}")

@@ -13,7 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 import sample
-from helpers import finish, make_project, run, start, training_command
+from helpers import finish, run_with_settings, start
 from PIL import Image
 
 import app
@@ -26,10 +26,7 @@ FORM = dict(label="3", first_seed=5, count=2, cfg=3.0, guidance=0.8, steps=6, so
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of a few steps that was told how to sample."""
-    project = make_project(tmp_path_factory.mktemp("project"), 2)
-    run(training_command(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5"))
-    return project / "run"
+    return run_with_settings(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

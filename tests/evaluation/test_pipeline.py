@@ -10,7 +10,7 @@ from PIL import Image
 
 import golden
 import sample
-from helpers import inputs, make_project, read_checkpoint, run, small_model, training_command
+from helpers import inputs, read_checkpoint, run, run_with_settings, small_model
 from models import FlowARError
 from models.flow_matching import SOLVERS
 from pictures import read_settings
@@ -22,10 +22,7 @@ from util.evaluation.sampler import Sampler
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of a few steps that was told how to sample."""
-    project = make_project(tmp_path_factory.mktemp("project"), 2)
-    run(training_command(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5"))
-    return project / "run"
+    return run_with_settings(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,6 @@ def begin_with(name, network, record):
         log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
     found = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
-    if CLASSES in found and before is None:
-        resized.append(f"none, but {CLASSES} goes by number, as it does not name its classes")
     others = CLASSES not in found or before is not None and before != now
     if others and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
         found[CLASSES], kept = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
@@ -50,7 +48,8 @@ def begin_with(name, network, record):
                           f"{name_some(left, 3)}; give --model, --diffloss_d and --diffloss_w as it was trained")
     for key, value in found.items():
         own[key].copy_(value)
-    log(f"--init_from {path}: {weights.describe([])}; {len(found)} of {len(own)} tensors taken; "
+    by_number = ", rows of classes by number, as it does not name them" if before is None and not others else ""
+    log(f"--init_from {path}: {weights.describe([])}; {len(found)} of {len(own)} tensors taken{by_number}; "
         f"resized: {', '.join(resized) or 'none'}; left as drawn: {name_some(left) or 'none'}")
 
 
