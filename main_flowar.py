@@ -90,8 +90,8 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
     with cluster.stop_signals() as signals:
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
-        advice = None if path or args.init_from else ema_advice(args.ema_rate, args.epochs * run.steps, args.ema_warmup)
-        if advice:
+        drawn = not (path or args.init_from or "teacher" in args)  # weights begin at random
+        if drawn and (advice := ema_advice(args.ema_rate, args.epochs * run.steps, args.ema_warmup)):
             log(f"warning: {advice}")
         unreported = progress.done == 0 and from_main(lambda: progress.step not in logger.reported)
         if unreported and is_report_epoch(args, progress.epoch):

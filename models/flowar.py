@@ -188,7 +188,8 @@ class FlowAR(nn.Module):
             x = run(block, x)
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[:, span]
 
-    def _condition(self, pyramid, labels):
+    def condition_on(self, pyramid, labels):
+        """As condition(), of a pyramid."""
         c = self.class_emb(labels)
         inputs = [to_tokens(self.next_input(grid, k)) for k, grid in enumerate(pyramid[:-1])]
         tokens = [c[:, None], *([self.z_proj(torch.cat(inputs, dim=1))] if inputs else [])]
@@ -200,7 +201,7 @@ class FlowAR(nn.Module):
         A label may be class_num, the null class.
         """
         check_labels(labels, self.class_num + 1)
-        return self._condition(self.pyramid(latents), labels)
+        return self.condition_on(self.pyramid(latents), labels)
 
     # ---- training (paper: scale-wise flow matching model) ---------------------------------------------------
 
@@ -241,7 +242,7 @@ class FlowAR(nn.Module):
             labels = torch.where(drop, self.class_num, labels)
         pyramid = self.pyramid(latents)
         read = [x + to_grid(e, s) for x, e, s in zip(pyramid, condition_noise, self.scale)]
-        return self.velocity_errors(pyramid, self._condition(read + pyramid[len(read):], labels), t, noise)
+        return self.velocity_errors(pyramid, self.condition_on(read + pyramid[len(read):], labels), t, noise)
 
     def velocity_errors(self, pyramid, z, t, noise):
         """The scale_losses of a pyramid's paths from noise, given the condition z."""

@@ -7,7 +7,9 @@ many images and with each of the seeds; variants that differ in sampling alone s
 is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md, ablations.json and ablations.png there.
 """
 import argparse
+import functools
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,10 +22,14 @@ import project_root
 import torch
 from matplotlib.figure import Figure
 
-from models import FlowARError
+from models import FlowARError, flow_matching as fm
 from models.files import name_some
+from models.flowar import to_grid, to_tokens
+from models.vae import DiagonalGaussian
 from quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device
+from util.data.latents import ShardedMoments
+from util.evaluation import load_pipeline
 from util.evaluation.labels import image_label
 from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS, machine, read_report
@@ -33,19 +39,23 @@ from util.training.logging import read_lines
 
 TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny "
             "--batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --data_path {root}/images "
-            "--cached_path {root}/latents --cached_val_path {root}/latents_val --num_workers 0 --save_last_freq 1 --eval_freq 1000")
+            "--cached_path {root}/latents --cached_val_path {root}/latents_val --num_workers 0 --save_last_freq 1 --keep_every 1 --eval_freq 1000")
 SAMPLING = "eval.py --vae_path {root}/vae.pth --num_step 25 --cfg 3 --guidance 1 --fid_stats {root}/val_stats.npz --feature_extractor efficientnet-lite0 --save_images"
-BASE = "released"
+BASE, OWN_IMAGES, OWN_STEPS = "released", 2000, 10
 VARIANTS = {  # group: {name: (options of training, options of sampling)}
     "times": {BASE: ("", ""), "shift 0.5": ("--t_dist shift:0.5", ""), "shift 2": ("--t_dist shift:2", ""),
               "logit-normal 0, 1": ("--t_dist logit_normal:0,1", "")},
     "reading": {BASE: ("", ""), "condition noise 0.1": ("--condition_noise 0.1", ""), "condition noise 0.3": ("--condition_noise 0.3", "")},
+    "latents": {BASE: ("", ""), "scaled by channel": ("--latent_norm channel", "")},
     "scales": {BASE: ("", ""), "1, 4": ("--scales 1,4", ""), "1, 2, 3, 4": ("--scales 1,2,3,4", "")},
     "guidance": {"no guidance": ("", "--cfg 1"), BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1"), "t > 0.3": ("", "--guidance_low 0.3"),
                  "t <= 0.7": ("", "--guidance 0.7"), "2 on every scale": ("", "--cfg 2 --cfg_schedule constant"),
-                 "falling, 3:2:1": ("", "--cfg 3:2:1")},
+                 "falling, 3:2:1": ("", "--cfg 3:2:1"), "by the first epoch, 2": ("", "--guide {first} --guide_strength 2"),
+                 "by the first epoch, 3": ("", "--guide {first} --guide_strength 3")},
 }
-COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%", "validation loss": ".4f"}
+OWN = {"loss, half own": 0.5, "loss, own scales": 1.0}  # the time from which coarse scales are the model's own, see own_scales_loss
+COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%", "validation loss": ".4f",
+           **dict.fromkeys(OWN, ".4f")}
 
 
 def parse_args():
@@ -66,7 +76,7 @@ def parse_args():
 
 def folder_of(options):
     """Name of the folder of these options."""
-    return "_".join(shlex.split(options.replace("--", ""))).replace(":", "-").replace(",", "-") or BASE
+    return re.sub("[^a-z0-9._]+", "-", "_".join(shlex.split(options.replace("--", "")))) or BASE
 
 
 class Point:
@@ -83,17 +93,45 @@ class Point:
         start(args, command, self.run)
 
     def evaluate(self, args):
-        command = (f"{SAMPLING} {self.sampling} --resume {self.run} --seed {self.seed} --num_images {args.samples} "
+        first = min(self.run.glob("checkpoint-0*.pth"), default="")  # of the first epoch
+        command = (f"{SAMPLING} {self.sampling.format(first=first)} --resume {self.run} --seed {self.seed} --num_images {args.samples} "
                    f"--eval_bsz {min(args.samples, 250)} --output_dir {self.output} --device {args.device}")
         start(args, command, self.output)
 
-    def figures(self, network, device):
+    def figures(self, network, root, device):
         report = read_report(self.output / RESULTS)
         images = load_uint8([self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])])
         labels = torch.tensor([image_label(i, len(images), report["class_num"]) for i in range(len(images))])
         losses = [line["loss"] for line in read_lines(self.run / "log.jsonl") if line.get("group") == "val_ema"]
         names = [name for start in ("frechet_distance", "kid_mean", "precision", "recall") for name in report["metrics"] if name.startswith(start)]
-        return [*map(report.get, names), accuracy(network, gray(images), labels, device), losses[-1]], report["parameters"]
+        own = own_scales_losses(self.run, root, device)
+        return [*map(report.get, names), accuracy(network, gray(images), labels, device), losses[-1], *own], report["parameters"]
+
+
+@functools.cache
+def own_scales_losses(run, root, device):
+    """Validation loss of a run's average where the transformer reads scales that the model has drawn, as in sampling: for each time of OWN, every
+    scale but the last is carried from its path at that time to 0 by the model, given those before; targets are the images'. From t = 1 on
+    only the label binds them to the image, so that this is what a wrong coarse scale costs at most; from 0.5 on they resemble it.
+    """
+    pipeline, data = load_pipeline(run, root / "vae.pth", device), ShardedMoments(root / "latents_val")
+    model, scale = pipeline.sampler.model, pipeline.sampler.vae.latent_scale
+    moments, labels = zip(*(data[0, i] for i in range(0, len(data), max(1, len(data) // OWN_IMAGES))))
+    latents, labels = scale.normalize(DiagonalGaussian(torch.stack(moments).float().to(device)).mode()), torch.tensor(labels, device=device)
+    with torch.no_grad():
+        return [model.weighted(own_scales_error(model, latents, labels, start).mean(dim=1)).item() for start in OWN.values()]
+
+
+def own_scales_error(model, latents, labels, start):
+    """scale_losses of the images' pyramid, read with the model's own coarse scales from time `start` on; always the same draws."""
+    generator, pyramid = torch.Generator(latents.device).manual_seed(0), model.pyramid(latents)
+    t, noise, _, _ = model.draw(len(labels), generator)
+    start_noise, read, times = model.draw_noise(len(labels), generator), list(pyramid), start * fm.time_grid(OWN_STEPS, "uniform")
+    for k, span in enumerate(model.spans[:-1]):
+        velocity = model.flownet.guided(model.condition_on(read, labels)[:, span], len(labels), (1.0, 0.0, 1.0))
+        x = fm.euler(velocity, fm.interpolate(to_tokens(pyramid[k]), start_noise[k], start), times)
+        read[k] = to_grid(x.to(latents), model.scale[k])
+    return model.velocity_errors(pyramid, model.condition_on(read, labels), t, noise)
 
 
 def start(args, command, output):
@@ -120,7 +158,7 @@ def main():
         list(pool.map(lambda point: point.train(args, epochs), {point.run: point for point in points}.values()))
         list(pool.map(lambda point: point.evaluate(args), {point.output: point for point in points}.values()))
     network = get_classifier(root, device)
-    found = {key: [point.figures(network, device) for point in row] for key, row in rows.items()}
+    found = {key: [point.figures(network, root, device) for point in row] for key, row in rows.items()}
     report(args, found, device, root / "ablations")
 
 

@@ -245,6 +245,7 @@ def verify(listing, folder, settings):
             changed += [name for name, now, before in zip(names, found, digests) if now != before]
     changed = cluster.gather_to_main(changed)
     cluster.from_main(lambda: say_changed(folder, sorted(sum(changed, []))))
+    settings["source_times"] = cluster.from_main(lambda: read_json(folder / latents.INDEX).get("source_times"))  # written anew, the same
 
 
 def check_names(folder, index, names, settings):

@@ -29,7 +29,8 @@ from util.options import (check_geometry, fraction, positive, sampling_options, 
 from util.speed import prepare
 from util.training import checkpoint
 
-DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99, save_last_freq=1, eval_freq=1)
+DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99, save_last_freq=1, eval_freq=1,
+                attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0)
 
 
 def make_parser():
@@ -49,14 +50,15 @@ def open_teacher(args):
     """(FlowAR on the CPU, its content and path, its settings of sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
-    for name in ("init_from", "condition_noise", "guide"):
+    for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
-            raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, and reads what that draws")
+            raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
     if args.evaluate:
         raise FlowARError("--evaluate is for eval.py and main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
-    solution = sampling_options(args, saved_sampling(content, args.resume))
-    return load_flowar(args.resume, args.weights), content, path, solution
+    teacher = load_flowar(args.resume, args.weights)
+    solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
+    return teacher, content, path, solution
 
 
 def student_options(args, teacher, content, path, solution):
@@ -74,10 +76,12 @@ def student_options(args, teacher, content, path, solution):
 def check_same(args):
     """FlowARError if --output_dir holds the student of another teacher or of other settings of it."""
     make_directory(Path(args.output_dir))
+    if not from_main(lambda: checkpoint.all_in(args.output_dir)):
+        return
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     before = saved_options(content)
     for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
-        if path and before.get(name) != getattr(args, name):
+        if before.get(name) != getattr(args, name):
             raise FlowARError(f"{path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
 
 

@@ -19,7 +19,7 @@ from models.files import tensors_hash, writing
 from util import cluster
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, warn_of_few
-from util.evaluation.references import folder_features
+from util.evaluation.references import folder_features, list_images
 from util.files import check_output
 from util.options import add_extractor_options, color, pixels, some_path
 
@@ -72,16 +72,15 @@ def main():
     if Path(args.output).exists() or not args.output.endswith(".npz"):
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
     joint = build_extractors(args.feature_extractor, args.fid_weights, device)
-    found, held_out = (folder and folder_features(folder, joint, device, args.img_size, crop=True, background=args.background,
-                                                  keep=args.keep_features and folder == args.ref_images)
-                       for folder in (args.ref_images, args.held_out))
+    listing, others = (folder and list_images(folder) for folder in (args.ref_images, args.held_out))
+    if others and others.identity() == listing.identity():
+        raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
+    options = dict(crop=args.img_size is not None, background=args.background)
+    held_out = others and folder_features(others, joint, device, args.img_size, keep=False, **options)  # first: they are fewer
+    size = args.img_size or cluster.from_main(lambda: held_out and held_out.img_size)
+    found = folder_features(listing, joint, device, size, keep=args.keep_features, **options)
     if found is None:
         return
-    if held_out and held_out.listing.identity() == found.listing.identity():
-        raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
-    if held_out and held_out.img_size != found.img_size:
-        raise FlowARError(f"--held_out {args.held_out}: images of {held_out.img_size} pixels, those of --ref_images have {found.img_size}: "
-                          "give --img_size")
     save_statistics(args.output, found, joint, held_out)
     print(f"{args.output}: {found.count} images of {args.ref_images}, {found.img_size} pixels, in {joint.name} features")
 

@@ -110,9 +110,11 @@ def main():
     sampler = open_pipeline(args, device).sampler
     classes, scales = sampler.model.class_num, sampler.model.scale
     labels, noise = [image_label(i, args.images, classes) for i in range(args.images)], sampler.noise(range(args.images))
-    pyramid, rates = straightness(sampler, labels, noise, args.reference)
-    factors, kind = gains(sampler, labels, noise, pyramid), sampler.options["time_grid"]
+    kind = sampler.options["time_grid"]
     grids = {n: fm.time_grid(n, kind) for n in range(fm.TIME_GRIDS[kind], MOST + 1) if kind == "uniform" or n % 2 or n == fm.UNIFORM_STEPS}
+    plan([{n: (len(grid) - 1, 0.0) for n, grid in grids.items()}] * len(scales), min(args.evaluations))  # refuses too few
+    pyramid, rates = straightness(sampler, labels, noise, args.reference)
+    factors = gains(sampler, labels, noise, pyramid)
     errors = [{n: (len(grid) - 1, gain * euler_error(rate, grid)) for n, grid in grids.items()} for rate, gain in zip(rates, factors)]
     print("| scale | mean abs dv/dt | at noise, middle, data | gain |\n|---|---|---|---|")
     for s, rate, gain in zip(scales, rates, factors):

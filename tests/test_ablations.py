@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from helpers import call
+from helpers import call, inputs, small_model
 from PIL import Image
 
 from models import FlowARError, build_model
@@ -21,7 +21,7 @@ def test_every_variant_is_a_command():
             args = single_point(training_parser().parse_args(words))
             check_training(args)
             build_model(args.model, **model_options(with_options(args, scales=args.scales or (1, 2, 4), class_num=10)))
-            args = single_point(evaluation_parser().parse_args(shlex.split(f"{ablations.SAMPLING.format(root='x')} {sampling}")[1:]))
+            args = single_point(evaluation_parser().parse_args(shlex.split(f"{ablations.SAMPLING.format(root='x')} {sampling.format(first='x')}")[1:]))
             sampling_options(with_options(args, scales=(1, 2, 4)))
 
 
@@ -50,17 +50,35 @@ def test_the_table(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ablations, "start", start)
     monkeypatch.setattr(ablations, "get_classifier", lambda root, device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
+    monkeypatch.setattr(ablations, "own_scales_losses", lambda run, root, device: [0.6, 0.7])
     monkeypatch.setitem(ablations.VARIANTS, "guidance", {ablations.BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1")})
     call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants guidance --seeds 0,1 --images 6 --at_once 1 --device cpu")
     trainings = [command for command in commands if command.startswith("main")]
     assert len(trainings) == 2 and len(commands) == 6 and all("--epochs 3" in command for command in trainings)
     out = tmp_path / "ablations"
     assert (out / "ablations.md").read_text().splitlines()[2:] == [
-        "| guidance: released | 105.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 1,000 |",
-        "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 1,000 |"]
+        "| guidance: released | 105.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 |",
+        "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 |"]
     assert Image.open(out / "ablations.png").size[0] == 900
-    with pytest.raises(FlowARError, match="--variants: no group colour: expected some of times, reading, scales, guidance"):
+    with pytest.raises(FlowARError, match="--variants: no group colour: expected some of times, reading, latents, scales, guidance"):
         call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants colour")
+
+
+def test_the_loss_under_own_scales(monkeypatch):
+    """From t = 1 on the transformer reads what the model samples, whatever the image; from 0 on the image's own scales, as validation does."""
+    model = small_model().eval()
+    latents, labels = inputs(model, 3)[:2]
+    generator = torch.Generator().manual_seed(0)
+    t, noise, _, _ = model.draw(3, generator)
+    drawn = model.sample_pyramid(labels, num_steps=ablations.OWN_STEPS, time_grid="uniform", noise=model.draw_noise(3, generator))
+    seen, condition_on = [], model.condition_on
+    monkeypatch.setattr(model, "condition_on", lambda pyramid, labels: seen.append(pyramid) or condition_on(pyramid, labels))
+    with torch.no_grad():
+        assert torch.allclose(ablations.own_scales_error(model, latents, labels, 0.0), model.scale_losses(latents, labels, t=t, noise=noise))
+        own = ablations.own_scales_error(model, latents, labels, 1.0)
+    for read, sampled in zip(seen[-1][:-1], drawn):
+        assert torch.allclose(read, sampled, atol=1e-4)
+    assert torch.equal(seen[-1][-1], model.pyramid(latents)[-1]) and not torch.allclose(own, model.scale_losses(latents, labels, t=t, noise=noise))
 
 
 def test_what_ends_a_program_is_said(tmp_path, monkeypatch):

@@ -170,7 +170,9 @@ TABLE = [
     (TRAIN, "--online_eval --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
     (TRAIN, "--evaluate", "--resume is missing"),
     # files and folders
-    (TRAIN, "--data_path nowhere", "--data_path nowhere: there is no train/ in it: it holds train/ and val/, each with a folder per class"),
+    (TRAIN, "--data_path nowhere", "--data_path nowhere: no such file or folder"),
+    (TRAIN, "--data_path nowhere.zip", "--data_path nowhere.zip: no such file or folder"),
+    (TRAIN, "--data_path {p}/empty", "--data_path {p}/empty: there is no train/ in it: it holds train/ and val/, each with a folder per class"),
     (TRAIN, "--data_path {p}/file", "--data_path {p}/file: there is no train/ in it"),
     (TRAIN, "--vae nothing", "--vae nothing: expected one of kl16, diffusers"),
     (TRAIN, "--vae diffusers:{p}/empty", "--vae diffusers:{p}/empty: cannot be opened"),

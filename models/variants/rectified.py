@@ -35,5 +35,5 @@ class RectifiedFlowAR(FlowAR):
         pyramid = self.pyramid(latents) if self.forced else None
         x = self.solve(labels, noise=noise, forced=pyramid)
         z, x, noise = ([part.repeat_interleave(t.shape[2], dim=0) for part in parts]
-                       for parts in ([self._condition(pyramid or x, labels)], x, noise))
+                       for parts in ([self.condition_on(pyramid or x, labels)], x, noise))
         return self.velocity_errors(x, *z, t.flatten(1), noise).unflatten(1, t.shape[1:]).mean(dim=2)

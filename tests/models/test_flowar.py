@@ -126,10 +126,10 @@ def test_causality():
     model = small_model()
     latents, labels, _, _ = inputs(model)
     grids = model.pyramid(latents)
-    before = model._condition(grids, labels)
+    before = model.condition_on(grids, labels)
     for k in range(len(grids)):
         changed = [grid + (i >= k) * torch.randn_like(grid) for i, grid in enumerate(grids)]
-        after = model._condition(changed, labels)
+        after = model.condition_on(changed, labels)
         end = model.spans[k].stop
         assert torch.equal(after[:, :end], before[:, :end])
         if k + 1 < len(grids):
@@ -164,7 +164,7 @@ def test_the_cache_holds_what_the_whole_sequence_computes():
     seen = []
     model.decoder_norm.register_forward_hook(lambda module, args, output: seen.append(output))
     pyramid = model.sample_pyramid(labels, noise=noise, num_steps=4)
-    golden.assert_close(torch.cat(seen, dim=1) + model.diffusion_pos_embed_learned, model._condition(pyramid, labels))
+    golden.assert_close(torch.cat(seen, dim=1) + model.diffusion_pos_embed_learned, model.condition_on(pyramid, labels))
 
 
 def test_batch_size_invariance():
@@ -261,7 +261,7 @@ def test_autoguidance_is_that_of_a_plain_computation():
     options = dict(num_steps=4, cfg=[1.5, 2.0, 3.0], guidance=0.8, guidance_low=0.1, noise=noise)
     nfe = []
     drawn = model.sample_pyramid(labels, guide=guide, nfe=nfe, **options)
-    conditions = [network._condition(drawn, labels) for network in (model, guide)]
+    conditions = [network.condition_on(drawn, labels) for network in (model, guide)]
     for k, (span, weight) in enumerate(zip(model.spans, options["cfg"])):
         def velocity(x, t, span=span, weight=weight):
             v, v_guide = (network.flownet(x.float(), torch.full((1,), t), z[:, span]) for network, z in zip((model, guide), conditions))
@@ -292,4 +292,4 @@ def test_noise_on_what_is_read_changes_the_condition_and_not_the_target():
     plain, noisy = model.scale_losses(latents, labels, t=t, noise=noise), model.scale_losses(latents, labels, t=t, noise=noise, condition_noise=added)
     assert torch.equal(plain[0], noisy[0]) and (plain[1:] != noisy[1:]).all()
     grids = [x + to_grid(e, s) for x, e, s in zip(model.pyramid(latents), [*added, 0 * noise[-1]], model.scale)]
-    assert torch.equal(noisy, model.velocity_errors(model.pyramid(latents), model._condition(grids, labels), t, noise))
+    assert torch.equal(noisy, model.velocity_errors(model.pyramid(latents), model.condition_on(grids, labels), t, noise))

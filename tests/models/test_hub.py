@@ -169,7 +169,7 @@ def test_the_ranks_of_a_host_download_once(server, tmp_path, monkeypatch):
     evaluate = "eval.py --num_images 4 --eval_bsz 2 --device cpu --feature_extractor efficientnet-lite0 --resume"
     done = run(f"{evaluate} hf:me/it/run.pth --vae_path hf:me/vae/vae.pth --output_dir {tmp_path}/eval", processes=2)
     assert sorted(server.gets) == ["/me/it/resolve/main/run.pth", "/me/vae/resolve/main/vae.pth"]
-    assert "hf:me/it/run.pth: sampled with num_steps 4, cfg 2.0 where no option says otherwise" in done.stdout
+    assert "hf:me/it/run.pth: sampled with --num_step 4, --cfg 2.0 where no option says otherwise" in done.stdout
     report = read_json(tmp_path / "eval" / "results.json")
     assert (report["checkpoint"], report["vae"], report["cfg"]) == ("hf:me/it/run.pth", "hf:me/vae/vae.pth", 2.0)
     shutil.rmtree(tmp_path / "home")

@@ -63,7 +63,7 @@ def test_by_default_the_condition_is_of_what_the_teacher_draws(pair):
     found = student.scale_losses(latents, labels, t=t, noise=noise)
     drawn = teacher.sample_pyramid(labels, noise=noise, **SOLUTION)
     repeated = [[part.repeat_interleave(3, dim=0) for part in parts] for parts in (drawn, noise)]
-    z = teacher._condition(drawn, labels).repeat_interleave(3, dim=0)
+    z = teacher.condition_on(drawn, labels).repeat_interleave(3, dim=0)
     expected = student.velocity_errors(repeated[0], z, t.flatten(1), repeated[1]).unflatten(1, (4, 3)).mean(dim=2)
     assert torch.equal(found, expected) and torch.equal(found, student.scale_losses(0 * latents, labels, t=t, noise=noise))
 

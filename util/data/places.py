@@ -85,6 +85,8 @@ def find_split(data_path, split, needed=True):
     """
     found = from_main(lambda: places(data_path, split))
     if not found and needed:
+        if not is_hub(data_path) and not from_main(lambda: os.path.exists(data_path) or find_archive(data_path)):
+            raise FlowARError(f"--data_path {data_path}: no such file or folder")
         raise FlowARError(f"--data_path {data_path}: there is no {split}/ in it: "
                           f"{from_main(lambda: hint(data_path, split))}")
     if len(found) > 1:

@@ -180,7 +180,12 @@ def build_extractor(name, file, device):
             raise
         except Exception as error:  # whatever a file that is not of this network makes torch raise
             raise FlowARError(f"--fid_weights {file or '(published)'}: not the weights of {name} "
-                              f"({first_line(error)})") from error
+                              f"({shortest(first_line(error))})") from error
+
+
+def shortest(text, most=200):
+    """The text, cut where it is long: torch names every tensor that is missing."""
+    return text if len(text) <= most else text[:most].rstrip() + " ..."
 
 
 def build_extractors(names, files, device):

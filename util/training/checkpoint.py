@@ -430,6 +430,8 @@ def resume(path, content, parts, record):
     others = left_out + [name for name in raw.others if name in average.others and not name.startswith(used)]
     if others or "optimizer" not in content:
         log(f"{path}: network: {raw.source()}; EMA: {average.source()}; {unused(others)}")
+    if options.get("init_from") and options["init_from"] != before.get("init_from"):
+        log(f"warning: {path}: these weights go on; --init_from {options['init_from']} is not read")
     if "optimizer" not in content:
         log(f"{path}: weights alone; the optimizer starts fresh")
         return fresh
