@@ -101,6 +101,10 @@ def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
         call(monkeypatch, command(project, student, "--cfg 3"))
     with pytest.raises(FlowARError, match="its reuse is 2, now 3"):
         call(monkeypatch, command(project, student).replace("--reuse 2", "--reuse 3"))
+    with pytest.raises(FlowARError, match="--proj_dropout is not for a distillation"):
+        call(monkeypatch, command(project, student, "--proj_dropout 0.1"))
+    with pytest.raises(FlowARError, match="--num_step 4:4 has 2 values: expected one for each of 3 scales"):
+        call(monkeypatch, command(project, student, "--num_step 4:4"))
     with pytest.raises(FlowARError, match="--resume is missing: give the teacher's checkpoint"):
         call(monkeypatch, f"scripts/distill.py --output_dir {project}/none --device cpu")
 
@@ -119,8 +123,9 @@ def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
     assert a[0] == pytest.approx(b[0], rel=1e-4)  # before the schedules of one epoch and of two part
 
 
-def test_bf16_leaves_it_its_gradients(project, tmp_path, monkeypatch):
+def test_bf16_leaves_it_its_gradients(project, tmp_path, monkeypatch, capsys):
     call(monkeypatch, command(project, tmp_path, "--precision bf16 --epochs 1"))
+    assert (said := capsys.readouterr().out).count("starting from scratch") == 1 and "random start" not in said
     content, whole = read_checkpoint(tmp_path), read_checkpoint(project / "teacher")
     assert all(value.dtype == torch.float32 for value in content["model"].values())
     still = [name for name, value in content["model"].items() if "freqs" not in name and name != "mask"

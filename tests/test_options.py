@@ -258,6 +258,7 @@ TABLE = [
     (EVAL, "--fid_weights inception=a,inception=b", "--fid_weights: 'inception=a,inception=b' names an extractor twice"),
     (EVAL, "--feature_extractor clip-vit-b-32 --fid_weights clip-vit-b-32={p}/vae.pth", "--fid_weights {p}/vae.pth: not the weights of clip-vit-b-32"),
     (EVAL, "--fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (EVAL, "--feature_extractor efficientnet-lite0 --fid_weights efficientnet-lite0={p}/vae.pth", "--fid_weights {p}/vae.pth: not the weights of efficientnet-lite0"),
     (EVAL, "--feature_extractor inception --fid_weights {p}/vae.pth", "--fid_weights {p}/vae.pth: not the weights of inception"),
     (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: the evaluation there has cfg 2.0, now it is 3.0; choose another --output_dir"),
     (EVAL, "--output_dir {p}/file", "{p}/file: cannot be made"),

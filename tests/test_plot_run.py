@@ -3,6 +3,7 @@ import json
 import os
 
 import numpy as np
+import plot_results
 import plot_run
 import pytest
 from helpers import call
@@ -109,3 +110,9 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, capsys, command
         call(monkeypatch, f"scripts/plot_run.py {command.format(run=run)}")
     found = str(caught.value) if caught.type is FlowARError else capsys.readouterr().err.splitlines()[-1]
     assert message in found and "\n" not in found
+
+
+def test_rows_whose_place_is_a_list_are_left_out(tmp_path, capsys):
+    (tmp_path / "results.csv").write_text("cfg,solver,fid\n2.0,euler,5\n1:2:3,euler,4\n3.0,euler,6\n")
+    assert plot_results.lines_of(tmp_path / "results.csv", "cfg", None, "solver")[1] == {f"euler, {tmp_path.name}": [(2.0, 5.0), (3.0, 6.0)]}
+    assert "left out are 1 rows whose cfg is a list, such as 1:2:3" in capsys.readouterr().out

@@ -79,4 +79,6 @@ def test_a_training_begins_with_it_once(project, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(first[key]["z_proj.weight"], before["z_proj.weight"], atol=1e-3, rtol=0)
     assert "tensors taken" in (said := capsys.readouterr().out) and "random start" not in said
     call(monkeypatch, training_command(project, tmp_path / "run", options + " --epochs 3"))
-    assert "tensors taken" not in (said := capsys.readouterr().out) and "going on" in said
+    assert "tensors taken" not in (said := capsys.readouterr().out) and "going on" in said and "not read" not in said
+    call(monkeypatch, training_command(project, tmp_path / "run", options.replace(f"{project}/run", "other.pth") + " --epochs 3"))
+    assert "these weights go on; --init_from other.pth is not read" in capsys.readouterr().out

@@ -214,7 +214,8 @@ def saved_sampling(content, name):
         said = {argument: SAMPLING[argument].kind(as_text(value)) for argument, value in said.items()}
     except argparse.ArgumentTypeError as error:
         raise FlowARError(f"{name}: its settings of sampling: {error}") from error
-    unlike = [f"--{SAMPLING[argument].option} {as_text(value)}" for argument, value in said.items() if value != SAMPLING[argument].default]
+    unlike = [f"--{SAMPLING[argument].option} {as_text(value)}"
+              for argument, value in said.items() if value != SAMPLING[argument].default]
     if unlike:
         together = " (--num_step replaces both)" if said.get("num_steps_last") else ""
         log(f"{name}: sampled with {', '.join(unlike)} where no option says otherwise{together}")
