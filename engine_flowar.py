@@ -22,6 +22,7 @@ from util.training import health
 from util.training.checkpoint import CheckpointWriter, content_of
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, adjust_learning_rate
+from util.training.parallel import snapshot, whole
 from util.training.progress import Progress
 from util.training.randomness import TRAINING, VALIDATION, derive_seed, draw, draw_each, seed_dropout
 
@@ -95,7 +96,7 @@ def train_one_epoch(run):
         losses = forward_and_backward(run, parts, progress.step)
         scale = run.scaler.scale(torch.ones((), device=losses.device))
         run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.grad_clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.grad_clip or math.inf))
         asked = look_at(run, before)  # a bad step is made again to find its cause: that takes the weights it had
         result = step_result(run, norm, losses)
 
@@ -176,11 +177,13 @@ def look_at(run, step, asked=Asked()):
         progress.bad_in_a_row, usual = 0, progress.usual
         if progress.add([norm, loss, *scales]):
             health.report_spike(run.logger, number, (loss, usual, own_loss), images_of(run, step))
+            health.check_device(run.logger, number, run.network, passes_of(run, step))
     else:
         progress.bad_steps += 1
         in_a_row = progress.bad_in_a_row = progress.bad_in_a_row + 1
-        first, images = diagnose(run, step), images_of(run, step)
-        health.report_bad_step(run.logger, number, (norm, loss, in_a_row), first, images)
+        first = health.first_not_finite(run.network, passes_of(run, step), [batch[0] for batch in step.batches])
+        health.report_bad_step(run.logger, number, (norm, loss, in_a_row), first, images_of(run, step))
+        health.check_device(run.logger, number, run.network, passes_of(run, step))
         if in_a_row >= run.recipe.max_bad_steps:
             raise FlowARError(f"{in_a_row} steps in a row were not finite, up to step {number} (--max_bad_steps "
                               f"{in_a_row}): lower --lr or --blr, or use --precision fp32; what was saved is whole")
@@ -198,16 +201,18 @@ def log_period(run, epoch, lr):
     run.logger.training(run.progress, epoch, left / rate, rate, values)
 
 
-def diagnose(run, step):
-    """What was not finite first: the step's passes again, with the weights, draws and dropout that they had."""
-    def loss_of(latents, labels, draws):
+def passes_of(run, step):
+    """Functions that compute the (scaled) losses of a step's passes again, in order; a bad step left the weights alone.
+    """
+    def loss_of(part):
+        if part == 0:
+            seed_dropout(run.recipe.seed, step.number)
+        latents, labels, draws = step.batches[part]
         with autocast(latents.device, run.recipe.precision):
             loss = run.network(latents, labels, **draws._asdict())
         return loss / len(step.batches) * step.scale
 
-    seed_dropout(run.recipe.seed, step.number)
-    losses = [functools.partial(loss_of, *batch) for batch in step.batches]
-    return health.first_not_finite(run.network, losses, [batch[0] for batch in step.batches])
+    return [functools.partial(loss_of, part) for part in range(len(step.batches))]
 
 
 def images_of(run, step):
@@ -218,10 +223,11 @@ def images_of(run, step):
 
 def save_checkpoint(run):
     """Begin to write a checkpoint of the last step, unless there is one."""
-    if run.writer is not None and run.writer.saved != run.progress.step:
-        run.logger.flush()
-        content = content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record)
-        run.writer.save(content, run.progress.step)
+    if from_main(lambda: run.writer.wants(run.progress.step)):
+        content = snapshot(content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record))
+        if run.writer is not None:
+            run.logger.flush()
+            run.writer.save(content, run.progress.step)
 
 
 def stop_saved(run):

@@ -12,7 +12,6 @@ from pathlib import Path
 import util.versions  # noqa: F401  first: it names what is too old
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
 from models import build_model
@@ -28,6 +27,7 @@ from util.training import checkpoint
 from util.training.initial import begin_with
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, EMA_HOLDS, build_optimizer, ema_advice
+from util.training.parallel import distribute, gathered
 
 
 def train(args, device, build=lambda args, record: build_model(args.model, **model_options(args))):
@@ -55,23 +55,21 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
-    network = build(args, record).to(device)
+    network = build(args, record).to("cpu" if args.fsdp and world_size() > 1 else device)
     if args.init_from and path is None:
         begin_with(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
+    if args.compile:
+        cluster.check_compiler(device)
+        prepare.compile_training(network)
+        prepare.compile_sampling(ema.module, args.compile)
+    model = distribute(network, ema, device, args.fsdp, static_graph=args.accum_iter == 1)
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = checkpoint.resume(path, content, (network, ema, optimizer, scaler), record)
     del content
     cluster.agree("where to go on", (progress.epoch, progress.step))
     log(prepare.describe_attention(network, cluster.AUTOCAST.get(args.precision)))
-    if args.compile:
-        cluster.check_compiler(device)
-        prepare.compile_training(network)
-        prepare.compile_sampling(ema.module, args.compile)
-    model = network if world_size() == 1 else DistributedDataParallel(
-        network, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-        static_graph=args.accum_iter == 1)  # no_sync needs the other kind
 
     # ---- 4. what the loop needs
     schedule = dict(lr=args.lr, min_lr=args.min_lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
@@ -119,7 +117,8 @@ def report_or_stop(run, args, validation, plan, measure):
     """report(); a signal ends it at once, since the step before it is or is being saved. It is then made again."""
     step = run.progress.step
     try:
-        with run.signals.at_once(f"asked to leave: saved after step {step}, the report after it will be made again"):
+        with (run.signals.at_once(f"asked to leave: saved after step {step}, the report after it will be made again"),
+              gathered(run.network, run.ema.module)):
             report(run, args, validation, plan, measure)
     except cluster.Preempted:
         if run.writer is not None:

@@ -6,6 +6,7 @@ from util.data import images
 from util.evaluation import sampler, setup, store
 from util.training import progress
 
+NETWORK = main_flowar, "build_model"
 STEP = engine_flowar, "forward_and_backward"  # of training
 PREPARED = engine_flowar, "prepare_batch"  # (run, batch, draws, part) -> (latents, labels, draws)
 BAD_STEP = engine_flowar.health, "report_bad_step"

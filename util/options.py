@@ -306,6 +306,8 @@ def add_training_options(parser):
         help="noise on the coarser scales that training reads: its std is uniform up to this, an image")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true",
         help="recompute activations in the backward pass")
+    add("--fsdp", action="store_true", help="cut weights, gradients, moments and EMA among the processes (FSDP2), for "
+        "models that do not fit; the same results, log and checkpoints")
     add("--on_bad_image", default="error", choices=("error", "skip"),
         help="an image that cannot be read stops training, or the next one takes its place")
     add("--cached_path", type=utf8, default="",
@@ -541,6 +543,8 @@ def check_training(args):
     found = importlib.util.find_spec("wandb") if args.wandb else None
     if args.wandb and (found is None or found.origin is None):  # a folder of this name, as wandb makes, is no package
         raise FlowARError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave it out")
+    if args.fsdp and args.precision == "fp16":
+        raise FlowARError("--fsdp with --precision fp16: every process would scale its own gradients: give bf16 or fp32")
     if args.guide:
         raise FlowARError(f"--guide {args.guide} is for sampling: training draws its samples without")
     if args.weights:

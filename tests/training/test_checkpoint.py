@@ -11,7 +11,7 @@ from helpers import ROOT, SCALES
 import models.files.tensors
 from models import FlowARError, build_model
 from models.files import content_hash, read_file
-from util.training import checkpoint
+from util.training import checkpoint, parallel
 from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
 
@@ -207,7 +207,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tiny):
     for p in tiny.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    saved = checkpoint.snapshot(optimizer.state_dict())
+    saved = parallel.snapshot(optimizer.state_dict())
     checkpoint.load_optimizer(optimizer, scaler, {"optimizer": saved}, "x.pth")
     saved["state"][0]["exp_avg"] = torch.zeros(10**6).expand(10**6, 10**6)
     with pytest.raises(FlowARError, match=r"x.pth: optimizer state cannot be used \(exp_avg 0 is \(1000000, 1000000\), its parameter"):
@@ -278,7 +278,7 @@ def test_power_averages_begin_with_a_training(tiny, tmp_path, capsys):
         return checkpoint.resume("x.pth", content[saved], (network, held[posthoc], optimizer, scaler), {**record, "args": {**record["args"], **changed}})
 
     assert "posthoc" not in content[False]
-    content[True] = checkpoint.snapshot(content[True])
+    content[True] = parallel.snapshot(content[True])
     content[True]["posthoc"]["0.1"]["z_proj.bias"] += 1
     assert resume(True, True).step == 5 and "not used" not in capsys.readouterr().out
     assert torch.equal(held[True].powers["0.1"].tensors["z_proj.bias"], content[True]["posthoc"]["0.1"]["z_proj.bias"])

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +22,9 @@ from torch.utils.data import Dataset
 from models import FlowARError
 from models.files import content_hash
 from models.layers import GatedMLP
-from util.training import checkpoint
+from util.training import checkpoint, parallel
 from util.data import build_loader
-from util.training.health import first_not_finite
+from util.training.health import first_difference, first_not_finite
 from util.cluster import RESTART, Preempted, init
 from util.training.progress import Progress
 
@@ -343,7 +344,7 @@ def bad_steps(monkeypatch):
     def log_and_look(original, *args):
         original(*args)
         run = runs[-1]
-        found.append(state_of(*(checkpoint.snapshot(part.state_dict()) for part in (run.network, run.ema.module, run.optimizer))))
+        found.append(state_of(*(parallel.snapshot(part.state_dict()) for part in (run.network, run.ema.module, run.optimizer))))
 
     seams.wrap(monkeypatch, seams.STEP, note_the_run)
     seams.wrap(monkeypatch, seams.BAD_STEP, log_and_look)
@@ -374,7 +375,8 @@ def test_a_bad_step_changes_nothing_and_is_named(project, tmp_path, monkeypatch,
     assert [line["bad_steps"] for line in read_log(tmp_path) if line["group"] == "train"] == [0, 1, 1, 1, 1, 1]
 
 
-def test_a_bad_step_is_skipped_on_every_rank_alike(tmp_path):
+@pytest.mark.parametrize("extra", ["", pytest.param("--fsdp", marks=pytest.mark.slow)])
+def test_a_bad_step_is_skipped_on_every_rank_alike(tmp_path, extra):
     """An image of a cache is not finite: one rank has it, all skip the step, and the loss of the others is logged."""
     rng = np.random.default_rng(0)
     for label in range(10):
@@ -387,7 +389,7 @@ def test_a_bad_step_is_skipped_on_every_rank_alike(tmp_path):
             np.savez(folder / f"{i}.npz", moments=moments, moments_flip=moments)
     (tmp_path / "cache" / "latents.json").write_text(json.dumps({"complete": True, "latent_scale": [1.0, 0.0]}))
     command = (f"main_flowar.py {GEOMETRY} --vae_path {tmp_path}/no_vae --data_path {tmp_path} --cached_path {tmp_path}/cache --output_dir {tmp_path}/out "
-               "--epochs 2 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --log_freq 1 --save_every 0")
+               f"--epochs 2 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --log_freq 1 --save_every 0 {extra}")
     run(command, processes=2)
     bad = [line for line in read_log(tmp_path / "out") if line["group"] == "bad_step"]
     assert len(bad) == 2 and all(3 * 8 + 3 in line["images"] and len(line["images"]) == 8 for line in bad)  # once an epoch
@@ -445,6 +447,77 @@ def test_the_first_that_is_not_finite_is_named(where, recompute):
     else:
         assert found == expected[where]
     assert torch.equal(model.class_emb.weight.grad, held) and model.z_proj.weight.grad is None
+
+
+class BitFlip(torch.autograd.Function):
+    """The identity, but one bit of the first number is another in call number `calls`, forward or backward."""
+    @staticmethod
+    def forward(ctx, x, flips):
+        ctx.flips = flips
+        return flip(x) if flips.forward() else x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return flip(gradient) if ctx.flips.backward() else gradient, None
+
+
+def flip(x):
+    bits = x.clone().view(torch.int32)
+    bits.view(-1)[0] ^= 1 << 22
+    return bits.view(torch.float32)
+
+
+class Flips:
+    """Of the passes through a module in a direction, the numbers `wrong` are wrong."""
+    def __init__(self, direction, wrong):
+        self.direction, self.wrong, self.seen = direction, wrong, {"forward": 0, "backward": 0}
+
+    def forward(self, direction="forward"):
+        self.seen[direction] += 1
+        return direction == self.direction and self.seen[direction] - 1 in self.wrong
+
+    def backward(self):
+        return self.forward("backward")
+
+    def into(self, module):
+        module.register_forward_pre_hook(lambda module, args: (BitFlip.apply(args[0], self), *args[1:]))
+
+
+@pytest.mark.parametrize("direction,wrong,first", [("forward", [1], "the loss"), ("backward", [1], "the gradient of "), ("forward", [], None),
+                                                   ("forward", [0, 1], None)])
+def test_a_device_that_computes_other_bits_is_noticed(direction, wrong, first):
+    """Not one that is always wrong in the same way: that takes another device to compare with."""
+    model = small_model(attn_dropout=0.1, use_checkpoint=False).train()
+    latents, labels, t, noise = inputs(model)
+    held = model.class_emb.weight.grad = torch.ones_like(model.class_emb.weight)
+
+    def loss():
+        torch.manual_seed(0)
+        return model(latents, labels, t=t, noise=noise)
+
+    Flips(direction, wrong).into(model.encoder_blocks[0].mlp)
+    found = first_difference(model, [loss])
+    assert found == first or first and found.startswith(first)
+    assert torch.equal(model.class_emb.weight.grad, held) and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("faulty", [True, False])
+def test_a_faulty_device_is_named_after_a_spike(project, tmp_path, monkeypatch, faulty):
+    monkeypatch.setattr(*seams.SPIKE_MEMORY, 4)
+    poison(monkeypatch, 7, lambda latents: 100 * latents)
+    if faulty:  # after nine steps the step is made twice more
+        seams.wrap(monkeypatch, seams.NETWORK, lambda original, *args, **sizes: with_flips(original(*args, **sizes), Flips("forward", [10])))
+    train(project, tmp_path, "--blr 1e-6")
+    lines = [line for line in read_log(tmp_path) if line["group"] == "device"]
+    assert [line["rank"] for line in lines] == [0] * faulty
+    if faulty:
+        assert lines[0]["step"] == 8 and f"rank 0 on {socket.gethostname()}: this device computes different results for the same input, first the " \
+            in lines[0]["message"]
+
+
+def with_flips(network, flips):
+    flips.into(network.encoder_blocks[0].mlp)
+    return network
 
 
 # ---- spikes ----------------------------------------------------------------------------------------------------

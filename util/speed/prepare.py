@@ -43,7 +43,8 @@ def compile_sampling(model, what="blocks"):
 def attention_kernel(model, dtype=None):
     """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend."""
     attn = model.blocks[0].attn
-    q = model.class_emb.weight.new_empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype)
+    q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype,
+                    device=model.class_emb.weight.device)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name
 
 

@@ -24,6 +24,7 @@ from util.cluster import before_leaving, fetch, from_main, log
 from util.files import make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
+from util.training.parallel import cut, spread
 
 STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
@@ -31,6 +32,7 @@ WRITER = "checkpoint writer"  # name of its thread
 LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
             "t_dist", "condition_noise", "ema_rate", "ema_warmup", "attn_dropout", "proj_dropout", "label_drop_prob",
             "flip", "background", "precision", "seed")
+MOMENTS = "exp_avg", "exp_avg_sq"  # of AdamW, a parameter
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 
 
@@ -68,10 +70,16 @@ class CheckpointWriter:
         """Whether the last checkpoint is older than `minutes`."""
         return self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
 
-    def save(self, content, step):
-        """Copy `content` and begin to write it; waits for the write before, if that is not done."""
+    def wants(self, step):
+        """Whether there is no checkpoint of this step yet; waits for the write before, as two copies may not fit."""
         self.wait()
-        arguments = snapshot(content), self.folder / STEP.format(step)
+        return self.saved != step
+
+    def save(self, content, step):
+        """Begin to write `content`, which nothing may change (snapshot); waits for the write before, if it is not done.
+        """
+        self.wait()
+        arguments = content, self.folder / STEP.format(step)
         self.saved, self.saved_at = step, time.monotonic()
         self.writer = threading.Thread(target=self._write, name=WRITER, args=arguments)
         self.writer.start()
@@ -180,15 +188,6 @@ def rename_later(later, step):
                 old.unlink()
     later.replace(name)
     log(f"{later}: is later than step {step} that this run goes on from; renamed to {name.name}")
-
-
-def snapshot(value):
-    """A copy on the CPU of nested dicts, lists and tensors, which later steps do not change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: snapshot(part) for key, part in value.items()}
-    return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
 
 
 def link(path, name):
@@ -310,13 +309,15 @@ def load_optimizer(optimizer, scaler, content, path):
         saved = content["optimizer"]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, state in saved["state"].items():
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 found, own = state[name].shape, parameters[number].shape
                 if found != own:
                     raise ValueError(f"{name} {number} is {tuple(found)}, its parameter {tuple(own)}")
         groups = [{**group, **{name: own[name] for name in ("weight_decay", "fused")}}  # the options', not the file's
                   for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
-        optimizer.load_state_dict({**saved, "param_groups": groups})
+        moments = {number: {name: cut(value, parameters[number]) if name in MOMENTS else value
+                            for name, value in state.items()} for number, state in saved["state"].items()}
+        optimizer.load_state_dict({**saved, "state": moments, "param_groups": groups})
         for state in optimizer.state.values():  # nothing may stay mapped to the file, which will be replaced
             for name, value in state.items():
                 state[name] = value.clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
@@ -334,7 +335,7 @@ def load_powers(ema, content, path):
             raise FlowARError(f"{path}: it has no averages of --posthoc_ema of this model: they begin with a training: "
                               "leave the option out, or begin anew in another folder")
         for name, value in power.tensors.items():
-            value.copy_(saved[name])
+            value.copy_(cut(saved[name], value))
 
 
 def shapes_of(tensors):
@@ -424,8 +425,8 @@ def resume(path, content, parts, record):
     if path is None:
         return fresh
     raw, average = find_model(content, path, "raw first"), find_model(content, path)
-    left_out = load_model(network, raw.tensors, path)
-    load_model(ema.module, average.tensors, path)
+    left_out = load_model(network, spread(raw.tensors, network.state_dict()), path)
+    load_model(ema.module, spread(average.tensors, ema.module.state_dict()), path)
     used = ("optimizer.", "posthoc.") if ema.powers else "optimizer."
     others = left_out + [name for name in raw.others if name in average.others and not name.startswith(used)]
     if others or "optimizer" not in content:

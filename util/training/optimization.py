@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from models import FlowARError
+from util.training.parallel import local
 
 BETAS = (0.9, 0.95)
 LR_SCHEDULES = ("cosine", "constant")
@@ -97,7 +98,7 @@ class EMA:
         the host does not know of them yet: to a power average they are steps that left the weights as they were.
         """
         # A step of SGD against `parameter - ema` is just that; its kernel can be told on the device to do nothing.
-        average, parameters = list(self.module.parameters()), list(model.parameters())
+        average, parameters = local(self.module.parameters()), local(model.parameters())
         rate = ema_rate(self.rate, step, self.warmup)
         torch._fused_sgd_(average, parameters, [], weight_decay=1.0, momentum=0.0, lr=1 - rate, dampening=0.0,
                           nesterov=False, maximize=True, is_first_step=False, found_inf=skip)
@@ -120,7 +121,7 @@ class PowerEMA:
         """At the end of optimizer step 1, 2, ...: after the first it is the weights, and holds nothing of their start.
         """
         weight = 1 - (1 - 1 / step) ** (self.exponent + 1)
-        torch._foreach_lerp_(list(self.tensors.values()), list(model.parameters()), weight)
+        torch._foreach_lerp_(local(self.tensors.values()), local(model.parameters()), weight)
 
 
 def power_exponent(width):

@@ -1,0 +1,93 @@
+"""--fsdp: the run of DDP, cut among the processes; its checkpoints are whole, and it goes on from them like any other."""
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+from helpers import assert_same_run, finish, make_project, ranks_of, run, start, training_command
+from runs import read_checkpoint, read_log, wait_for
+
+from models import FlowARError
+from util.options import check_training, training_parser
+from util.training import checkpoint
+
+LONG = "--epochs 2 --log_freq 1 --eval_freq 2 --save_every 3 --keep 20 --posthoc_ema 3 --ema_rate 0.9 --use_checkpoint"
+
+
+def command(project, output, extra="", processes=2):
+    return training_command(project, output, f"{LONG} --batch_size {16 // processes} {extra} --resume {output}")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def sharded(project, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sharded")
+    run(command(project, output, "--fsdp"), processes=2)
+    return output
+
+
+def close(found, expected, tolerance=1e-6):
+    """Two checkpoints have tensors of the same names, kinds and shapes, and of nearly the same numbers; other values are equal."""
+    if isinstance(expected, torch.Tensor):
+        assert type(found) is torch.Tensor and found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-4)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            close(found[key], expected[key], tolerance)
+    elif isinstance(expected, (list, tuple)):
+        for pair in zip(found, expected, strict=True):
+            close(*pair, tolerance)
+    else:
+        assert found == expected
+
+
+def test_it_trains_as_ddp_does(project, sharded, tmp_path):
+    """Weights, averages, moments, validation, samples; with recomputed activations."""
+    run(command(project, tmp_path), processes=2)
+    found, expected = read_checkpoint(sharded), read_checkpoint(tmp_path)
+    for key in ("model", "model_ema", "optimizer", "posthoc", "scaler", "epoch"):
+        close(found[key], expected[key])
+    a, b = read_log(sharded), read_log(tmp_path)
+    assert [line.keys() for line in a] == [line.keys() for line in b]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and {line["group"] for line in a} >= {"train", "val", "val_ema"}
+    assert {path.name for path in sharded.iterdir() if "events" not in path.name} == {path.name for path in tmp_path.iterdir() if "events" not in path.name}
+
+
+def test_killed_it_ends_with_the_same_bits(project, sharded, tmp_path):
+    process = start(command(project, tmp_path, "--fsdp"), 2)
+    wait_for(tmp_path / "checkpoint-000000006.pth", process)
+    process.send_signal(signal.SIGKILL)
+    for rank in ranks_of(process):
+        subprocess.run(["kill", "-9", str(rank)], stderr=subprocess.DEVNULL)
+    finish(process)
+    status, output = finish(start(command(project, tmp_path, "--fsdp"), 2))
+    assert status == 0 and "going on after step" in output, output
+    assert_same_run(tmp_path, sharded)
+
+
+@pytest.mark.slow  # more processes than most machines that test have cores
+def test_four_processes_and_then_one_go_on(project, sharded, tmp_path):
+    """Without --fsdp too. Dropout's draws are a process's own: the losses before them part from the run of two alone."""
+    for processes, extra in ((4, "--fsdp"), (1, "")):
+        output = tmp_path / f"{processes}"
+        shutil.copytree(sharded, output)
+        (output / checkpoint.LAST).unlink()
+        for later in checkpoint.of_steps(output):
+            if checkpoint.step_of(later) > 6:
+                later.unlink()
+        run(command(project, output, extra, processes), processes=processes)
+        a, b = (next(line["loss"] for line in read_log(folder) if line.get("group") == "train" and line["step"] == 7) for folder in (output, sharded))
+        assert a == pytest.approx(b, rel=0.05) and checkpoint.step_of(checkpoint.of_steps(output)[0]) == 10
+
+
+def test_fp16_is_refused():
+    args = training_parser().parse_args(["--fsdp", "--precision", "fp16"])
+    with pytest.raises(FlowARError, match="--fsdp with --precision fp16"):
+        check_training(args)

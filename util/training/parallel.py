@@ -1,0 +1,99 @@
+"""Training on several processes: DDP, or with --fsdp weights, gradients, moments and averages cut into one part for
+each process (torch's FSDP2, fully_shard).
+
+Every block is then a unit that is whole only while it computes, in float32, so that the numbers are those of DDP:
+autocast makes of it what it makes of whole weights. Checkpoints are those of an unsharded run.
+"""
+import contextlib
+import itertools
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from util.cluster import is_main, world_size
+
+
+def distribute(network, ema, device, fsdp, static_graph):
+    """What the loop calls in the network's place; the network and its EMA are made ready for it. static_graph: every
+    backward pass ends in a step, see DDP, whose no_sync needs the other kind.
+    """
+    if fsdp and world_size() > 1:
+        shard(network, ema, device)
+    elif world_size() > 1:
+        return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, static_graph=static_graph)
+    return network
+
+
+def shard(network, ema, device):
+    """Cut the parameters of a FlowAR and of its EMA, in place, among all processes; one unit after the other moves to
+    the device.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for model in (network, ema.module):
+        for block in (*model.blocks, *model.flownet.res_blocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # its own are few, and the backward pass begins there
+    for power in ema.powers.values():
+        power.tensors = spread(power.tensors, dict(network.named_parameters()))
+
+
+def local(tensors):
+    """This process's parts of tensors, the tensors themselves where they are whole."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def whole(tensor):
+    """The tensor in one piece: all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensors, owners):
+    """{name: tensor}, each cut as the tensor of that name in `owners` is; without communication, and one at a time on
+    the device.
+    """
+    return {name: cut(tensor, owners.get(name)) for name, tensor in tensors.items()}
+
+
+def cut(tensor, owner):
+    """This process's part of a whole tensor, as DTensor, where its owner is one; else the tensor."""
+    if not isinstance(owner, DTensor):
+        return tensor
+    placed = distribute_tensor(tensor.to(owner.device), owner.device_mesh, owner.placements, src_data_rank=None)
+    return placed.clone()  # a part alone would hold the whole
+
+
+def snapshot(value):
+    """A copy on rank 0's CPU of nested dicts, lists and tensors, which later steps do not change; of tensors on other
+    ranks None. All processes call it; one tensor at a time is whole on the device.
+    """
+    if isinstance(value, torch.Tensor):
+        value = whole(value.detach())
+        return value.to("cpu", copy=True) if is_main() else None
+    if isinstance(value, dict):
+        return {key: snapshot(part) for key, part in value.items()}
+    return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
+
+
+@contextlib.contextmanager
+def gathered(*models):
+    """The models whole on every device while the block runs, so that each process may compute what it likes with them:
+    all processes enter and leave it. Nothing for models that are not sharded.
+    """
+    units = [[unit for unit in model.modules() if isinstance(unit, FSDPModule)] for model in models]
+    for unit in itertools.chain(*units):
+        unit.unshard()
+    for unit in itertools.chain(*(of_model[1:] for of_model in units)):  # the first, the model's own, stays whole
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in itertools.chain(*(of_model[1:] for of_model in units)):
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_backward(True, recurse=False)
+        for unit in itertools.chain(*units):
+            unit.reshard()
