@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from models import FlowARError
 from util import manifest
-from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, from_main,
-                          gather_to_main, is_main, log, rank, world_size)
+from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, collect_garbage,
+                          from_main, gather_to_main, is_main, log, rank, world_size)
 from util.data.source import Source
 from util.evaluation import extractors, reports
 from util.evaluation.reports import RESULTS, Stopwatch
@@ -113,6 +113,7 @@ def train_one_epoch(run):
         save_due = asked.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
         if log_due or save_due or asked.stop:
             asked, before = look_at(run, before, asked), None
+            collect_garbage()  # on all ranks at the same step
         if log_due:
             log_period(run, epoch + (index + 1) / run.steps, lr)
         if run.writer is not None:
