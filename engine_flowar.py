@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from models import FlowARError
 from util import manifest
-from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, from_main,
-                          gather_to_main, is_main, log, rank, world_size)
+from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, collect_garbage,
+                          from_main, gather_to_main, is_main, log, rank, world_size)
 from util.data.source import Source
 from util.evaluation import extractors, reports
 from util.evaluation.reports import RESULTS, Stopwatch
@@ -114,6 +114,7 @@ def train_one_epoch(run):
         save_due = asked.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
         if log_due or save_due or asked.stop:
             asked, before = look_at(run, before, asked), None
+            collect_garbage()  # on all ranks at the same step
         if log_due:
             log_period(run, epoch + (index + 1) / run.steps, lr)
         if run.writer is not None:
@@ -172,18 +173,18 @@ def look_at(run, step, asked=Asked()):
     if step is None:
         return asked
     norm, loss, *scales, stop, save, own_loss = step.result.tolist()
-    progress, number = run.progress, step.number + 1
+    progress, number, passes = run.progress, step.number + 1, passes_of(run, step)
     if math.isfinite(norm) and math.isfinite(loss):
         progress.bad_in_a_row, usual = 0, progress.usual
         if progress.add([norm, loss, *scales]):
             health.report_spike(run.logger, number, (loss, usual, own_loss), images_of(run, step))
-            health.check_device(run.logger, number, run.network, passes_of(run, step))
+            health.check_device(run.logger, number, run.network, passes)
     else:
         progress.bad_steps += 1
         in_a_row = progress.bad_in_a_row = progress.bad_in_a_row + 1
-        first = health.first_not_finite(run.network, passes_of(run, step), [batch[0] for batch in step.batches])
+        first = health.first_not_finite(run.network, passes, [batch[0] for batch in step.batches])
         health.report_bad_step(run.logger, number, (norm, loss, in_a_row), first, images_of(run, step))
-        health.check_device(run.logger, number, run.network, passes_of(run, step))
+        health.check_device(run.logger, number, run.network, passes)
         if in_a_row >= run.recipe.max_bad_steps:
             raise FlowARError(f"{in_a_row} steps in a row were not finite, up to step {number} (--max_bad_steps "
                               f"{in_a_row}): lower --lr or --blr, or use --precision fp32; what was saved is whole")
@@ -202,17 +203,15 @@ def log_period(run, epoch, lr):
 
 
 def passes_of(run, step):
-    """Functions that compute the (scaled) losses of a step's passes again, in order; a bad step left the weights alone.
-    """
-    def loss_of(part):
+    """Functions that compute the (scaled) losses of a step's passes again, in order, with the weights of now."""
+    def loss_of(part, latents, labels, draws):
         if part == 0:
             seed_dropout(run.recipe.seed, step.number)
-        latents, labels, draws = step.batches[part]
         with autocast(latents.device, run.recipe.precision):
             loss = run.network(latents, labels, **draws._asdict())
         return loss / len(step.batches) * step.scale
 
-    return [functools.partial(loss_of, part) for part in range(len(step.batches))]
+    return [functools.partial(loss_of, part, *batch) for part, batch in enumerate(step.batches)]
 
 
 def images_of(run, step):

@@ -15,7 +15,7 @@ from util.options import evaluation_parser
 
 def main():
     args = evaluation_parser().parse_args()
-    evaluate_sweep(*open_evaluation(args, cluster.init(args.device, args.timeout)))
+    evaluate_sweep(*open_evaluation(args, cluster.init(args.device, args.timeout, args.output_dir)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
 from models import build_model
-from util import cluster, manifest
+from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
 from util.evaluation.setup import build_measure, build_sampler, open_evaluation, plan_reports
@@ -35,9 +35,8 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     # ---- 1. what is asked for, and where to go on
     args = single_point(args)
     check_training(args)
-    args = with_options(args, precision=cluster.set_precision(args.precision, device))
-    if is_main():
-        held = checkpoint.hold(args.output_dir, args.resume)  # noqa: F841: until this run ends
+    args = with_options(args, precision=cluster.set_precision(args.precision, dry_run.device_of(args, device)))
+    held = is_main() and checkpoint.hold(args.output_dir, args.resume, args.dry_run)  # noqa: F841: until this run ends
     path, content = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), checkpoint.global_batch_of(content))
 
@@ -51,15 +50,15 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         check_geometry(args, checkpoint.geometry_of(content, path, args.vae_embed_dim), path)
     check_classes(record["data"]["classes"], args.class_num)
     plan = plan_reports(args, record["data"])
-    measure = build_measure(args, args.img_size, plan.labels, device).open() if args.online_eval else None
+    measure = build_measure(args, args.img_size, plan.labels, device).open(args.dry_run) if args.online_eval else None
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
-    network = build(args, record).to("cpu" if args.fsdp and world_size() > 1 else device)
+    network, device = dry_run.place(lambda: build(args, record), device, args.dry_run, args.fsdp)
     if args.init_from and path is None:
         begin_with(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
-    if args.compile:
+    if args.compile and not args.dry_run:
         cluster.check_compiler(device)
         prepare.compile_training(network)
         prepare.compile_sampling(ema.module, args.compile)
@@ -68,6 +67,8 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = checkpoint.resume(path, content, (network, ema, optimizer, scaler), record)
     del content
+    if args.dry_run:
+        return dry_run.report(args, source, network, optimizer, progress)
     cluster.agree("where to go on", (progress.epoch, progress.step))
     log(prepare.describe_attention(network, cluster.AUTOCAST.get(args.precision)))
 
@@ -86,7 +87,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
 
     # ---- 5. epochs, and reports between them
     cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
-    with cluster.stop_signals() as signals:
+    with cluster.stop_signals() as signals, cluster.collect_by_hand():
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
         drawn = not (path or args.init_from or "teacher" in args)  # weights begin at random
         if drawn and (advice := ema_advice(args.ema_rate, args.epochs * run.steps, args.ema_warmup)):
@@ -115,10 +116,9 @@ def is_report_epoch(args, finished):
 
 def report_or_stop(run, args, validation, plan, measure):
     """report(); a signal ends it at once, since the step before it is or is being saved. It is then made again."""
-    step = run.progress.step
+    said = f"asked to leave: saved after step {run.progress.step}, the report after it will be made again"
     try:
-        with (run.signals.at_once(f"asked to leave: saved after step {step}, the report after it will be made again"),
-              gathered(run.network, run.ema.module)):
+        with run.signals.at_once(said), gathered(run.network, run.ema.module):
             report(run, args, validation, plan, measure)
     except cluster.Preempted:
         if run.writer is not None:
@@ -128,7 +128,7 @@ def report_or_stop(run, args, validation, plan, measure):
 
 def report(run, args, validation, plan, measure):
     """Validation loss of raw and EMA weights, a sample grid, --online_eval, all after the last finished epoch."""
-    step, epoch = run.progress.step, run.progress.epoch
+    step, epoch, out = run.progress.step, run.progress.epoch, Path(args.output_dir)
     if validation is not None:
         for name, module in (("val", run.network), ("val_ema", run.ema.module)):
             loss, scales = validate(module, validation, args.seed, args.precision)
@@ -141,14 +141,12 @@ def report(run, args, validation, plan, measure):
             drawn = {"ema": sampler, "raw": sampler._replace(model=run.network.eval(), weights="the model")}
             for name in drawn if run.ema.held(step) > EMA_HOLDS else ("ema",):  # it may hide what the model has learned
                 run.logger.image(f"samples/{name}", grid := drawn[name].grid(), step)
-                file = f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png"
-                write_png(grid.permute(1, 2, 0).numpy(), Path(args.output_dir) / file)
+                write_png(grid.movedim(0, 2).numpy(), out / f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png")
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}
-            found = evaluate(sampler, plan, measure, description, Path(args.output_dir) / f"eval_epoch{epoch:04d}")
+            found = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
             if found is not None:
-                values = {name: found[name] for name in found["metrics"]}
-                run.logger.scalars("eval", step, epoch, values)
+                run.logger.scalars("eval", step, epoch, values := {name: found[name] for name in found["metrics"]})
                 log(f"epoch {epoch}: {values}")
     run.logger.report_done(step, epoch)
     cluster.barrier()
@@ -158,11 +156,12 @@ def main():
     args = training_parser().parse_args()
     if args.deterministic:
         cluster.set_deterministic()
-    device = cluster.init(args.device, args.timeout)
+    if args.dry_run:
+        return dry_run.run(args, train)
+    device = cluster.init(args.device, args.timeout, args.output_dir)
     if args.evaluate:
-        evaluate_sweep(*open_evaluation(args, device))
-    else:
-        train(args, device)
+        return evaluate_sweep(*open_evaluation(args, device))
+    train(args, device)
 
 
 if __name__ == "__main__":

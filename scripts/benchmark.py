@@ -62,6 +62,7 @@ from util.files import check_output, make_directory, read_json, write_bytes, wri
 from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,
                           sampling_options, several, single_point, some_path, workers)
 from util.speed import prepare
+from util.speed.memory import FLOAT, STATES, image_bytes
 from util.training.optimization import EMA, build_optimizer
 from util.training.randomness import draw, image_noise
 
@@ -302,34 +303,17 @@ def benchmark_parts(args, device):
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
-def held_bytes(model, batch, args, device):
-    """Bytes that the backward pass of a batch needs, weights and their low-precision copies apart."""
-    latents_, labels, t, noise = training_inputs(model, batch, device)
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, args.precision):
-        loss = model(latents_, labels, t=t, noise=noise)
-    del loss
-    return sum(held.values())
-
-
 def benchmark_memory(args, device):
-    """Counted on one and on two images: everything grows in proportion to the batch but the weights."""
-    model = build_network(args, device).train()
-    one, two = (held_bytes(model, batch, args, device) for batch in (1, 2))
-    parameters = sum(p.numel() for p in model.parameters())
-    fixed = parameters * 4 * 5  # weights, gradients, two moments of AdamW, EMA, all float32
-    activations = (two - one) * args.batch_size
+    """Counted on one and on two images that have shapes and no numbers."""
+    with torch.device("meta"):
+        model = build_model(args.model, **model_options(args))
+    an_image, parameters = image_bytes(model, AUTOCAST.get(args.precision)), sum(p.numel() for p in model.parameters())
+    fixed, activations = parameters * FLOAT * STATES, an_image * args.batch_size
     low = parameters * 2 if args.precision in AUTOCAST else 0
     print(f"memory {args.model}, batch {args.batch_size}, {args.precision}, recomputing {args.use_checkpoint}: weights, gradients, AdamW, EMA "
-          f"{fixed / 2**30:.1f} GiB; activations {activations / 2**30:.1f} GiB ({(two - one) / 2**20:.0f} MiB an image)", flush=True)
+          f"{fixed / 2**30:.1f} GiB; activations {activations / 2**30:.1f} GiB ({an_image / 2**20:.0f} MiB an image)", flush=True)
     return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout, "fixed_gib": fixed / 2**30,
-            "low_precision_weights_gib": low / 2**30, "activations_gib": activations / 2**30, "mib_per_image": (two - one) / 2**20}
+            "low_precision_weights_gib": low / 2**30, "activations_gib": activations / 2**30, "mib_per_image": an_image / 2**20}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------

@@ -53,8 +53,9 @@ def open_teacher(args):
     for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
-    if args.evaluate:
-        raise FlowARError("--evaluate is for eval.py and main_flowar.py: this trains a student")
+    for name in ("evaluate", "dry_run"):
+        if getattr(args, name):
+            raise FlowARError(f"--{name} is for main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
     teacher = load_flowar(args.resume, args.weights)
     solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
@@ -89,7 +90,7 @@ def main():
     args = make_parser().parse_args()
     if args.deterministic:
         cluster.set_deterministic()
-    device = cluster.init(args.device, args.timeout)
+    device = cluster.init(args.device, args.timeout, args.output_dir)
     args = single_point(args)
     teacher, content, path, solution = open_teacher(args)
     args = student_options(args, teacher, content, path, solution)

@@ -16,6 +16,16 @@ def make_directory(path):
         raise FlowARError(f"{path}: cannot be made ({error})") from error
 
 
+def check_place(path):
+    """FlowARError unless make_directory would make it, or it is there, and it can be written in; nothing is made."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise FlowARError(f"{path}: cannot be made ({there} is a file)")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FlowARError(f"{path}: cannot be made (no permission to write in {there})")
+    return there
+
+
 def check_output(path):
     """FlowARError unless a file can be written at `path`: said before the work, not after it."""
     path = Path(path)

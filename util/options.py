@@ -57,6 +57,7 @@ count = between(int, 0, LARGEST)
 at_least_two = between(int, 2, LARGEST)
 real = between(float, 0.0, math.inf)
 fraction = between(float, 0.0, 1.0)
+above_zero = between(float, 1e-6, math.inf)
 at_least_one = between(float, 1.0, math.inf)
 # Beyond these, memory, processes or hours would go before anything could be said.
 pixels = between(int, 1, 8192)  # PIL refuses to crop much more
@@ -346,6 +347,11 @@ def add_training_options(parser):
         help="page-locked host memory for batches (CUDA); on by default")
     add("--no_pin_mem", dest="pin_mem", action="store_false", help="ordinary host memory")
     add("--log_freq", type=positive, default=20, help="optimizer steps between log entries")
+    add("--dry_run", action="store_true", help="check on one machine, without a GPU, what a training of --world "
+        "processes would be, print its sizes and end; nothing is written")
+    add("--world", type=positive, help="processes (GPUs) of the job that --dry_run checks")
+    add("--images_per_second", type=above_zero,
+        help="of the whole job: --dry_run then says hours, days and what the disk must give")
 
 
 def _parser(description, *groups):
@@ -530,6 +536,10 @@ def check_training(args):
     """FlowARError for options that contradict each other."""
     if args.compile == "graphs":
         raise FlowARError("--compile graphs is for sampling: in training use --compile")
+    for name in ("world", "images_per_second"):
+        if getattr(args, name) is not None and not args.dry_run:
+            raise FlowARError(f"--{name} is for --dry_run: leave it out, torchrun says how many processes there are"
+                              if name == "world" else f"--{name} is for --dry_run: leave it out, or give both")
     if args.use_cached and not args.cached_path:
         raise FlowARError("--use_cached needs --cached_path")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from models import FlowARError
 from util.cluster.devices import compiler_line
+from util.cluster.flight import trace_hint, write_trace
 from util.cluster.limits import named, with_remedy
 from util.cluster.processes import is_main, rank, shutdown, watch, world_size
 from util.cluster.watch import LOST, leave, print_error, way_on
@@ -173,7 +174,8 @@ def explain(error):
     if watch() is not None and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes before there is a name to tell
         lost = " and ".join(watch().silent_ranks()) or "the connection to another rank"
-        return f"lost {lost}: {text}; {way_on()}", LOST
+        write_trace(rank())
+        return f"lost {lost}: {text}{trace_hint()}; {way_on()}", LOST
     if isinstance(error, BrokenPipeError) and is_unheard():
         return "", UNHEARD
     if re.search(rf"DataLoader worker .*exit code {SAID}\b", text):

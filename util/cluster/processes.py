@@ -12,12 +12,14 @@ from models import FlowARError
 from models.files import first_line
 from models.files.hub import is_remote, local_file
 from util.cluster.devices import select_device
+from util.cluster.flight import record_collectives
 from util.cluster.watch import Watch
 
 TIMEOUT = 120  # seconds of silence after which a process counts as dead
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait this long where rank 0 works alone
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # the first host waits this long for the last one
 _watch = None  # of this process, while it is one of several
+_pretended = 1  # processes, where there is no process group
 
 
 def watch():
@@ -30,7 +32,23 @@ def rank():
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else _pretended
+
+
+@contextlib.contextmanager
+def pretend(size):
+    """Inside, this process is rank 0 of `size`, the others of which are not there: for a dry run."""
+    global _pretended
+    _pretended = size
+    try:
+        yield
+    finally:
+        _pretended = 1
+
+
+def sharers():
+    """(rank, number) of the processes that are there to share work: in a dry run there is one."""
+    return rank(), dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
@@ -78,8 +96,10 @@ def log(message):
         print(message, flush=True)
 
 
-def init(device_name, timeout=TIMEOUT):
-    """Join the process group that torchrun described, if any; returns this process's device. timeout: see watch.py."""
+def init(device_name, timeout=TIMEOUT, folder=""):
+    """Join the process group that torchrun described, if any; returns this process's device. timeout: see watch.py;
+    folder: for what flight.py writes.
+    """
     global _watch
     device = select_device(device_name)
     if device.type == "cuda":
@@ -94,6 +114,8 @@ def init(device_name, timeout=TIMEOUT):
                               "unset RANK for one process")
         store, number, size = rendezvous()
         name = fresh_name(store, number, size)
+        if device.type == "cuda":
+            record_collectives(folder)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(name, store),
                                 rank=number, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         connection = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,

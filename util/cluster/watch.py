@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed import DistError
 
 from models import FlowARError
+from util.cluster.flight import trace_hint, write_trace
 
 FAILED = "flowar/failed"
 DONE = b"done"
@@ -108,12 +109,13 @@ class Watch:
 
     def _end(self, message):
         if self.is_first(message):
-            print_error(f"rank {self.rank}", f"{message}: it was killed (for memory?), or its host or network is down; "
-                                             f"{way_on()}")
+            print_error(f"rank {self.rank}", f"{message}: it was killed (for memory?), or its host or network is "
+                                             f"down{trace_hint()}; {way_on()}")
         self._leave()
 
     def _leave(self):
         self.stopped.set()  # the other thread has nothing to say any more
+        write_trace(self.rank)
         leave(LOST)
 
 

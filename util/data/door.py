@@ -4,14 +4,14 @@ A dataset has `classes` (their names, a label's order), a length, and items (ten
 The tensor is an image (3, img_size, img_size) in [-1, 1] with is_moments = False; with is_moments = True it holds
 posterior moments (2C, h, w), and the dataset has `latent_scale`, None if it does not know it, and may have `origin`, a
 LatentOrigin, and channel_scale() -> LatentScale, see --latent_norm. It may have order(seed, epoch) -> permutation;
-identity(), see Listing; and say_counts(), see Images. A row in DATASETS makes training, validation and benchmarks know
-it.
+identity(), see Listing; say_counts(), see Images; and bytes_an_image, what is read for one on average, which --dry_run
+tells. A row in DATASETS makes training, validation and benchmarks know it.
 """
 from typing import Callable, NamedTuple
 
 from models import FlowARError
 from models.files.refusals import as_sides
-from util.cluster import from_main, rank, world_size
+from util.cluster import from_main, sharers
 from util.data import latents
 from util.data.images import Images
 from util.data.pixels import WHITE
@@ -52,7 +52,7 @@ def open_shards(path, settings):
             ("img_size", "--img_size", settings.img_size), ("background", "--background", list(settings.background))):
         if data.index[key] not in (value, None):
             raise FlowARError(f"{path}: this cache has {key} {data.index[key]}, but {option} is {value}")
-    latents.verify_checksums(path, data.index, rank(), world_size())
+    latents.verify_checksums(path, data.index, *sharers())
     return data
 
 

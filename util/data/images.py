@@ -71,6 +71,10 @@ class Images(Dataset):
     def __getstate__(self):
         return {**self.__dict__, "folder": self.folder.for_workers()}
 
+    @property
+    def bytes_an_image(self):
+        return self.folder.sizes.mean()
+
     def identity(self):
         """See util.data.folders.Listing."""
         return self.folder.identity()

@@ -183,6 +183,10 @@ class ShardedMoments(Dataset):
     def item(self, moments, row, variant):
         return moments[row:row + 1, variant:variant + 1][0, 0]
 
+    @property
+    def bytes_an_image(self):
+        return sum(shard["bytes"] for shard in self.index["shards"]) / len(self) / self.index["variants"]
+
     def channel_scale(self):
         """The LatentScale of --latent_norm channel."""
         measured = self.index["measured"]
@@ -377,6 +381,10 @@ class NpzMoments(Dataset):
         """LatentOrigin of the moments."""
         known = dict(zip(("name", "sha256", "tensors"), map(self.info.get, ("vae", "vae_sha256", "vae_tensors"))))
         return saved_origin({"vae": known})._replace(latent_scale=self.latent_scale)
+
+    @property
+    def bytes_an_image(self):
+        return self.folder.sizes.mean() / 2  # of the two, as they are or flipped
 
     def identity(self):
         """As that of a cache of shards."""

@@ -3,6 +3,7 @@
 checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler, args} and `progress`, `images` and
 `checksum`; a released file is a bare state dict of EMA weights. No random state: draws follow from (seed, step, rank).
 """
+import contextlib
 import fcntl
 import os
 import re
@@ -21,7 +22,7 @@ from models.files.hub import BARE, EXPORTED, is_remote, local_file
 from models.files.states import unused
 from models.registry import LAST, load_model
 from util.cluster import before_leaving, fetch, from_main, log
-from util.files import make_directory
+from util.files import check_place, make_directory
 from util.training.progress import Progress
 from util.training.provenance import LatentOrigin, check_data, check_origin, saved_origin
 from util.training.parallel import cut, spread
@@ -167,8 +168,24 @@ def lock(folder, patience=LOCK_PATIENCE):
     return file
 
 
-def hold(folder, resume):
-    """A run's output folder, made and locked; FlowARError if it would overwrite another run's checkpoints there."""
+def refuse_locked(folder):
+    """FlowARError if another run holds a folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(Path(folder) / LOCK) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+        except (BlockingIOError, PermissionError):
+            raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for it or "
+                              "stop it, or choose another --output_dir") from None
+
+
+def hold(folder, resume, look=False):
+    """A run's output folder, made and locked; FlowARError if it would overwrite another run's checkpoints there.
+    look: only that; nothing is made, and nobody has to wait.
+    """
+    if look:
+        check_place(Path(folder))
+        refuse_overwriting(folder, resume)
+        return refuse_locked(folder)
     make_directory(Path(folder))
     refuse_overwriting(folder, resume)
     held = lock(folder)
@@ -370,7 +387,9 @@ def way_on(output_dir, resume):
 def find_start(resume, output_dir):
     """(path, content) of the checkpoint of --resume, (None, {}) to start from scratch. Rank 0 decides for all."""
     def choose():
-        here = resume and Path(resume).is_dir() and Path(resume).samefile(output_dir)
+        asked, own = Path(resume), Path(output_dir)  # which a dry run does not make
+        same = asked.samefile(own) if asked.is_dir() and own.is_dir() else asked.absolute() == own.absolute()
+        here = resume and same
         if here and not all_in(resume):  # the published first run
             log(f"no {LAST} in {resume}: starting from scratch")
             return None

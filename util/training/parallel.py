@@ -18,11 +18,13 @@ from util.cluster import is_main, world_size
 
 def distribute(network, ema, device, fsdp, static_graph):
     """What the loop calls in the network's place; the network and its EMA are made ready for it. static_graph: every
-    backward pass ends in a step, see DDP, whose no_sync needs the other kind.
+    backward pass ends in a step, see DDP, whose no_sync needs the other kind. On the meta device nothing is done.
     """
-    if fsdp and world_size() > 1:
+    if world_size() == 1 or device.type == "meta":
+        return network
+    if fsdp:
         shard(network, ema, device)
-    elif world_size() > 1:
+    else:
         return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                        gradient_as_bucket_view=True, static_graph=static_graph)
     return network

@@ -1,0 +1,181 @@
+"""--dry_run: the published commands as jobs of 32 and 64 processes, what it refuses, and that it writes nothing."""
+import fcntl
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark import make_shards
+from helpers import ROOT, call, make_project, small_model, train, training_command
+
+from models import AutoencoderKL, FlowARError, MODELS
+from models.vaes import save_vae
+from util import cluster, dry_run
+from util.speed import memory
+from util.training import checkpoint
+
+IMAGES = 4200
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Synthetic latents of a 16 x 16 grid with 16 channels, in 1000 classes."""
+    folder = tmp_path_factory.mktemp("latents")
+    make_shards(folder, IMAGES, (32, 16, 16), 16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    p = make_project(tmp_path_factory.mktemp("project"))
+    train(p, p / "run", "--epochs 1")
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, f"scripts/cache_latents.py --data_path {p}/images --vae_path {p}/vae.pth --cached_path {p}/shards --img_size 16 --num_workers 0")
+    torch.manual_seed(5)
+    save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1), p / "other.pth")
+    return p
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+COUNTED = {}  # activations of a size, which the number of processes does not change
+
+
+def count_once(network, dtype, **changes):
+    key = sum(p.numel() for p in network.parameters()), dtype, changes["use_checkpoint"]
+    if key not in COUNTED:
+        COUNTED[key] = memory.image_bytes(network, dtype, **changes)
+    return COUNTED[key]
+
+
+def published(size, cache, output):
+    text = (ROOT / "scripts" / f"train_flowar_{size}.sh").read_text()
+    command = re.search(r"(main_flowar\.py \\\n.*)\"\$@\"", text, re.DOTALL)[1].replace("\\\n", " ")
+    command = re.sub(r"\"\$\{OUTPUT:-[^}]*\}\"", str(output), command)
+    return re.sub(r"\"\$\{CACHE:-[^}]*\}\"", str(cache), command)
+
+
+@pytest.mark.parametrize("size,world,batch,sharded,blocks", [
+    ("s", 32, 2048, 3.0, 29.6), ("s", 64, 4096, 3.0, 29.5), ("l", 32, 2048, None, None), ("l", 64, 4096, None, None), ("h", 32, 1024, None, None),
+    ("h", 64, 2048, None, None)])
+def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, world, batch, sharded, blocks):
+    monkeypatch.setattr(dry_run, "image_bytes", count_once)
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, f"{published(size, cache, tmp_path / 'out')} --dry_run --world {world} --images_per_second 6000")
+    said = capsys.readouterr().out
+    assert f"dry run of {world} processes: nothing was written" in said and not files(tmp_path)
+    assert f"{batch:,} images a step: {batch // world} x {world} processes x 1 forward passes" in said
+    assert f"{IMAGES // batch} an epoch, {400 * (IMAGES // batch):,} in all; {batch * 341:,} tokens a step" in said
+    assert f"learning rate {5e-5 * batch / 256:.3g}, after 100 of 400 epochs; then cosine to 1e-05" in said
+    assert "at 6,000 images/s: " in said and "2,046,000 tokens/s, 98.3 MB/s from the disk (an image is read as 16.4 kB)" in said
+    assert f"4,200 cached latents; the last {IMAGES % batch:,} of each epoch's order are left out" in said and "a new run" in said
+    assert ("(the first is asked for)" in said) == (size != "s")
+    if sharded:
+        assert re.search(rf"sharded over {world}, with one block whole +{sharded} +{blocks}\n", said)
+    assert cluster.world_size() == 1
+
+
+def test_without_a_rate_it_says_how_to_give_one(project, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, f"{training_command(project, tmp_path / 'out')} --dry_run --world 2 --posthoc_ema 2 --precision bf16 --keep_every 1")
+    said = capsys.readouterr().out
+    assert "give --images_per_second, of the whole job" in said and "an image is read as 0." in said
+    assert "32 images a step: 16 x 2 processes x 1 forward passes" in said and "2 an epoch, 4 in all" in said
+    assert "2 for ever, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and "power averages" in said
+    assert "warning: --ema_rate 0.9999: after the 4 steps of this training" in said
+
+
+def test_it_goes_on_from_a_run(project, monkeypatch, capsys):
+    before = files(project)
+    call(monkeypatch, f"{training_command(project, project / 'run')} --resume {project}/run --dry_run --world 4 --batch_size 4 --epochs 3")
+    said = capsys.readouterr().out
+    assert "after step 5, in epoch 2" in said and "16 images a step: 4 x 4 processes" in said and files(project) == before
+    call(monkeypatch, f"{training_command(project, project / 'new')} --init_from {project}/run --dry_run --world 4 --batch_size 4")
+    assert "--init_from" in capsys.readouterr().out and files(project) == before
+
+
+@pytest.mark.parametrize("options,message", [
+    ("--dry_run", "--dry_run needs --world"),
+    ("--world 4", "--world is for --dry_run"), ("--images_per_second 10", "--images_per_second is for --dry_run"),
+    ("--dry_run --world 4 --evaluate", "--dry_run is of a training: leave out --evaluate"),
+    ("--dry_run --world 8", "80 training images are fewer than one global batch of 128"),
+    ("--dry_run --world 2 --global_batch 15", "a global batch of 15 cannot be dealt to 2 processes"),
+    ("--dry_run --world 2 --scales 1,3,5", "scale"),
+    ("--dry_run --world 2 --class_num 5", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 5"),
+    ("--dry_run --world 2 --vae_path nowhere.pth", "--vae_path nowhere.pth: no such file"),
+    ("--dry_run --world 2 --vae_stride 8", "--vae_stride is 8, but the VAE"),
+    ("--dry_run --world 2 --cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is"),
+    ("--dry_run --world 2 --output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite"),
+    ("--dry_run --world 2 --output_dir {p}/vae.pth/out", "{p}/vae.pth/out: cannot be made ({p}/vae.pth is a file)"),
+    ("--dry_run --world 2 --log_dir {p}/vae.pth/out", "{p}/vae.pth/out: cannot be made"),
+    ("--dry_run --world 2 --resume nowhere", "nowhere: no such checkpoint file or directory"),
+    ("--dry_run --world 2 --resume {p}/run --diffloss_d 4", "do not fit the model")])
+def test_it_refuses_what_would_fail_later(project, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    before = files(project)
+    with pytest.raises(FlowARError) as ended:
+        call(monkeypatch, f"{training_command(project, tmp_path / 'out')} {options.format(p=project)}")
+    assert message.format(p=project) in str(ended.value) and "\n" not in str(ended.value)
+    assert cluster.world_size() == 1 and files(project) == before and not files(tmp_path)
+
+
+def test_one_rank_of_torchrun_is_refused(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(FlowARError, match="--dry_run is one process for all: start it without torchrun"):
+        call(monkeypatch, f"{training_command(project, tmp_path)} --dry_run --world 2")
+
+
+def test_a_folder_that_another_run_holds_is_refused_at_once(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()  # a lock is a process's own
+    if child == 0:
+        held = checkpoint.lock(tmp_path)
+        os.write(writer, b"x")
+        os.read(os.pipe()[0], 1)
+        held.close()
+    os.read(reader, 1)
+    try:
+        with pytest.raises(FlowARError, match=f"another run writes here .process {child} on "):
+            checkpoint.hold(tmp_path, "", look=True)
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert checkpoint.hold(tmp_path, "", look=True) is None
+    with open(tmp_path / checkpoint.LOCK, "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing stayed locked
+
+
+# ---- the count of activations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bytes_are_those_of_a_backward_pass_with_numbers(recompute):
+    """Counted without numbers, and on the same model with them; what recomputing keeps of attention is beside them."""
+    model = small_model(use_checkpoint=recompute, attn_dropout=0.1, proj_dropout=0.1).train()
+
+    def held(batch):
+        found = {}
+
+        def pack(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(torch.zeros(batch, 4, 4, 4), torch.zeros(batch, dtype=torch.long))
+        del loss
+        return sum(found.values())
+
+    kept = recompute * 21 * (64 + 1) * 4  # of the head's attention, with its one head's norm: it passes by the hooks
+    assert memory.image_bytes(model) == pytest.approx(held(2) - held(1) + kept, rel=0.005)
+
+
+def test_the_published_size_holds_what_the_page_says():
+    with torch.device("meta"):
+        model = small_model(**{**MODELS["flowar_small"], "img_size": 256, "vae_stride": 16, "vae_embed_dim": 16, "scale": (1, 2, 4, 8, 16),
+                               "class_num": 1000, "diffloss_d": 2, "diffloss_w": 1024, "proj_dropout": 0.1})
+    page = (ROOT / "docs" / "performance.md").read_text()
+    whole, kept = (memory.image_bytes(model, torch.bfloat16, use_checkpoint=recompute) / 2**20 for recompute in (False, True))
+    assert f"| FlowAR-S | 64 | 3.2 | 0.3 | {whole / 16:.1f} ({whole:.0f} MiB an image) | {kept / 16:.1f} ({kept:.0f} MiB an image) |" in page
