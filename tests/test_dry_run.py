@@ -73,9 +73,9 @@ def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, worl
     assert f"learning rate {5e-5 * batch / 256:.3g}, after 100 of 400 epochs; then cosine to 1e-05" in said
     assert "at 6,000 images/s: " in said and "2,046,000 tokens/s, 98.3 MB/s from the disk (an image is read as 16.4 kB)" in said
     assert f"4,200 cached latents; the last {IMAGES % batch:,} of each epoch's order are left out" in said and "a new run" in said
-    assert ("(the first is asked for)" in said) == (size != "s")
+    assert f"memory of a GPU, GiB (--use_checkpoint {'not ' * (size == 's')}given, --fsdp not given)" in said
     if sharded:
-        assert re.search(rf"sharded over {world}, with one block whole +{sharded} +{blocks}\n", said)
+        assert re.search(rf"together with --fsdp: the first line over {world}, one block whole +{sharded} +{blocks}\n", said)
     assert cluster.world_size() == 1
 
 

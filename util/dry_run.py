@@ -142,7 +142,7 @@ def describe_memory(args, network):
         an_image.append(image_bytes(network, dtype, attn_dropout=0.0, use_checkpoint=recompute))
     activations = [args.batch_size * size for size in an_image]
     sharded = fixed / args.world + largest_block(network)
-    asked = f"--use_checkpoint {'given' if args.use_checkpoint else 'not given'}, --fsdp {'given' if args.fsdp else 'not given'}"
+    asked = ", ".join(f"--{name} {'' if getattr(args, name) else 'not '}given" for name in ("use_checkpoint", "fsdp"))
 
     def line(name, values):
         return f"  {name:<66}{values[0] / GIB:8.1f}{values[1] / GIB:12.1f}"

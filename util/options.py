@@ -554,7 +554,7 @@ def check_training(args):
     if args.wandb and (found is None or found.origin is None):  # a folder of this name, as wandb makes, is no package
         raise FlowARError("--wandb needs the package wandb, which is not installed: pip install wandb, or leave it out")
     if args.fsdp and args.precision == "fp16":
-        raise FlowARError("--fsdp with --precision fp16: every process would scale its own gradients: give bf16 or fp32")
+        raise FlowARError("--fsdp with --precision fp16: every process would scale its own: give bf16 or fp32")
     if args.guide:
         raise FlowARError(f"--guide {args.guide} is for sampling: training draws its samples without")
     if args.weights:

@@ -38,7 +38,7 @@ def shard(network, ema, device):
     for model in (network, ema.module):
         for block in (*model.blocks, *model.flownet.res_blocks):
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # its own are few, and the backward pass begins there
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # they are few, and backward begins there
     for power in ema.powers.values():
         power.tensors = spread(power.tensors, dict(network.named_parameters()))
 
