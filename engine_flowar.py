@@ -14,7 +14,8 @@ from util import manifest
 from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, collect_garbage,
                           from_main, gather_to_main, is_main, log, rank, world_size)
 from util.data.source import Source
-from util.evaluation import extractors, reports
+from util.evaluation import reports
+from util.evaluation.batches import Aside, decode_and_measure
 from util.evaluation.reports import RESULTS, Stopwatch
 from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, write_npz
 from util.files import write_json
@@ -323,38 +324,29 @@ def sample_and_measure(sampler, plan, extractor, batches, output):
     progress = tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
                     mininterval=2)
 
-    def finish(number, tensors, images, wait):
+    def finish(number, nfe, result):
+        tensors, images, wait = result()
+        if len(tensors["bad"]) == len(images):
+            sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: no use in going on
         with watch("writing"):
             wait()
+            calls = torch.tensor([[len(scale), sum(scale)] for scale in nfe])
+            found[number] = {**tensors, "seconds": watch.take(), "calls": calls}
             if kept:
                 pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if plan.save_npz else {}
-                kept.save(number, {**tensors, **pixels})
-        found[number] = tensors
+                kept.save(number, {**found[number], **pixels})
 
-    for number, indices in batches.items():
-        labels, nfe = plan.labels.of(indices), []
-        with watch("sampling"):
-            latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices), nfe)[-1])
-        with watch("decoding"):
-            images, finite = sampler.decode(latents)
-        bad = [index for index, ok in zip(indices, finite.tolist()) if not ok]
-        if len(bad) == len(indices):
-            sampler.refuse_not_finite(bad, plan.num_images)  # all of a batch: no use in going on
-        with watch("features"):
-            features, logits = extractors.extract(extractor, images)
+    with Aside(sampler.device) as aside:
+        for number, indices in batches.items():
+            labels, nfe = plan.labels.of(indices), []
+            with watch("sampling"):
+                latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices), nfe)[-1])
+            if pending:
+                finish(*pending)  # it was decoded, or its files were written, while this batch was sampled
+            pending = number, nfe, aside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
+            progress.update(len(indices))
         if pending:
-            finish(*pending)  # its files were written while this batch was sampled
-        with watch("writing"):
-            images = images.cpu()
-            wait = writer.start(images, indices) if writer else list
-        tensors = {"features": features, "bad": torch.tensor(bad, dtype=torch.long), "seconds": watch.take(),
-                   "calls": torch.tensor([[len(scale), sum(scale)] for scale in nfe])}
-        if logits is not None:
-            tensors["logits"] = logits
-        pending = (number, tensors, images, wait)
-        progress.update(len(indices))
-    if pending:
-        finish(*pending)
-        tensors["seconds"] += watch.take()  # of writing the last batch
+            finish(*pending)
+            found[number]["seconds"] += watch.take()  # of writing the last batch
     progress.close()
     return found

@@ -36,7 +36,7 @@ CODE = code_hash(Path(__file__).parents[2])  # now, of what runs: the files may 
 
 
 class Stopwatch:
-    """Seconds of each stage of the evaluation, the device's pending work included."""
+    """Seconds of each stage of the evaluation, the pending work of the thread's stream included."""
     def __init__(self, device):
         self.device, self.seconds = device, None
         self.take()
@@ -46,7 +46,7 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.seconds[STAGES.index(stage)] += time.perf_counter() - start
 
     def take(self):

@@ -1,0 +1,41 @@
+"""A batch is decoded and measured on another thread, as on CUDA, with the same results, and what goes wrong there is said."""
+import pytest
+import torch
+from helpers import evaluate, make_project, train
+
+import engine_flowar
+from models import FlowARError
+from util.evaluation import batches
+
+
+@pytest.fixture
+def on_another_thread(monkeypatch):
+    monkeypatch.setattr(engine_flowar, "Aside", lambda device: batches.Aside(device, threaded=True))
+
+
+def test_an_evaluation_is_the_same(tmp_path, on_another_thread):
+    project = make_project(tmp_path, 2)
+    train(project, tmp_path / "run", "--epochs 1")
+    found = evaluate(project, tmp_path / "run", tmp_path / "beside", "--eval_bsz 4 --save_images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_flowar, "Aside", batches.Aside)
+        expected = evaluate(project, tmp_path / "run", tmp_path / "plain", "--eval_bsz 4 --save_images")
+    timed = {"images_per_second", "seconds_per_image"}
+    assert {key: value for key, value in found.items() if key not in timed} == {key: value for key, value in expected.items() if key not in timed}
+    assert all(seconds > 0 for seconds in found["seconds_per_image"].values())
+    for path in (tmp_path / "plain" / "images").iterdir():
+        assert path.read_bytes() == (tmp_path / "beside" / "images" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_results_come_in_order_and_errors_too(threaded):
+    def work(number):
+        assert not torch.is_grad_enabled() or not threaded
+        if number == 2:
+            raise FlowARError("two")
+        return number
+
+    with batches.Aside(torch.device("cpu"), threaded) as aside:
+        assert [aside(work, number)() for number in (0, 1)] == [0, 1]
+        with pytest.raises(FlowARError, match="two"):
+            aside(work, 2)()
