@@ -18,6 +18,15 @@ and mlp, such as tests/plain.py. --against WORKTREE times the same benchmark of 
 `evaluate`: sampling, decoding and features of N images in memory, against writing PNGs one by one and reading them again
 for the features, as the release does. Weights are random: time does not depend on them.
 
+    python scripts/benchmark.py vae --batch_size 2 --img_size 256 --compile
+
+`vae`: KL-16 (--vae_ch, --vae_ch_mult) encodes and decodes images in turns: weights contiguous or channels_last, float32 or autocast.
+
+    python scripts/benchmark.py roofline --model flowar_large --batch_size 64 --eval_bsz 256 --cfg 2.4 --precision bf16 --use_checkpoint
+
+`roofline`: nothing is measured: operations, bytes and FLOP of a training step, a batch of samples and its decoding, counted on the meta
+device as CUDA would run them eagerly, and the least seconds that the GPUs of scripts/flops.py need for them.
+
     python scripts/benchmark.py data --latents 200000 --scratch /path/to/disk
 
 `data`: images a second through the training loader from shards, from MAR's .npz files, and from JPEGs (in folders, a zip, a
@@ -57,6 +66,7 @@ from util.evaluation.extractors import build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.references import folder_features
 from util.evaluation.reports import machine
+from util.evaluation.sampler import DECODED_AT_ONCE
 from util.evaluation.setup import Measure, Plan, build_sampler
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
 from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,
@@ -68,6 +78,9 @@ from util.training.randomness import draw, image_noise
 
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
 LOADER_BATCH = 64
+STEP_BYTES = 4 * 10 + 2 * 2  # of a parameter: weight, gradient, two moments, EMA read and written; its bf16 read forward and backward
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LOW = {"cpu": ("bf16",), "cuda": ("bf16", "fp16")}  # precisions of `vae` besides the full one
 PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0}  # of tests/plain.py's sampler
 
 
@@ -75,11 +88,11 @@ def parse_args():
     parser = evaluation_parser()
     parser.description = __doc__.splitlines()[0]
     parser.add_argument("what", choices=sorted(BENCHMARKS), help="what to measure")
-    parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory: images")
-    parser.add_argument("--use_checkpoint", action="store_true", help="train, memory: recompute activations")
-    parser.add_argument("--attn_dropout", type=below_one, default=0.1, help="train, memory: as in training")
-    parser.add_argument("--proj_dropout", type=below_one, default=0.1, help="train, memory: as in training")
-    parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts: timings, whose median counts")
+    parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory, vae, roofline: images")
+    parser.add_argument("--use_checkpoint", action="store_true", help="train, memory, roofline: recompute activations")
+    parser.add_argument("--attn_dropout", type=below_one, default=0.1, help="train, memory, roofline: as in training")
+    parser.add_argument("--proj_dropout", type=below_one, default=0.1, help="train, memory, roofline: as in training")
+    parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts, vae: timings, whose median counts")
     parser.add_argument("--latents", type=between(int, LOADER_BATCH, 10**8), default=200000, help="data: synthetic latents of each layout")
     parser.add_argument("--scratch", type=some_path, default="output/benchmark", help="data: folder for them (3 MiB a hundred in shards, 6 in npz)")
     parser.add_argument("--workers", type=several(workers), default=(1, 2, 4), help="data: numbers of loader workers")
@@ -108,10 +121,14 @@ def load_plain(path):
 
 def build(args, device):
     torch.manual_seed(args.seed)
+    return build_model(args.model, **model_options(args)).to(device).eval(), build_vae(args, device)
+
+
+def build_vae(args, device):
     vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult)
     if vae.stride != args.vae_stride:
         raise FlowARError(f"--vae_stride is {args.vae_stride}, but the {len(args.vae_ch_mult)} levels of --vae_ch_mult make {vae.stride}")
-    return build_model(args.model, **model_options(args)).to(device).eval(), vae.to(device).eval().requires_grad_(False)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 # ---- training and sampling -----------------------------------------------------------------------------------
@@ -316,6 +333,82 @@ def benchmark_memory(args, device):
             "low_precision_weights_gib": low / 2**30, "activations_gib": activations / 2**30, "mib_per_image": an_image / 2**20}
 
 
+# ---- what a GPU would need -----------------------------------------------------------------------------------
+
+
+def benchmark_roofline(args, device):
+    """Counted work of a training step, of a batch's latents and of decoding them, and the least seconds of each GPU for them."""
+    if args.precision not in AUTOCAST:
+        raise FlowARError(f"--precision {args.precision}: roofline counts for tensor cores: bf16 or fp16")
+    dtype, options = AUTOCAST[args.precision], sampling_options(args)
+    with torch.device("meta"):
+        model, vae = build_model(args.model, **model_options(args)), build_vae(args, "meta")
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = flops.training_work(model, args.batch_size, dtype)
+    sampled, weights = flops.sampling_work(model, args.eval_bsz, dtype, **options)
+    decoded = flops.decoding_work(vae, DECODED_AT_ONCE, model.scale[-1] * model.patch_size, dtype)
+    cases = {  # work, images, FLOP that no way to compute it saves, bytes
+        "training step": (trained, args.batch_size, args.batch_size * flops.training_flops(model), parameters * STEP_BYTES),
+        "sampling": (sampled, args.eval_bsz, sampled.flop, weights),
+        "decoding": (decoded, DECODED_AT_ONCE, decoded.flop, 0)}
+    print("| | images | operations | GB | TFLOP | " + " | ".join(f"{name}: eager, floor, ms an image | floor of eager" for name in flops.GPUS) + " |\n" +
+          "|---" * (5 + 2 * len(flops.GPUS)) + "|")
+    rows = []
+    for what, (work, images, flop, size) in cases.items():
+        row = {"what": what, "images": images, "operations": work.operations, "gigabytes": work.bytes / 1e9, "teraflop": work.flop / 1e12,
+               "least_teraflop": flop / 1e12, "least_gigabytes": size / 1e9, "ms_per_image": {}}
+        for name, gpu in flops.GPUS.items():
+            seconds = {"eager": flops.least_seconds(gpu, work), "floor": flops.floor_seconds(gpu, flop, size)}
+            row["ms_per_image"][name] = {way: 1000 * value / images for way, value in seconds.items()}
+        rows.append(row)
+        limits = " | ".join(f"{ms['eager']:.2f}, {ms['floor']:.2f} | {ms['floor'] / ms['eager']:.0%}" for ms in row["ms_per_image"].values())
+        print(f"| {args.model}, {what} | {images} | {work.operations:,} | {work.bytes / 1e9:.1f} | {work.flop / 1e12:.2f} | {limits} |", flush=True)
+    return {"batch_size": args.batch_size, "eval_bsz": args.eval_bsz, "use_checkpoint": args.use_checkpoint, "rows": rows,
+            **{name: options[name] for name in ("cfg", "guidance", "num_steps")},
+            "gpus": {name: gpu._asdict() for name, gpu in flops.GPUS.items()}}
+
+
+# ---- the VAE -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def benchmark_vae(args, device):
+    """Milliseconds an image of encoding and decoding, each way in turns on the same weights."""
+    vae, full = build_vae(args, device), args.precision if args.precision not in AUTOCAST else "fp32"
+    set_precision(full, device)
+    if args.compile:
+        check_compiler(device)
+    side = args.img_size // args.vae_stride
+    inputs = {"encode": torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device),
+              "decode": torch.randn(args.batch_size, args.vae_embed_dim, side, side, device=device)}
+    networks = {(layout, compiled): copy.deepcopy(vae).to(memory_format=memory_format)
+                for compiled in ((False, True) if args.compile else (False,)) for layout, memory_format in LAYOUTS.items()}
+    for (_, compiled), network in networks.items():
+        if compiled:
+            network.encoder.compile()
+            network.decoder.compile()
+
+    def way(network, what, precision):
+        def run():
+            with autocast(device, precision):
+                found = getattr(network, what)(inputs[what])
+            return found.parameters if what == "encode" else found
+        return run
+
+    rows, first = [], f"contiguous, {full}"
+    for what in inputs:
+        ways = {f"{layout}, {precision}{', compiled' if compiled else ''}": way(network, what, precision)
+                for precision in (full, *LOW[device.type]) for (layout, compiled), network in networks.items()}
+        expected = ways[first]()
+        errors = {name: ((run() - expected).norm() / expected.norm()).item() for name, run in ways.items()}
+        taken = alternate(ways, device, args.repeats)
+        for name, seconds in taken.items():
+            rows.append({"what": what, "way": name, "ms_per_image": 1000 * seconds / args.batch_size,
+                         "ratio": taken[first] / seconds, "difference": errors[name]})
+            print("| {what} | {way} | {ms_per_image:.1f} | {ratio:.2f} | {difference:.0e} |".format(**rows[-1]), flush=True)
+    return {"batch_size": args.batch_size, "img_size": args.img_size, "vae_ch": args.vae_ch, "rows": rows}
+
+
 # ---- evaluation ----------------------------------------------------------------------------------------------
 
 
@@ -446,7 +539,7 @@ def loader_rate(dataset, workers, seconds):
 @torch.no_grad()
 def encoding_rate(args, device):
     """Images a second through the VAE's encoder."""
-    vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult).to(device).eval()
+    vae = build_vae(args, device)
     images, count, start = torch.randn(4, 3, args.img_size, args.img_size, device=device), 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds:
         vae.encode(images).parameters.sum().item()
@@ -483,7 +576,7 @@ def benchmark_data(args, device):
 
 
 BENCHMARKS = {"train": benchmark_train, "sample": benchmark_sample, "parts": benchmark_parts, "memory": benchmark_memory,
-              "evaluate": benchmark_evaluate, "data": benchmark_data}
+              "evaluate": benchmark_evaluate, "data": benchmark_data, "vae": benchmark_vae, "roofline": benchmark_roofline}
 
 
 # ---- against another checkout --------------------------------------------------------------------------------

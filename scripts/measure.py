@@ -5,7 +5,9 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+NO_WORK = "aten::empty", "aten::_unsafe_view", "aten::detach", "prim::"
 PEAK_SIZE = {"cpu": 4096, "cuda": 8192}
 
 
@@ -51,23 +53,49 @@ def alternate(functions, device, repeats):
 
 
 class Work(TorchDispatchMode):
-    """Counts the operations that PyTorch dispatches one by one, a kernel each or nearly, and the bytes they move.
+    """Counts the operations that PyTorch dispatches one by one, a kernel each or nearly, the bytes they move, and the FLOP of
+    matrix products and convolutions.
 
     Views and allocations do no work and are left out. What torch.compile fuses is not seen.
     """
 
     def __init__(self):
         super().__init__()
-        self.operations = self.bytes = 0
+        self.each = []  # (FLOP, bytes) of every operation
+
+    @property
+    def operations(self):
+        return len(self.each)
+
+    @property
+    def flop(self):
+        return sum(flop for flop, _ in self.each)
+
+    @property
+    def bytes(self):
+        return sum(size for _, size in self.each)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not (function.is_view or function.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::detach"))):
-            self.operations += 1
-            for value in tree_leaves((args, kwargs, result)):
-                if isinstance(value, torch.Tensor):
-                    self.bytes += value.numel() * value.element_size()
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if not (function.is_view or function.name().startswith(NO_WORK)):
+            size = nbytes((args, kwargs, result)) + nbytes(overwritten(function, args, kwargs))
+            count = flop_registry.get(function.overloadpacket)
+            self.each.append((count(*args, **kwargs, out_val=result) if count else 0, size))
         return result
+
+
+def nbytes(values):
+    """Of all tensors in a tree."""
+    return sum(value.numel() * value.element_size() for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+
+
+def overwritten(function, args, kwargs):
+    """The arguments that an operation which returns nothing writes to, such as the optimizer's."""
+    if function._schema.returns:
+        return []
+    given = {**kwargs, **{argument.name: value for argument, value in zip(function._schema.arguments, args)}}
+    return [given.get(argument.name) for argument in function._schema.arguments if argument.is_write]
 
 
 def count_work(function):

@@ -61,11 +61,16 @@ def words_of(command):
     return (under if not under or under[0] not in command else []) + shlex.split(command)
 
 
+def surroundings(command):
+    """Of a program: one thread, and no GPU unless it asks for one."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **({} if "--device cuda" in command else {"CUDA_VISIBLE_DEVICES": ""})}
+
+
 def run(command, processes=0, check=True, timeout=300):
     """Run a program of the project, under torchrun for processes > 0, one thread each. Returns the process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = surroundings(command)
     command = (launcher if processes else [sys.executable]) + words_of(command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -78,8 +83,8 @@ def start(command, processes=0, restarts=0):
     """run() in the background; its output goes on to stop(). In a process group of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
                 "--monitor_interval=0.1"]
+    environment = surroundings(command)
     command = (launcher if processes else [sys.executable]) + words_of(command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 

@@ -1,20 +1,26 @@
 """What only a GPU can show; skipped without one."""
 import copy
+import os
+import signal
 
 import golden
+import plain
 import pytest
 import torch
-from helpers import assert_same_run, inputs, make_project, small_model, train
+from helpers import (assert_same_run, finish, inputs, make_project, ranks_of, read_log, run, small_model, start, train, training_command,
+                     wait_for)
 from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
 from test_reliability import bad_steps, check_a_bad_step, poison, stopping_before, with_nan  # noqa: F401: a fixture
 
 from models import build_model
 from util.speed import prepare
 from util.cluster import set_deterministic
+from util.options import training_parser
 from util.training.optimization import EMA, build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda", 0)
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.mark.parametrize("name", TEACHER_FORCED)
@@ -59,6 +65,20 @@ def test_a_training_step_does_not_wait_for_the_device(precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@torch.no_grad()
+def test_sampling_in_float16_is_that_of_the_release(cross):
+    """Under autocast as the release samples: the fast way on prepared weights, and the plain way."""
+    model = small_model(cross=cross, diffloss_d=2)
+    _, labels, _, noise = inputs(model)
+    model, labels, noise = model.to(CUDA), labels.to(CUDA), [e.to(CUDA) for e in noise]
+    options = dict(cfg=3.0, guidance=0.9, num_steps=10)
+    with torch.autocast("cuda", torch.float16):
+        expected = plain.sample(model, labels, noise, **options)
+        found = prepare.for_sampling(copy.deepcopy(model), torch.float16).sample_tokens(labels, noise=noise, **options)
+    golden.assert_close(found.float().cpu(), expected.float().cpu(), tolerance=2e-2)
+
+
 @pytest.mark.parametrize("what", ["blocks", "graphs"])
 @pytest.mark.parametrize("cross", [False, True])
 def test_compiled_sampling_equals_eager(what, cross):
@@ -92,3 +112,26 @@ def test_a_bad_step_changes_nothing(tmp_path, monkeypatch, bad_steps):
     poison(monkeypatch, 3, with_nan)
     train(make_project(tmp_path), tmp_path / "out", "--save_every 1 --keep 20", CUDA)
     check_a_bad_step(tmp_path / "out", bad_steps)
+
+
+@TWO
+@pytest.mark.parametrize("way", ["", "--fsdp"])
+def test_two_gpus_train_as_one_process_does(tmp_path, way):
+    if way and way not in training_parser().format_help():
+        pytest.skip("there is no --fsdp here")
+    project = make_project(tmp_path)
+    common = "--precision fp32 --attn_dropout 0 --proj_dropout 0 --log_freq 1 --device cuda"
+    run(training_command(project, tmp_path / "one", f"{common} --batch_size 16"))
+    run(training_command(project, tmp_path / "two", f"{common} --batch_size 8 {way}"), processes=2)
+    one, two = ([line["loss"] for line in read_log(tmp_path / name) if line["group"] == "train"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=2e-3)
+
+
+@TWO
+def test_a_dead_rank_of_two_gpus_ends_the_job_by_name(tmp_path):
+    command = training_command(make_project(tmp_path), tmp_path / "run", "--epochs 500 --save_every 3 --timeout 10 --batch_size 8 --device cuda")
+    process = start(command, processes=2)
+    wait_for(tmp_path / "run" / "checkpoint-000000006.pth", process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    status, output = finish(process)
+    assert status != 0 and "error (rank 0): lost rank 1 (host " in output, output

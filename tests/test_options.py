@@ -321,6 +321,7 @@ TABLE = [
     (BENCH, "train --compile graphs", "--compile graphs is for sampling: for train use --compile"),
     (BENCH, "train --cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
     (BENCH, f"sample --beside {ROOT}/tests/plain.py --solver heun", "--beside compares with a plain Euler sampler: leave out --solver"),
+    (BENCH, "roofline --precision fp32", "--precision fp32: roofline counts for tensor cores: bf16 or fp16"),
     (BENCH, "parts", "parts needs --beside"),
     (BENCH, "train --beside nowhere.py", "--beside nowhere.py: no such file"),
     (BENCH, "train --against nowhere", "--against nowhere: expected a checkout of this project"),

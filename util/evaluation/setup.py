@@ -162,7 +162,8 @@ def open_for_sampling(args, device, identify=False):
             prepare.compile_sampling(network, args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
-    return Opened(model, vae.to(device), precision, description, classes, sampling, guide, data, origin)
+    vae = prepare.for_decoding(vae.to(device), args.compile)
+    return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
 
 
 def trained_scale(trained_with, path, channels):

@@ -40,6 +40,16 @@ def compile_sampling(model, what="blocks"):
             block.compile(dynamic=True)
 
 
+def for_decoding(vae, what=None):
+    """A VAE that only decodes, in place: with `what`, as compile_sampling has it, its decoder is compiled, once for all
+    batch sizes. Its weights stay contiguous: channels_last was not faster (docs/performance.md, The VAE).
+    """
+    decoder = getattr(getattr(vae, "network", vae), "decoder", None)  # network: of diffusers
+    if what and isinstance(decoder, nn.Module):
+        decoder.compile(dynamic=True)
+    return vae
+
+
 def attention_kernel(model, dtype=None):
     """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend."""
     attn = model.blocks[0].attn

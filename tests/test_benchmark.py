@@ -1,0 +1,55 @@
+"""scripts/benchmark.py: what a GPU would need, counted; the VAE, and what is used of it."""
+import copy
+import json
+
+import flops
+import pytest
+import torch
+from helpers import GEOMETRY, call, small_vae
+from measure import count_work
+
+from util.speed import prepare
+
+SMALL = f"{GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --batch_size 2 --device cpu"
+
+
+def test_an_operation_that_returns_nothing_moves_what_it_writes_too():
+    """EMA's lerp reads both and writes one; AdamW reads weight, gradient and two moments, and writes three of them."""
+    a, b = [torch.zeros(10)], [torch.ones(10)]
+    assert count_work(lambda: torch._foreach_lerp_(a, b, 0.5)) == (1, 3 * 40)
+    assert count_work(lambda: torch.add(a[0], b[0])) == (1, 3 * 40)
+
+
+def test_roofline(monkeypatch, capsys, tmp_path):
+    call(monkeypatch, f"scripts/benchmark.py roofline {SMALL} --eval_bsz 4 --num_step 3 --cfg 2 --precision bf16 --json {tmp_path}/r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [row["what"] for row in found["rows"]] == ["training step", "sampling", "decoding"]
+    for row in found["rows"]:
+        assert row["operations"] > 0 and row["teraflop"] >= row["least_teraflop"] > 0 and row["gigabytes"] > row["least_gigabytes"]
+        for name, gpu in flops.GPUS.items():
+            limits = row["ms_per_image"][name]
+            assert limits["eager"] > limits["floor"] > 0
+            floor = max(row["least_teraflop"] * 1e12 / gpu.reached, row["least_gigabytes"] * 1e9 / gpu.bandwidth)
+            assert limits["floor"] == pytest.approx(1000 * floor / row["images"])
+    assert "| flowar_tiny, sampling | 4 |" in capsys.readouterr().out
+
+
+def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
+    call(monkeypatch, f"scripts/benchmark.py vae {SMALL} --repeats 1 --json {tmp_path}/v.json")
+    rows = json.loads((tmp_path / "v.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == 2 * ["contiguous, fp32", "channels_last, fp32", "contiguous, bf16", "channels_last, bf16"]
+    assert [row["difference"] < (1e-4 if "fp32" in row["way"] else 0.1) for row in rows] == 8 * [True]
+    assert rows[0]["ratio"] == rows[4]["ratio"] == 1
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_and_another_layout_decode_the_same():
+    vae = small_vae().eval()
+    latents = torch.randn(3, vae.embed_dim, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latents)
+    torch.testing.assert_close(copy.deepcopy(vae).to(memory_format=torch.channels_last).decode(latents), expected, rtol=1e-4, atol=1e-5)
+    assert prepare.for_decoding(vae) is vae and vae.decoder._compiled_call_impl is None
+    compiled = prepare.for_decoding(copy.deepcopy(vae), "blocks")
+    assert compiled.decoder._compiled_call_impl is not None
+    for count in (3, 2):
+        torch.testing.assert_close(compiled.decode(latents[:count]), expected[:count], rtol=1e-4, atol=1e-5)
