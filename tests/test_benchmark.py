@@ -42,6 +42,7 @@ def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
     assert rows[0]["ratio"] == rows[4]["ratio"] == 1
 
 
+@pytest.mark.slow  # code is generated for it
 @torch.no_grad()
 def test_a_compiled_decoder_and_another_layout_decode_the_same():
     vae = small_vae().eval()
