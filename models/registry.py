@@ -7,7 +7,7 @@ from models.files.checkpoints import find_model, recognise_body, recognise_geome
 from models.files.exports import read_weights
 from models.files.hub import weights_file
 from models.files.states import check_buffers, check_fits
-from models.flowar import FlowAR
+from models.variants import ablated
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
 
@@ -28,10 +28,10 @@ MODELS = {
 
 
 def build_model(name, **overrides):
-    """A FlowAR of the size `name`; overrides are FlowAR's arguments, None meaning the size's own."""
+    """A FlowAR of the size `name`; overrides: its arguments or AblatedFlowAR's, None meaning the size's own."""
     if name not in MODELS:
         raise FlowARError(f"model {name!r} is unknown: expected one of {', '.join(MODELS)}")
-    return FlowAR(**{**MODELS[name], **{key: value for key, value in overrides.items() if value is not None}})
+    return ablated.build(**{**MODELS[name], **{key: value for key, value in overrides.items() if value is not None}})
 
 
 def load_model(model, state, path):
@@ -44,22 +44,21 @@ def load_model(model, state, path):
 
 
 def recognise_size(state, path):
-    """{model, diffloss_d, diffloss_w} that a state dict's tensors tell."""
-    body, head = recognise_body(state, path)
+    """{model, diffloss_d, diffloss_w, and what variants.ablated has} that a state dict's tensors tell."""
+    (body, head), variant = recognise_body(state, path), ablated.read_variant(state, path)
+    body["cross"] &= variant.get("condition") != "cross_attention"
     names = [name for name, size in MODELS.items() if {key: size[key] for key in body} == body]
     names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head
     if not names:
         raise FlowARError(f"{path}: no model of the registry has this size ({body}); give --model")
-    return {"model": names[0], **head}
+    return {"model": names[0], **head, **variant}
 
 
 def load_flowar(source, weights=None):
     """The FlowAR of weights in eval mode on the CPU: of a file, by path or name (models.files.hub), or of the folder of
     a training run or an export. Raises FlowARError. weights: "ema", the average, or "raw"; by default the average
-    where there is one. Which it is goes to stderr.
-
-    Its size is recognised from the tensors. Channels and stride of the VAE, which they do not tell, are those of the
-    run's options, else KL-16's.
+    where there is one. Which it is goes to stderr. Its size is recognised from the tensors. Channels and stride of the
+    VAE, which they do not tell, are those of the run's options, else KL-16's.
     """
     path = weights_file(source, LAST)
     content = read_weights(path)

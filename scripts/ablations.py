@@ -8,6 +8,7 @@ is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md
 """
 import argparse
 import functools
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from models import FlowARError, flow_matching as fm
 from models.files import name_some
 from models.flowar import to_grid, to_tokens
 from models.vae import DiagonalGaussian
+from models.variants.ablated import CHOICES
 from quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device
 from util.data.latents import ShardedMoments
@@ -48,6 +50,10 @@ VARIANTS = {  # group: {name: (options of training, options of sampling)}
     "reading": {BASE: ("", ""), "condition noise 0.1": ("--condition_noise 0.1", ""), "condition noise 0.3": ("--condition_noise 0.3", "")},
     "latents": {BASE: ("", ""), "scaled by channel": ("--latent_norm channel", "")},
     "scales": {BASE: ("", ""), "1, 4": ("--scales 1,4", ""), "1, 2, 3, 4": ("--scales 1,2,3,4", "")},
+    "head": {BASE: ("", ""), "every token by itself": ("--head token", "")},
+    "objective": {BASE: ("", ""), "diffusion, DDIM": ("--objective diffusion", ""), "diffusion, ancestral": ("--objective diffusion", "--solver ancestral")},
+    "condition": {BASE: ("", ""), **{name: (f"--condition {name}", "") for name in CHOICES["condition"][1:]}},
+    "pyramid": {BASE: ("", ""), "of the image": ("--pyramid image --cached_path '' --cached_val_path ''", "")},
     "guidance": {"no guidance": ("", "--cfg 1"), BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1"), "t > 0.3": ("", "--guidance_low 0.3"),
                  "t <= 0.7": ("", "--guidance 0.7"), "2 on every scale": ("", "--cfg 2 --cfg_schedule constant"),
                  "falling, 3:2:1": ("", "--cfg 3:2:1"), "by the first epoch, 2": ("", "--guide {first} --guide_strength 2"),
@@ -116,6 +122,8 @@ def own_scales_losses(run, root, device):
     """
     pipeline, data = load_pipeline(run, root / "vae.pth", device), ShardedMoments(root / "latents_val")
     model, scale = pipeline.sampler.model, pipeline.sampler.vae.latent_scale
+    if model.config.get("objective", "flow") != "flow" or model.config.get("pyramid", "latent") != "latent":
+        return [math.nan] * len(OWN)  # of another target: nothing to compare
     moments, labels = zip(*(data[0, i] for i in range(0, len(data), max(1, len(data) // OWN_IMAGES))))
     latents, labels = scale.normalize(DiagonalGaussian(torch.stack(moments).float().to(device)).mode()), torch.tensor(labels, device=device)
     with torch.no_grad():
@@ -177,6 +185,8 @@ def report(args, found, device, output):
 
 def spread(values, form):
     """'287.4 ± 0.6': mean and standard deviation over seeds."""
+    if any(map(math.isnan, values)):
+        return ""
     return format(mean(values), form) + (f" ± {format(stdev(values), form).rstrip('%')}" if len(values) > 1 else "")
 
 

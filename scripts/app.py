@@ -25,7 +25,7 @@ import project_root  # noqa: F401  first: it names what is too old
 import torch
 
 from models import FlowARError
-from models.flow_matching import SOLVERS, TIME_GRIDS
+from models.flow_matching import TIME_GRIDS
 from pictures import png_text
 from util.cluster import PRECISIONS, run_main, select_device
 from util.cluster.ending import explain
@@ -373,7 +373,7 @@ def how_fields(gr, pipe):
                       elem_id="steps")]
         with gr.Row():
             return [*numbers,
-                    gr.Dropdown(list(SOLVERS), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
+                    gr.Dropdown(list(pipe.sampler.model.solvers), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
                     gr.Dropdown(precisions(pipe.sampler.device), value=precision, label="Precision",
                                 elem_id="precision", min_width=120)]
 

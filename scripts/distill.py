@@ -14,10 +14,11 @@ import project_root  # noqa: F401  first: it names what is too old
 import torch
 
 from main_flowar import train
-from models import load_flowar
+from models import FlowAR, load_flowar
 from models.errors import FlowARError
 from models.files import file_hash
 from models.files.checkpoints import saved_options
+from models.variants import ablated
 from models.variants.rectified import RectifiedFlowAR
 from models.registry import recognise_size
 from util import cluster
@@ -58,6 +59,8 @@ def open_teacher(args):
             raise FlowARError(f"--{name} is for main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
     teacher = load_flowar(args.resume, args.weights)
+    if type(teacher) is not FlowAR or any(getattr(args, name) != released for name, released in ablated.DEFAULTS.items()):
+        raise FlowARError(f"{path}: --{', --'.join(ablated.DEFAULTS)}: a distillation is of the released ways alone")
     solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
     return teacher, content, path, solution
 

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from measure import Work
-from models import FlowAR
 
 
 class GPU(NamedTuple):
@@ -37,7 +36,7 @@ def count_flops(function):
 def on_meta(model):
     """The same model without numbers."""
     with torch.device("meta"):
-        return FlowAR(**model.config).eval()
+        return type(model)(**model.config).eval()
 
 
 def training_flops(model):

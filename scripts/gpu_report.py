@@ -63,7 +63,7 @@ def parse_args():
 def plan(args, device):
     """(stages, the most important first; lines on what is left out)."""
     stages, left_out, base = [], [], args.sizes[0]
-    on_cuda, first, last = device.type == "cuda", args.batches[0], args.batches[-1]
+    on_cuda, first = device.type == "cuda", args.batches[0]
     compiled = ("compiled", "--compile") if on_cuda else ("eager", "")  # a rehearsal waits for no compiler
 
     def bench(name, what, size, options, limit=120):

@@ -14,6 +14,7 @@ from typing import Callable, NamedTuple
 from models import MODELS, FlowARError
 from models.files.refusals import read_time_distribution
 from models.flow_matching import CFG_SCHEDULES, SOLVERS, STEP_SCHEDULES, TIME_GRIDS
+from models.variants import ablated, diffusion
 from models.vaes import find_vae
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.data.pixels import parse_color
@@ -159,7 +160,7 @@ def one_of(known):
     return name
 
 
-solver, time_grid, extractor = map(one_of, (SOLVERS, TIME_GRIDS, EXTRACTORS))
+solver, time_grid, extractor = map(one_of, ({**SOLVERS, **diffusion.SOLVERS}, TIME_GRIDS, EXTRACTORS))
 
 
 def extractor_files(text):
@@ -207,7 +208,7 @@ def add_sampling_options(parser):
     add("--num_step_schedule", choices=STEP_SCHEDULES,
         help="the way to it: linear, cosine, or two_stage; default: the checkpoint's, else linear")
     add("--solver", type=several(solver), help="euler (the release's) or ab2: one evaluation a step; heun, midpoint: "
-        "two; rk4: four; default: the checkpoint's, else euler; *")
+        "two; rk4: four; of --objective diffusion: euler (DDIM) or ancestral; default: the checkpoint's, else euler; *")
     add("--cfg", type=several(per_scale(at_least_one)), help="classifier-free guidance scale of the last scale, or one "
         "for each, 1:1.5:3; default: the checkpoint's, else 1.0 (none); *")
     add("--cfg_schedule", choices=CFG_SCHEDULES,
@@ -303,6 +304,14 @@ def add_training_options(parser):
     add("--label_drop_prob", type=fraction, default=0.1, help="probability of training a label as the null class")
     add("--t_dist", type=time_distribution, default="uniform", help="times of training (validation: uniform): uniform, "
         "logit_normal:MEAN,STD or shift:K; or one for each scale, separated by ;")
+    add("--head", choices=ablated.CHOICES["head"], default="scale",
+        help="tokens of a scale attend to each other in the flow head, or each is drawn by itself")
+    add("--objective", choices=ablated.CHOICES["objective"], default="flow",
+        help="flow matching, or DDPM's epsilon, sampled with DDIM or --solver ancestral")
+    add("--condition", choices=ablated.CHOICES["condition"], default="spatial_adaln",
+        help="the way in which the transformer's condition enters the flow head, see docs/levers.md")
+    add("--pyramid", choices=ablated.CHOICES["pyramid"], default="latent",
+        help="coarse scales are the latent downsampled, or latents of the image downsampled (images, no cache)")
     add("--condition_noise", type=real, default=0.0,
         help="noise on the coarser scales that training reads: its std is uniform up to this, an image")
     add("--use_checkpoint", "--grad_checkpointing", action="store_true",
@@ -396,8 +405,8 @@ def with_options(args, **changes):
 
 def resolve_geometry(args, known=None):
     """The options with the geometry that was not given: from `known` (of checkpoint and VAE), else the release's."""
-    missing = {name: value for name, value in {**GEOMETRY, **(known or {})}.items() if getattr(args, name) is None}
-    args = with_options(args, **missing)
+    known = {**GEOMETRY, **(known or {})}
+    args = with_options(args, **{name: value for name, value in known.items() if getattr(args, name, None) is None})
     if args.scales is None:
         return with_options(args, scales=default_scales(args.img_size // (args.vae_stride * args.patch_size)))
     return args
@@ -428,7 +437,7 @@ def model_options(args):
     """FlowAR's arguments out of the options."""
     names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
              "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist",
-             "condition_noise")
+             "condition_noise", *ablated.CHOICES)
     return {"scale": args.scales, **{name: getattr(args, name) for name in names if hasattr(args, name)}}
 
 

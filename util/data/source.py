@@ -2,9 +2,11 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from models import FlowARError
 from models.files import name_some
+from models.variants.ablated import pack
 from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae
 from util.cluster import fetch, from_main, log, rank, world_size
@@ -22,19 +24,27 @@ from util.training.provenance import LatentOrigin, check_origin, origin_of
 
 class Source:
     """Batches of a loader's dataset (see util.data.door) as latents of a LatentScale on a device. vae: encodes images,
-    None without.
+    None without. sides: of the coarser latents of --pyramid image, else none.
     """
 
-    def __init__(self, loader, vae, device, latent_scale):
+    def __init__(self, loader, vae, device, latent_scale, sides=()):
         self.loader, self.vae, self.device, self.latent_scale = loader, vae, device, latent_scale
+        self.sides = sides
         self.is_moments = loader.dataset.is_moments
         self.said = False  # what was converted
 
     @torch.no_grad()
     def latents(self, batch, noise):
-        """Scaled latents of a batch on the device: samples of the posterior with this noise, both (B, C, H, W)."""
+        """Scaled latents of a batch on the device: samples of the posterior with this noise, both (B, C, H, W); with
+        `sides` packed with those of the downsampled images, their posteriors' means.
+        """
         moments = batch.float() if self.is_moments else self.vae.encode(batch).parameters
-        return self.latent_scale.normalize(DiagonalGaussian(moments).sample(noise=noise))
+        latents = self.latent_scale.normalize(DiagonalGaussian(moments).sample(noise=noise))
+        if not self.sides:
+            return latents
+        small = [F.interpolate(batch, size=(side * self.vae.stride,) * 2, mode="area") for side in self.sides]
+        coarse = [self.latent_scale.normalize(self.vae.encode(images).mode()) for images in small]
+        return pack([*coarse, latents])
 
     def identity(self):
         """What a checkpoint remembers of the data, see util.training.provenance."""
@@ -55,6 +65,8 @@ def open_sources(args, device, class_num=None):
     """
     kind, named = from_main(lambda: find_cache(args)), find_vae(args.vae, args.vae_path)
     fetch(named.path)
+    if args.pyramid == "image" and (kind or args.cached_val_path):
+        raise FlowARError("--pyramid image encodes images at every scale: leave out --cached_path, --cached_val_path")
     vae = open_if_there(named, device, needed=kind is None)
     known = DATASETS[kind].geometry(args.cached_path) if kind else {
         "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
@@ -87,9 +99,10 @@ def open_sources(args, device, class_num=None):
     origin = origin._replace(latent_scale=tuple(scale))
     if args.latent_norm == "channel" and vae is not None:
         vae.latent_scale = scale
-    source, validation = Source(loader, vae, device, scale), None
+    sides = [s * args.patch_size for s in args.scales[:-1]] if args.pyramid == "image" else ()
+    source, validation = Source(loader, vae, device, scale, sides), None
     if held_out is not None:
-        validation = Source(build_loader(held_out, args.batch_size, **workers), vae, device, scale)
+        validation = Source(build_loader(held_out, args.batch_size, **workers), vae, device, scale, sides)
     if validation and from_main(lambda: validation.identity()["sha256"] == source.identity()["sha256"] is not None):
         log("warning: the images of the validation set have the names and sizes of the training set's: if they are the "
             "same, the validation loss says nothing of images that were not seen")

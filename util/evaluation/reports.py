@@ -15,6 +15,7 @@ import torchvision
 
 from models import FlowARError
 from models.flow_matching import SOLVERS
+from models.variants import diffusion
 from util.cluster import log, world_size
 from util.options import SWEPT, as_text
 from util.files import check_fields, is_count, is_number, is_strings, read_json, write_bytes
@@ -69,7 +70,8 @@ REPORT = {  # of results.json, what is printed, put into tables and drawn
                           "a number for every stage"),
     "num_step": (of_scales(is_count), "a number of steps, or one of each scale"),
     "num_step_last": (lambda value: value is None or is_count(value), "a number of steps or null"),
-    "solver": (lambda value: isinstance(value, str) and value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+    "solver": (lambda value: isinstance(value, str) and value in (*SOLVERS, *diffusion.SOLVERS),
+               f"one of {', '.join([*SOLVERS, *diffusion.SOLVERS])}"),
 }
 
 

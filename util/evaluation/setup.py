@@ -11,6 +11,7 @@ from models.files.checkpoints import find_model, recognise_geometry, saved_optio
 from models.files.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
 from models.vae import LatentScale
+from models.variants.ablated import read_variant
 from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
@@ -230,7 +231,8 @@ def recognise(args, state, path, vae):
     known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
     known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
     check_geometry(args, {"img_size": known["img_size"]}, path)
-    return resolve_geometry(args, {**known, **(recognise_size(state, path) if args.model is None else {})})
+    size = recognise_size(state, path) if args.model is None else read_variant(state, path)
+    return resolve_geometry(args, {**known, **size})
 
 
 def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
