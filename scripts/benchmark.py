@@ -616,6 +616,8 @@ def main():
     args.precision = set_precision(args.precision, device)
     if args.json:
         check_output(args.json)
+    if args.beside and args.what not in ("train", "sample", "parts"):
+        raise FlowARError(f"--beside {args.beside} is for train, sample and parts: {args.what} has no plain way")
     args = resolve_geometry(args)
     measured = (benchmark_against if args.against else BENCHMARKS[args.what])(args, device)
     result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **machine(device)}

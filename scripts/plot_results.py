@@ -43,7 +43,9 @@ def lines_of(path, x, y, by):
     """{name: [(x, y), ...]} of one table."""
     rows = read_table(path)
     lists = [row for row in rows if ":" in str(row.get(x))]  # one number for each scale: no place on an axis
-    if 0 < len(lists) < len(rows):
+    if lists and len(lists) == len(rows):
+        raise FlowARError(f"{path}: every {x} is a list, such as {lists[0][x]}, one number for each scale: give another --x, such as nfe")
+    if lists:
         print(f"{path}: left out are {len(lists)} rows whose {x} is a list, such as {lists[0][x]}")
         rows = [row for row in rows if row not in lists]
     y = y or next((str(key) for key in rows[0] if "distance" in str(key) or key == "fid"), "fid")

@@ -77,6 +77,7 @@ def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkey
     assert Image.open(student / "few_step.png").size[0] > Image.open(student / "few_step.png").size[1]
 
 
+@pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always
 def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
     words = command(project, tmp_path, "--save_every 4")
     process = start(words)

@@ -107,9 +107,12 @@ def test_without_git_nothing_is_said(checkout, tmp_path_factory, monkeypatch):
 
 
 def test_a_git_that_hangs_or_fails_is_left(checkout, monkeypatch):
-    monkeypatch.setattr(manifest, "PATIENCE", 0.0001)
-    assert manifest.git_state(checkout) is None
-    monkeypatch.setattr(manifest, "PATIENCE", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        (checkout / "git").write_text("#!/bin/sh\nexec sleep 30\n")
+        (checkout / "git").chmod(0o755)
+        patch.setenv("PATH", str(checkout), prepend=":")
+        patch.setattr(manifest, "PATIENCE", 0.1)
+        assert manifest.git_state(checkout) is None
     (checkout / ".git" / "HEAD").write_text("ref: refs/heads/gone\n")
     assert manifest.git_state(checkout) is None
     json.dumps(manifest.git_state(checkout))

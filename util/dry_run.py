@@ -72,13 +72,14 @@ def describe_recipe(args, network, optimizer):
     decays = " and ".join(f"{sum(p.numel() for p in group['params']):,} with weight decay {group['weight_decay']:g}"
                           for group in optimizer.param_groups)
     end = f"cosine to {args.min_lr:g}" if args.lr_schedule == "cosine" else "constant"
+    end = "which it does not reach" if args.warmup_epochs >= args.epochs else f"then {end}"
     scales = ",".join(map(str, network.scale))
     yield row("model", f"{args.model}, {parameters(network):,} parameters ({decays}), {args.precision}")
     yield row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "
               f"{args.patch_size}, {args.class_num} classes; {network.tokens} tokens an image, in scales {scales}")
     yield row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.world} processes x "
               f"{args.accum_iter} forward passes")
-    yield row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; then {end}; "
+    yield row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; {end}; "
               f"gradients clipped at {args.grad_clip:g}; EMA {args.ema_rate:g}")
 
 
@@ -96,8 +97,9 @@ def describe_time(args, steps, hours, progress):
         yield row("time", "give --images_per_second, of the whole job, for hours, days and bytes a second")
         return
     left = args.epochs - progress.epoch - progress.done / steps
-    yield row("time", f"at {args.images_per_second:,.0f} images/s: {hours:.2f} hours an epoch, {hours * left / 24:.1f} "
-              f"days in all; {3600 * hours / steps:.2f} s a step")
+    rest = f", {hours * left / 24:.1f} days left" if progress.step else ""
+    yield row("time", f"at {args.images_per_second:,g} images/s: {hours:.2f} hours an epoch, "
+              f"{hours * args.epochs / 24:.1f} days in all{rest}; {3600 * hours / steps:.2f} s a step")
 
 
 def rates(args, source, network):

@@ -245,7 +245,7 @@ def no_codegen(monkeypatch):
 
 
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("what,limit", [("blocks", 2), ("graphs", 4)])
+@pytest.mark.parametrize("what,limit", [("blocks", 2), pytest.param("graphs", 4, marks=pytest.mark.slow)])
 def test_sampling_compiles_once_for_all_scales_steps_and_batches(cross, what, limit, graphs, no_codegen):
     model = small_model(cross=cross, diffloss_d=2, scale=(1, 2, 4, 8), img_size=32)
     _, labels, _, noise = inputs(model, batch=3)

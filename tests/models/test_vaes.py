@@ -80,7 +80,7 @@ def test_configuration_and_round_trip(saved):
         assert torch.equal(vae.decode(expected), network.decode(expected).sample)
 
 
-@pytest.mark.parametrize("saved", ["sd", pytest.param("kl16", marks=pytest.mark.slow), "dc"], indirect=True)  # strides 8, 16, 32
+@pytest.mark.parametrize("saved", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kl16", "dc"))], indirect=True)  # strides 8, 16, 32
 def test_cache_training_sampling_and_decoding(saved, tmp_path):
     folder, name = saved
     _, stride, channels, scale, shift = NETWORKS[name]

@@ -64,7 +64,8 @@ def stopping_before(step, error=KeyboardInterrupt):
         yield
 
 
-@pytest.mark.parametrize("extra", ["", "--precision fp16 --accum_iter 2 --posthoc_ema 2 --ema_warmup", "--save_every 2 --log_freq 3 --deterministic"])
+@pytest.mark.parametrize("extra", [pytest.param("", marks=pytest.mark.slow), "--precision fp16 --accum_iter 2 --posthoc_ema 2 --ema_warmup",
+                                   pytest.param("--save_every 2 --log_freq 3 --deterministic", marks=pytest.mark.slow)])
 def test_stopped_at_any_step_it_ends_with_the_same_bits_and_log(project, tmp_path, extra):
     common = f"--epochs 3 --save_every 1 --keep 1 --eval_freq 2 {DROPOUT} {extra}"
     try:
@@ -100,7 +101,7 @@ def test_a_report_that_was_cut_short_is_repeated(project, tmp_path, monkeypatch)
     assert [line["step"] for line in read_log(tmp_path / "parts") if line["group"] == "report"] == [5, 10]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_it_ends_with_the_same_bits(project, undisturbed, tmp_path, processes):
     """SIGKILL to everything, twice, at whatever it was doing."""
     command = training_command(project, tmp_path, f"{LONG} --batch_size {16 // processes} --num_workers {2 - processes} --resume {tmp_path}")
@@ -164,6 +165,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(project, tmp_path, cap
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow  # four trainings
 def test_start_epoch_counts_once(project, tmp_path, capsys):
     """The same command again goes on and does not go back."""
     train(project, tmp_path / "run", "--epochs 3")
@@ -222,6 +224,7 @@ def test_a_signal_saves_and_leaves_with_a_status_of_its_own(project, undisturbed
     assert_same_run(tmp_path, undisturbed / "1")
 
 
+@pytest.mark.slow  # tests/cluster/test_limits.py ends such workers too
 def test_workers_of_a_fork_server_end_with_the_run(project, undisturbed, tmp_path):
     """Python 3.14's way to start them: SIGTERM and Ctrl-C to the whole group, then to the end; no process stays."""
     def run_until(step, *numbers):
@@ -294,7 +297,7 @@ def test_a_signal_during_a_report_leaves_at_once_and_the_report_is_made_again(pr
 # ---- a dead rank -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_dead_rank_ends_the_job_by_name(project, undisturbed, tmp_path, victim):
     command = training_command(project, tmp_path, f"{LONG} --batch_size 8 --timeout 5 --resume {tmp_path}")
     process = start(command, processes=2)
@@ -583,7 +586,8 @@ cluster.run_main(main_flowar.main)
 """
 
 
-@pytest.mark.parametrize("failing,processes,full", [(0, 0, False), (0, 0, True), (0, 2, False), (1, 2, False)])
+@pytest.mark.parametrize("failing,processes,full", [pytest.param(0, 0, False, marks=pytest.mark.slow), (0, 0, True),
+                                                    pytest.param(0, 2, False, marks=pytest.mark.slow), (1, 2, False)])
 def test_a_checkpoint_that_is_being_written_outlives_an_error(project, tmp_path, failing, processes, full):
     """Whoever has the error; what fails meanwhile is said after it."""
     (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT), failing=failing, full=full))
