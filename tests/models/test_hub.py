@@ -158,7 +158,7 @@ def test_our_own_safetensors_say_what_they_are(server, tmp_path):
     assert hub.weights_file("hf:me/it", "checkpoint-last.pth").name == hub.EXPORTED
 
 
-@pytest.mark.slow  # two processes, three times
+@pytest.mark.slow  # a launch of two processes
 def test_the_ranks_of_a_host_download_once(server, tmp_path, monkeypatch):
     """By the environment alone, as a user would: model and VAE by name, sampled as the run says."""
     project = make_project(tmp_path / "p", 2)

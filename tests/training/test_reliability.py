@@ -165,7 +165,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(project, tmp_path, cap
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.slow  # four trainings
+@pytest.mark.slow  # three trainings
 def test_start_epoch_counts_once(project, tmp_path, capsys):
     """The same command again goes on and does not go back."""
     train(project, tmp_path / "run", "--epochs 3")

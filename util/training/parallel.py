@@ -9,8 +9,6 @@ import itertools
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from util.cluster import is_main, world_size
@@ -34,6 +32,7 @@ def shard(network, ema, device):
     """Cut the parameters of a FlowAR and of its EMA, in place, among all processes; one unit after the other moves to
     the device.
     """
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (world_size(),))
     for model in (network, ema.module):
         for block in (*model.blocks, *model.flownet.res_blocks):
@@ -43,14 +42,19 @@ def shard(network, ema, device):
         power.tensors = spread(power.tensors, dict(network.named_parameters()))
 
 
+def is_cut(tensor):
+    """Whether it is a DTensor, whose module takes half a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
 def local(tensors):
     """This process's parts of tensors, the tensors themselves where they are whole."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_cut(tensor) else tensor for tensor in tensors]
 
 
 def whole(tensor):
     """The tensor in one piece: all processes call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_cut(tensor) else tensor
 
 
 def spread(tensors, owners):
@@ -62,8 +66,9 @@ def spread(tensors, owners):
 
 def cut(tensor, owner):
     """This process's part of a whole tensor, as DTensor, where its owner is one; else the tensor."""
-    if not isinstance(owner, DTensor):
+    if not is_cut(owner):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     placed = distribute_tensor(tensor.to(owner.device), owner.device_mesh, owner.placements, src_data_rank=None)
     return placed.clone()  # a part alone would hold the whole
 
@@ -85,7 +90,7 @@ def gathered(*models):
     """The models whole on every device while the block runs, so that each process may compute what it likes with them:
     all processes enter and leave it. Nothing for models that are not sharded.
     """
-    units = [[unit for unit in model.modules() if isinstance(unit, FSDPModule)] for model in models]
+    units = [[unit for unit in model.modules() if hasattr(unit, "unshard")] for model in models]  # FSDPModules
     for unit in itertools.chain(*units):
         unit.unshard()
     for unit in itertools.chain(*(of_model[1:] for of_model in units)):  # the first, the model's own, stays whole
