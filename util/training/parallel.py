@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from util.cluster import is_main, world_size
+from util.cluster import is_main, log, world_size
 
 
 def distribute(network, ema, device, fsdp, static_graph):
@@ -19,13 +19,14 @@ def distribute(network, ema, device, fsdp, static_graph):
     backward pass ends in a step, see DDP, whose no_sync needs the other kind. On the meta device nothing is done.
     """
     if world_size() == 1 or device.type == "meta":
+        if fsdp:
+            log("--fsdp: with one process there is nothing to cut")
         return network
     if fsdp:
         shard(network, ema, device)
-    else:
-        return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True, static_graph=static_graph)
-    return network
+        return network
+    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, static_graph=static_graph)
 
 
 def shard(network, ema, device):
