@@ -19,7 +19,7 @@ def distribute(network, ema, device, fsdp, static_graph):
     backward pass ends in a step, see DDP, whose no_sync needs the other kind. On the meta device nothing is done.
     """
     if world_size() == 1 or device.type == "meta":
-        if fsdp:
+        if fsdp and device.type != "meta":
             log("--fsdp: with one process there is nothing to cut")
         return network
     if fsdp:
