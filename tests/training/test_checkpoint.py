@@ -52,7 +52,7 @@ def test_the_last_are_kept(tmp_path):
 def test_a_checkpoint_is_that_of_the_moment(tmp_path):
     value = content()
     keeper = checkpoint.CheckpointWriter(tmp_path, 1)
-    keeper.save(value, 1)
+    keeper.save(parallel.snapshot(value), 1)
     value["model"]["class_emb.weight"] += 1
     keeper.wait()
     assert not torch.load(tmp_path / checkpoint.LAST, weights_only=True)["model"]["class_emb.weight"].any()
