@@ -24,7 +24,7 @@ from models import MODELS
 from util.cluster import run_main, select_device
 from util.evaluation.reports import CODE, machine
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
-from util.options import one_of, positive, several, some_path, training_parser
+from util.options import one_of, positive, several, some_path
 
 LAST_LINES = 12
 CUT_OFF = "not done after"
@@ -98,8 +98,6 @@ def plan(args, device):
         left_out.append("DDP and --fsdp on two GPUs, and a dead rank of theirs: there are no two")
     elif args.checks:
         check("checks of two GPUs", "two_gpus")
-        if "--fsdp" not in training_parser().format_help():
-            left_out.append("training with --fsdp: main_flowar.py has no such option here")
     beside = f"--beside {args.beside}" if args.beside else ""
     for size in args.sizes:
         if on_cuda:

@@ -108,7 +108,8 @@ def first_difference(network, losses):
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     names = [name for name, _ in network.named_parameters()]
-    with gathered(network), warnings.catch_warnings(record=True) as warned:
+    with (gathered(network), torch.compiler.set_stance("force_eager"),  # another mode would be compiled anew
+          warnings.catch_warnings(record=True) as warned):
         warnings.simplefilter("always")
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
