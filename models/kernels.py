@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
-LEVELS = 1 << 16  # of dropout on a CPU: a random int16 an element meets the probability within 1 / 65,536
 
 
 # ---- linear layers -------------------------------------------------------------------------------------------
@@ -60,32 +59,32 @@ class Linear(nn.Linear):
 # ---- dropout -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flowar::dropout_factors", mutates_args=())
-def dropout_factors(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """0 with probability p, else 1 / (1 - p), for each element of x and in its dtype.
-
-    PyTorch draws number by number on one core of a CPU; here its generator seeds a faster one. The seed is drawn by the
-    caller: the compiler knows that draw for one, and neither merges two of them nor makes one again for the gradient.
-    """
-    generator = np.random.Generator(np.random.SFC64(seed.item()))
+def factors(x, p):
+    """0 with probability p, else 1 / (1 - p), like x: PyTorch's generator, slow on a CPU, seeds a faster one."""
+    generator = np.random.Generator(np.random.SFC64(torch.randint(2**62, ()).item()))
     draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
-    kept = torch.empty(x.numel(), dtype=torch.int16)
-    torch.ge(torch.from_numpy(draws), round(p * LEVELS) - LEVELS // 2, out=kept)
-    if x.element_size() == 2:  # 0 or 1, times the bits of the factor: no conversion
-        return kept.mul_(torch.tensor(1 / (1 - p), dtype=x.dtype).view(torch.int16).item()).view(x.dtype).view(x.shape)
-    return kept.to(x.dtype).mul_(1 / (1 - p)).view(x.shape)
+    kept = torch.ge(torch.from_numpy(draws), round(p * 2**16) - 2**15, out=torch.empty_like(x).flatten())
+    return kept.mul_(1 / (1 - p)).view(x.shape)
 
 
-@dropout_factors.register_fake
-def _(x, p, seed):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def drawn(shape, p, seed):
+    """True with probability 1 - p for each place of a shape: a hash (lowbias32) of the place and of `seed`, an int64.
+
+    The compiler computes it inside the kernel that needs it, for a tenth of the operations of its own generator.
+    """
+    low, high = (half.to(torch.int32) for half in (seed, seed >> 32))
+    h = torch.arange(shape.numel(), device=seed.device).to(torch.int32) ^ low
+    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D ^ high
+    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ (h >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return ((h ^ (h >> 16 & 0xFFFF)) >= round(p * 2**32) - 2**31).view(shape)
 
 
 def dropout(x, p):
     """F.dropout(x, p)."""
-    if p == 0 or p == 1 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    return x * dropout_factors(x.detach(), p, torch.randint(2**62, ()))
+    if 0 < p < 1 and torch.compiler.is_compiling():
+        return torch.where(drawn(x.shape, p, torch.randint(2**62, (), device=x.device)), x * (1 / (1 - p)), 0)
+    return x * factors(x, p) if 0 < p < 1 and x.device.type == "cpu" else F.dropout(x, p)
 
 
 class Dropout(nn.Dropout):
@@ -110,9 +109,12 @@ def rotate(x, table):
     x: B heads N head_dim; table: (cos, sin), each (N, head_dim / 2). In float32, cast back.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # fused; the compiler knows no complex numbers
+    if torch.compiler.is_compiling() and x.device.type == "cpu":  # fused; the compiler knows no complex numbers
         (u, v), (cos, sin) = pairs.unbind(-1), table
         turned = torch.stack((u * cos - v * sin, v * cos + u * sin), dim=-1)
+    elif torch.compiler.is_compiling():  # the same without a branch for each of a pair
+        cos, sin = table[0][..., None], torch.stack((-table[1], table[1]), dim=-1)
+        turned = pairs * cos + pairs.flip(-1) * sin
     else:  # the same product in one pass
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*table))
     return turned.flatten(-2).to(x.dtype)
@@ -167,9 +169,6 @@ def run_block(block, recompute, *inputs):
 
 def is_sure(condition, wait):
     """condition.item(); with wait=False on an accelerator an assertion there, which does not hold up the host."""
-    if condition.is_meta:
-        return True
-    if wait or condition.device.type == "cpu":
+    if not condition.is_meta and (wait or condition.device.type == "cpu"):
         return condition.item()
-    torch._assert_async(condition)
-    return True
+    return condition.is_meta or torch._assert_async(condition) is None

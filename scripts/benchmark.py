@@ -4,9 +4,9 @@
     python scripts/benchmark.py sample --model flowar_small --eval_bsz 256 --cfg 4.3 --precision bf16 --compile
 
 `train`: whole optimizer steps of the recipe. `sample`: latents of a batch. Both report images and floating-point operations a second
-(counted by scripts/flops.py), the share of what a large matrix product reaches between their turns, memory, and operations.
---beside FILE times another way in turns, eager, on the same weights, and prints the ratio: a Python file with loss, sample, velocity
-and mlp, such as tests/plain.py. --against WORKTREE times the same benchmark of another checkout in turns, such as the commit before.
+(counted by scripts/flops.py), the share of what a large matrix product reaches between their turns, and peak memory.
+--beside FILE times another way in turns, eager, on the same weights, and prints the ratio and the operations of both: a Python file with
+loss, sample, velocity and mlp, such as tests/plain.py. --against WORKTREE times the same benchmark of another checkout in turns, such as the commit before.
 
     python scripts/benchmark.py parts --model flowar_large --batch_size 8 --beside tests/plain.py
     python scripts/benchmark.py memory --model flowar_large --batch_size 64 --precision bf16 --use_checkpoint
@@ -45,6 +45,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import project_root  # noqa: F401  first: it names what is too old
 
@@ -52,6 +53,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
+from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 import flops
 from engine_flowar import evaluate
@@ -62,7 +64,7 @@ from models.layers import GatedMLP
 from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
 from util.data import Images, build_loader, latents
 from util.data.latents import NpzMoments, ShardedMoments
-from util.evaluation.extractors import build_extractors
+from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.references import folder_features
 from util.evaluation.reports import machine
@@ -160,7 +162,7 @@ def benchmark_train(args, device):
     ways = {"fast": lambda: step(lambda: model(latents_, labels, t=t, noise=noise))}
     if plain := load_plain(args.beside):
         ways["plain"] = lambda: step(lambda: plain.loss(model, latents_, labels, t, noise)[0])
-    work = count(ways, args, device)  # before anything is compiled
+    work = count(ways, device)  # before anything is compiled
     if args.compile:
         prepare.compile_training(model)
     return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout,
@@ -194,7 +196,7 @@ def benchmark_sample(args, device):
             model.sample_tokens(labels, noise=noise, num_steps=args.student_steps, time_grid="uniform")
 
     ways = {"fast": fast, **({"plain": plainly} if plain else {}), **({"student": student} if args.student_steps else {})}
-    work = count(ways, args, device)
+    work = count(ways, device)
     if args.compile:
         prepare.compile_sampling(model, args.compile)
     result = compare(ways, args.eval_bsz, flops.sampling_flops(slow, args.eval_bsz, **options), args, device)
@@ -211,17 +213,13 @@ def build_network(args, device):
     return build_model(args.model, **model_options(args)).to(device)
 
 
-def count(ways, args, device):
-    """What each way asks of the machine, eager: operations, gigabytes they read and write, CUDA kernels where there are any."""
+def count(ways, device):
+    """What each way of --beside asks of the machine, eager: operations, gigabytes they read and write, CUDA kernels where there are any."""
     found = {}
-    for name, way in ways.items():
+    for name, way in ways.items() if "plain" in ways else ():
         operations, size = count_work(way)
-        found[name] = {"operations": operations, "gigabytes": size / 1e9}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            found[name]["kernels"] = count_kernels(way)
-            found[name]["memory_gib"] = memory_gib(device)
-    return {"work": found} if device.type == "cuda" else {"work": found, "process_memory_gib": memory_gib(device)}
+        found[name] = {"operations": operations, "gigabytes": size / 1e9, **({"kernels": count_kernels(way)} if device.type == "cuda" else {})}
+    return {"work": found}
 
 
 def compare(ways, images, operations, args, device):
@@ -231,7 +229,7 @@ def compare(ways, images, operations, args, device):
     del taken["matmul"]
     peak, reached = matmul.reached, images * operations / taken["fast"]
     result = {"seconds": taken, "images_per_second": images / taken["fast"], "gigaflop_per_image": operations / 1e9,
-              "gigaflops": reached / 1e9, "matmul_gigaflops": peak / 1e9, "share_of_peak": reached / peak}
+              "gigaflops": reached / 1e9, "matmul_gigaflops": peak / 1e9, "share_of_peak": reached / peak, "memory_gib": memory_gib(device)}
     beside = ""
     if "plain" in taken:
         result["ratio"] = taken["plain"] / taken["fast"]
@@ -425,9 +423,21 @@ def through_files(sampler, plan, extractor, folder):
     return folder_features(folder, extractor, sampler.device)
 
 
+def random_inception(path):
+    """Writes a weights file of Inception's shape; the published one is a download."""
+    with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(torch.nn.Module, "load_state_dict"):
+        network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), path)
+
+
 def benchmark_evaluate(args, device):
     sampler = build_sampler(args, *build(args, device), args.precision)
-    extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inception.pth"
+        if args.fid_weights is None and Inception.name in args.feature_extractor:
+            random_inception(file)
+            args.fid_weights = {Inception.name: file}
+        extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
     seconds, report = {"in_memory": 0.0, "through_files": 0.0}, None
     for warm_up in (True, False):
         plan = Plan(choose_labels("balanced", args.eval_bsz if warm_up else args.num_images, Classes(args.class_num)))

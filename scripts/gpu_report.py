@@ -81,7 +81,7 @@ def plan(args, device):
               f"{PUBLISHED[size][1]} --eval_bsz {batch} --precision {precision} {option}")
 
     def check(name, chosen):
-        stages.append(Stage(name, [sys.executable, "-m", "pytest", "-q", "-rs", "-k", chosen, args.checks], 240))
+        stages.append(Stage(name, [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "4", "-k", chosen, args.checks], 240))
 
     if args.checks and on_cuda:
         check("checks", "not two_gpus")
@@ -91,7 +91,7 @@ def plan(args, device):
         train(size, "bf16", *compiled)
         sample(size, "bf16", *compiled)
     bench("vae", "vae", base, "--batch_size 8" if on_cuda else "--batch_size 2")
-    bench("evaluate", "evaluate", base, f"{PUBLISHED[base][1]} --eval_bsz {first} --num_images {2 * first}")
+    bench("evaluate", "evaluate", base, f"{PUBLISHED[base][1]} --eval_bsz {first} --num_images {2 * first} --precision bf16 {compiled[1]}")
     for size in args.sizes:
         bench(f"memory {size}, bf16", "memory", size, f"{PUBLISHED[size][0]} --batch_size {first} --precision bf16")
     if torch.cuda.device_count() < 2 or not on_cuda:
@@ -164,15 +164,14 @@ def run_stages(stages, store, minutes):
 
 
 def limits(figures, gpu):
-    """(least ms an image, ms an image when every operation reads and writes memory): of a GPU of scripts/flops.py, else of the matrix
-    product beside it.
+    """(least ms an image, ms an image when every operation reads and writes memory, if they were counted): of a GPU of scripts/flops.py,
+    else of the matrix product beside it.
     """
     images = figures.get("eval_bsz", figures.get("batch_size"))
     if gpu is None:
         return figures["gigaflop_per_image"] / figures["matmul_gigaflops"] * 1000, None
-    least = figures["gigaflop_per_image"] * 1e9 / gpu.reached
-    memory = figures["work"]["fast"]["gigabytes"] * 1e9 / gpu.bandwidth / images
-    return 1000 * least, 1000 * max(least, memory)
+    least, work = figures["gigaflop_per_image"] * 1e9 / gpu.reached, figures["work"].get("fast")
+    return 1000 * least, 1000 * max(least, work["gigabytes"] * 1e9 / gpu.bandwidth / images) if work else None
 
 
 def speed_rows(found, gpu):
@@ -183,10 +182,10 @@ def speed_rows(found, gpu):
         if figures is None or figures["what"] not in ("train", "sample"):
             continue
         ms, (least, eager) = 1000 / figures["images_per_second"], limits(figures, gpu)
-        work = figures["work"]["fast"]
+        work = figures["work"].get("fast", {})
         rows.append([name, f"{ms:.2f}", f"{least:.2f}", f"{ms / least:.1f}", f"{eager:.2f}" if eager else "",
                      f"{100 * figures['share_of_peak']:.0f} %", f"{figures['ratio']:.2f}" if "ratio" in figures else "",
-                     f"{work.get('kernels', work['operations']):,}", f"{work['memory_gib']:.1f}" if "memory_gib" in work else ""])
+                     f"{work['kernels']:,}" if "kernels" in work else "", f"{figures['memory_gib']:.1f}"])
     return rows
 
 
@@ -235,7 +234,8 @@ def speed_part(found, gpu):
     heads = ["", "ms", "least", "times the least", "eager limit", "share", "plain", "kernels", "GiB"]
     rows = speed_rows(found, gpu)
     text = (f"Milliseconds an image. *Least*: the counted FLOP {peak}. *Eager limit*: what the counted bytes need when every operation reads "
-            "and writes memory. *Share*: of the matrix product measured beside it. *Plain*: how often as long the plain way takes.")
+            "and writes memory. *Share*: of the matrix product measured beside it. *Plain*: how often as long the plain way takes; "
+            "*kernels*: of the eager way beside it. *GiB*: peak memory.")
     return ["## Training and sampling", text, table(heads, rows)] if rows else []
 
 

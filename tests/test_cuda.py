@@ -4,11 +4,13 @@ import os
 import signal
 
 import golden
+import numpy as np
 import plain
 import pytest
 import torch
-from helpers import (assert_same_run, finish, inputs, make_project, ranks_of, read_log, run, small_model, start, train, training_command,
-                     wait_for)
+from helpers import (assert_same_run, evaluation_command, finish, inputs, make_project, ranks_of, read_log, run, small_model, start, train,
+                     training_command, wait_for)
+from PIL import Image
 from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
 from test_reliability import bad_steps, check_a_bad_step, poison, stopping_before, with_nan  # noqa: F401: a fixture
 
@@ -111,6 +113,23 @@ def test_a_bad_step_changes_nothing(tmp_path, monkeypatch, bad_steps):
     poison(monkeypatch, 3, with_nan)
     train(make_project(tmp_path), tmp_path / "out", "--save_every 1 --keep 20", CUDA)
     check_a_bad_step(tmp_path / "out", bad_steps)
+
+
+def test_the_programs_run_on_a_gpu(tmp_path):
+    project = make_project(tmp_path)
+    run(training_command(project, tmp_path / "run", "--device cuda --precision bf16 --compile --use_checkpoint --epochs 1"), processes=1)
+    run(evaluation_command(project, tmp_path / "run", tmp_path / "found", "--device cuda --precision bf16 --compile --save_images"), processes=1)
+    assert len(list((tmp_path / "found" / "images").iterdir())) == 10
+
+
+def test_images_of_a_gpu_are_those_of_a_cpu(tmp_path):
+    project = make_project(tmp_path, 2)
+    train(project, tmp_path / "run", "--epochs 1")
+    for device in ("cpu", "cuda"):
+        run(evaluation_command(project, tmp_path / "run", tmp_path / device, f"--precision fp32 --save_images --eval_bsz 4 --device {device}"))
+    for path in (tmp_path / "cpu" / "images").iterdir():
+        expected, found = (np.asarray(Image.open(tmp_path / device / "images" / path.name)).astype(int) for device in ("cpu", "cuda"))
+        assert abs(found - expected).max() <= 1
 
 
 @TWO

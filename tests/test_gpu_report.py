@@ -28,7 +28,7 @@ def stages():
 def figures():
     """Of `sample`, which takes its time for a large matrix product: 4 images/s, of 2 GFLOP, beside a product of 100 GFLOP/s."""
     return {"what": "sample", "eval_bsz": 2, "images_per_second": 4.0, "gigaflop_per_image": 2.0, "matmul_gigaflops": 100.0,
-            "share_of_peak": 0.08, "ratio": 1.25, "work": {"fast": {"operations": 1234, "gigabytes": 0.5}}}
+            "share_of_peak": 0.08, "ratio": 1.25, "memory_gib": 3.5, "work": {"fast": {"operations": 1234, "gigabytes": 0.5, "kernels": 777}}}
 
 
 def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
@@ -39,7 +39,7 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     (tmp_path / "store" / "sample-tiny.json").write_text(json.dumps(done))
     call(monkeypatch, rehearsal(tmp_path))
     text, found = (tmp_path / "out" / "cpu.md").read_text(), json.loads((tmp_path / "out" / "cpu.json").read_text())
-    assert "| sample tiny | 250.00 | 20.00 | 12.5 |  | 8 % | 1.25 | 1,234 |  |" in text
+    assert "| sample tiny | 250.00 | 20.00 | 12.5 |  | 8 % | 1.25 | 777 | 3.5 |" in text
     measured = found["stages"]["memory tiny"]["figures"]
     assert measured["batch_size"] == 2 and f"| memory tiny | {measured['fixed_gib']:.1f} |" in text
     assert "| broken | failed with status 1 |" in text and "the kernel is missing" in text

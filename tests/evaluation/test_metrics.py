@@ -2,6 +2,7 @@
 import functools
 from types import SimpleNamespace
 
+import benchmark
 import numpy as np
 import pytest
 import reference_stats
@@ -13,7 +14,6 @@ from helpers import run, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torch_fidelity import registry
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -39,13 +39,8 @@ def test_distance_and_statistics_are_torch_fidelitys():
 def random_inception(tmp_path_factory):
     """A weights file of Inception's shape, since the real one needs a download."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
-    patch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
     torch.manual_seed(0)
-    network = inception_module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    patch.undo()
-    torch.save(network.state_dict(), path)
+    benchmark.random_inception(path)
     return str(path)
 
 

@@ -1,5 +1,6 @@
 """What makes it fast changes nothing: against the plain way, padded, compiled, recomputed, prepared for sampling."""
 import copy
+from types import SimpleNamespace
 
 import flops
 import golden
@@ -62,15 +63,32 @@ def test_attention_needs_no_mask():
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_and_scales_as_many_as_it_says(p):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_drops_and_scales_as_many_as_it_says(p, compiled):
     torch.manual_seed(0)
-    y = dropout(torch.full((999, 1001), 2.0), p)
+    y = (torch.compile(dropout, backend="aot_eager") if compiled else dropout)(torch.full((999, 1001), 2.0), p)
     assert (y == 0).double().mean().item() == pytest.approx(p, abs=2e-3)
     assert y.mean().item() == pytest.approx(2.0, rel=3e-3)
     assert y.unique().tolist() == [0.0, pytest.approx(2 / (1 - p))]
     columns, rows = (y == 0).double().mean(dim=0), (y == 0).double().mean(dim=1)  # independent from place to place
     assert columns.std().item() == pytest.approx((p * (1 - p) / 999) ** 0.5, rel=0.1)
     assert rows.std().item() == pytest.approx((p * (1 - p) / 1001) ** 0.5, rel=0.1)
+
+
+def test_draws_of_different_seeds_and_places_have_nothing_in_common():
+    seeds = torch.tensor([1, 1 + 2**32, 1 + 2**61, 3 + 2**40])  # whatever bits differ
+    draws = [kernels.drawn(torch.Size((2**20,)), 0.5, seed).double() - 0.5 for seed in seeds]
+    pairs = [(a, b) for i, a in enumerate(draws) for b in draws[:i]]
+    shifted = [(draws[0][places:], draw[:-places]) for draw in draws for places in (1, 2, 64, 2048)]
+    assert max(abs((a * b).mean() * 4 * len(a)**0.5) for a, b in pairs + shifted) < 4.5  # standard deviations
+
+
+@pytest.mark.parametrize("device", ["cpu", "other"])
+def test_rotation_is_the_same_compiled(monkeypatch, device):
+    x, table = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 4).unbind(0)
+    expected = kernels.rotate(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    golden.assert_close(kernels.rotate(SimpleNamespace(float=x.float, dtype=x.dtype, device=SimpleNamespace(type=device)), table), expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -245,7 +263,7 @@ def no_codegen(monkeypatch):
 
 
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("what,limit", [("blocks", 2), pytest.param("graphs", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what,limit", [("blocks", 4), pytest.param("graphs", 4, marks=pytest.mark.slow)])
 def test_sampling_compiles_once_for_all_scales_steps_and_batches(cross, what, limit, graphs, no_codegen):
     model = small_model(cross=cross, diffloss_d=2, scale=(1, 2, 4, 8), img_size=32)
     _, labels, _, noise = inputs(model, batch=3)
@@ -254,7 +272,7 @@ def test_sampling_compiles_once_for_all_scales_steps_and_batches(cross, what, li
     prepare.compile_sampling(model, what)
     golden.assert_close(model.sample_tokens(labels, noise=noise, **options), expected)
     first = graphs()
-    assert 1 <= first <= limit  # the 1x1 scale has a graph of its own; views of the doubled batch may
+    assert 1 <= first <= limit  # of a block and of the last layer; the 1x1 scale has graphs of its own, views of the doubled batch may
     for batch, num_steps in ((3, 10), (4, 6), (7, 8)):
         _, labels, _, noise = inputs(model, batch=batch)
         model.sample_tokens(labels, noise=noise, cfg=2.0, num_steps=num_steps)

@@ -24,7 +24,7 @@ def decode_and_measure(sampler, extractor, writer, watch, latents, indices):
 
 class Aside:
     """Calls functions beside the caller's own work: on CUDA on another thread and stream, in order; elsewhere at once,
-    where all cores are busy anyway. It has not run on a GPU yet.
+    where all cores are busy anyway.
     """
 
     def __init__(self, device, threaded=None):

@@ -36,16 +36,18 @@ def compile_sampling(model, what="blocks"):
     if what == "graphs":
         model.flownet.compile(dynamic=True, mode="reduce-overhead")
     else:
-        for block in model.flownet.res_blocks:
-            block.compile(dynamic=True)
+        for part in (*model.flownet.res_blocks, model.flownet.final_layer):
+            part.compile(dynamic=True)
 
 
 def for_decoding(vae, what=None):
     """A VAE that only decodes, in place: with `what`, as compile_sampling has it, its decoder is compiled, once for all
-    batch sizes. Its weights stay contiguous: channels_last was not faster (docs/performance.md, The VAE).
+    batch sizes, on CUDA as channels_last. Elsewhere, and eagerly, that is slower (docs/performance.md, The VAE).
     """
     decoder = getattr(getattr(vae, "network", vae), "decoder", None)  # network: of diffusers
     if what and isinstance(decoder, nn.Module):
+        if next(decoder.parameters()).is_cuda:
+            decoder.to(memory_format=torch.channels_last)
         decoder.compile(dynamic=True)
     return vae
 
