@@ -77,7 +77,7 @@ class FlowAR(nn.Module):
 
     Raises FlowARError for a geometry that cannot work.
     """
-    solvers = fm.SOLVERS
+    path = fm  # from data to noise: a module with its interpolate, velocity_target and SOLVERS
 
     def __init__(self, img_size=256, vae_stride=16, patch_size=1, vae_embed_dim=16, scale=(1, 2, 4, 8, 16),
                  class_num=1000, encoder_embed_dim=1024, encoder_depth=8, encoder_num_heads=16,
@@ -248,9 +248,9 @@ class FlowAR(nn.Module):
     def velocity_errors(self, pyramid, z, t, noise):
         """The scale_losses of a pyramid's paths from noise, given the condition z."""
         x, noise = torch.cat([to_tokens(grid) for grid in pyramid], dim=1), torch.cat(noise, dim=1)
-        x_t = fm.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
+        x_t = self.path.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
         velocity = self.flownet(x_t, t, z, self.scale)
-        error = (velocity - fm.velocity_target(x, noise).float()).square().mean(dim=2)
+        error = (velocity - self.path.velocity_target(x, noise).float()).square().mean(dim=2)
         return torch.stack([error[:, span].mean(dim=1) for span in self.spans])
 
     def scale_weights(self):
@@ -301,8 +301,8 @@ class FlowAR(nn.Module):
             forced: a pyramid that the transformer reads in place of what is drawn, as in training.
         """
         check_labels(labels, self.class_num)
-        if solver not in self.solvers:
-            raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(self.solvers)}")
+        if solver not in self.path.SOLVERS:
+            raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(self.path.SOLVERS)}")
         steps = fm.scale_steps(num_steps, num_steps_last, len(self.scale), num_step_schedule)
         times = [fm.time_grid(n, time_grid) for n in steps]
         weights = fm.guidance_scales(cfg, len(self.scale), cfg_schedule)
@@ -323,7 +323,7 @@ class FlowAR(nn.Module):
                     velocity = self.flownet.guided(z, len(labels), (weights[k], guidance_low, guidance),
                                                    guide and (guide.flownet, z_guide), nfe)
                     start = noise[k].to(z.device) * temperature
-                    x = self._integrate(self.solvers[solver], velocity, start, times[k], generator, known, k)
+                    x = self._integrate(self.path.SOLVERS[solver], velocity, start, times[k], generator, known, k)
                 latents.append(to_grid(x.to(reader.c), s))
             return latents
         finally:

@@ -373,7 +373,7 @@ def how_fields(gr, pipe):
                       elem_id="steps")]
         with gr.Row():
             return [*numbers,
-                    gr.Dropdown(list(pipe.sampler.model.solvers), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
+                    gr.Dropdown(list(pipe.sampler.model.path.SOLVERS), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
                     gr.Dropdown(precisions(pipe.sampler.device), value=precision, label="Precision",
                                 elem_id="precision", min_width=120)]
 

@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from models.errors import FlowARError
-from models.flow_head import per_token
-from models.flowar import FlowAR, to_tokens
+from models.flowar import FlowAR
 from models.variants import diffusion
 from models.variants.conditioning import HEADS, TokenAttention
 
@@ -39,7 +38,6 @@ class AblatedFlowAR(FlowAR):
                               "leave out one of the two")
         super().__init__(**config)
         self.config.update(chosen)
-        self.solvers = diffusion.SOLVERS if objective == "diffusion" else self.solvers
         c = self.config
         self.flownet = HEADS[condition](self.token_channels, c["decoder_embed_dim"], c["diffloss_d"], c["diffloss_w"],
                                         c["mlp_ratio"], c["cross"], c["use_checkpoint"])
@@ -49,6 +47,10 @@ class AblatedFlowAR(FlowAR):
         said = torch.tensor(list(",".join(chosen.values()).encode()), dtype=torch.uint8, device="cpu")
         self.register_buffer("variant", said.to(self.class_emb.weight.device))
 
+    @property
+    def path(self):
+        return diffusion if self.config["objective"] == "diffusion" else super().path
+
     def pyramid(self, latents):
         if latents.ndim != 3:
             return super().pyramid(latents)
@@ -57,16 +59,10 @@ class AblatedFlowAR(FlowAR):
         return [F.pixel_unshuffle(part.unflatten(2, (s, s)), self.patch_size) for part, s in zip(parts, sides)]
 
     def velocity_errors(self, pyramid, z, t, noise):
-        if self.config["objective"] == "flow":
-            return super().velocity_errors(pyramid, z, t, noise)
-        x, noise = torch.cat([to_tokens(grid) for grid in pyramid], dim=1), torch.cat(noise, dim=1)
-        t = diffusion.step_of(t)
-        x_t = diffusion.noised(x, noise, per_token(t.T[..., None], self.pattern))
-        error = (self.flownet(x_t, t, z, self.scale) - noise).square().mean(dim=2)
-        return torch.stack([error[:, span].mean(dim=1) for span in self.spans])
+        return super().velocity_errors(pyramid, z, diffusion.step_of(t) if self.path is diffusion else t, noise)
 
     def sample_pyramid(self, labels, *, known=None, **options):
-        if known and self.config["objective"] == "diffusion":
+        if known and self.path is diffusion:
             raise FlowARError("a model with the diffusion objective keeps no known cells: their paths are not straight")
         return super().sample_pyramid(labels, known=known, **options)
 

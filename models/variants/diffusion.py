@@ -17,10 +17,15 @@ def signal(t):
     return (cos / start).clamp(0.0, 1.0)
 
 
-def noised(x, noise, t):
+def interpolate(x, noise, t):
     """x at times t, which broadcast."""
     factor = signal(t)
     return factor * x + (1 - factor.square()).sqrt() * noise
+
+
+def velocity_target(x, noise):
+    """What the network is to say, in the velocity's place: epsilon."""
+    return noise
 
 
 def step_of(t):
