@@ -221,7 +221,7 @@ def test_compile_changes_nothing(project, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     again = train(project, tmp_path, "--compile --eval_freq 2")
     torch._dynamo.reset()
-    assert len(compiled) == 1 + 2 + 3 + 3  # a trial, 2 transformer and 3 flow blocks of the network, 3 flow blocks of the EMA
+    assert len(compiled) == 1 + 2 + 3 + 4  # a trial, 2 transformer and 3 flow blocks of the network, 3 of the EMA and its last layer
     assert distance(trained[0], again) < 1e-5
 
 
@@ -233,7 +233,7 @@ def test_compile_is_refused_without_a_compiler(project, tmp_path, monkeypatch):
 
 
 def test_learns_real_images():
-    """Half a minute of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
+    """Ten seconds of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
     data = torch.from_numpy(load_digits().images).float()[:, None]
     labels = torch.from_numpy(load_digits().target)
     data = (data - data.mean()) / data.std()
@@ -245,11 +245,11 @@ def test_learns_real_images():
     optimizer = build_optimizer(model, 2e-3, 0.02)
     model.train()
     losses = []
-    for step in range(140):
+    for step in range(110):
         g = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(data), (64,), generator=g)
-        _, _, t, noise = inputs(model, batch=64, seed=step)
-        loss = model(data[chosen], labels[chosen], t=t, noise=noise, drop=torch.zeros(64, dtype=torch.bool))
+        chosen = torch.randint(len(data), (32,), generator=g)
+        _, _, t, noise = inputs(model, batch=32, seed=step)
+        loss = model(data[chosen], labels[chosen], t=t, noise=noise, drop=torch.zeros(32, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -147,7 +147,8 @@ def describe_memory(args, network):
     asked = ", ".join(f"--{name} {'' if getattr(args, name) else 'not '}given" for name in ("use_checkpoint", "fsdp"))
 
     def line(name, values):
-        return f"  {name:<66}{values[0] / GIB:8.1f}{values[1] / GIB:12.1f}"
+        first, second = (f"{value / GIB:.1f}" if value > GIB / 10 else f"{value / GIB:.1g}" for value in values)
+        return f"  {name:<66}{first:>8}{second:>12}"
 
     yield f"memory of a GPU, GiB ({asked})"
     yield f"{'':<66}{'with':>10}{'without':>12} --use_checkpoint"

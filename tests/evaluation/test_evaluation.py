@@ -137,22 +137,14 @@ def test_several_extractors(project, checkpoint, whole, tmp_path, monkeypatch):
 # ---- the same images everywhere ----------------------------------------------------------------------------------
 
 
-def evaluate_with(project, checkpoint, output, processes, bsz):
-    """(report, images) of torchrun with that many processes, one thread each."""
-    run(evaluation_command(project, checkpoint, output, f"--eval_bsz {bsz} --save_images --ref_images {project}/images/val"),
-        processes=processes)
-    assert len(list((output / "images").iterdir())) == 10
-    return json.loads((output / "results.json").read_text()), pictures(output).astype(int)
-
-
-def test_images_do_not_depend_on_processes(project, checkpoint, tmp_path):
-    report, images = evaluate_with(project, checkpoint, tmp_path / "1", 1, 4)
-    assert images.std() > 1
-    for processes, bsz in ((4, 4), (2, 3)):
-        found, others = evaluate_with(project, checkpoint, tmp_path / f"{processes}_{bsz}", processes, bsz)
-        assert found["world_size"] == processes
-        assert np.abs(images - others).max() <= (0 if bsz == 4 else 1)
-        assert found[METRIC] == pytest.approx(report[METRIC], rel=1e-6 if bsz == 4 else 1e-3)
+@pytest.mark.parametrize("processes,bsz", [(2, 4), (1, 3), pytest.param(4, 4, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_images_do_not_depend_on_processes_and_batches(project, checkpoint, whole, tmp_path, processes, bsz):
+    report, images = whole[0], pictures(whole[1]).astype(int)
+    run(evaluation_command(project, checkpoint, tmp_path, f"--eval_bsz {bsz} --save_images --ref_images {project}/images/val"), processes=processes)
+    found, others = json.loads((tmp_path / "results.json").read_text()), pictures(tmp_path).astype(int)
+    assert found["world_size"] == processes and images.std() > 1 and len(images) == 10
+    assert np.abs(images - others).max() <= (0 if bsz == 4 else 1)
+    assert found[METRIC] == pytest.approx(report[METRIC], rel=1e-6 if bsz == 4 else 1e-3)
 
 
 # ---- interrupted -------------------------------------------------------------------------------------------------

@@ -269,10 +269,10 @@ def open_evaluation(args, device):
     agree("the code (models/, util/, engine_flowar.py)", CODE)
     set_way_on("the same command goes on", "with the batches that are missing")
     opened = open_for_sampling(args, device, identify=True)
-    labels = build_labels(args, args.num_images, opened.classes)
-    measure = build_measure(args, opened.model.img_size, labels, device)
     shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
     samplers = {name: build_sampler(point, *shared) for name, point in sweep_points(args).items()}
+    labels = build_labels(args, args.num_images, opened.classes)
+    measure = build_measure(args, opened.model.img_size, labels, device)
     record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
     begun = manifest.begin(record, device, evaluated=opened.description)
     plan = Plan(labels, args.save_images, args.save_npz, begun=begun)
