@@ -59,6 +59,7 @@ VARIANTS = {  # group: {name: (options of training, options of sampling)}
                  "falling, 3:2:1": ("", "--cfg 3:2:1"), "by the first epoch, 2": ("", "--guide {first} --guide_strength 2"),
                  "by the first epoch, 3": ("", "--guide {first} --guide_strength 3")},
 }
+PAPER = {("scales", BASE): 3.61, ("scales", "1, 4"): 4.88}  # FIDs of the paper's ablation, at 256 pixels with and without the second scale
 OWN = {"loss, half own": 0.5, "loss, own scales": 1.0}  # the time from which coarse scales are the model's own, see own_scales_loss
 COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%", "validation loss": ".4f",
            **dict.fromkeys(OWN, ".4f")}
@@ -171,10 +172,10 @@ def main():
 
 
 def report(args, found, device, output):
-    lines = [f"| | {' | '.join(COLUMNS)} | parameters |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [f"| | {' | '.join(COLUMNS)} | parameters | paper's FID |", "|---" * (len(COLUMNS) + 3) + "|"]
     for (group, name), row in found.items():
         cells = [spread([figures[column] for figures, _ in row], form) for column, form in enumerate(COLUMNS.values())]
-        lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} |")
+        lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} | {PAPER.get((group, name), '')} |")
     print("\n".join(lines))
     write_bytes(("\n".join(lines) + "\n").encode(), output / "ablations.md")
     write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **machine(device),

@@ -52,13 +52,14 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "get_classifier", lambda root, device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
     monkeypatch.setattr(ablations, "own_scales_losses", lambda run, root, device: [0.6, 0.7])
     monkeypatch.setitem(ablations.VARIANTS, "guidance", {ablations.BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1")})
+    monkeypatch.setitem(ablations.PAPER, ("guidance", "t > 0.1"), 4.88)
     call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants guidance --seeds 0,1 --images 6 --at_once 1 --device cpu")
     trainings = [command for command in commands if command.startswith("main")]
     assert len(trainings) == 2 and len(commands) == 6 and all("--epochs 3" in command for command in trainings)
     out = tmp_path / "ablations"
     assert (out / "ablations.md").read_text().splitlines()[2:] == [
-        "| guidance: released | 105.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 |",
-        "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 |"]
+        "| guidance: released | 105.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 |  |",
+        "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 | 4.88 |"]
     assert Image.open(out / "ablations.png").size[0] == 900
     with pytest.raises(FlowARError, match="--variants: no group colour: expected some of times, reading, latents, scales, head, objective, condition, pyramid, guidance"):
         call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants colour")
