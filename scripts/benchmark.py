@@ -431,7 +431,11 @@ def random_inception(path):
 
 
 def benchmark_evaluate(args, device):
-    sampler = build_sampler(args, *build(args, device), args.precision)
+    model, vae = build(args, device)
+    if args.compile:
+        check_compiler(device)
+    prepare.for_evaluation([model], vae, AUTOCAST.get(args.precision), args.compile)
+    sampler = build_sampler(args, model, vae, args.precision)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "inception.pth"
         if args.fid_weights is None and Inception.name in args.feature_extractor:

@@ -24,7 +24,7 @@ from models import MODELS
 from util.cluster import run_main, select_device
 from util.evaluation.reports import CODE, machine
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
-from util.options import one_of, positive, several, some_path
+from util.options import one_of, positive, real, several, some_path
 
 LAST_LINES = 12
 CUT_OFF = "not done after"
@@ -46,7 +46,7 @@ class Stage(NamedTuple):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cpu: a rehearsal, with small sizes")
-    parser.add_argument("--minutes", type=positive, default=10, help="what does not fit is not run; the same command goes on")
+    parser.add_argument("--minutes", type=real, default=10, help="what does not fit is not run; the same command goes on")
     parser.add_argument("--sizes", type=several(one_of(MODELS)), default=("flowar_small", "flowar_large", "flowar_huge"), help="models")
     parser.add_argument("--batches", type=several(positive), default=(64, 256, 1), help="images at once, the most important first")
     parser.add_argument("--repeats", type=positive, default=3, help="timings of each benchmark")
@@ -151,7 +151,7 @@ def run_stages(stages, store, minutes):
         print(f"== {stage.name}", flush=True)
         result = run_stage(stage, min(stage.limit, left))
         if left < stage.limit and CUT_OFF in result["status"]:  # the next command gives it its whole time
-            print(f"   cut off: it may take {stage.limit} s, --minutes {minutes} left {left:.0f}", flush=True)
+            print(f"   cut off: it may take {stage.limit} s, --minutes {minutes:g} left {left:.0f}", flush=True)
             found[stage.name] = {**result, "status": f"cut off after {left:.0f} s of the {stage.limit} that it may take; run again next time"}
             continue
         write_json(result, file)

@@ -42,6 +42,14 @@ def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
     assert rows[0]["ratio"] == rows[4]["ratio"] == 1
 
 
+def test_an_evaluation_is_timed_as_it_is_run(monkeypatch, tmp_path):
+    prepared = []
+    monkeypatch.setattr(prepare, "for_evaluation", lambda models, vae, dtype, what: prepared.append((dtype, what)))
+    call(monkeypatch, f"scripts/benchmark.py evaluate {SMALL} --num_images 2 --eval_bsz 2 --num_step 2 --feature_extractor efficientnet-lite0 --precision bf16 "
+                      f"--compile --json {tmp_path}/e.json")
+    assert prepared == [(torch.bfloat16, "blocks")] and json.loads((tmp_path / "e.json").read_text())["compile"] == "blocks"
+
+
 @pytest.mark.slow  # code is generated for it
 @torch.no_grad()
 def test_a_compiled_decoder_and_another_layout_decode_the_same():
@@ -49,8 +57,10 @@ def test_a_compiled_decoder_and_another_layout_decode_the_same():
     latents = torch.randn(3, vae.embed_dim, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = vae.decode(latents)
     torch.testing.assert_close(copy.deepcopy(vae).to(memory_format=torch.channels_last).decode(latents), expected, rtol=1e-4, atol=1e-5)
-    assert prepare.for_decoding(vae) is vae and vae.decoder._compiled_call_impl is None
-    compiled = prepare.for_decoding(copy.deepcopy(vae), "blocks")
+    prepare.for_decoding(vae)
+    assert vae.decoder._compiled_call_impl is None
+    compiled = copy.deepcopy(vae)
+    prepare.for_decoding(compiled, "blocks")
     assert compiled.decoder._compiled_call_impl is not None
     for count in (3, 2):
         torch.testing.assert_close(compiled.decode(latents[:count]), expected[:count], rtol=1e-4, atol=1e-5)

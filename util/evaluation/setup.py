@@ -156,14 +156,12 @@ def open_for_sampling(args, device, identify=False):
     if identify and is_main():
         description.update(checkpoint_sha256=checksum or file_hash(path))
     guide = open_guide(args, model, description, origin)
-    for network in filter(None, (model, guide)):
-        prepare.for_sampling(network.to(device), AUTOCAST.get(precision))
-        if args.compile:
-            check_compiler(device)
-            prepare.compile_sampling(network, args.compile)
+    networks = [network.to(device) for network in (model, guide, vae) if network is not None]
+    if args.compile:
+        check_compiler(device)
+    prepare.for_evaluation(networks[:-1], vae, AUTOCAST.get(precision), args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}: {description['parameters']:,} parameters from {path}")
-    vae = prepare.for_decoding(vae.to(device), args.compile)
     return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
 
 

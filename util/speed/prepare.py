@@ -49,7 +49,15 @@ def for_decoding(vae, what=None):
         if next(decoder.parameters()).is_cuda:
             decoder.to(memory_format=torch.channels_last)
         decoder.compile(dynamic=True)
-    return vae
+
+
+def for_evaluation(models, vae, dtype=None, what=None):
+    """FlowARs that only sample and a VAE that only decodes, in place; what: as compile_sampling has it."""
+    for model in models:
+        for_sampling(model, dtype)
+        if what:
+            compile_sampling(model, what)
+    for_decoding(vae, what)
 
 
 def attention_kernel(model, dtype=None):
