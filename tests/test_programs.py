@@ -215,13 +215,13 @@ def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch)
 
 def test_compile_changes_nothing(project, tmp_path, monkeypatch):
     """Training and the EMA's sample grid through torch.compile, without code generation (and so without a compiler). Dropout draws otherwise."""
-    common = "--attn_dropout 0 --proj_dropout 0"
+    common = "--attn_dropout 0 --proj_dropout 0 --epochs 1"
     expected = train(project, tmp_path / "eager", common)
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: (
         compiled.append(function), real(function, **options, backend="aot_eager"))[1])
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    again = train(project, tmp_path / "compiled", f"{common} --compile --eval_freq 2")
+    again = train(project, tmp_path / "compiled", f"{common} --compile --eval_freq 1")
     torch._dynamo.reset()
     assert len(compiled) == 1 + 2 + 3 + 4  # a trial, 2 transformer and 3 flow blocks of the network, 3 of the EMA and its last layer
     assert distance(expected, again) < 1e-5

@@ -72,13 +72,13 @@ def test_what_does_not_fit_is_left_and_said_and_little_is_refused(tmp_path, caps
 
 def test_a_training_begins_with_it_once(project, tmp_path, monkeypatch, capsys):
     """The average too; the same command, which goes on, does not begin again."""
-    options = f"--init_from {project}/run --resume {tmp_path}/run --save_every 1 --keep 20 --log_freq 1 --no_val"
-    call(monkeypatch, training_command(project, tmp_path / "run", options))
+    options = f"--init_from {project}/run --resume {tmp_path}/run --save_every 1 --keep 20 --log_freq 1 --no_val --epochs"
+    call(monkeypatch, training_command(project, tmp_path / "run", f"{options} 1"))
     before, first = read_checkpoint(project / "run")["model_ema"], torch.load(tmp_path / "run" / "checkpoint-000000001.pth", weights_only=True)
     for key in ("model", "model_ema"):
         torch.testing.assert_close(first[key]["z_proj.weight"], before["z_proj.weight"], atol=1e-3, rtol=0)
     assert "tensors taken" in (said := capsys.readouterr().out) and "random start" not in said
-    call(monkeypatch, training_command(project, tmp_path / "run", options + " --epochs 3"))
+    call(monkeypatch, training_command(project, tmp_path / "run", f"{options} 2"))
     assert "tensors taken" not in (said := capsys.readouterr().out) and "going on" in said and "not read" not in said
-    call(monkeypatch, training_command(project, tmp_path / "run", options.replace(f"{project}/run", "other.pth") + " --epochs 3"))
+    call(monkeypatch, training_command(project, tmp_path / "run", options.replace(f"{project}/run", "other.pth") + " 2"))
     assert "these weights go on; --init_from other.pth is not read" in capsys.readouterr().out
