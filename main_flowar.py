@@ -15,6 +15,7 @@ import torch
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
 from models import build_model
+from models.variants.ablated import describe
 from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
@@ -82,7 +83,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
     manifest.add_start(args.output_dir, manifest.begin(record, device, step=progress.step))
-    log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
+    log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
         f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
 
     # ---- 5. epochs, and reports between them

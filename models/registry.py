@@ -36,6 +36,7 @@ def build_model(name, **overrides):
 
 def load_model(model, state, path):
     """Load all tensors; see check_fits and check_buffers. Returns the names that are left out."""
+    ablated.check_variant(model, state, path)
     left_out = check_fits(model, state, path)
     check_buffers(model, state, path)
     with reading(path):

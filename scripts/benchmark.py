@@ -59,7 +59,7 @@ import flops
 from engine_flowar import evaluate
 from measure import Peak, alternate, count_kernels, count_work
 from models import AutoencoderKL, FlowARError, build_model, kernels
-from models.files import file_hash
+from models.files import file_hash, name_some
 from models.layers import GatedMLP
 from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
 from util.data import Images, build_loader, latents
@@ -115,9 +115,14 @@ def load_plain(path):
         return None
     if not Path(path).is_file():
         raise FlowARError(f"--beside {path}: no such file")
-    spec = importlib.util.spec_from_file_location("beside", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec = importlib.util.spec_from_file_location("beside", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is in it
+        raise FlowARError(f"--beside {path}: {type(error).__name__}: {error}") from error
+    if missing := [name for name in ("loss", "sample", "velocity", "mlp") if not hasattr(module, name)]:
+        raise FlowARError(f"--beside {path}: has no {name_some(missing)}: see tests/plain.py")
     return module
 
 
@@ -599,14 +604,16 @@ BENCHMARKS = {"train": benchmark_train, "sample": benchmark_sample, "parts": ben
 def benchmark_against(args, device):
     """Medians over turns of this checkout's seconds and another's, each in a process of its own."""
     other = Path(args.against).resolve() / "scripts" / "benchmark.py"
-    if args.what not in ("train", "sample") or not other.is_file():
-        raise FlowARError(f"--against {args.against}: expected a checkout of this project, and train or sample")
+    if args.what not in ("train", "sample") or not other.is_file() or args.beside:
+        raise FlowARError(f"--against {args.against}: expected a checkout of this project, and train or sample, without --beside")
     seconds = {"this": [], "other": []}
     for _ in range(args.turns):
         for name, script in (("this", Path(__file__).resolve()), ("other", other)):
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, str(script), *without(sys.argv[1:], "--against", "--turns", "--json"), "--json", f"{folder}/figures.json"]
-                subprocess.run(command, check=True, cwd=script.parents[1], stdout=subprocess.DEVNULL)
+                done = subprocess.run(command, cwd=script.parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                if done.returncode:
+                    raise FlowARError(f"{script}: status {done.returncode} with the same options: {(done.stderr.splitlines() or [''])[-1]}")
                 seconds[name].append(read_json(Path(folder) / "figures.json")["seconds"]["fast"])
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     print(f"this {1000 * medians['this']:.0f} ms, {args.against} {1000 * medians['other']:.0f} ms: {medians['other'] / medians['this']:.3f} times as fast")

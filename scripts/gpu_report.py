@@ -20,7 +20,7 @@ from project_root import ROOT  # first: it names what is too old
 import torch
 
 import flops
-from models import MODELS
+from models import MODELS, FlowARError
 from util.cluster import run_main, select_device
 from util.evaluation.reports import CODE, machine
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
@@ -43,6 +43,15 @@ class Stage(NamedTuple):
     limit: int  # seconds
 
 
+def words(text):
+    """Options, as a shell takes them."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return text
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cpu: a rehearsal, with small sizes")
@@ -50,7 +59,7 @@ def parse_args():
     parser.add_argument("--sizes", type=several(one_of(MODELS)), default=("flowar_small", "flowar_large", "flowar_huge"), help="models")
     parser.add_argument("--batches", type=several(positive), default=(64, 256, 1), help="images at once, the most important first")
     parser.add_argument("--repeats", type=positive, default=3, help="timings of each benchmark")
-    parser.add_argument("--extra", default="", help="options for every benchmark, such as a small geometry")
+    parser.add_argument("--extra", type=words, default="", help="options for every benchmark, such as a small geometry")
     parser.add_argument("--checks", type=some_path, help="file of checks that pytest runs")
     parser.add_argument("--beside", type=some_path, help="Python file with the plain way, see scripts/benchmark.py")
     parser.add_argument("--store", type=some_path, default="output/gpu_report", help="folder for what each stage found")
@@ -136,12 +145,21 @@ def without_places(text):
     return text.replace(f"{ROOT}/", "").replace(f"{Path.home()}/", "~/")
 
 
+def done_before(file):
+    """What a stage found; nothing where there is no file, or a damaged one."""
+    try:
+        return read_json(file) if file.is_file() else {}
+    except FlowARError as error:
+        print(f"{error}: measured again")
+        return {}
+
+
 def run_stages(stages, store, minutes):
     """{name: what was found} of the stages that are done; those before are read, the others run while there is time."""
     end, found = time.monotonic() + 60 * minutes, {}
     for stage in stages:
         file = store / f"{re.sub(r'[^a-z0-9]+', '-', stage.name)}.json"
-        before = read_json(file) if file.is_file() else {}
+        before = done_before(file)
         if (before.get("command"), before.get("code")) == (stage.command, CODE):
             found[stage.name] = before
             continue

@@ -30,6 +30,7 @@ def command_of(program, p, out):
                                       "--feature_extractor efficientnet-lite0",
         "scripts/distance.py": f"scripts/distance.py {p}/images/val --feature_extractor efficientnet-lite0",
         "scripts/inspect_latents.py": f"scripts/inspect_latents.py --cached_path {p}/shards {vae} --images 2 --output {out}/latents.png",
+        "scripts/gpu_report.py": "scripts/gpu_report.py",
         "scripts/plot_results.py": f"scripts/plot_results.py {p}/table.csv --output {out}/plot.png",
         "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --eval_bsz 2 --num_images 2 --num_step 4 "
                                 f"--batch_size 2 --repeats 1 --feature_extractor efficientnet-lite0 --json {out}/figures.json",
@@ -42,6 +43,8 @@ def project(tmp_path_factory):
     p = make_project(tmp_path_factory.mktemp("project"))
     train(p, p / "run", "--epochs 1")
     evaluate(p, p / "run", p / "eval")
+    (p / "other" / "scripts").mkdir(parents=True)
+    (p / "other" / "scripts" / "benchmark.py").write_text("raise SystemExit('no such benchmark')")
     with pytest.MonkeyPatch.context() as patch:
         for form in ("shards", "npz"):
             call(patch, f"{command_of('scripts/cache_latents.py', p, p / form)} --format {form}")
@@ -325,6 +328,12 @@ TABLE = [
     (BENCH, "parts", "parts needs --beside"),
     (BENCH, "train --beside nowhere.py", "--beside nowhere.py: no such file"),
     (BENCH, "train --against nowhere", "--against nowhere: expected a checkout of this project"),
+    (BENCH, f"train --against {ROOT} --beside {ROOT}/tests/plain.py", "expected a checkout of this project, and train or sample, without --beside"),
+    (BENCH, f"train --beside {ROOT}/tests/golden.py", "golden.py: has no loss, sample, velocity, mlp"),
+    (BENCH, f"train --beside {ROOT}/README.md", "README.md: "),
+    (BENCH, "train --against {p}/other --model flowar_tiny --turns 1", "benchmark.py: status 1 with the same options: no such benchmark"),
+    ("scripts/gpu_report.py", "--extra \"'\"", "No closing quotation"),
+    ("main_flowar.py", "--pyramid image --latent_norm channel --data_path {p}/images --vae_path {p}/vae.pth", "cached latents, which --pyramid image cannot take"),
     (BENCH, "evaluate --vae_ch_mult 1,1", "--vae_stride is 4, but the 2 levels of --vae_ch_mult make 2"),
     (BENCH, "data --workers=-1", "--workers: -1 is out of range: expected between 0 and 1024"),
     (BENCH, "data --latents 10", "--latents: 10 is out of range: expected between 64 and 100000000"),

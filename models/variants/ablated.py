@@ -72,6 +72,27 @@ def pack(pyramid):
     return torch.cat([latents.flatten(2) for latents in pyramid], dim=2)
 
 
+def describe(model):
+    """', head token, objective diffusion': a FlowAR's choices that are not the released ones, '' of a released one."""
+    return "".join(f", {name} {value}" for name, value in chosen(model).items() if value != DEFAULTS[name])
+
+
+def chosen(model):
+    return {name: model.config.get(name, default) for name, default in DEFAULTS.items()}
+
+
+def differences(model, state, path):
+    """'--head token (here scale)': what a FlowAR's weights were trained with and it is not made with, '' if nothing."""
+    told = {**DEFAULTS, **read_variant(state, path)}
+    return ", ".join(f"--{name} {told[name]} (here {here})" for name, here in chosen(model).items() if told[name] != here)
+
+
+def check_variant(model, state, path):
+    """FlowARError if weights are of other choices than the model's."""
+    if other := differences(model, state, path):
+        raise FlowARError(f"{path}: was trained with {other}: give the same")
+
+
 def read_variant(state, path):
     """{argument of AblatedFlowAR: value} that a state dict's tensors tell, {} of released ones."""
     if "variant" not in state:

@@ -154,7 +154,7 @@ def test_packed_latents_are_the_pyramid():
 # ---- the programs ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_carries_its_choices(tmp_path, monkeypatch):
+def test_a_run_carries_its_choices(tmp_path, monkeypatch, capsys):
     project, options = make_project(tmp_path, 2), "--head token --objective diffusion --condition adaln --pyramid image --epochs 1"
     train(project, tmp_path / "run", options)
     model = load_flowar(tmp_path / "run")
@@ -164,8 +164,12 @@ def test_a_run_carries_its_choices(tmp_path, monkeypatch):
     for wrong, message in (("--solver heun", "solver is 'heun': expected one of euler, ancestral"),):
         with pytest.raises(FlowARError, match=message):
             evaluate(project, tmp_path / "run", tmp_path / "wrong", wrong)
-    with pytest.raises(FlowARError, match="do not fit the model"):
+    with pytest.raises(FlowARError, match=r"trained with --head token \(here scale\), --objective diffusion \(here flow\), --condition adaln .*: give the same"):
         train(project, tmp_path / "run", f"--epochs 2 --resume {tmp_path}/run")
+    assert ablated.describe(model) == ", head token, objective diffusion, condition adaln, pyramid image" and ablated.describe(small_model()) == ""
+    train(project, tmp_path / "begun", f"--init_from {tmp_path}/run --objective diffusion --epochs 1")
+    said = capsys.readouterr().out
+    assert "/run/checkpoint-000000001.pth: was trained with --head token (here scale), --condition adaln" in said and "flowar_tiny, objective diffusion: " in said
     with pytest.raises(FlowARError, match="a distillation is of the released ways alone"):
         call(monkeypatch, f"scripts/distill.py --resume {tmp_path}/run --output_dir {tmp_path}/student --data_path {project}/images --device cpu")
 

@@ -11,7 +11,7 @@ from models.files.checkpoints import find_model, recognise_geometry, saved_optio
 from models.files.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
 from models.vae import LatentScale
-from models.variants.ablated import read_variant
+from models.variants.ablated import describe, read_variant
 from models.vaes import DEFAULT_PATH, find_vae
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
@@ -161,7 +161,7 @@ def open_for_sampling(args, device, identify=False):
         check_compiler(device)
     prepare.for_evaluation(networks[:-1], vae, AUTOCAST.get(precision), args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
-    log(f"{args.model}: {description['parameters']:,} parameters from {path}")
+    log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
     return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
 
 

@@ -8,6 +8,7 @@ from models import FlowARError
 from models.files import name_some, reading
 from models.files.checkpoints import find_model, scales_of
 from models.layers import spans
+from models.variants import ablated
 from util.cluster import log
 from util.training.checkpoint import read_model_file
 from util.training.provenance import LatentOrigin, check_origin, saved_data, saved_origin
@@ -29,6 +30,8 @@ def begin_with(name, network, record):
         check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
     except FlowARError as error:
         log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
+    if other := ablated.differences(network, state, path):
+        log(f"warning: --init_from {path}: was trained with {other}: what its flow head learned may not hold")
     found = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
     others = CLASSES not in found or before is not None and before != now
