@@ -83,8 +83,9 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
     manifest.add_start(args.output_dir, manifest.begin(record, device, step=progress.step))
-    log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales {network.scale}, "
-        f"{world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}")
+    log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "
+        f"{network.scale}, {world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr "
+        f"{args.lr:.2e}")
 
     # ---- 5. epochs, and reports between them
     cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))

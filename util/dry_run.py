@@ -75,7 +75,8 @@ def describe_recipe(args, network, optimizer):
     end = f"cosine to {args.min_lr:g}" if args.lr_schedule == "cosine" else "constant"
     end = "which it does not reach" if args.warmup_epochs >= args.epochs else f"then {end}"
     scales = ",".join(map(str, network.scale))
-    yield row("model", f"{args.model}{describe(network)}, {parameters(network):,} parameters ({decays}), {args.precision}")
+    yield row("model", f"{args.model}{describe(network)}, {parameters(network):,} parameters ({decays}), "
+              f"{args.precision}")
     yield row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "
               f"{args.patch_size}, {args.class_num} classes; {network.tokens} tokens an image, in scales {scales}")
     yield row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.world} processes x "

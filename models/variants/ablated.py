@@ -84,7 +84,8 @@ def chosen(model):
 def differences(model, state, path):
     """'--head token (here scale)': what a FlowAR's weights were trained with and it is not made with, '' if nothing."""
     told = {**DEFAULTS, **read_variant(state, path)}
-    return ", ".join(f"--{name} {told[name]} (here {here})" for name, here in chosen(model).items() if told[name] != here)
+    other = [(name, here) for name, here in chosen(model).items() if told[name] != here]
+    return ", ".join(f"--{name} {told[name]} (here {here})" for name, here in other)
 
 
 def check_variant(model, state, path):

@@ -68,7 +68,7 @@ def open_sources(args, device, class_num=None):
     if args.pyramid == "image" and (kind or args.cached_val_path):
         raise FlowARError("--pyramid image encodes images at every scale: leave out --cached_path, --cached_val_path")
     if args.pyramid == "image" and args.latent_norm == "channel":
-        raise FlowARError("--latent_norm channel needs cached latents, which --pyramid image cannot take: leave out one")
+        raise FlowARError("--latent_norm channel needs cached latents, which --pyramid image cannot take: choose one")
     vae = open_if_there(named, device, needed=kind is None)
     known = DATASETS[kind].geometry(args.cached_path) if kind else {
         "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
