@@ -59,7 +59,7 @@ class Linear(nn.Linear):
 # ---- dropout -------------------------------------------------------------------------------------------------
 
 
-def factors(x, p):
+def dropout_factors(x, p):
     """0 with probability p, else 1 / (1 - p), like x: PyTorch's generator, slow on a CPU, seeds a faster one."""
     generator = np.random.Generator(np.random.SFC64(torch.randint(2**62, ()).item()))
     draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
@@ -68,9 +68,8 @@ def factors(x, p):
 
 
 def drawn(shape, p, seed):
-    """True with probability 1 - p for each place of a shape: a hash (lowbias32) of the place and of `seed`, an int64.
-
-    The compiler computes it inside the kernel that needs it, for a tenth of the operations of its own generator.
+    """True with probability 1 - p for each place of a shape: a hash (lowbias32) of the place and of `seed`, an int64,
+    that the compiler computes inside the kernel that needs it, in fewer operations than its own generator takes.
     """
     low, high = (half.to(torch.int32) for half in (seed, seed >> 32))
     h = torch.arange(shape.numel(), device=seed.device).to(torch.int32) ^ low
@@ -84,7 +83,7 @@ def dropout(x, p):
     """F.dropout(x, p)."""
     if 0 < p < 1 and torch.compiler.is_compiling():
         return torch.where(drawn(x.shape, p, torch.randint(2**62, (), device=x.device)), x * (1 / (1 - p)), 0)
-    return x * factors(x, p) if 0 < p < 1 and x.device.type == "cpu" else F.dropout(x, p)
+    return x * dropout_factors(x, p) if 0 < p < 1 and x.device.type == "cpu" else F.dropout(x, p)
 
 
 class Dropout(nn.Dropout):
@@ -169,6 +168,7 @@ def run_block(block, recompute, *inputs):
 
 def is_sure(condition, wait):
     """condition.item(); with wait=False on an accelerator an assertion there, which does not hold up the host."""
-    if not condition.is_meta and (wait or condition.device.type == "cpu"):
-        return condition.item()
-    return condition.is_meta or torch._assert_async(condition) is None
+    if condition.is_meta or wait or condition.device.type == "cpu":
+        return condition.is_meta or condition.item()
+    torch._assert_async(condition)
+    return True

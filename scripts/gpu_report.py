@@ -149,8 +149,8 @@ def done_before(file):
     """What a stage found; nothing where there is no file, or a damaged one."""
     try:
         return read_json(file) if file.is_file() else {}
-    except FlowARError as error:
-        print(f"{error}: measured again")
+    except FlowARError:
+        print(f"{file}: damaged, measured again")
         return {}
 
 

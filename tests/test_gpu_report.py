@@ -51,6 +51,9 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     call(monkeypatch, rehearsal(tmp_path))
     assert (tmp_path / "out" / "cpu.md").read_text() == text
 
+    (tmp_path / "store" / "broken.json").write_text("[1, 2")
+    with pytest.raises(pytest.fail.Exception):
+        call(monkeypatch, rehearsal(tmp_path))
     monkeypatch.setattr(gpu_report, "CODE", "of another commit")
     with pytest.raises(pytest.fail.Exception):
         call(monkeypatch, rehearsal(tmp_path))

@@ -156,10 +156,11 @@ def open_for_sampling(args, device, identify=False):
     if identify and is_main():
         description.update(checkpoint_sha256=checksum or file_hash(path))
     guide = open_guide(args, model, description, origin)
-    networks = [network.to(device) for network in (model, guide, vae) if network is not None]
+    model, vae = model.to(device), vae.to(device)
+    networks = [model] if guide is None else [model, guide.to(device)]
     if args.compile:
         check_compiler(device)
-    prepare.for_evaluation(networks[:-1], vae, AUTOCAST.get(precision), args.compile)
+    prepare.for_evaluation(networks, vae, AUTOCAST.get(precision), args.compile)
     log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
     return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)

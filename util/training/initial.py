@@ -31,7 +31,7 @@ def begin_with(name, network, record):
     except FlowARError as error:
         log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
     if other := ablated.differences(network, state, path):
-        log(f"warning: --init_from {path}: was trained with {other}: what its flow head learned may not hold")
+        log(f"warning: --init_from {path}: was trained with {other}: what the weights learned may not hold")
     found = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
     others = CLASSES not in found or before is not None and before != now
