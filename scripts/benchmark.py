@@ -68,7 +68,7 @@ from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.references import folder_features
 from util.evaluation.reports import machine
-from util.evaluation.sampler import DECODED_AT_ONCE
+from util.evaluation.sampler import decoded_at_once
 from util.evaluation.setup import Measure, Plan, build_sampler
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
 from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,
@@ -349,11 +349,12 @@ def benchmark_roofline(args, device):
     parameters = sum(p.numel() for p in model.parameters())
     trained = flops.training_work(model, args.batch_size, dtype)
     sampled, weights = flops.sampling_work(model, args.eval_bsz, dtype, **options)
-    decoded = flops.decoding_work(vae, DECODED_AT_ONCE, model.scale[-1] * model.patch_size, dtype)
+    at_once = decoded_at_once(model.img_size**2)
+    decoded = flops.decoding_work(vae, at_once, model.scale[-1] * model.patch_size, dtype)
     cases = {  # work, images, FLOP that no way to compute it saves, bytes
         "training step": (trained, args.batch_size, args.batch_size * flops.training_flops(model), parameters * STEP_BYTES),
         "sampling": (sampled, args.eval_bsz, sampled.flop, weights),
-        "decoding": (decoded, DECODED_AT_ONCE, decoded.flop, 0)}
+        "decoding": (decoded, at_once, decoded.flop, 0)}
     print("| | images | operations | GB | TFLOP | " + " | ".join(f"{name}: eager, floor, ms an image | floor of eager" for name in flops.GPUS) + " |\n" +
           "|---" * (5 + 2 * len(flops.GPUS)) + "|")
     rows = []

@@ -21,7 +21,7 @@ from util.data.source import open_if_there
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
 from util.evaluation.references import FolderFeatures, folder_features
-from util.evaluation.sampler import DECODED_AT_ONCE
+from util.evaluation.sampler import decoded_at_once
 from util.options import add_extractor_options, color, pixels, seed, some_path
 
 LARGEST_HALF = 50000  # images; more than the distances of the literature have
@@ -53,7 +53,7 @@ def through_vae(vae):
         if any(side % vae.stride for side in images.shape[2:]):
             raise FlowARError(f"images of {images.shape[3]}x{images.shape[2]} pixels, but the VAE's stride is "
                               f"{vae.stride}: give --img_size a multiple of it")
-        parts = (images.float() / 127.5 - 1).split(DECODED_AT_ONCE)
+        parts = (images.float() / 127.5 - 1).split(decoded_at_once(images[0, 0].numel()))
         return torch.cat([to_uint8(vae.decode(vae.encode(part).mode())) for part in parts])
     return reconstruct
 

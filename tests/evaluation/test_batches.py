@@ -1,11 +1,15 @@
 """A batch is decoded and measured on another thread, as on CUDA, with the same results, and what goes wrong there is said."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import evaluate, make_project, train
 
 import engine_flowar
-from models import FlowARError
+from models import FlowARError, build_model
+from models.vae import LatentScale
 from util.evaluation import batches
+from util.evaluation.sampler import Sampler
 
 
 @pytest.fixture
@@ -39,3 +43,12 @@ def test_results_come_in_order_and_errors_too(threaded):
         assert [aside(work, number)() for number in (0, 1)] == [0, 1]
         with pytest.raises(FlowARError, match="two"):
             aside(work, 2)()
+
+
+@pytest.mark.parametrize("side, at_once", [(64, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)])
+def test_large_images_are_decoded_few_at_once(side, at_once):
+    model = build_model("flowar_tiny", img_size=side, scale=(1,), vae_stride=side)
+    taken = []
+    vae = SimpleNamespace(latent_scale=LatentScale(1.0), decode=lambda part: taken.append(len(part)) or part[:, :3])
+    images, finite = Sampler(model, vae, {}, "fp32", 0, 64).decode(torch.zeros(40, 16, 1, 1))
+    assert images.shape == (40, 3, 1, 1) and finite.all() and max(taken) == at_once

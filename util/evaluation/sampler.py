@@ -16,7 +16,12 @@ from util.options import SAMPLING, check_sampling
 from util.training.randomness import image_noise
 
 GRID_IMAGES = 16
-DECODED_AT_ONCE = 32  # a batch of 256 images of 256 pixels would take tens of GiB in the VAE
+DECODED_AT_ONCE = 32  # images of 256 pixels, some 6 GiB in the VAE; of larger ones fewer
+
+
+def decoded_at_once(pixels):
+    """Images of so many pixels that a VAE takes at once: not by what memory is free, on which no image is to depend."""
+    return max(1, min(DECODED_AT_ONCE, DECODED_AT_ONCE * 256**2 // pixels))
 
 
 class Sampler(NamedTuple):
@@ -62,7 +67,7 @@ class Sampler(NamedTuple):
         """(images (n, 3, H, W) uint8 on the device, finite (n,) bool) of scaled latents (n, C, h, w)."""
         images, finite = [], []
         with autocast(self.device, self.precision):
-            for part in latents.split(DECODED_AT_ONCE):
+            for part in latents.split(decoded_at_once(self.model.img_size**2)):
                 pixels = self.vae.decode(self.vae.latent_scale.restore(part))
                 images.append(to_uint8(pixels))
                 finite.append(pixels.isfinite().flatten(1).all(dim=1))
