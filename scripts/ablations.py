@@ -4,7 +4,7 @@
 
 Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few options more, for as
 many images and with each of the seeds; variants that differ in sampling alone share a training. Each is evaluated as the quickstart is. What
-is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md, ablations.json and ablations.png there.
+is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md, .json and .png there; with --variants their names have the groups.
 """
 import argparse
 import functools
@@ -168,20 +168,22 @@ def main():
         list(pool.map(lambda point: point.evaluate(args), {point.output: point for point in points}.values()))
     network = get_classifier(root, device)
     found = {key: [point.figures(network, root, device) for point in row] for key, row in rows.items()}
-    report(args, found, device, root / "ablations")
+    groups = "" if args.variants == tuple(VARIANTS) else f"-{','.join(args.variants)}"
+    report(args, found, device, root / "ablations" / f"ablations{groups}")
 
 
-def report(args, found, device, output):
+def report(args, found, device, path):
+    """Write the table, its figures and their picture: path without its suffix."""
     lines = [f"| | {' | '.join(COLUMNS)} | parameters | paper's FID |", "|---" * (len(COLUMNS) + 3) + "|"]
     for (group, name), row in found.items():
         cells = [spread([figures[column] for figures, _ in row], form) for column, form in enumerate(COLUMNS.values())]
         lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} | {PAPER.get((group, name), '')} |")
     print("\n".join(lines))
-    write_bytes(("\n".join(lines) + "\n").encode(), output / "ablations.md")
+    write_bytes(("\n".join(lines) + "\n").encode(), Path(f"{path}.md"))
     write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **machine(device),
                 "rows": {f"{group}: {name}": [dict(zip(COLUMNS, figures)) for figures, _ in row] for (group, name), row in found.items()}},
-               output / "ablations.json")
-    draw(found, output / "ablations.png")
+               Path(f"{path}.json"))
+    draw(found, Path(f"{path}.png"))
 
 
 def spread(values, form):

@@ -106,7 +106,12 @@ def parse_args():
     parser.add_argument("--against", help="train, sample: folder of another checkout of this project, timed in turns with this one")
     parser.add_argument("--turns", type=positive, default=3, help="--against: how often each is started")
     parser.add_argument("--json", help="file to write the figures to")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for action in parser._actions:  # a help that begins with names of benchmarks is of an option that others would ignore
+        names = (action.help or "").partition(":")[0].split(", ")
+        if BENCHMARKS.keys() >= set(names) and getattr(args, action.dest) != action.default and args.what not in names:
+            raise FlowARError(f"{action.option_strings[0]} is for {', '.join(names)}: {args.what} does nothing with it")
+    return args
 
 
 def load_plain(path):
@@ -605,8 +610,8 @@ BENCHMARKS = {"train": benchmark_train, "sample": benchmark_sample, "parts": ben
 def benchmark_against(args, device):
     """Medians over turns of this checkout's seconds and another's, each in a process of its own."""
     other = Path(args.against).resolve() / "scripts" / "benchmark.py"
-    if args.what not in ("train", "sample") or not other.is_file() or args.beside:
-        raise FlowARError(f"--against {args.against}: expected a checkout of this project, and train or sample, without --beside")
+    if not other.is_file() or args.beside:
+        raise FlowARError(f"--against {args.against}: expected a checkout of this project, without --beside")
     seconds = {"this": [], "other": []}
     for _ in range(args.turns):
         for name, script in (("this", Path(__file__).resolve()), ("other", other)):
@@ -638,8 +643,6 @@ def main():
     args.precision = set_precision(args.precision, device)
     if args.json:
         check_output(args.json)
-    if args.beside and args.what not in ("train", "sample", "parts"):
-        raise FlowARError(f"--beside {args.beside} is for train, sample and parts: {args.what} has no plain way")
     args = resolve_geometry(args)
     measured = (benchmark_against if args.against else BENCHMARKS[args.what])(args, device)
     result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **machine(device)}

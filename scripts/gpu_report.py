@@ -77,7 +77,8 @@ def plan(args, device):
     compiled = ("compiled", "--compile") if on_cuda else ("eager", "")  # a rehearsal waits for no compiler
 
     def bench(name, what, size, options, limit=120):
-        command = f"scripts/benchmark.py {what} --model {size} --device {device.type} --repeats {args.repeats} {options} {args.extra}"
+        repeats = "" if what in ("evaluate", "memory") else f"--repeats {args.repeats}"
+        command = f"scripts/benchmark.py {what} --model {size} --device {device.type} {repeats} {options} {args.extra}"
         stages.append(Stage(name, [sys.executable, *shlex.split(command)], limit))
 
     def train(size, precision, how, option, batch=None):

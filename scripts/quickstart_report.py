@@ -20,12 +20,12 @@ from models import FlowARError
 from models.files import read_file, reading, write_file
 from models.vaes import load_vae
 from util.data import Images
-from util.cluster import run_main, select_device
+from util.cluster import log, run_main, select_device
 from util.evaluation.labels import image_label
 from util.evaluation.extractors import build_extractor, extract
 from util.evaluation.references import load_statistics, load_uint8
 from util.evaluation.reports import read_report
-from util.files import write_json
+from util.files import write_bytes, write_json
 
 STEPS, BATCH = 600, 128
 
@@ -88,6 +88,7 @@ def get_classifier(root, device):
         with reading(path):
             network.load_state_dict(read_file(path))
         return network.to(device).eval()
+    log(f"training the classifier that looks for the labels: {STEPS} steps of {BATCH} images")
     images, labels, _ = real_images(root / "images" / "train")
     network = train_classifier(gray(images), labels, classes, device)
     write_file(network.state_dict(), path)
@@ -124,7 +125,7 @@ def main():
     table = [f"| {count} images | classifier finds the label | {name} to the test split |", "|---|---|---|"]
     table += [f"| {row} | {found['classifier_accuracy']:.1%} | {format(found[name], '.1f') if name in found else ''} |"
               for row, found in summary.items()]
-    (root / "results.md").write_text("\n".join(table) + "\n")
+    write_bytes(("\n".join(table) + "\n").encode(), root / "results.md")
     print("\n".join(table))
 
 

@@ -57,10 +57,10 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     trainings = [command for command in commands if command.startswith("main")]
     assert len(trainings) == 2 and len(commands) == 6 and all("--epochs 3" in command for command in trainings)
     out = tmp_path / "ablations"
-    assert (out / "ablations.md").read_text().splitlines()[2:] == [
+    assert (out / "ablations-guidance.md").read_text().splitlines()[2:] == [
         "| guidance: released | 105.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 |  |",
         "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 | 4.88 |"]
-    assert Image.open(out / "ablations.png").size[0] == 900
+    assert Image.open(out / "ablations-guidance.png").size[0] == 900
     with pytest.raises(FlowARError, match="--variants: no group colour: expected some of times, reading, latents, scales, head, objective, condition, pyramid, guidance"):
         call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants colour")
 

@@ -10,7 +10,7 @@ from measure import count_work
 
 from util.speed import prepare
 
-SMALL = f"{GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --batch_size 2 --device cpu"
+SMALL = f"{GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --device cpu"
 
 
 def test_an_operation_that_returns_nothing_moves_what_it_writes_too():
@@ -21,7 +21,7 @@ def test_an_operation_that_returns_nothing_moves_what_it_writes_too():
 
 
 def test_roofline(monkeypatch, capsys, tmp_path):
-    call(monkeypatch, f"scripts/benchmark.py roofline {SMALL} --eval_bsz 4 --num_step 3 --cfg 2 --precision bf16 --json {tmp_path}/r.json")
+    call(monkeypatch, f"scripts/benchmark.py roofline {SMALL} --batch_size 2 --eval_bsz 4 --num_step 3 --cfg 2 --precision bf16 --json {tmp_path}/r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     assert [row["what"] for row in found["rows"]] == ["training step", "sampling", "decoding"]
     for row in found["rows"]:
@@ -35,7 +35,7 @@ def test_roofline(monkeypatch, capsys, tmp_path):
 
 
 def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
-    call(monkeypatch, f"scripts/benchmark.py vae {SMALL} --repeats 1 --json {tmp_path}/v.json")
+    call(monkeypatch, f"scripts/benchmark.py vae {SMALL} --batch_size 2 --repeats 1 --json {tmp_path}/v.json")
     rows = json.loads((tmp_path / "v.json").read_text())["rows"]
     assert [row["way"] for row in rows] == 2 * ["contiguous, fp32", "channels_last, fp32", "contiguous, bf16", "channels_last, bf16"]
     assert [row["difference"] < (1e-4 if "fp32" in row["way"] else 0.1) for row in rows] == 8 * [True]

@@ -33,7 +33,7 @@ def command_of(program, p, out):
         "scripts/gpu_report.py": "scripts/gpu_report.py",
         "scripts/plot_results.py": f"scripts/plot_results.py {p}/table.csv --output {out}/plot.png",
         "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --eval_bsz 2 --num_images 2 --num_step 4 "
-                                f"--batch_size 2 --repeats 1 --feature_extractor efficientnet-lite0 --json {out}/figures.json",
+                                f"--feature_extractor efficientnet-lite0 --json {out}/figures.json",
     }[program]
 
 
@@ -328,10 +328,13 @@ TABLE = [
     (BENCH, "parts", "parts needs --beside"),
     (BENCH, "train --beside nowhere.py", "--beside nowhere.py: no such file"),
     (BENCH, "train --against nowhere", "--against nowhere: expected a checkout of this project"),
-    (BENCH, f"train --against {ROOT} --beside {ROOT}/tests/plain.py", "expected a checkout of this project, and train or sample, without --beside"),
+    (BENCH, f"train --against {ROOT} --beside {ROOT}/tests/plain.py", "expected a checkout of this project, without --beside"),
+    (BENCH, f"vae --beside {ROOT}/tests/plain.py", "--beside is for train, sample, parts: vae does nothing with it"),
+    (BENCH, "sample --use_checkpoint", "--use_checkpoint is for train, memory, roofline: sample does nothing with it"),
+    (BENCH, f"memory --against {ROOT}", "--against is for train, sample: memory does nothing with it"),
     (BENCH, f"train --beside {ROOT}/tests/golden.py", "golden.py: has no loss, sample, velocity, mlp"),
     (BENCH, f"train --beside {ROOT}/README.md", "README.md: "),
-    (BENCH, "train --against {p}/other --model flowar_tiny --turns 1", "benchmark.py: status 1 with the same options: no such benchmark"),
+    (BENCH, "train --batch_size 2 --repeats 1 --against {p}/other --turns 1", "benchmark.py: status 1 with the same options: no such benchmark"),
     ("scripts/gpu_report.py", "--extra \"'\"", "No closing quotation"),
     ("main_flowar.py", "--pyramid image --latent_norm channel --data_path {p}/images --vae_path {p}/vae.pth", "cached latents, which --pyramid image cannot take"),
     (BENCH, "evaluate --vae_ch_mult 1,1", "--vae_stride is 4, but the 2 levels of --vae_ch_mult make 2"),
