@@ -22,6 +22,10 @@ for the features, as the release does. Weights are random: time does not depend 
 
 `vae`: KL-16 (--vae_ch, --vae_ch_mult) encodes and decodes images in turns: weights contiguous or channels_last, float32 or autocast.
 
+    python scripts/benchmark.py features --feature_extractor inception,efficientnet-lite0 --batch_size 8 --compile
+
+`features`: feature networks of the metrics on images of --img_size in turns: eager and compiled, weights contiguous or channels_last.
+
     python scripts/benchmark.py roofline --model flowar_large --batch_size 64 --eval_bsz 256 --cfg 2.4 --precision bf16 --use_checkpoint
 
 `roofline`: nothing is measured: operations, bytes and FLOP of a training step, a batch of samples and its decoding, counted on the meta
@@ -90,11 +94,11 @@ def parse_args():
     parser = evaluation_parser()
     parser.description = __doc__.splitlines()[0]
     parser.add_argument("what", choices=sorted(BENCHMARKS), help="what to measure")
-    parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory, vae, roofline: images")
+    parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory, vae, features, roofline: images")
     parser.add_argument("--use_checkpoint", action="store_true", help="train, memory, roofline: recompute activations")
     parser.add_argument("--attn_dropout", type=below_one, default=0.1, help="train, memory, roofline: as in training")
     parser.add_argument("--proj_dropout", type=below_one, default=0.1, help="train, memory, roofline: as in training")
-    parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts, vae: timings, whose median counts")
+    parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts, vae, features: timings, whose median counts")
     parser.add_argument("--latents", type=between(int, LOADER_BATCH, 10**8), default=200000, help="data: synthetic latents of each layout")
     parser.add_argument("--scratch", type=some_path, default="output/benchmark", help="data: folder for them (3 MiB a hundred in shards, 6 in npz)")
     parser.add_argument("--workers", type=several(workers), default=(1, 2, 4), help="data: numbers of loader workers")
@@ -404,18 +408,48 @@ def benchmark_vae(args, device):
             return found.parameters if what == "encode" else found
         return run
 
-    rows, first = [], f"contiguous, {full}"
+    rows = []
     for what in inputs:
         ways = {f"{layout}, {precision}{', compiled' if compiled else ''}": way(network, what, precision)
                 for precision in (full, *LOW[device.type]) for (layout, compiled), network in networks.items()}
-        expected = ways[first]()
-        errors = {name: ((run() - expected).norm() / expected.norm()).item() for name, run in ways.items()}
-        taken = alternate(ways, device, args.repeats)
-        for name, seconds in taken.items():
-            rows.append({"what": what, "way": name, "ms_per_image": 1000 * seconds / args.batch_size,
-                         "ratio": taken[first] / seconds, "difference": errors[name]})
-            print("| {what} | {way} | {ms_per_image:.1f} | {ratio:.2f} | {difference:.0e} |".format(**rows[-1]), flush=True)
+        rows += in_turns(what, ways, device, args)
     return {"batch_size": args.batch_size, "img_size": args.img_size, "vae_ch": args.vae_ch, "rows": rows}
+
+
+@torch.no_grad()
+def benchmark_features(args, device):
+    """Milliseconds an image of every network of --feature_extractor, each way in turns."""
+    set_precision(args.precision, device)
+    if args.compile:
+        check_compiler(device)
+    images, rows = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device), []
+    for name in args.feature_extractor:
+        networks = {(layout, compiled): open_extractors((name,), args.fid_weights, device)
+                    for compiled in ((False, True) if args.compile else (False,)) for layout in LAYOUTS}
+        for (layout, compiled), extractor in networks.items():
+            extractor.parts[0].network.to(memory_format=LAYOUTS[layout])
+            if compiled:
+                prepare.compile_features(extractor)
+        ways = {f"{layout}{', compiled' if compiled else ''}": functools.partial(features_of, extractor.parts[0], images)
+                for (layout, compiled), extractor in networks.items()}
+        rows += in_turns(name, ways, device, args)
+    return {"batch_size": args.batch_size, "img_size": args.img_size, "rows": rows}
+
+
+def features_of(extractor, images):
+    return extractor.forward(images)[0]
+
+
+def in_turns(what, ways, device, args):
+    """A row of each way: its time, ratio to the first one's and relative difference from what that computes."""
+    rows, (expected, *others) = [], [run() for run in ways.values()]
+    errors = [((found - expected).norm() / expected.norm()).item() for found in (expected, *others)]
+    taken = alternate(ways, device, args.repeats)
+    for (name, seconds), error in zip(taken.items(), errors):
+        rows.append({"what": what, "way": name, "ms_per_image": 1000 * seconds / args.batch_size,
+                     "ratio": taken[next(iter(ways))] / seconds, "difference": error})
+        print("| {what} | {way} | {ms_per_image:.1f} | {ratio:.2f} | {difference:.0e} |".format(**rows[-1]), flush=True)
+    return rows
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------
@@ -435,10 +469,21 @@ def through_files(sampler, plan, extractor, folder):
 
 
 def random_inception(path):
-    """Writes a weights file of Inception's shape; the published one is a download."""
+    """Writes a weights file of Inception's shape, always the same; the published one is a download."""
+    torch.manual_seed(0)
     with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(torch.nn.Module, "load_state_dict"):
         network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(network.state_dict(), path)
+
+
+def open_extractors(names, files, device):
+    """build_extractors; without a file Inception gets random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inception.pth"
+        if files is None and Inception.name in names:
+            random_inception(file)
+            files = {Inception.name: file}
+        return build_extractors(names, files, device)
 
 
 def benchmark_evaluate(args, device):
@@ -447,12 +492,9 @@ def benchmark_evaluate(args, device):
         check_compiler(device)
     prepare.for_evaluation([model], vae, AUTOCAST.get(args.precision), args.compile)
     sampler = build_sampler(args, model, vae, args.precision)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "inception.pth"
-        if args.fid_weights is None and Inception.name in args.feature_extractor:
-            random_inception(file)
-            args.fid_weights = {Inception.name: file}
-        extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
+    extractor = open_extractors(args.feature_extractor, args.fid_weights, device)
+    if args.compile:
+        prepare.compile_features(extractor)
     seconds, report = {"in_memory": 0.0, "through_files": 0.0}, None
     for warm_up in (True, False):
         plan = Plan(choose_labels("balanced", args.eval_bsz if warm_up else args.num_images, Classes(args.class_num)))
@@ -601,7 +643,8 @@ def benchmark_data(args, device):
 
 
 BENCHMARKS = {"train": benchmark_train, "sample": benchmark_sample, "parts": benchmark_parts, "memory": benchmark_memory,
-              "evaluate": benchmark_evaluate, "data": benchmark_data, "vae": benchmark_vae, "roofline": benchmark_roofline}
+              "evaluate": benchmark_evaluate, "data": benchmark_data, "vae": benchmark_vae, "features": benchmark_features,
+              "roofline": benchmark_roofline}
 
 
 # ---- against another checkout --------------------------------------------------------------------------------

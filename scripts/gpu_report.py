@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +102,7 @@ def plan(args, device):
         train(size, "bf16", *compiled)
         sample(size, "bf16", *compiled)
     bench("vae", "vae", base, "--batch_size 8" if on_cuda else "--batch_size 2")
+    bench("features", "features", base, f"--batch_size {first} {compiled[1]}")
     bench("evaluate", "evaluate", base, f"{PUBLISHED[base][1]} --eval_bsz {first} --num_images {2 * first} --precision bf16 {compiled[1]}")
     for size in args.sizes:
         bench(f"memory {size}, bf16", "memory", size, f"{PUBLISHED[size][0]} --batch_size {first} --precision bf16")
@@ -228,10 +230,10 @@ def versions(device):
             "driver": driver[0] if driver else "none", "commit": said("git", "rev-parse", "--short", "HEAD") + changed or "unknown"}
 
 
-def vae_part(figures):
+def ways_part(title, figures):
     heads = ["", "", "ms an image", "ratio", "difference"]
     rows = [[row["what"], row["way"], f"{row['ms_per_image']:.2f}", f"{row['ratio']:.2f}", f"{row['difference']:.0e}"] for row in figures["rows"]]
-    return ["## The VAE", f"Images of {figures['img_size']} pixels; ratio to the first way of each.", table(heads, rows)]
+    return [f"## {title}", f"Images of {figures['img_size']} pixels; ratio to the first way of each.", table(heads, rows)]
 
 
 def evaluation_part(figures):
@@ -277,7 +279,7 @@ def write_report(args, device, stages, left_out, found):
     command = shlex.join(["bash", "scripts/gpu_report.sh", *shown(sys.argv[1:])])
     figures = {stage: result["figures"] for stage, result in found.items() if result["figures"]}
     parts = [f"# {name}", "\n".join(f"* {key}: {value}" for key, value in {**about, "command": f"`{command}`"}.items()), *speed_part(found, gpu)]
-    for key, part in (("vae", vae_part), ("evaluate", evaluation_part)):
+    for key, part in (("vae", partial(ways_part, "The VAE")), ("features", partial(ways_part, "Feature networks")), ("evaluate", evaluation_part)):
         parts += part(figures[key]) if key in figures else []
     parts += memory_part(figures) + stages_part(stages, left_out, found)
     path = Path(args.output) / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -45,9 +45,18 @@ def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
 def test_an_evaluation_is_timed_as_it_is_run(monkeypatch, tmp_path):
     prepared = []
     monkeypatch.setattr(prepare, "for_evaluation", lambda models, vae, dtype, what: prepared.append((dtype, what)))
+    monkeypatch.setattr(prepare, "compile_features", lambda extractor: prepared.append(extractor.name))
     call(monkeypatch, f"scripts/benchmark.py evaluate {SMALL} --num_images 2 --eval_bsz 2 --num_step 2 --feature_extractor efficientnet-lite0 --precision bf16 "
                       f"--compile --json {tmp_path}/e.json")
-    assert prepared == [(torch.bfloat16, "blocks")] and json.loads((tmp_path / "e.json").read_text())["compile"] == "blocks"
+    assert prepared == [(torch.bfloat16, "blocks"), "efficientnet-lite0"] and json.loads((tmp_path / "e.json").read_text())["compile"] == "blocks"
+
+
+def test_ways_of_a_feature_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "compile_features", lambda extractor: None)
+    call(monkeypatch, f"scripts/benchmark.py features {SMALL} --feature_extractor efficientnet-lite0 --batch_size 2 --repeats 1 --compile --json {tmp_path}/f.json")
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["contiguous", "channels_last", "contiguous, compiled", "channels_last, compiled"]
+    assert all(row["what"] == "efficientnet-lite0" and row["difference"] < 1e-5 and row["ms_per_image"] > 0 for row in rows)
 
 
 @pytest.mark.slow  # code is generated for it

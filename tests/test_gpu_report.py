@@ -79,4 +79,4 @@ def test_the_stages_are_commands_that_benchmark_takes(monkeypatch, device, tmp_p
         monkeypatch.setattr(sys, "argv", stage.command[1:])
         args = benchmark.parse_args()
         assert args.device == device and (device == "cuda" or args.compile is None)
-    assert {"train", "sample", "vae", "evaluate", "memory"} <= {stage.command[2] for stage in planned[device == "cuda":]}
+    assert {"train", "sample", "vae", "features", "evaluate", "memory"} <= {stage.command[2] for stage in planned[device == "cuda":]}

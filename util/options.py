@@ -274,8 +274,8 @@ def add_checkpoint_options(parser):
     add("--precision", choices=PRECISIONS,
         help="default: training tf32 on CUDA; evaluation fp16 on CUDA (as the release); fp32 on CPU")
     add("--compile", nargs="?", const="blocks", choices=("blocks", "graphs"),
-        help="torch.compile: blocks in training, the flow head's in sampling; graphs: CUDA graphs too, for small "
-             "batches of samples")
+        help="torch.compile: blocks in training; the flow head's, VAE decoder and feature networks in an evaluation; "
+             "graphs: CUDA graphs too, for small batches of samples")
     add("--seed", type=seed, default=0, help="seed of everything that is drawn")
 
 

@@ -134,6 +134,16 @@ def test_several_extractors(project, checkpoint, whole, tmp_path, monkeypatch):
                           f"--output {tmp_path}/same.npz --feature_extractor colors --device cpu")
 
 
+def test_compile_is_for_all_that_computes(project, checkpoint, whole, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(getattr(function, "__self__", None)) or function)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    report = evaluate(project, checkpoint, tmp_path, f"--eval_bsz 4 --compile --ref_images {project}/images/val")
+    names = [type(module).__name__ for module in compiled if module is not None]  # others: trials
+    assert names == 3 * ["AttnMLPBlock"] + ["FinalLayer", "Decoder", "EfficientNetLite0"]
+    assert report[METRIC] == whole[0][METRIC]
+
+
 # ---- the same images everywhere ----------------------------------------------------------------------------------
 
 

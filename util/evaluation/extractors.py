@@ -44,6 +44,8 @@ class Inception(Extractor):
         self.network = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"],
             feature_extractor_weights_path=inception_weights(file)).to(device)
+        if device.type == "cpu":  # a third less time there; on a GPU it was not measured
+            self.network.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         return self.network(images)

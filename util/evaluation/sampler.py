@@ -66,7 +66,8 @@ class Sampler(NamedTuple):
     def decode(self, latents):
         """(images (n, 3, H, W) uint8 on the device, finite (n,) bool) of scaled latents (n, C, h, w)."""
         images, finite = [], []
-        with autocast(self.device, self.precision):
+        # on a CPU the VAE takes 1.7 times as long in bf16 (docs/performance.md)
+        with autocast(self.device, "fp32" if self.device.type == "cpu" else self.precision):
             for part in latents.split(decoded_at_once(self.model.img_size**2)):
                 pixels = self.vae.decode(self.vae.latent_scale.restore(part))
                 images.append(to_uint8(pixels))

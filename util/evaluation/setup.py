@@ -255,6 +255,9 @@ def plan_reports(args, data):
 def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is said before anything is sampled or trained."""
     extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
+    if args.compile and not getattr(args, "dry_run", False):
+        check_compiler(device)
+        prepare.compile_features(extractor)
     references = find_references(args.fid_stats, args.ref_images, extractor, img_size, device, args.background or WHITE)
     if any(references) and len(labels.values) < 2:
         raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")

@@ -51,6 +51,14 @@ def for_decoding(vae, what=None):
         decoder.compile(dynamic=True)
 
 
+def compile_features(extractor):
+    """torch.compile of the feature networks of an evaluation (extractors.Joint), in place: their features are those of
+    before but for rounding, 2e-7 to 1e-6 (scripts/benchmark.py features).
+    """
+    for part in extractor.parts:
+        part.forward = torch.compile(part.forward, dynamic=True)
+
+
 def for_evaluation(models, vae, dtype=None, what=None):
     """FlowARs that only sample and a VAE that only decodes, in place; what: as compile_sampling has it."""
     for model in models:
