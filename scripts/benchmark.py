@@ -655,9 +655,9 @@ def benchmark_against(args, device):
     other = Path(args.against).resolve() / "scripts" / "benchmark.py"
     if not other.is_file() or args.beside:
         raise FlowARError(f"--against {args.against}: expected a checkout of this project, without --beside")
-    seconds = {"this": [], "other": []}
+    seconds = {"other": [], "this": []}  # first the other: it may not know an option
     for _ in range(args.turns):
-        for name, script in (("this", Path(__file__).resolve()), ("other", other)):
+        for name, script in (("other", other), ("this", Path(__file__).resolve())):
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, str(script), *without(sys.argv[1:], "--against", "--turns", "--json"), "--json", f"{folder}/figures.json"]
                 done = subprocess.run(command, cwd=script.parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -54,7 +54,7 @@ def train(project, output, extra="", device="cpu"):
 def run_with_settings(root):
     """A run of a few steps that was told how to sample; its folder."""
     project = make_project(root, 2)
-    run(training_command(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5"))
+    train(project, project / "run", "--cfg 2 --guidance 1 --ema_rate 0.5")
     return project / "run"
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, make_project, run, training_command
+from helpers import ROOT, make_project, train
 
 import sample
 from util.evaluation.pipeline import Pipeline
@@ -29,7 +29,7 @@ def test_the_tour_runs_with_any_model(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     project = make_project(tmp_path, 2)
-    run(training_command(project, project / "run", "--cfg 2"))
+    train(project, project / "run", "--cfg 2")
     for name, value in (("FLOWAR_RUN", str(project / "run")), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
     cells = nbformat.read(TOUR, as_version=4)
@@ -79,7 +79,7 @@ def test_the_page_of_pictures_has_every_method_and_runs(tmp_path, monkeypatch):
     for label, name in enumerate(("7_sneaker", "8_bag", "9_boot"), 7):
         for split in ("train", "val"):
             (project / "images" / split / str(label)).rename(project / "images" / split / name)
-    run(training_command(project, project / "output" / "quickstart" / "run", "--cfg 2"))
+    train(project, project / "output" / "quickstart" / "run", "--cfg 2")
     monkeypatch.chdir(project)
     exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
     for command in re.findall(r"^python scripts/sample\.py (.*)$", page, re.M):
