@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as programs that tests start have: the same bits
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), *map(str, (TESTS, TESTS / "models", TESTS / "training", TESTS.parent / "scripts"))]
 

@@ -35,16 +35,22 @@ def cache_command(project, folder, extra=""):
             f"--img_size 16 --shard_size 30 --num_workers 0 --device cpu {extra}")
 
 
+def make(command):
+    """call() for fixtures too."""
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, command)
+
+
 @pytest.fixture(scope="module")
 def shards(project):
     """80 images in shards of 30, 30 and 20."""
-    run(cache_command(project, project / "shards", "--dtype float32"))
+    make(cache_command(project, project / "shards", "--dtype float32"))
     return project / "shards"
 
 
 @pytest.fixture(scope="module")
 def npz(project):
-    run(cache_command(project, project / "npz", "--format npz"))
+    make(cache_command(project, project / "npz", "--format npz"))
     return project / "npz"
 
 
@@ -86,14 +92,14 @@ def test_index_says_what_the_cache_is(project, shards):
 
 
 def test_float16_is_the_default_and_close(project, shards, tmp_path):
-    run(cache_command(project, tmp_path / "half"))
+    make(cache_command(project, tmp_path / "half"))
     half, single = (load_file(folder / "shard-00001.safetensors")["moments"] for folder in (tmp_path / "half", shards))
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), single, atol=2e-3, rtol=2e-3)
 
 
 def test_random_crops_of_the_recipe(project, tmp_path):
-    run(cache_command(project, tmp_path / "crops", "--crops 3 --dtype float32"))
+    make(cache_command(project, tmp_path / "crops", "--crops 3 --dtype float32"))
     vae = load_vae(project / "vae.pth")
     data, images = ShardedMoments(tmp_path / "crops", train=True), Images(project / "images" / "train", 16, train=True, flip=False)
     assert data.index["variants"] == 6
@@ -287,7 +293,7 @@ def test_killed_at_any_time_it_ends_with_the_same_files(project, shards, tmp_pat
             with pytest.raises(FlowARError, match="not complete; run scripts/cache_latents.py again"):
                 kind_of_cache(folder)
     kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
-    run(cache_command(project, folder, "--dtype float32"))
+    make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
@@ -322,7 +328,7 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
     file.unlink()
     with pytest.raises(FlowARError, match="shard-00001.safetensors: this shard is missing"):
         train(project, tmp_path / "out", f"--cached_path {folder}")
-    run(cache_command(project, folder, "--dtype float32"))
+    make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)
 
 
@@ -334,7 +340,7 @@ def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_
     info.write_text(json.dumps({**json.loads(info.read_text()), "complete": False}))
     with pytest.raises(FlowARError, match="not complete"):
         npz_latent_scale(folder, 4)
-    run(cache_command(project, folder, "--format npz"))
+    make(cache_command(project, folder, "--format npz"))
     with np.load(lost) as file, np.load(npz / "3" / "001.png.npz") as expected:
         np.testing.assert_allclose(file["moments_flip"], expected["moments_flip"], atol=1e-5)
     assert npz_latent_scale(folder, 4)
@@ -366,8 +372,8 @@ def test_training_refuses_a_cache_of_another_vae(project, shards, tmp_path):
     ("--img_size 8", "made with img_size 16, now it is 8"), ("--dtype float16", "made with dtype float32, now it is float16"),
     ("--crops 2", "made with crops center, now it is 2")])
 def test_caches_are_not_mixed(project, shards, extra, message):
-    done = run(cache_command(project, shards, f"--dtype float32 {extra}"), check=False)
-    assert done.returncode == 2 and message in done.stderr
+    with pytest.raises(FlowARError, match=message):
+        make(cache_command(project, shards, f"--dtype float32 {extra}"))
 
 
 @pytest.mark.parametrize("damage,message", [
@@ -431,8 +437,8 @@ def test_bad_images_are_left_out_of_a_cache(spoiled, monkeypatch, capsys):
     assert "4/003.png: cannot be read as an image" in capsys.readouterr().out
     torn = spoiled / "images" / "train" / "4" / "003.png"
     torn.write_bytes((torn.parent / "002.png").read_bytes()[:-30])  # its header is good
-    done = run(cache_command(spoiled, spoiled / "cache"), check=False)
-    assert done.returncode == 2 and "4/003.png: cannot be read as an image " in done.stderr and "; mend or remove it, or --on_bad_image skip" in done.stderr
+    with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image .*; mend or remove it, or --on_bad_image skip"):
+        make(cache_command(spoiled, spoiled / "cache"))
     call(monkeypatch, cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip"))
     index = read_index(spoiled / "cache2")
     assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0] and "mend" not in index["skipped"][0]
@@ -488,11 +494,11 @@ def test_a_finished_cache_notices_that_its_images_changed(project, tmp_path, mon
         call(monkeypatch, command)
 
 
-def test_inspection(project, shards, tmp_path):
-    done = run(f"scripts/inspect_latents.py --cached_path {shards} --data_path {project}/images --vae_path {project}/vae.pth "
-               f"--output {tmp_path}/latents.png --device cpu")
-    index = read_index(shards)
-    assert f"{index['measured']['scale']:.4f}" in done.stdout and "80 images, center crops" in done.stdout
+def test_inspection(project, shards, tmp_path, capsys):
+    make(f"scripts/inspect_latents.py --cached_path {shards} --data_path {project}/images --vae_path {project}/vae.pth "
+         f"--output {tmp_path}/latents.png --device cpu")
+    index, said = read_index(shards), capsys.readouterr().out
+    assert f"{index['measured']['scale']:.4f}" in said and "80 images, center crops" in said
     picture = Image.open(tmp_path / "latents.png")
     assert picture.size[0] > 8 * 64 and picture.size[1] > 3 * 64
 

@@ -454,16 +454,16 @@ def test_a_full_disk_is_said_and_loses_nothing(project, checkpoint, whole, tmp_p
     assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0])
 
 
-def test_sample_script(project, checkpoint, tmp_path):
-    run(f"scripts/sample.py --resume {checkpoint} --vae_path {project}/vae.pth --num_step 2 --labels 3,7 --per_class 2 "
-        f"--class_names {project}/images/train --grid {tmp_path}/grid.png --strip {tmp_path}/strip.png --device cpu")
+def test_sample_script(project, checkpoint, tmp_path, monkeypatch):
+    call(monkeypatch, f"scripts/sample.py --resume {checkpoint} --vae_path {project}/vae.pth --num_step 2 --labels 3,7 --per_class 2 "
+                      f"--class_names {project}/images/train --grid {tmp_path}/grid.png --strip {tmp_path}/strip.png --device cpu")
     assert Image.open(tmp_path / "grid.png").size[1] > 2 * 64
     assert Image.open(tmp_path / "strip.png").size[0] > 3 * 64
 
 
-def test_benchmark(tmp_path):
-    done = run(f"scripts/benchmark.py evaluate {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --num_images 6 --eval_bsz 3 --num_step 4 "
-               f"--feature_extractor efficientnet-lite0 --device cpu --json {tmp_path}/b.json")
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    call(monkeypatch, f"scripts/benchmark.py evaluate {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --num_images 6 --eval_bsz 3 --num_step 4 "
+                      f"--feature_extractor efficientnet-lite0 --device cpu --json {tmp_path}/b.json")
     result = json.loads((tmp_path / "b.json").read_text())
-    assert json.loads(done.stdout[done.stdout.index("{"):]) == result
+    assert json.loads((said := capsys.readouterr().out)[said.index("{\n"):]) == result
     assert result["ratio"] == pytest.approx(result["seconds_through_files"] / result["seconds_in_memory"])

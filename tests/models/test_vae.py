@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import run, small_vae, write_digits
+from helpers import call, small_vae, write_digits
 
 from models import AutoencoderKL, FlowARError
 from models.files import read_latent_scale
@@ -109,14 +109,14 @@ def test_bad_images_and_widths():
         AutoencoderKL(ch=9)
 
 
-def test_train_vae(tmp_path):
+def test_train_vae(tmp_path, monkeypatch, capsys):
     """The script learns, reports PSNR, draws, and its file loads; killed after a snapshot it ends with the same weights."""
     write_digits(tmp_path / "images", 10)
     options = (f"--data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
                "--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu")
-    done = run(f"scripts/train_vae.py {options} --output {tmp_path}/vae.pth --steps 120")
-    psnr = float(done.stdout.split("held-out images: ")[1].split()[0])
-    assert psnr > 14, done.stdout
+    call(monkeypatch, f"scripts/train_vae.py {options} --output {tmp_path}/vae.pth --steps 120")
+    psnr = float(capsys.readouterr().out.split("held-out images: ")[1].split()[0])
+    assert psnr > 14
     vae = load_vae(tmp_path / "vae.pth")
     assert vae.stride == 2 and vae.latent_scale.scale > 0
     assert (tmp_path / "vae.pth.png").is_file() and not (tmp_path / "vae.pth.training").exists()

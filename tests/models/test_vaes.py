@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
-from helpers import run, train, write_digits
+from helpers import call, train, write_digits
 from safetensors.torch import load_file, save_file
 
 from models import FlowARError
@@ -81,20 +81,20 @@ def test_configuration_and_round_trip(saved):
 
 
 @pytest.mark.parametrize("saved", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kl16", "dc"))], indirect=True)  # strides 8, 16, 32
-def test_cache_training_sampling_and_decoding(saved, tmp_path):
+def test_cache_training_sampling_and_decoding(saved, tmp_path, monkeypatch):
     folder, name = saved
     _, stride, channels, scale, shift = NETWORKS[name]
     size, vae = 4 * stride, f"diffusers:{folder / 'vae'}"
     write_digits(tmp_path / "images", 2, size=32)
-    run(f"scripts/cache_latents.py --data_path {tmp_path}/images --cached_path {tmp_path}/latents --vae {vae} --img_size {size} "
-        "--num_workers 0 --device cpu")
+    call(monkeypatch, f"scripts/cache_latents.py --data_path {tmp_path}/images --cached_path {tmp_path}/latents --vae {vae} --img_size {size} "
+                      "--num_workers 0 --device cpu")
     index = read_index(tmp_path / "latents")
     assert (index["stride"], index["channels"], *index["latent_scale"]) == (stride, channels, scale, shift)
     options = (f"--model flowar_tiny --vae {vae} --class_num 10 --cached_path {tmp_path}/latents --data_path {tmp_path}/images "
                f"--output_dir {tmp_path}/run --epochs 1 --warmup_epochs 0 --batch_size 4 --num_workers 0 --device cpu --num_step 2")
-    run(f"main_flowar.py {options}")
-    run(f"eval.py --resume {tmp_path}/run --vae {vae} --num_images 3 --num_step 2 --output_dir {tmp_path}/eval --save_images "
-        "--feature_extractor efficientnet-lite0 --device cpu")
+    call(monkeypatch, f"main_flowar.py {options}")
+    call(monkeypatch, f"eval.py --resume {tmp_path}/run --vae {vae} --num_images 3 --num_step 2 --output_dir {tmp_path}/eval --save_images "
+                      "--feature_extractor efficientnet-lite0 --device cpu")
     report = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert report["scales"] == [1, 2, 4] and report["img_size"] == size and report["vae"] == vae
     assert len(list((tmp_path / "eval" / "images").iterdir())) == 3
