@@ -29,7 +29,7 @@ from util.cluster import RESTART, Preempted, init
 from util.training.progress import Progress
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
-LONG = f"--epochs 6 --save_every 3 --keep 3 --posthoc_ema 6 {DROPOUT}"  # 30 steps
+LONG = f"--epochs 5 --save_every 3 --keep 3 --posthoc_ema 6 {DROPOUT}"  # 25 steps
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_killed_it_ends_with_the_same_bits(project, undisturbed, tmp_path, proce
     status, output = finish(start(command, launched))
     assert status == 0 and "going on after step" in output, output
     assert_same_run(tmp_path, undisturbed / str(processes))
-    assert [checkpoint.step_of(path) for path in checkpoint.numbered(tmp_path, "posthoc")] == [30, 24, 18, 12, 6]
+    assert [checkpoint.step_of(path) for path in checkpoint.numbered(tmp_path, "posthoc")] == [24, 18, 12, 6]
 
 
 def test_another_number_of_processes_goes_on_with_the_same_global_batch(project, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_a_signal_saves_and_leaves_with_a_status_of_its_own(project, undisturbed
     status, output = finish(process)
     assert status == RESTART == 75, output
     step = read_checkpoint(tmp_path)["progress"]["step"]
-    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 75)" in output and 9 <= step < 30
+    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 75)" in output and 9 <= step < 25
     assert finish(start(command))[0] == 0
     assert_same_run(tmp_path, undisturbed / "1")
 
@@ -240,8 +240,8 @@ def test_workers_of_a_fork_server_end_with_the_run(project, undisturbed, tmp_pat
     status, output = run_until(9, signal.SIGTERM, signal.SIGINT)
     step = read_checkpoint(tmp_path)["progress"]["step"]
     assert status == 130 and "interrupted: saving first; Ctrl-C again leaves at once" in output, output
-    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 130)" in output and 9 <= step < 30
-    assert run_until(30)[0] == 0
+    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 130)" in output and 9 <= step < 25
+    assert run_until(25)[0] == 0
     assert_same_run(tmp_path, undisturbed / "1")
 
 
