@@ -16,6 +16,10 @@ if [ -n "${FLOWAR_PYTHON:-}" ]; then # seen from where the user is
 else
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
     bin="$PWD/.venv/bin"
+    if command -v flock >/dev/null && touch .venv.lock 2>/dev/null; then # two of the scripts may be started at once
+        exec 9>.venv.lock
+        flock --nonblock 9 || { echo "== another script is installing into .venv: waiting for it =="; flock 9; }
+    fi
     if [ ! -x .venv/bin/python ]; then
         python3 util/versions.py || exit 2
         rm -f .venv/installed .venv/bin/python* # of a Python that is gone
@@ -35,6 +39,7 @@ else
             fail "requirements.txt is not installed, pip says why: no network, no space on the disk? then start again"
         printf '%s\n' "$wanted" > .venv/installed || fail ".venv/installed cannot be written"
     fi
+    exec 9>&-
 fi
 export PATH="$bin:$PATH"
 # Threads that wait asleep, not spinning: on a shared machine, spinning costs minutes.

@@ -73,7 +73,7 @@ case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && [ ! -f no_ensurepip ] && touch .venv/bin/pip ;;
     "-c import pip") [ -f .venv/bin/pip ] ;;
     "-m ensurepip --upgrade") [ ! -f no_ensurepip ] && touch .venv/bin/pip ;;
-    "-m pip install"*) [ ! -f full ] && touch .venv/bin/torchrun ;;
+    "-m pip install"*) [ ! -f slow ] || sleep 1; [ ! -f full ] && touch .venv/bin/torchrun ;;
 esac
 """
 
@@ -106,6 +106,16 @@ def test_the_environment_is_made_once(home):
     assert source(home)[2].splitlines() == ["util/versions.py", "-c import pip"]
     (home / "requirements.txt").write_text("torch\ntqdm\n")
     assert "pip install" in source(home)[2]
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")
+def test_two_scripts_at_once_make_one_environment(home):
+    (home / "slow").touch()
+    command, path = "set -euo pipefail; source scripts/env.sh; command -v python", {"PATH": f"{home}/bin:{os.environ['PATH']}", "FLOWAR_PYTHON": ""}
+    both = [subprocess.Popen(["bash", "-c", command], cwd=home, stdout=subprocess.PIPE, text=True, env={**os.environ, **path}) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and "".join(said).count("another script is installing into .venv: waiting") == 1
+    assert (home / "log").read_text().count("-m pip install") == 1
 
 
 def test_an_old_python_is_named_before_the_download(home):
