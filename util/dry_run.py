@@ -148,14 +148,17 @@ def describe_memory(args, network):
     sharded = fixed / args.world + largest_block(network)
     asked = ", ".join(f"--{name} {'' if getattr(args, name) else 'not '}given" for name in ("use_checkpoint", "fsdp"))
 
+    def gib(value):
+        return f"{value / GIB:.1f}" if value > GIB / 10 else f"{value / GIB:.1g}"
+
     def line(name, values):
-        first, second = (f"{value / GIB:.1f}" if value > GIB / 10 else f"{value / GIB:.1g}" for value in values)
+        first, second = map(gib, values)
         return f"  {name:<66}{first:>8}{second:>12}"
 
     yield f"memory of a GPU, GiB ({asked})"
     yield f"{'':<66}{'with':>10}{'without':>12} --use_checkpoint"
-    yield line(f"weights {one / GIB:.1f}, gradients {one / GIB:.1f}, moments {2 * one / GIB:.1f}, EMA {one / GIB:.1f}"
-               + f", power averages {2 * one / GIB:.1f}" * bool(args.posthoc_ema), [fixed] * 2)
+    yield line(f"weights {gib(one)}, gradients {gib(one)}, moments {gib(2 * one)}, EMA {gib(one)}"
+               + f", power averages {gib(2 * one)}" * bool(args.posthoc_ema), [fixed] * 2)
     if low:
         yield line(f"copies of the weights in {args.precision}", [low] * 2)
     each = " and ".join(f"{size / MIB:.0f}" for size in an_image)
