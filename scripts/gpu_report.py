@@ -102,8 +102,8 @@ def plan(args, device):
         train(size, "bf16", *compiled)
         sample(size, "bf16", *compiled)
     bench("vae", "vae", base, "--batch_size 8" if on_cuda else "--batch_size 2")
-    bench("features", "features", base, f"--batch_size {first} {compiled[1]}")
-    bench("evaluate", "evaluate", base, f"{PUBLISHED[base][1]} --eval_bsz {first} --num_images {2 * first} --precision bf16 {compiled[1]}")
+    bench("features", "features", base, f"--batch_size {first} {compiled[1]}", 240)
+    bench("evaluate", "evaluate", base, f"{PUBLISHED[base][1]} --eval_bsz {first} --num_images {2 * first} --precision bf16 {compiled[1]}", 240)
     for size in args.sizes:
         bench(f"memory {size}, bf16", "memory", size, f"{PUBLISHED[size][0]} --batch_size {first} --precision bf16")
     if torch.cuda.device_count() < 2 or not on_cuda:

@@ -115,9 +115,13 @@ def test_a_bad_step_changes_nothing(tmp_path, monkeypatch, bad_steps):
     check_a_bad_step(tmp_path / "out", bad_steps)
 
 
-def test_the_programs_run_on_a_gpu(tmp_path):
+def test_a_compiled_training_runs_under_torchrun(tmp_path):
+    run(training_command(make_project(tmp_path), tmp_path / "run", "--device cuda --precision bf16 --compile --use_checkpoint --epochs 1"), processes=1)
+
+
+def test_a_compiled_evaluation_runs_under_torchrun(tmp_path):
     project = make_project(tmp_path)
-    run(training_command(project, tmp_path / "run", "--device cuda --precision bf16 --compile --use_checkpoint --epochs 1"), processes=1)
+    train(project, tmp_path / "run", "--epochs 1", CUDA)
     run(evaluation_command(project, tmp_path / "run", tmp_path / "found", "--device cuda --precision bf16 --compile --save_images"), processes=1)
     assert len(list((tmp_path / "found" / "images").iterdir())) == 10
 
