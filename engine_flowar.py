@@ -17,7 +17,7 @@ from util.data.source import Source
 from util.evaluation import reports
 from util.evaluation.batches import Aside, decode_and_measure
 from util.evaluation.reports import RESULTS, Stopwatch
-from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, write_npz
+from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, release, write_npz
 from util.files import write_json
 from util.training import health
 from util.training.checkpoint import CheckpointWriter, content_of
@@ -291,14 +291,14 @@ def evaluate(sampler, plan, measure, description, output):
     done, missing = from_main(lambda: open_store(output, planned, batches, measure.extractor.dim, plan.persistent))
     if done is not None:
         log(f"{output}: evaluated already, with the same settings")
+        release(output)
         return done if is_main() else None
     manifest.add_start(output, plan.begun)
     measure.open()
     start = time.time()
     mine = {number: batches[number] for number in missing[rank()::world_size()]}
-    found = sample_and_measure(sampler, plan, measure.extractor, mine, output)
-    seconds = time.time() - start
-    parts = gather_to_main(found)
+    parts = gather_to_main(sample_and_measure(sampler, plan, measure.extractor, mine, output))
+    seconds = time.time() - start  # of the slowest rank
     if parts is None:
         return None
     found = {number: tensors for part in parts for number, tensors in part.items()}
@@ -313,6 +313,7 @@ def evaluate(sampler, plan, measure, description, output):
     write_json(report, output / RESULTS)
     if plan.persistent:
         kept.remove()
+        release(output)
     return report
 
 

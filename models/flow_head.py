@@ -173,9 +173,9 @@ class FlowHead(nn.Module):
             images.append(batch)
             return at(x, t)
 
-        def pair(x, t):
+        def pair(x, t):  # clone: what a CUDA graph gives lasts until the next call of one
             images.append(2 * batch)
-            return (at(x, t), at(x, t, other, head)) if head else at(torch.cat((x, x)), t, both).chunk(2)
+            return (at(x, t).clone(), at(x, t, other, head)) if head else at(torch.cat((x, x)), t, both).chunk(2)
 
         return fm.guided_velocity(alone, pair, *guidance)
 

@@ -121,7 +121,7 @@ def own_scales_losses(run, root, device):
     scale but the last is carried from its path at that time to 0 by the model, given those before; targets are the images'. From t = 1 on
     only the label binds them to the image, so that this is what a wrong coarse scale costs at most; from 0.5 on they resemble it.
     """
-    pipeline, data = load_pipeline(run, root / "vae.pth", device), ShardedMoments(root / "latents_val")
+    pipeline, data = load_pipeline(run, root / "vae.pth", device.type, precision="fp32"), ShardedMoments(root / "latents_val")
     model, scale = pipeline.sampler.model, pipeline.sampler.vae.latent_scale
     if model.config.get("objective", "flow") != "flow" or model.config.get("pyramid", "latent") != "latent":
         return [math.nan] * len(OWN)  # of another target: nothing to compare

@@ -75,8 +75,8 @@ from util.evaluation.reports import machine
 from util.evaluation.sampler import decoded_at_once
 from util.evaluation.setup import Measure, Plan, build_sampler
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
-from util.options import (below_one, between, evaluation_parser, integer_list, model_options, positive, resolve_geometry,
-                          sampling_options, several, single_point, some_path, workers)
+from util.options import (add_extractor_options, below_one, between, integer_list, model_options, positive, resolve_geometry,
+                          sampling_options, sampling_parser, several, single_point, some_path, workers)
 from util.speed import prepare
 from util.speed.memory import FLOAT, STATES, image_bytes
 from util.training.optimization import EMA, build_optimizer
@@ -87,19 +87,23 @@ LOADER_BATCH = 64
 STEP_BYTES = 4 * 10 + 2 * 2  # of a parameter: weight, gradient, two moments, EMA read and written; its bf16 read forward and backward
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LOW = {"cpu": ("bf16",), "cuda": ("bf16", "fp16")}  # precisions of `vae` besides the full one
-PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0}  # of tests/plain.py's sampler
+READ_BY = {**dict.fromkeys(("eval_bsz", "num_step_last", "num_step_schedule", "solver", "time_grid", "cfg", "cfg_schedule", "guidance", "guidance_low",
+                             "temperature"), ("sample", "evaluate", "roofline")),
+           "num_step": ("sample", "parts", "evaluate", "roofline"), "compile": ("train", "sample", "vae", "features", "evaluate")}
+PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0, "guidance_low": 0.0}  # of tests/plain.py's sampler
 
 
 def parse_args():
-    parser = evaluation_parser()
-    parser.description = __doc__.splitlines()[0]
+    parser = sampling_parser(__doc__.splitlines()[0])
+    add_extractor_options(parser.add_argument)
+    parser.add_argument("--num_images", type=positive, default=50000, help="evaluate: images")
     parser.add_argument("what", choices=sorted(BENCHMARKS), help="what to measure")
     parser.add_argument("--batch_size", type=positive, default=16, help="train, parts, memory, vae, features, roofline: images")
     parser.add_argument("--use_checkpoint", action="store_true", help="train, memory, roofline: recompute activations")
     parser.add_argument("--attn_dropout", type=below_one, default=0.1, help="train, memory, roofline: as in training")
     parser.add_argument("--proj_dropout", type=below_one, default=0.1, help="train, memory, roofline: as in training")
     parser.add_argument("--repeats", type=positive, default=5, help="train, sample, parts, vae, features: timings, whose median counts")
-    parser.add_argument("--latents", type=between(int, LOADER_BATCH, 10**8), default=200000, help="data: synthetic latents of each layout")
+    parser.add_argument("--latents", type=between(int, 2 * LOADER_BATCH, 10**8), default=200000, help="data: synthetic latents of each layout")
     parser.add_argument("--scratch", type=some_path, default="output/benchmark", help="data: folder for them (3 MiB a hundred in shards, 6 in npz)")
     parser.add_argument("--workers", type=several(workers), default=(1, 2, 4), help="data: numbers of loader workers")
     parser.add_argument("--seconds", type=positive, default=10, help="data: length of each measurement")
@@ -115,6 +119,16 @@ def parse_args():
         names = (action.help or "").partition(":")[0].split(", ")
         if BENCHMARKS.keys() >= set(names) and getattr(args, action.dest) != action.default and args.what not in names:
             raise FlowARError(f"{action.option_strings[0]} is for {', '.join(names)}: {args.what} does nothing with it")
+    for name, what in READ_BY.items():
+        if getattr(args, name) != parser.get_default(name) and args.what not in what:
+            raise FlowARError(f"--{name} is for {', '.join(what)}: {args.what} does nothing with it")
+    if args.turns != parser.get_default("turns") and not args.against:
+        raise FlowARError("--turns is for --against")
+    if isinstance(args.num_step and args.num_step[0], tuple) and args.beside:
+        raise FlowARError("--beside compares with a plain Euler sampler: give one --num_step for all scales")
+    for name in ("resume", "weights", "guide", "guide_strength", "vae", "vae_path"):
+        if getattr(args, name) != parser.get_default(name):
+            raise FlowARError(f"--{name} is for an evaluation: the weights of a benchmark are random, of --model and --vae_ch")
     return args
 
 
@@ -194,7 +208,7 @@ def benchmark_sample(args, device):
     options, latents_ = sampling_options(args), {}
     plain = load_plain(args.beside)
     if plain and any(options[name] != value for name, value in PLAIN.items()):
-        raise FlowARError("--beside compares with a plain Euler sampler: leave out --solver, --time_grid, --num_step_last, --temperature")
+        raise FlowARError("--beside compares with a plain Euler sampler: leave out --solver, --time_grid, --num_step_last, --temperature, --guidance_low")
     counted = {name: options[name] for name in ("cfg", "guidance", "num_steps", "cfg_schedule")}
 
     def fast():
@@ -516,8 +530,6 @@ def benchmark_evaluate(args, device):
 
 def make_shards(folder, count, shape, stride, shard_size=10000):
     """Synthetic float16 moments in shards with an index, as cache_latents.py writes them."""
-    if (folder / latents.INDEX).is_file():
-        return
     make_directory(folder)
     shards = []
     for number, first in enumerate(range(0, count, shard_size)):
@@ -534,21 +546,15 @@ def make_shards(folder, count, shape, stride, shard_size=10000):
 
 def make_npz(folder, count, shape, classes=1000):
     """Synthetic moments in MAR's layout: float32, with those of the flipped image."""
-    done = folder / "done"
-    if done.is_file():
-        return
     for label in range(min(classes, count)):
         make_directory(folder / f"n{label:08d}")
     moments = np.random.default_rng(0).standard_normal((64, 2, *shape)).astype(np.float32)
     for i in range(count):
         np.savez(folder / f"n{i % classes:08d}" / f"{i:07d}.JPEG.npz", moments=moments[i % 64, 0], moments_flip=moments[i % 64, 1])
-    done.touch()
 
 
 def make_jpegs(folder, count=500, size=(500, 375)):
     """Smooth noise of ImageNet's usual size, about 100 KB each."""
-    if folder.is_dir():
-        return
     make_directory(folder / "0")
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -560,10 +566,10 @@ def make_jpegs(folder, count=500, size=(500, 375)):
 def pack_jpegs(folder, scratch):
     """The same images in a zip, a tar and, where the package is there, a parquet file; {kind: path}."""
     places = {"zip": scratch / "zip" / "jpeg.zip", "tar": scratch / "tar" / "jpeg.tar"}
-    for kind, path in places.items():
-        if not path.is_file():
-            make_directory(path.parent)
-            shutil.make_archive(str(path.with_suffix("")), kind, folder)
+    new = not any(path.is_file() for path in places.values())
+    for kind, path in places.items() if new else ():
+        make_directory(path.parent)
+        shutil.make_archive(str(path.with_suffix("")), kind, folder)
     try:
         import datasets
     except ImportError:
@@ -571,7 +577,7 @@ def pack_jpegs(folder, scratch):
         return places
     datasets.config.HF_DATASETS_CACHE = scratch / "parquet" / "cache"  # whose Arrow file is read
     files = sorted(folder.rglob("*.jpg"))
-    if not (scratch / "parquet" / "jpeg.parquet").is_file():
+    if new:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0"])})
         rows = {"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files], "label": [0] * len(files)}
         make_directory(scratch / "parquet")
@@ -618,10 +624,16 @@ def benchmark_data(args, device):
     scratch = Path(args.scratch)
     side = args.img_size // args.vae_stride
     shape = (2 * args.vae_embed_dim, side, side)
-    make_shards(scratch / "shards", args.latents, shape, args.vae_stride)
-    make_npz(scratch / "npz", args.latents, shape)
-    make_jpegs(scratch / "jpeg")
+    kept, asked = scratch / "made.json", {"latents": args.latents, "shape": list(shape), "vae_stride": args.vae_stride}
+    found = read_json(kept) if kept.is_file() else None
+    if found != asked and scratch.is_dir() and any(scratch.iterdir()):
+        raise FlowARError(f"--scratch {scratch}: holds {found or 'other files'}, asked for is {asked}: give an empty folder, or a new one")
+    if found is None:
+        make_shards(scratch / "shards", args.latents, shape, args.vae_stride)
+        make_npz(scratch / "npz", args.latents, shape)
+        make_jpegs(scratch / "jpeg")
     packed = pack_jpegs(scratch / "jpeg", scratch)
+    write_json(asked, kept)  # all of it is there
     os.sync()  # pages that are not written yet cannot be dropped
     kinds = {"shards": lambda: ShardedMoments(scratch / "shards", train=True),
              "npz": lambda: NpzMoments(scratch / "npz", shape, train=True),

@@ -1,4 +1,4 @@
-"""Cache the VAE's posterior moments of an image folder, in shards (see util/latents.py) or in MAR's layout.
+"""Cache the VAE's posterior moments of an image folder, in shards (see util/data/latents.py) or in MAR's layout.
 
 --crops center takes ADM's centre crop, as MAR does; --crops N takes N random crops of the training recipe. Every crop
 is stored twice, as it is and flipped: the flipped image is encoded, not its moments flipped. Killed at any time, the
@@ -34,7 +34,7 @@ from util.data.loaders import Loader
 from util.data.pixels import CONVERSIONS
 from util.data.places import find_split
 from util.data.source import open_if_there
-from util.files import make_directory, read_json, write_bytes, write_json
+from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 from util.training.provenance import origin_of, shorten
 from util.options import between, color, pixels, positive, seed, some_path, utf8, workers
 
@@ -303,7 +303,7 @@ def cache_npz(data, vae, args, device, folder, settings):
 
     cluster.from_main(prepare)
     mine = range(cluster.rank(), len(listing), cluster.world_size())
-    missing = [i for i in mine if not target(i).is_file()]
+    missing = [i for i in mine if not holds_bytes(target(i))]
     progress = progress_bar(args, len(missing))
     for rows, moments, _ in encoded(data, batches_of([missing], args.batch_size), vae, args, device, progress):
         for row, (plain, flipped) in zip(rows, moments.numpy()):

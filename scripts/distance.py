@@ -76,6 +76,7 @@ def halves(features, count, seed):
 def main():
     args = parse_args()
     device = cluster.init(args.device)
+    cluster.set_precision(None, device)  # as an evaluation does
     joint, through = build_extractors(args.feature_extractor, args.fid_weights, device), [None] * len(args.folders)
     if args.vae or args.vae_path:
         named = find_vae(args.vae or "kl16", args.vae_path)

@@ -58,7 +58,7 @@ def open_teacher(args):
         if getattr(args, name):
             raise FlowARError(f"--{name} is for main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
-    teacher = load_flowar(args.resume, args.weights)
+    teacher = load_flowar(path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR or any(getattr(args, name) != released for name, released in ablated.DEFAULTS.items()):
         raise FlowARError(f"{path}: --{', --'.join(ablated.DEFAULTS)}: a distillation is of the released ways alone")
     solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
@@ -103,7 +103,7 @@ def main():
     def build(args, record):
         checkpoint.check_trained_on(content, path, record)
         student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
-        student.flownet.use_checkpoint = args.use_checkpoint
+        student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:
             torch._dynamo.config.cache_size_limit = 64  # of one function: teacher, student and average share theirs

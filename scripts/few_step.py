@@ -18,7 +18,7 @@ from measure import alternate
 from models import FlowARError
 from pictures import draw_table, save
 from quickstart_report import accuracy, get_classifier, gray
-from util.cluster import run_main, select_device
+from util.cluster import run_main, select_device, set_precision
 from util.evaluation.extractors import build_extractor, extract
 from util.evaluation.labels import image_label
 from util.evaluation.metrics import compute_metrics
@@ -82,6 +82,7 @@ def time_rows(samplers, batch, device, repeats):
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
+    set_precision(None, device)  # as an evaluation does
     if not (root / "val_stats.npz").is_file():
         raise FlowARError(f"{root}: no val_stats.npz: run scripts/quickstart.sh first")
     pipes = {name: load_pipeline(path, vae=root / "vae.pth", device=device.type) for name, path in

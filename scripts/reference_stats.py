@@ -68,6 +68,7 @@ def save_statistics(path, found, joint, held_out=None):
 def main():
     args = parse_args()
     device = cluster.init(args.device)
+    cluster.set_precision(None, device)  # as an evaluation does, whose features these are compared with
     check_output(args.output)
     if Path(args.output).exists() or not args.output.endswith(".npz"):
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")

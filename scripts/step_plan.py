@@ -33,6 +33,8 @@ def parse_args():
     args = parser.parse_args()
     if args.solver and args.solver != ("euler",):
         raise FlowARError(f"--solver {','.join(args.solver)}: the errors are of Euler's method: leave it out")
+    if args.num_step or args.num_step_last or args.num_step_schedule:
+        raise FlowARError("--num_step, --num_step_last and --num_step_schedule: the numbers of steps are what is looked for: leave them out")
     return single_point(args)
 
 

@@ -3,6 +3,7 @@ import shutil
 import signal
 
 import pytest
+import seams
 import torch
 from helpers import (assert_same_run, call, evaluate, evaluation_command, finish, make_project, read_checkpoint, read_log, run, start, train,
                      wait_for)
@@ -125,7 +126,9 @@ def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
 
 
 def test_bf16_leaves_it_its_gradients(project, tmp_path, monkeypatch, capsys):
-    call(monkeypatch, command(project, tmp_path, "--precision bf16 --epochs 1"))
+    recomputed = seams.count(monkeypatch, seams.RECOMPUTED)
+    call(monkeypatch, command(project, tmp_path, "--precision bf16 --epochs 1 --use_checkpoint"))
+    assert recomputed and len(recomputed) % (2 + 3) == 0  # of the student: 2 transformer blocks, 3 flow blocks
     assert (said := capsys.readouterr().out).count("starting from scratch") == 1 and "random start" not in said
     content, whole = read_checkpoint(tmp_path), read_checkpoint(project / "teacher")
     assert all(value.dtype == torch.float32 for value in content["model"].values())

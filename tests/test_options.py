@@ -10,6 +10,7 @@ from helpers import GEOMETRY, ROOT, call, evaluate, evaluation_command, make_pro
 from models import AutoencoderKL, FlowARError
 from models.vae import LatentScale
 from models.vaes import save_vae
+from util.training.checkpoint import LOCK
 from util.options import SaveEvery, resolve_training, save_every, training_parser
 
 LOGS = (".lock", "log.jsonl", "events.out", "run.json")  # how the names of the files begin that a training which ends with an error may leave
@@ -20,7 +21,7 @@ def command_of(program, p, out):
     """A small command of a program that works, for the wrong options to be added to. p: folder of `project`."""
     vae, data = f"--vae_path {p}/vae.pth", f"--data_path {p}/images"
     return {
-        "main_flowar.py": training_command(p, out, "--feature_extractor efficientnet-lite0"),
+        "main_flowar.py": training_command(p, out),
         "eval.py": evaluation_command(p, p / "run", out),
         "scripts/cache_latents.py": f"scripts/cache_latents.py {data} {vae} --cached_path {out} --img_size 16 --num_workers 0",
         "scripts/train_vae.py": f"scripts/train_vae.py {data} --output {out}/vae.pth --img_size 16 --ch 16 --ch_mult 1,2 --steps 2 "
@@ -32,7 +33,7 @@ def command_of(program, p, out):
         "scripts/inspect_latents.py": f"scripts/inspect_latents.py --cached_path {p}/shards {vae} --images 2 --output {out}/latents.png",
         "scripts/gpu_report.py": "scripts/gpu_report.py",
         "scripts/plot_results.py": f"scripts/plot_results.py {p}/table.csv --output {out}/plot.png",
-        "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --eval_bsz 2 --num_images 2 --num_step 4 "
+        "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 "
                                 f"--feature_extractor efficientnet-lite0 --json {out}/figures.json",
     }[program]
 
@@ -59,8 +60,8 @@ def project(tmp_path_factory):
 
 
 def files(folder):
-    """{path: (bytes, time of the last change)} of the files below a folder."""
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    """{path: (bytes, time of the last change)} of the files below a folder; of locks, which say who looked last, alone that they are there."""
+    return {path: path.name == LOCK or (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def message_of(monkeypatch, capsys, command):
@@ -160,17 +161,21 @@ TABLE = [
     (TRAIN, "--batch_size 512", "80 training images are fewer than one global batch of 512 (--batch_size 512"),
     (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --max_bad_steps 3", "3 steps in a row were not finite, up to step 4 (--max_bad_steps 3)"),
     (TRAIN, "--labels train", "--labels train is for an evaluation: in training it needs --online_eval"),
-    (TRAIN, "--online_eval --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
-    (TRAIN, "--online_eval --labels train --all_classes", "--all_classes is for --labels balanced or a file"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels train --all_classes", "--all_classes is for --labels balanced or a file"),
     (TRAIN, "--save_images", "--save_images is for an evaluation"),
     (TRAIN, "--weights raw", "--weights raw is for an evaluation: training goes on with both"),
     (TRAIN, "--save_npz", "--save_npz is for an evaluation"),
+    (TRAIN, "--eval_num_images 50", "--eval_num_images is for an evaluation: in training it needs --online_eval"),
+    (TRAIN, "--feature_extractor efficientnet-lite0", "--feature_extractor is for an evaluation: in training it needs --online_eval"),
+    (TRAIN, "--lr_schedule constant --min_lr 1e-6", "--min_lr 1e-06 is where the cosine ends: leave it out with --lr_schedule constant"),
+    (EVAL, "--fid_stats {p}/stats.npz --background black", "--background is of transparent images in --ref_images: leave it out"),
     (TRAIN, "--fid_stats {p}/stats.npz", "--fid_stats is for an evaluation: in training it needs --online_eval"),
-    (TRAIN, "--online_eval --fid_stats {p}/stats.npz --ref_images {p}/images/val", "--fid_stats and --ref_images are two references: give one"),
-    (TRAIN, "--online_eval --fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
-    (TRAIN, "--online_eval --fid_stats nowhere.npz", "--fid_stats nowhere.npz: no such file"),
-    (TRAIN, "--online_eval --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
-    (TRAIN, "--online_eval --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --fid_stats {p}/stats.npz --ref_images {p}/images/val", "--fid_stats and --ref_images are two references: give one"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --fid_stats nowhere.npz", "--fid_stats nowhere.npz: no such file"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path nowhere --vae_path nowhere.pth", "nowhere.pth: no such file"),
     (TRAIN, "--evaluate", "--resume is missing"),
     # files and folders
     (TRAIN, "--data_path nowhere", "--data_path nowhere: no such file or folder"),
@@ -322,7 +327,7 @@ TABLE = [
     (BENCH, "fly", "argument what: invalid choice: 'fly'"),
     (BENCH, "train --json {p}/images", "{p}/images: is a directory, expected a file to write"),
     (BENCH, "train --compile graphs", "--compile graphs is for sampling: for train use --compile"),
-    (BENCH, "train --cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
+    (BENCH, "sample --cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
     (BENCH, f"sample --beside {ROOT}/tests/plain.py --solver heun", "--beside compares with a plain Euler sampler: leave out --solver"),
     (BENCH, "roofline --precision fp32", "--precision fp32: roofline counts for tensor cores: bf16 or fp16"),
     (BENCH, "parts", "parts needs --beside"),
@@ -331,6 +336,13 @@ TABLE = [
     (BENCH, f"train --against {ROOT} --beside {ROOT}/tests/plain.py", "expected a checkout of this project, without --beside"),
     (BENCH, f"vae --beside {ROOT}/tests/plain.py", "--beside is for train, sample, parts: vae does nothing with it"),
     (BENCH, "sample --use_checkpoint", "--use_checkpoint is for train, memory, roofline: sample does nothing with it"),
+    (BENCH, "train --eval_bsz 9", "--eval_bsz is for sample, evaluate, roofline: train does nothing with it"),
+    (BENCH, "memory --compile", "--compile is for train, sample, vae, features, evaluate: memory does nothing with it"),
+    (BENCH, "train --turns 2", "--turns is for --against"),
+    (BENCH, f"parts --num_step 5:4:3 --beside {ROOT}/tests/plain.py", "give one --num_step for all scales"),
+    (BENCH, f"sample --guidance_low 0.5 --cfg 2 --beside {ROOT}/tests/plain.py", "leave out --solver, --time_grid, --num_step_last, --temperature, --guidance_low"),
+    (BENCH, "sample --guide weak.pth --guide_strength 2", "--guide is for an evaluation: the weights of a benchmark are random"),
+    (BENCH, "evaluate --num_images 2 --save_images", "unrecognized arguments: --save_images"),
     (BENCH, f"memory --against {ROOT}", "--against is for train, sample: memory does nothing with it"),
     (BENCH, f"train --beside {ROOT}/tests/golden.py", "golden.py: has no loss, sample, velocity, mlp"),
     (BENCH, f"train --beside {ROOT}/README.md", "README.md: "),
@@ -339,7 +351,7 @@ TABLE = [
     ("main_flowar.py", "--pyramid image --latent_norm channel --data_path {p}/images --vae_path {p}/vae.pth", "cached latents, which --pyramid image cannot take"),
     (BENCH, "evaluate --vae_ch_mult 1,1", "--vae_stride is 4, but the 2 levels of --vae_ch_mult make 2"),
     (BENCH, "data --workers=-1", "--workers: -1 is out of range: expected between 0 and 1024"),
-    (BENCH, "data --latents 10", "--latents: 10 is out of range: expected between 64 and 100000000"),
+    (BENCH, "data --latents 10", "--latents: 10 is out of range: expected between 128 and 100000000"),
 ]
 
 

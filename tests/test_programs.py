@@ -184,9 +184,15 @@ def test_main_program_evaluates(project, trained, tmp_path):
 def test_ranks_that_see_other_files_are_told(project, tmp_path):
     script = tmp_path / "disagree.py"
     script.write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nfrom util import cluster\n"
-                      "def main():\n    cluster.init('cpu')\n    cluster.agree('the first epoch', cluster.rank() * 5)\n"
+                      "from models import FlowARError\n"
+                      "def look():\n    if cluster.rank() == 1:\n        raise FlowARError('another archive')\n"
+                      "def main():\n    cluster.init('cpu')\n"
+                      "    try:\n        cluster.together(look)\n"
+                      "    except FlowARError as error:\n        print(f'rank {cluster.rank()} goes on: {error}', flush=True)\n"
+                      "    cluster.agree('the first epoch', cluster.rank() * 5)\n"
                       "cluster.run_main(main)\n")
     done = run(str(script), processes=2, check=False)
+    assert all(f"rank {rank} goes on: another archive" in done.stdout for rank in range(2))
     assert done.returncode != 0 and "the first epoch is 0 on rank 0 but 5 on rank 1: all hosts must see the same files" in done.stderr
 
 

@@ -74,6 +74,14 @@ def is_strings(value):
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
+def holds_bytes(path):
+    """Whether a file is there and not empty, as a power cut leaves one that was renamed and not yet on the disk."""
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
+
+
 def write_bytes(content, path, sync=True):
     """See models.files.writing."""
     with writing(path, sync) as file:

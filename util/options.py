@@ -22,7 +22,8 @@ from util.evaluation.extractors import EXTRACTORS, Inception
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
-BASE_RATE = 5e-5
+BASE_RATE, MIN_RATE = 5e-5, 1e-5
+OF_ONLINE_EVAL = {"eval_num_images": (10000,), "feature_extractor": ((Inception.name,),)}  # defaults
 LARGEST = 2**31 - 1  # what every library below can count to
 
 
@@ -288,7 +289,7 @@ def add_training_options(parser):
     add("--accum_iter", type=positive, default=1, help="forward passes that make one optimizer step")
     add("--lr", type=real, help="peak learning rate; default blr x global batch / 256")
     add("--blr", type=real, help="base learning rate; default 5e-5")
-    add("--min_lr", type=real, default=1e-5, help="rate at the end of the cosine")
+    add("--min_lr", type=real, default=MIN_RATE, help="rate at the end of the cosine")
     add("--lr_schedule", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
     add("--weight_decay", type=real, default=0.02, help="AdamW, on parameters with two or more dimensions")
     add("--grad_clip", type=real, default=3.0, help="largest gradient norm; 0 does not clip")
@@ -345,7 +346,8 @@ def add_training_options(parser):
     add("--eval_freq", type=positive, default=40, help="epochs between validation loss, sample grid and --online_eval")
     add("--online_eval", action="store_true",
         help="FID or the like of the EMA during training, every --eval_freq epochs")
-    add("--eval_num_images", type=at_least_two, default=10000, help="images of --online_eval")
+    add("--eval_num_images", type=at_least_two, default=OF_ONLINE_EVAL["eval_num_images"][0],
+        help="images of --online_eval")
     add("--log_dir", type=utf8, help="TensorBoard files; default: the output directory")
     add("--wandb", metavar="PROJECT", type=project, nargs="?", const="flowar",
         help="TensorBoard's scalars and grids to Weights & Biases too, into this project, or flowar (needs pip install "
@@ -575,9 +577,12 @@ def check_training(args):
         raise FlowARError("--all_classes is for an evaluation: in training it needs --online_eval")
     if args.labels != "balanced" and not args.online_eval:
         raise FlowARError(f"--labels {args.labels} is for an evaluation: in training it needs --online_eval")
-    for name in ("fid_stats", "ref_images", "fid_weights"):
-        if getattr(args, name) and not args.online_eval:
+    for name in ("fid_stats", "ref_images", "fid_weights", "eval_num_images", "feature_extractor"):
+        if not args.online_eval and getattr(args, name) not in (None, *OF_ONLINE_EVAL.get(name, ())):
             raise FlowARError(f"--{name} is for an evaluation: in training it needs --online_eval")
+    if args.lr_schedule == "constant" and args.min_lr != MIN_RATE:
+        raise FlowARError(f"--min_lr {args.min_lr:g} is where the cosine ends: leave it out with --lr_schedule "
+                          "constant")
 
 
 def resolve_training(args, world_size, saved_batch=None):

@@ -117,9 +117,11 @@ def writing(path, sync=True):
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         # torch.save says less than the system.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise FlowARError(f"{path}: cannot be written ({first_line(cause)})") from error

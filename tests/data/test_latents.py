@@ -335,15 +335,16 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
 def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_path):
     folder = tmp_path / "npz"
     shutil.copytree(npz, folder)
-    info, lost = folder / "latents.json", folder / "3" / "001.png.npz"
+    info, lost, empty = folder / "latents.json", folder / "3" / "001.png.npz", folder / "4" / "001.png.npz"
     lost.unlink()
+    empty.write_bytes(b"")  # as a power cut may leave it
     info.write_text(json.dumps({**json.loads(info.read_text()), "complete": False}))
     with pytest.raises(FlowARError, match="not complete"):
         npz_latent_scale(folder, 4)
     make(cache_command(project, folder, "--format npz"))
     with np.load(lost) as file, np.load(npz / "3" / "001.png.npz") as expected:
         np.testing.assert_allclose(file["moments_flip"], expected["moments_flip"], atol=1e-5)
-    assert npz_latent_scale(folder, 4)
+    assert npz_latent_scale(folder, 4) and empty.stat().st_size == (npz / "4" / "001.png.npz").stat().st_size
 
 
 # ---- refused -----------------------------------------------------------------------------------------------------
@@ -505,11 +506,14 @@ def test_inspection(project, shards, tmp_path, capsys):
 
 def test_benchmark_of_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "make_jpegs", functools.partial(benchmark.make_jpegs, count=80, size=(100, 75)))
-    call(monkeypatch, f"scripts/benchmark.py data --latents 600 --scratch {tmp_path} --workers 1 --seconds 1 --vae_ch 16 --vae_ch_mult 1,1,2 "
+    command = (f"scripts/benchmark.py data --latents 600 --scratch {tmp_path}/scratch --workers 1 --seconds 1 --vae_ch 16 --vae_ch_mult 1,1,2 "
                "--vae_embed_dim 4 --vae_stride 4 --img_size 16 --device cpu")
+    call(monkeypatch, command)
     said = capsys.readouterr().out
     result = json.loads(said[said.index("{"):])
     assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg", "zip", "tar", *["parquet"] * bool(importlib.util.find_spec("datasets"))] and result["ratio_shards_npz"]["1"] > 0
+    with pytest.raises(FlowARError, match="--scratch .*: holds {'latents': 600, .*}, asked for is {'latents': 700, "):
+        call(monkeypatch, command.replace("600", "700"))
 
 
 def test_images_with_a_stray_npz_or_shard_stay_images(project, tmp_path):

@@ -183,7 +183,10 @@ def test_a_torn_batch_is_sampled_again(project, checkpoint, whole, tmp_path, mon
         evaluate(project, checkpoint, tmp_path / "out", options)
     torn = tmp_path / "out" / "partial" / "batch-000001.safetensors"
     torn.write_bytes(torn.read_bytes()[:-100])
-    assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0])
+    (tmp_path / "out" / "images" / "000002.png").write_bytes(b"")  # of another batch, whose features are whole
+    sampled = seams.count(monkeypatch, seams.LATENTS)
+    assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0]) and len(sampled) == 2
+    assert np.array_equal(pictures(tmp_path / "out"), pictures(whole[1]))
 
 
 @pytest.mark.parametrize("extra,message", [
@@ -298,14 +301,14 @@ def test_a_finished_evaluation_says_what_is_not_there_and_that_its_reference_was
     options = f"--num_step 2 --save_images --save_npz --ref_images {tmp_path}/ref"
     first = evaluate(project, checkpoint, tmp_path / "out", options)
     assert evaluate(project, checkpoint, tmp_path / "out", options) == first and "since" not in capsys.readouterr().out
-    for index in (3, 7):
-        (tmp_path / "out" / "images" / f"{index:06d}.png").unlink()
+    (tmp_path / "out" / "images" / "000003.png").unlink()
+    (tmp_path / "out" / "images" / "000007.png").write_bytes(b"")  # as a power cut may leave it
     (tmp_path / "out" / "samples.npz").unlink()
     os.utime(tmp_path / "ref" / "3" / "000.png", (0, 0))
     assert evaluate(project, checkpoint, tmp_path / "out", options) == first
     said = capsys.readouterr().out
     for line in (f"the images of the reference {tmp_path}/ref were written since, with the same names and sizes: if they are others, these figures are not",
-                 "2 of 10 pictures in images/ are missing; to make them again, choose another --output_dir",
+                 "2 of 10 pictures in images/ are missing or empty; to make them again, choose another --output_dir",
                  "samples.npz is missing; to make it again, choose another --output_dir"):
         assert f"warning: {tmp_path}/out: {line}" in said
 
@@ -348,9 +351,9 @@ def test_solvers_agree_on_a_fine_grid(project, checkpoint, tmp_path):
 
 
 def test_online_evaluation_leaves_training_alone(project, tmp_path):
-    common = "--eval_freq 1 --attn_dropout 0.2 --feature_extractor efficientnet-lite0"
+    common, online = "--eval_freq 1 --attn_dropout 0.2", "--online_eval --feature_extractor efficientnet-lite0"
     plain = train(project, tmp_path / "plain", common)
-    watched = train(project, tmp_path / "watched", f"{common} --online_eval --eval_num_images 6 --ref_images {project}/images/val")
+    watched = train(project, tmp_path / "watched", f"{common} {online} --eval_num_images 6 --ref_images {project}/images/val")
     assert all(torch.equal(plain[key][name], watched[key][name]) for key in ("model", "model_ema") for name in plain[key])
     for epoch in (1, 2):
         result = json.loads((tmp_path / "watched" / f"eval_epoch000{epoch}" / "results.json").read_text())

@@ -262,6 +262,15 @@ def test_bad_statistics_are_named(tmp_path):
         load()
 
 
+def test_more_images_than_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys):
+    write_digits(tmp_path, 1)
+    monkeypatch.setattr(references, "MOST_FEATURES", 9)
+    reference, = references.find_references(None, str(tmp_path / "val"), extractors.Joint([Flat()]), 16, torch.device("cpu"))
+    reference.open()
+    assert reference.features is None and reference.sigma.shape == (4, 4)
+    assert "KID, precision and recall are left out: they compare every pair of images, and these are more than 9" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_statistics_say_what_they_are(tmp_path, keep):
     path, features = tmp_path / "stats.npz", torch.randn(20, 4)

@@ -26,7 +26,7 @@ from safetensors.torch import save, save_file
 from models import AutoencoderKL, FlowARError, build_model
 from models import registry
 from models.vaes import find_vae, load_vae, save_vae
-from models.files import read_file
+from models.files import read_file, writing
 from models.files.states import clean_names
 from scripts import plot_results, train_vae
 from util.data import latents
@@ -725,3 +725,12 @@ def test_a_snapshot_with_other_moments_is_refused(tmp_path, valid):
     content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
     torch.save(content, tmp_path / "x.pth")
     refused(load_snapshot, tmp_path / "x.pth", "moments of other shapes")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FlowARError, OSError])
+def test_a_file_that_is_not_written_to_its_end_is_not_there(tmp_path, error):
+    (tmp_path / "kept").write_bytes(b"before")
+    with pytest.raises(FlowARError if error is OSError else error), writing(tmp_path / "kept") as file:
+        file.write(b"half")
+        raise error("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept").read_bytes() == b"before"

@@ -63,6 +63,17 @@ def set_precision(precision, device):
     return precision
 
 
+@contextlib.contextmanager
+def exact_products():
+    """Products of float32 matrices in full precision inside: in TF32 distances of equal features are not 0."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def set_deterministic():
     """The same bits on every run on one kind of machine; call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

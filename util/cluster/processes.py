@@ -66,9 +66,11 @@ def first_on_host():
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         barrier()
-    yield
-    if first:
-        barrier()
+    try:
+        yield
+    finally:  # what goes wrong there must not leave the others waiting
+        if first:
+            barrier()
 
 
 def fetch(*names):
@@ -194,6 +196,24 @@ def from_main(function):
     if value[1] is not None:
         raise value[1]
     return value[0]
+
+
+def together(function):
+    """What function() returns on this rank, or on all ranks the FlowARError that one of them met; no collective is in
+    it that a rank with an error would leave out.
+    """
+    value = error = None
+    try:
+        value = function()
+    except FlowARError as found:
+        error = found
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error)
+    if first := next(filter(None, errors), None):
+        raise first
+    return value
 
 
 def gather_to_main(value):

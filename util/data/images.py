@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from models import FlowARError
-from util.cluster import from_main, gather_to_main, is_shortage, log
+from util.cluster import from_main, gather_to_main, is_shortage, log, together
 from util.data.pixels import CONVERSIONS, WHITE, describe_conversions, read_image
 from util.data.places import list_images
 
@@ -58,7 +58,7 @@ class Images(Dataset):
 
     def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad=None, background=WHITE):
         self.folder = from_main(lambda: list_images(root))  # one rank asks a network disk
-        self.folder.prepare()
+        together(self.folder.prepare)
         self.classes, self.size, self.seed = self.folder.classes, size, seed
         self.train, self.center, self.flip = train, center, flip
         self.on_bad, self.background = on_bad, background

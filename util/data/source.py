@@ -160,9 +160,9 @@ def say_what_is_there(data, path, img_size):
 def other_classes(cache, data_path):
     """In which classes a cache and the images in data_path differ, as far as these are at hand; "" if they do not."""
     at_hand = data_path and not is_hub(data_path)
-    if not at_hand or (place := find_split(data_path, "train", needed=False)) is None or is_table(place):
-        return ""  # a dataset would be downloaded, or converted
-    images = from_main(lambda: name_images(place))
+    if not at_hand or (place := find_split(data_path, "train", needed=False)) is None:
+        return ""
+    images = from_main(lambda: None if is_table(place) else name_images(place))  # which would convert a dataset
     unlike = sorted(set(images) ^ set(cache.classes)) if images else []
     return f"its classes are not those of {place} (only in one of them: {name_some(unlike)})" if unlike else ""
 

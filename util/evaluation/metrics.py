@@ -6,7 +6,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from util.cluster import log
+from util.cluster import exact_products, log
 
 IS_SPLITS, NEIGHBOURS = 10, 3
 KID_SUBSET = 1000  # images; all of them where there are fewer
@@ -75,5 +75,6 @@ METRICS = {"distance": distance, "inception_score": score, "kid": kid, "precisio
 
 def compute_metrics(features, logits, reference, extractor, device):
     """{name: number} of all METRICS that can be had. Names end with the extractor's suffix."""
-    return {extractor.distance if name == "distance" else name + extractor.suffix: value
-            for metric in METRICS.values() for name, value in metric(features, logits, reference, device).items()}
+    with exact_products():
+        return {extractor.distance if name == "distance" else name + extractor.suffix: value
+                for metric in METRICS.values() for name, value in metric(features, logits, reference, device).items()}

@@ -168,7 +168,7 @@ class Pipeline:
         keep = to_tensor(center_crop(mask, size)).amax(dim=0)[None, None] <= -1 + 2 * DARK
         if keep.all():
             raise FlowARError("the mask has no white part: nothing would be drawn anew")
-        with torch.no_grad(), autocast(sampler.device, sampler.precision):
+        with torch.no_grad(), autocast(sampler.device, sampler.vae_precision):
             latents = sampler.vae.encode(to_tensor(center_crop(image, size))[None].to(sampler.device)).mode()
         pyramid = sampler.model.pyramid(sampler.vae.latent_scale.normalize(latents.float()))
         cells = [F.interpolate(keep.float(), size=(s, s), mode="area") == 1 for s in sampler.model.scale]

@@ -25,6 +25,7 @@ DESCRIPTION = {  # what a file may say of itself: {name: (bytes at most, what ca
 OWN = ("mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "held_out")
 # Arrays of an extractor: in a file of several with its suffix, so that Inception's are where everybody expects them.
 SYMMETRIC = 1e-5  # of the largest covariance: by so much float32 may differ from its mirror image
+MOST_FEATURES = 50_000  # real images that are compared in pairs: 10 GB of distances
 LARGER = 4  # times what is expected: arrays of up to that are read, to say what the file holds instead
 
 
@@ -62,9 +63,14 @@ def find_references(fid_stats, ref_images, joint, img_size, device, background=W
         return [find_statistics(fid_stats, extractor, img_size) for extractor in joint.parts]
     listing = list_images(ref_images)
 
+    keep = len(listing) <= MOST_FEATURES
+    if not keep:
+        log(f"warning: {ref_images}: KID, precision and recall are left out: they compare every pair of images, and "
+            f"these are more than {MOST_FEATURES:,}: for them give a folder of fewer")
+
     @functools.cache
     def measured():
-        found = folder_features(listing, joint, device, img_size, background=background)
+        found = folder_features(listing, joint, device, img_size, keep=keep, background=background)
         return found and found.split(joint)
 
     return [Reference(ref_images, classes=class_counts(listing), background=list(background), images=len(listing),
@@ -126,6 +132,8 @@ def read_reference(path, extractor, suffix=""):
     size, dim = Path(path).stat().st_size, extractor.dim
     room = {"mu": LARGER * 8 * dim, "sigma": LARGER * 8 * dim**2, "held_out": 16,
             **dict.fromkeys(("features", "classes", "class_counts"), LARGER * size)}
+    if not is_main():  # which computes the metrics
+        del room["features"]
     found = read_statistics(path, room, ("mu", "sigma"), suffix)
     classes = class_table(found.pop("classes", None), found.pop("class_counts", None), path)
     if any(value.dtype.kind not in "iuf" for value in found.values()):
@@ -207,7 +215,8 @@ def load_uint8(files, img_size=None, background=WHITE, made=None):
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
             raise FlowARError(f"{path}: {image.width}x{image.height} pixels, but {files[0]} is "
-                              f"{images[0].shape[2]}x{images[0].shape[1]}")
+                              f"{images[0].shape[2]}x{images[0].shape[1]}; scripts/reference_stats.py --img_size makes "
+                              "statistics of centre crops")
     return torch.stack(images)
 
 

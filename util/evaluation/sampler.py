@@ -40,6 +40,11 @@ class Sampler(NamedTuple):
     def device(self):
         return self.model.class_emb.weight.device
 
+    @property
+    def vae_precision(self):
+        """On a CPU a VAE takes 1.7 times as long in bf16 (docs/performance.md)."""
+        return "fp32" if self.device.type == "cpu" else self.precision
+
     def with_settings(self, settings):
         """The same with other arguments of FlowAR.sample_tokens; FlowARError for what is none of them."""
         unknown = sorted(settings.keys() - self.options.keys())
@@ -66,8 +71,7 @@ class Sampler(NamedTuple):
     def decode(self, latents):
         """(images (n, 3, H, W) uint8 on the device, finite (n,) bool) of scaled latents (n, C, h, w)."""
         images, finite = [], []
-        # on a CPU the VAE takes 1.7 times as long in bf16 (docs/performance.md)
-        with autocast(self.device, "fp32" if self.device.type == "cpu" else self.precision):
+        with autocast(self.device, self.vae_precision):
             for part in latents.split(decoded_at_once(self.model.img_size**2)):
                 pixels = self.vae.decode(self.vae.latent_scale.restore(part))
                 images.append(to_uint8(pixels))

@@ -274,6 +274,8 @@ def open_evaluation(args, device):
     shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
     samplers = {name: build_sampler(point, *shared) for name, point in sweep_points(args).items()}
     labels = build_labels(args, args.num_images, opened.classes)
+    if args.background and not args.ref_images:
+        raise FlowARError("--background is of transparent images in --ref_images: leave it out")
     measure = build_measure(args, opened.model.img_size, labels, device)
     record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
     begun = manifest.begin(record, device, evaluated=opened.description)

@@ -17,7 +17,7 @@ from models import FlowARError
 from models.files import reading, writing
 from util.cluster import log
 from util.evaluation.reports import RESULTS, STAGES, read_report
-from util.files import make_directory, read_json, write_bytes, write_json
+from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 from util.training.checkpoint import lock
 
 SETTINGS, PARTIAL = "settings.json", "partial"
@@ -92,6 +92,11 @@ def check_batch(tensors, path):
 
 def picture_name(index):
     return f"{index:06d}.png"
+
+
+def pictures_missing(folder, indices):
+    """How many of these pictures are not there, or empty."""
+    return sum(not holds_bytes(folder / picture_name(index)) for index in indices)
 
 
 class PngWriter:
@@ -175,15 +180,21 @@ def hold(output):
         HELD[output.resolve()] = lock(output)
 
 
+def release(output):
+    """Let others have the folder."""
+    if held := HELD.pop(output.resolve(), None):
+        held.close()
+
+
 def stale(output, done, planned):
     """Lines on what a finished evaluation's folder does not have that is asked for, or has of images of before."""
     lines, before, now = [], done.get("reference_times"), planned.get("reference_times")
     if None not in (before, now) and before != now:
         lines.append(f"the images of the reference {planned['reference']} were written since, with the same names and "
                      "sizes: if they are others, these figures are not of them; to measure with them")
-    expected = {picture_name(index) for index in range(planned["num_images"] if planned.get("save_images") else 0)}
-    if missing := len(expected - {path.name for path in (output / "images").glob("*.png")}):
-        lines.append(f"{missing} of {len(expected)} pictures in images/ are missing; to make them again")
+    expected = range(planned["num_images"] if planned.get("save_images") else 0)
+    if missing := pictures_missing(output / "images", expected):
+        lines.append(f"{missing} of {len(expected)} pictures in images/ are missing or empty; to make them again")
     if planned.get("save_npz") and not (output / "samples.npz").is_file():
         lines.append("samples.npz is missing; to make it again")
     return lines
@@ -201,7 +212,9 @@ def open_store(output, planned, batches, dim, persistent):
         for line in stale(output, done, planned):
             log(f"warning: {output}: {line}, choose another --output_dir")
         return done, []
-    missing = [number for number, batch in enumerate(batches) if not kept.has(number, (len(batch), dim))]
+    images = output / "images" if planned.get("save_images") else None
+    missing = [number for number, batch in enumerate(batches)
+               if not kept.has(number, (len(batch), dim)) or images and pictures_missing(images, batch)]
     if len(missing) < len(batches):
         log(f"{output}: going on, {len(missing)} of {len(batches)} batches are missing")
     return None, missing

@@ -1,10 +1,14 @@
 """A whole model made faster, in place: its results stay the same."""
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.attention import SDPBackend
 
 from models import FlowARError
 from models.kernels import Linear
+
+# PyTorch 2.6 traces for all threads: what runs beside the sampling (evaluation.batches) cannot be compiled there.
+THREADS_TRACE_ALONE = not hasattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
 
 
 def for_sampling(model, dtype=None):
@@ -45,17 +49,22 @@ def for_decoding(vae, what=None):
     batch sizes, on CUDA as channels_last. Elsewhere, and eagerly, that is slower (docs/performance.md, The VAE).
     """
     decoder = getattr(getattr(vae, "network", vae), "decoder", None)  # network: of diffusers
-    if what and isinstance(decoder, nn.Module):
+    if what and isinstance(decoder, nn.Module) and may_compile_beside(decoder):
         if next(decoder.parameters()).is_cuda:
             decoder.to(memory_format=torch.channels_last)
         decoder.compile(dynamic=True)
+
+
+def may_compile_beside(module):
+    """Whether a module that runs beside the sampling may be compiled; on a CPU it runs after it."""
+    return THREADS_TRACE_ALONE or not any(tensor.is_cuda for tensor in module.state_dict().values())
 
 
 def compile_features(extractor):
     """torch.compile of the feature networks of an evaluation (extractors.Joint), in place: their features are those of
     before but for rounding, 2e-7 to 1e-6 (scripts/benchmark.py features).
     """
-    for part in extractor.parts:
+    for part in filter(lambda part: may_compile_beside(part.network), extractor.parts):
         part.forward = torch.compile(part.forward, dynamic=True)
 
 

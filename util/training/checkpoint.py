@@ -33,6 +33,8 @@ WRITER = "checkpoint writer"  # name of its thread
 LEARNING = ("global_batch", "lr", "min_lr", "lr_schedule", "epochs", "warmup_epochs", "weight_decay", "grad_clip",
             "t_dist", "condition_noise", "ema_rate", "ema_warmup", "attn_dropout", "proj_dropout", "label_drop_prob",
             "flip", "background", "precision", "seed")
+SAMPLED = ("num_step", "num_step_last", "num_step_schedule", "time_grid", "solver", "cfg", "cfg_schedule", "guidance",
+           "guidance_low", "temperature")  # with which a run's weights are sampled by default
 MOMENTS = "exp_avg", "exp_avg_sq"  # of AdamW, a parameter
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 
@@ -473,6 +475,8 @@ def resume(path, content, parts, record):
     # Of what decides what is learned; None is not known, as a cache's background may be.
     changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING
                         if None not in (before.get(name), options[name]) and before[name] != options[name])
+    changed = ", ".join(filter(None, (changed, *(f"{name} {before[name]} -> {options[name]}" for name in SAMPLED
+                                                 if name in before and before[name] != options.get(name)))))
     log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changed}" if changed else ""))
     if progress.epoch >= options["epochs"]:
