@@ -566,10 +566,10 @@ def make_jpegs(folder, count=500, size=(500, 375)):
 def pack_jpegs(folder, scratch):
     """The same images in a zip, a tar and, where the package is there, a parquet file; {kind: path}."""
     places = {"zip": scratch / "zip" / "jpeg.zip", "tar": scratch / "tar" / "jpeg.tar"}
-    new = not any(path.is_file() for path in places.values())
-    for kind, path in places.items() if new else ():
-        make_directory(path.parent)
-        shutil.make_archive(str(path.with_suffix("")), kind, folder)
+    for kind, path in places.items():
+        if not path.is_file():
+            make_directory(path.parent)
+            shutil.make_archive(str(path.with_suffix("")), kind, folder)
     try:
         import datasets
     except ImportError:
@@ -577,7 +577,7 @@ def pack_jpegs(folder, scratch):
         return places
     datasets.config.HF_DATASETS_CACHE = scratch / "parquet" / "cache"  # whose Arrow file is read
     files = sorted(folder.rglob("*.jpg"))
-    if new:
+    if not (scratch / "parquet" / "jpeg.parquet").is_file():
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0"])})
         rows = {"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files], "label": [0] * len(files)}
         make_directory(scratch / "parquet")
