@@ -300,7 +300,7 @@ TABLE = [
     (SAMPLE, "--strip {out}/grid.png", "--grid and --strip are one file, {out}/grid.png: give two"),
     (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
     (SAMPLE, "--class_names {p}/file", "{p}/file: no such folder (expected class folders)"),
-    (STATS, "--ref_images {p}/file", "{p}/file: no such folder of images"),
+    (STATS, "--ref_images {p}/file", "{p}/file: no such folder of images (a file is there: unpack it)"),
     (STATS, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (STATS, "--img_size 1000000", "--img_size: 1000000 is out of range"),
     (STATS, "--fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),

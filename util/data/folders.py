@@ -148,11 +148,12 @@ def pack(rows, left_out):
     return Part(b"".join(names), *(np.array(values, np.int64) for values in (lengths, sizes, times)), left_out)
 
 
-def list_files(root, suffixes=IMAGE_SUFFIXES, what="images"):
-    """Listing of all files below a folder, without classes."""
+def list_files(root):
+    """Listing of all images below a folder, without classes."""
     if not os.path.isdir(root):
-        raise FlowARError(f"{root}: no such folder of {what}")
-    part = walk(str(root), "", suffixes, set())
+        is_file = " (a file is there: unpack it)" if os.path.isfile(root) else ""
+        raise FlowARError(f"{root}: no such folder of images{is_file}")
+    part = walk(str(root), "", IMAGE_SUFFIXES, set())
     return Listing(root, [], [part], part.left_out)
 
 
