@@ -75,7 +75,7 @@ from util.evaluation.reports import machine
 from util.evaluation.sampler import decoded_at_once
 from util.evaluation.setup import Measure, Plan, build_sampler
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
-from util.options import (add_extractor_options, below_one, between, integer_list, model_options, positive, resolve_geometry,
+from util.options import (SAMPLING, add_extractor_options, below_one, between, integer_list, model_options, positive, resolve_geometry,
                           sampling_options, sampling_parser, several, single_point, some_path, workers)
 from util.speed import prepare
 from util.speed.memory import FLOAT, STATES, image_bytes
@@ -87,8 +87,7 @@ LOADER_BATCH = 64
 STEP_BYTES = 4 * 10 + 2 * 2  # of a parameter: weight, gradient, two moments, EMA read and written; its bf16 read forward and backward
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LOW = {"cpu": ("bf16",), "cuda": ("bf16", "fp16")}  # precisions of `vae` besides the full one
-READ_BY = {**dict.fromkeys(("eval_bsz", "num_step_last", "num_step_schedule", "solver", "time_grid", "cfg", "cfg_schedule", "guidance", "guidance_low",
-                             "temperature"), ("sample", "evaluate", "roofline")),
+READ_BY = {**dict.fromkeys(["eval_bsz", *(setting.option for setting in SAMPLING.values())], ("sample", "evaluate", "roofline")),
            "num_step": ("sample", "parts", "evaluate", "roofline"), "compile": ("train", "sample", "vae", "features", "evaluate")}
 PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0, "guidance_low": 0.0}  # of tests/plain.py's sampler
 

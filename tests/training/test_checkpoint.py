@@ -11,6 +11,7 @@ from helpers import ROOT, SCALES
 import models.files.tensors
 from models import FlowARError, build_model
 from models.files import content_hash, read_file
+from util.options import SAMPLING
 from util.training import checkpoint, parallel
 from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
@@ -288,6 +289,7 @@ def test_power_averages_begin_with_a_training(tiny, tmp_path, capsys):
     with pytest.raises(FlowARError, match="--start_epoch 2 and --posthoc_ema: its averages begin with a training"):
         resume(True, True, start_epoch=2)
     assert resume(True, True, start_epoch=0).step == 0
+    assert set(checkpoint.SAMPLED) == {setting.option for setting in SAMPLING.values()}
     content[True]["args"] = {**args, "cfg": 3.0, "num_step": None}
     resume(True, True, cfg=2.0, num_step=9)
     assert "with other options than before: num_step None -> 9, cfg 3.0 -> 2.0" in capsys.readouterr().out
