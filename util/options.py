@@ -424,7 +424,8 @@ def check_geometry(args, known, path):
     """FlowARError that names the first option that contradicts what a checkpoint's tensors say."""
     for option, value in known.items():
         if getattr(args, option) not in (None, value):
-            raise FlowARError(f"--{option} is {getattr(args, option)}, but {path} was trained with {value}")
+            why = " (they follow from --img_size, --vae_stride and --patch_size)" if option == "scales" else ""
+            raise FlowARError(f"--{option} is {getattr(args, option)}, but {path} was trained with {value}{why}")
 
 
 def check_vae(vae, args):
@@ -432,7 +433,8 @@ def check_vae(vae, args):
     for option, found in (("vae_embed_dim", vae.embed_dim), ("vae_stride", vae.stride)):
         if getattr(args, option) not in (None, found):
             name = find_vae(args.vae, args.vae_path).name
-            raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {name} has {found}")
+            raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {name} has {found}: give "
+                              "that, or the VAE that is meant")
 
 
 def model_options(args):
