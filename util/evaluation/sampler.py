@@ -16,7 +16,7 @@ from util.options import SAMPLING, check_sampling
 from util.training.randomness import image_noise
 
 GRID_IMAGES = 16
-DECODED_AT_ONCE = 32  # images of 256 pixels, some 6 GiB in the VAE; of larger ones fewer
+DECODED_AT_ONCE = 32  # images of 256 pixels, about 5 GiB in KL-16 in float32; of larger ones fewer
 
 
 def decoded_at_once(pixels):
