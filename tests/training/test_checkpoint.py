@@ -292,7 +292,7 @@ def test_power_averages_begin_with_a_training(tiny, tmp_path, capsys):
     assert set(checkpoint.SAMPLED) == {setting.option for setting in SAMPLING.values()}
     content[True]["args"] = {**args, "cfg": 3.0, "num_step": None}
     resume(True, True, cfg=2.0, num_step=9)
-    assert "with other options than before: num_step None -> 9, cfg 3.0 -> 2.0" in capsys.readouterr().out
+    assert "with other options than before: num_step not given -> 9, cfg 3.0 -> 2.0" in capsys.readouterr().out
     content[True]["posthoc"]["0.1"]["z_proj.bias"] = torch.zeros(3)
     with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model"):
         resume(True, True)

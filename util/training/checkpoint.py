@@ -473,10 +473,11 @@ def resume(path, content, parts, record):
                 raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {saved}, now {what} is {now}: "
                                   "go on with the same until the epoch ends, or give --start_epoch")
     # Of what decides what is learned; None is not known, as a cache's background may be.
-    changed = ", ".join(f"{name} {before[name]} -> {options[name]}" for name in LEARNING
-                        if None not in (before.get(name), options[name]) and before[name] != options[name])
-    changed = ", ".join(filter(None, (changed, *(f"{name} {before[name]} -> {options[name]}" for name in SAMPLED
-                                                 if name in before and before[name] != options.get(name)))))
+    changed = [name for name in LEARNING
+               if None not in (before.get(name), options[name]) and before[name] != options[name]]
+    changed += [name for name in SAMPLED if name in before and before[name] != options.get(name)]
+    changed = ", ".join(f"{name} {' -> '.join('not given' if value is None else str(value) for value in pair)}"
+                        for name, pair in ((name, (before[name], options.get(name))) for name in changed))
     log(f"{path}: going on after step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changed}" if changed else ""))
     if progress.epoch >= options["epochs"]:
