@@ -26,7 +26,7 @@ import torch
 
 from models import FlowARError
 from models.flow_matching import TIME_GRIDS
-from pictures import png_text
+from scripts.pictures import png_text
 from util.cluster import PRECISIONS, run_main, select_device
 from util.cluster.ending import explain
 from util.evaluation.pipeline import open_pipeline

@@ -59,9 +59,9 @@ from PIL import Image
 from safetensors.torch import save
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-import flops
+from scripts import flops
 from engine_flowar import evaluate
-from measure import Peak, alternate, count_kernels, count_work
+from scripts.measure import Peak, alternate, count_kernels, count_work
 from models import AutoencoderKL, FlowARError, build_model, kernels
 from models.files import file_hash, name_some
 from models.layers import GatedMLP

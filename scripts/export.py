@@ -13,7 +13,7 @@ from pathlib import Path
 
 import project_root  # noqa: F401  first: it names what is too old
 
-import model_card
+from scripts import model_card
 from models import FlowARError, load_flowar
 from models.files import file_hash, name_some, write_file
 from models.files.checkpoints import find_model, saved_options

@@ -14,7 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from measure import Work
+from scripts.measure import Work
 
 
 class GPU(NamedTuple):

@@ -20,7 +20,7 @@ from project_root import ROOT  # first: it names what is too old
 
 import torch
 
-import flops
+from scripts import flops
 from models import MODELS, FlowARError
 from util.cluster import run_main, select_device
 from util.evaluation.reports import CODE, machine

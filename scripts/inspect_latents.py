@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 import torch.nn.functional as F
 
-from pictures import check_picture, draw_table, save, stack
+from scripts.pictures import check_picture, draw_table, save, stack
 from models import FlowARError
 from models.vae import DiagonalGaussian
 from models.vaes import find_vae

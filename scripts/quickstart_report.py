@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import plot_run
-from distance import distance, through_vae
+from scripts import plot_run
+from scripts.distance import distance, through_vae
 from models import FlowARError
 from models.files import read_file, reading, write_file
 from models.vaes import load_vae

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import project_root  # noqa: F401  first: it names what is too old
 
-from pictures import check_picture, draw_table, read_settings, save
+from scripts.pictures import check_picture, draw_table, read_settings, save
 from models import FlowARError
 from util.cluster import run_main, select_device
 from util.data import center_crop, open_image

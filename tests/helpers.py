@@ -1,4 +1,4 @@
-"""Small models, and the programs run in this process; runs in processes of their own are those of scripts/runs.py."""
+"""Small models, and the programs run in this process; runs in processes of their own are those of scripts/studies/runs.py."""
 import importlib
 import json
 import shlex
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from project_root import ROOT  # noqa: F401
-from runs import (CLASSES, GEOMETRY, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
-                  read_checkpoint, read_log, run, save_vae,
-                  small_vae, start, training_command, wait_for, write_digits)
+from scripts.studies.runs import (CLASSES, GEOMETRY, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
+                                  read_checkpoint, read_log, run, save_vae,
+                                  small_vae, start, training_command, wait_for, write_digits)
 
 import engine_flowar
 import main_flowar

@@ -1,4 +1,4 @@
-"""scripts/ablations.py: every variant's options are real ones, a training is shared by those that differ in sampling, the table is of the reports."""
+"""scripts/studies/ablations.py: every variant's options are real ones, a training is shared by those that differ in sampling, the table is of the reports."""
 import json
 import shlex
 
@@ -9,7 +9,7 @@ from helpers import call, inputs, small_model
 from PIL import Image
 
 from models import FlowARError, build_model
-from scripts import ablations  # as call() imports it
+from scripts.studies import ablations  # as call() imports it
 from util.options import check_training, evaluation_parser, model_options, sampling_options, single_point, training_parser, with_options
 
 
@@ -53,7 +53,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "own_scales_losses", lambda run, root, device: [0.6, 0.7])
     monkeypatch.setitem(ablations.VARIANTS, "guidance", {ablations.BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1")})
     monkeypatch.setitem(ablations.PAPER, ("guidance", "t > 0.1"), 4.88)
-    call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants guidance --seeds 0,1 --images 6 --at_once 1 --device cpu")
+    call(monkeypatch, f"scripts/studies/ablations.py --root {tmp_path} --variants guidance --seeds 0,1 --images 6 --at_once 1 --device cpu")
     trainings = [command for command in commands if command.startswith("main")]
     assert len(trainings) == 2 and len(commands) == 6 and all("--epochs 3" in command for command in trainings)
     out = tmp_path / "ablations"
@@ -62,7 +62,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         "| guidance: t > 0.1 | 155.0 ± 7.1 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.300 ± 0.000 | 50.0% ± 0.0 | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.7000 ± 0.0000 | 1,000 | 4.88 |"]
     assert Image.open(out / "ablations-guidance.png").size[0] == 900
     with pytest.raises(FlowARError, match="--variants: no group colour: expected some of times, reading, latents, scales, head, objective, condition, pyramid, guidance"):
-        call(monkeypatch, f"scripts/ablations.py --root {tmp_path} --variants colour")
+        call(monkeypatch, f"scripts/studies/ablations.py --root {tmp_path} --variants colour")
 
 
 def test_the_loss_under_own_scales(monkeypatch):

@@ -12,13 +12,13 @@ import urllib.request
 
 import numpy as np
 import pytest
-import sample
+from scripts import sample
 from helpers import finish, run_with_settings, start
 from PIL import Image
 
-import app
+from scripts import app
 from models import FlowARError
-from pictures import read_settings
+from scripts.pictures import read_settings
 from util.evaluation import load_pipeline
 
 FORM = dict(label="3", first_seed=5, count=2, cfg=3.0, guidance=0.8, steps=6, solver="heun", precision="bf16")

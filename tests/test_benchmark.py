@@ -2,11 +2,11 @@
 import copy
 import json
 
-import flops
+from scripts import flops
 import pytest
 import torch
 from helpers import GEOMETRY, call, small_vae
-from measure import count_work
+from scripts.measure import count_work
 
 from util.speed import prepare
 

@@ -10,7 +10,7 @@ from helpers import (assert_same_run, call, evaluate, evaluation_command, finish
 from PIL import Image
 
 from models import FlowARError, load_flowar
-from pictures import read_settings
+from scripts.pictures import read_settings
 from util.evaluation import load_pipeline
 from util.files import read_json
 
@@ -71,7 +71,7 @@ def test_its_settings_are_used_by_default(project, student, tmp_path, monkeypatc
 def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkeypatch):
     for name, target in (("run", project / "teacher"), ("vae.pth", project / "vae.pth"), ("val_stats.npz", project / "vae.pth")):
         (tmp_path / name).symlink_to(target)
-    call(monkeypatch, f"scripts/few_step.py --root {tmp_path} --student {student} --images 0 --batch 2 --repeats 1 --device cpu")
+    call(monkeypatch, f"scripts/studies/few_step.py --root {tmp_path} --student {student} --images 0 --batch 2 --repeats 1 --device cpu")
     table = (student / "few_step_times.md").read_text().splitlines()
     assert len(table) == 2 + 1 + 10 + 4 and table[3].startswith("| teacher, euler, 8 |") and table[-1].startswith("| student, euler, 1 |")
     assert all(value > 0 for value in read_json(student / "few_step_times.json")["milliseconds"].values())

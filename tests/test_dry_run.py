@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark import make_shards
+from scripts.benchmark import make_shards
 from helpers import ROOT, call, make_project, small_model, train, training_command
 
 from models import AutoencoderKL, FlowARError, MODELS

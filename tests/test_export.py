@@ -80,7 +80,7 @@ def test_nothing_of_this_machine_is_published(project, monkeypatch, tmp_path):
         for path in (project / folder).iterdir():
             content = path.read_bytes()
             assert str(project).encode() not in content and project.name.encode() not in content and b"checkpoint-last" not in content, path
-    import export
+    from scripts import export
     options = {action.dest: "/home/me/secret" for action in training_parser()._actions if not action.choices}
     assert not export.public_options({**vars(training_parser().parse_args([])), **options}.copy()).keys() & options.keys()
     assert export.public_vae({"vae": f"diffusers:{tmp_path}"}, None) == (None, None)

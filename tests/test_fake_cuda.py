@@ -3,11 +3,11 @@ whatever looks at a number (.item(), nonzero, a branch): it would make the host 
 """
 import functools
 
-import flops
+from scripts import flops
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Work
+from scripts.measure import Work
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from models import MODELS, AutoencoderKL, build_model, kernels

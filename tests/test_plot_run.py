@@ -3,8 +3,8 @@ import json
 import os
 
 import numpy as np
-import plot_results
-import plot_run
+from scripts import plot_results
+from scripts import plot_run
 import pytest
 from helpers import call
 from PIL import Image

@@ -1,9 +1,9 @@
-"""scripts/step_plan.py: local errors are those of the definition, and the list is the best of all."""
+"""scripts/studies/step_plan.py: local errors are those of the definition, and the list is the best of all."""
 import itertools
 import math
 
 import pytest
-import step_plan
+from scripts.studies import step_plan
 import torch
 from helpers import call, make_project, train
 
@@ -37,7 +37,7 @@ def test_the_plan_is_the_best_of_all_lists():
 def test_its_lists_are_what_num_step_takes(tmp_path, monkeypatch, capsys):
     project = make_project(tmp_path, 2)
     train(project, tmp_path / "run", "--epochs 1")
-    call(monkeypatch, f"scripts/step_plan.py --resume {tmp_path}/run --vae_path {tmp_path}/vae.pth --device cpu --cfg 2 --evaluations 9,18 "
+    call(monkeypatch, f"scripts/studies/step_plan.py --resume {tmp_path}/run --vae_path {tmp_path}/vae.pth --device cpu --cfg 2 --evaluations 9,18 "
          "--time_grid uniform --reference 20 --images 4")
     *_, nine, eighteen = capsys.readouterr().out.strip().splitlines()
     for row, evaluations in ((nine, 9), (eighteen, 18)):

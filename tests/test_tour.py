@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, make_project, train
 
-import sample
+from scripts import sample
 from util.evaluation.pipeline import Pipeline
 
 TOUR = ROOT / "docs" / "tour.ipynb"

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from runs import write_digits
+from scripts.studies.runs import write_digits
 from torchvision.datasets import ImageFolder
 
 from models import FlowARError

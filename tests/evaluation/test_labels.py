@@ -1,7 +1,7 @@
 """Which classes the images of an evaluation are of, and the distance between folders of images."""
 import sys
 
-import distance
+from scripts import distance
 import numpy as np
 import pytest
 import torch

@@ -2,10 +2,10 @@
 import functools
 from types import SimpleNamespace
 
-import benchmark
+from scripts import benchmark
 import numpy as np
 import pytest
-import reference_stats
+from scripts import reference_stats
 import timm
 import torch
 import torch.nn.functional as F

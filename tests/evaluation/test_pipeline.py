@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import golden
-import sample
+from scripts import sample
 from helpers import call, inputs, read_checkpoint, run, run_with_settings, small_model
 from models import FlowARError
 from models.flow_matching import SOLVERS
-from pictures import read_settings
+from scripts.pictures import read_settings
 from util.evaluation import load_pipeline
 from util.evaluation.labels import Classes
 from util.evaluation.names import class_names, find_label

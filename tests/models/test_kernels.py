@@ -2,7 +2,7 @@
 import copy
 from types import SimpleNamespace
 
-import flops
+from scripts import flops
 import golden
 import plain
 import pytest

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 from helpers import assert_same_run, finish, make_project, ranks_of, run, start, training_command
-from runs import read_checkpoint, read_log, wait_for
+from scripts.studies.runs import read_checkpoint, read_log, wait_for
 
 from models import FlowARError
 from util.options import check_training, training_parser

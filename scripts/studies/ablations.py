@@ -1,6 +1,6 @@
 """Change one thing at a time on the quickstart's model: train, evaluate, and put all into one table and one figure.
 
-    python scripts/ablations.py --root output/quickstart --variants times,reading,guidance
+    python scripts/studies/ablations.py --root output/quickstart --variants times,reading,guidance
 
 Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few options more, for as
 many images and with each of the seeds; variants that differ in sampling alone share a training. Each is evaluated as the quickstart is. What
@@ -28,7 +28,7 @@ from models.files import name_some
 from models.flowar import to_grid, to_tokens
 from models.vae import DiagonalGaussian
 from models.variants.ablated import CHOICES
-from quickstart_report import accuracy, get_classifier, gray
+from scripts.quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device
 from util.data.latents import ShardedMoments
 from util.evaluation import load_pipeline

@@ -1,6 +1,6 @@
 """Teacher and student at few steps a scale: distances, agreement of a classifier with the label, milliseconds, and a picture.
 
-    python scripts/few_step.py --root output/quickstart --student output/quickstart/student
+    python scripts/studies/few_step.py --root output/quickstart --student output/quickstart/student
 
 The table of docs/few-step.md, on the quickstart's folder (scripts/quickstart.sh) and a student of its run (scripts/distill.py). All rows draw
 the same labels from the same noise, with the settings that the two runs store, but for steps, grid and solver.
@@ -14,10 +14,10 @@ import project_root  # noqa: F401  first: it names what is too old
 
 import torch
 
-from measure import alternate
+from scripts.measure import alternate
 from models import FlowARError
-from pictures import draw_table, save
-from quickstart_report import accuracy, get_classifier, gray
+from scripts.pictures import draw_table, save
+from scripts.quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device, set_precision
 from util.evaluation.extractors import build_extractor, extract
 from util.evaluation.labels import image_label

@@ -1,6 +1,6 @@
 """Train for some minutes while everything goes wrong, and compare the weights with those of an undisturbed run.
 
-    python scripts/soak.py --minutes 15 --output output/soak
+    python scripts/studies/soak.py --minutes 15 --output output/soak
 
 Two processes under torchrun train FlowAR-tiny on scikit-learn's digits, with dropout, a checkpoint every 20 steps and data workers. Every few
 seconds one thing happens: a rank or all of them are killed (SIGKILL), a rank is asked to leave (SIGUSR1), or the launcher (SIGTERM), the disk
@@ -24,7 +24,7 @@ import project_root  # noqa: F401  first: it names what is too old
 
 import torch
 
-from runs import assert_same_run, finish, make_project, ranks_of, read_checkpoint, run, start, training_command
+from scripts.studies.runs import assert_same_run, finish, make_project, ranks_of, read_checkpoint, run, start, training_command
 from models import FlowARError
 from util.cluster import run_main
 from util.files import make_directory, write_bytes, write_json

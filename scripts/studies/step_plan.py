@@ -1,6 +1,6 @@
 """Steps of each scale from the path itself: for a number of evaluations, the list that --num_step takes.
 
-    python scripts/step_plan.py --resume output/quickstart/run --cfg 3 --guidance 1 --evaluations 36,18,9
+    python scripts/studies/step_plan.py --resume output/quickstart/run --cfg 3 --guidance 1 --evaluations 36,18,9
 
 Along paths of --reference uniform steps, with the guidance of the options, an Euler and a Heun step differ by h^2 / 2 |dv/dt|, the local
 error of a step h: it says how straight the paths of a scale are. The errors of a scale's steps add up; `gain` is what an error of a scale's

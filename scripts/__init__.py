@@ -1,0 +1,1 @@
+"""What users run: each file is a command."""
