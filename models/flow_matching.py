@@ -3,6 +3,7 @@
 Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
 Nothing here knows a network, a device or a file.
 """
+import inspect
 import itertools
 import math
 
@@ -26,17 +27,44 @@ def velocity_target(x, noise):
     return noise - x
 
 
+def uniform(u):
+    """Times of u, uniform in [0, 1): themselves."""
+    return u
+
+
 def logit_normal(u, mean, std):
-    """Times of u, uniform in [0, 1): sigmoid(mean + std n), n normal; a mean above 0 spends more on noise."""
+    """sigmoid(mean + std n), n normal; a mean above 0 spends more on noise."""
+    if std <= 0:
+        raise FlowARError(f"logit_normal: STD is {std:g}, expected above 0")
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
 
 def shift(u, k):
-    """Times k u / (1 + (k - 1) u); k > 1 spends more on noise."""
+    """k u / (1 + (k - 1) u); k > 1 spends more on noise."""
+    if k <= 0:
+        raise FlowARError(f"shift: K is {k:g}, expected above 0")
     return k * u / (1 + (k - 1) * u)
 
 
-TIME_DISTRIBUTIONS = {"uniform": lambda u: u, "logit_normal": logit_normal, "shift": shift}
+TIME_DISTRIBUTIONS = {"uniform": uniform, "logit_normal": logit_normal, "shift": shift}
+
+
+def read_time_distribution(text):
+    """u -> t of "uniform", "logit_normal:MEAN,STD", "shift:K", ...; FlowARError for another text, and for numbers with
+    which some of the times are not in [0, 1].
+    """
+    name, _, numbers = str(text).partition(":")
+    try:
+        function, values = TIME_DISTRIBUTIONS[name], [float(number) for number in numbers.split(",") if numbers]
+        inspect.signature(function).bind(None, *values)  # as many as it takes
+    except (KeyError, TypeError, ValueError):
+        usage = {name: [*inspect.signature(function).parameters][1:] for name, function in TIME_DISTRIBUTIONS.items()}
+        usage = [":".join([name, ",".join(numbers).upper()]).strip(":") for name, numbers in usage.items()]
+        raise FlowARError(f"t_dist is {text!r}: expected one of {', '.join(usage)}") from None
+    times = function(torch.linspace(0, 1, 1025, device="cpu")[:-1], *values)
+    if not ((times >= 0) & (times <= 1)).all():
+        raise FlowARError(f"t_dist is {text!r}: its times go from {times.min():g} to {times.max():g}, expected [0, 1]")
+    return lambda u: function(u, *values)
 
 
 def time_grid(num_steps, kind="release"):

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import flow_matching as fm
-from models.files.refusals import (check_geometry, check_grids, check_guide, check_labels, check_pattern, check_sizes,
-                                   read_time_distribution)
+from models.checks import check_geometry, check_grids, check_guide, check_labels, check_pattern, check_sizes
 from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
 from models.kernels import Linear, run_block
@@ -94,7 +93,7 @@ class FlowAR(nn.Module):
         self.scale = tuple(scale)
         self.class_num = class_num
         self.label_drop_prob, self.condition_noise = label_drop_prob, condition_noise
-        self.t_dist = [d for d in fm.of_each_scale("t_dist", t_dist, len(self.scale)) if read_time_distribution(d)]
+        self.time_distributions = [*map(fm.read_time_distribution, fm.of_each_scale("t_dist", t_dist, len(self.scale)))]
         self.use_checkpoint = use_checkpoint
         self.token_channels = vae_embed_dim * patch_size ** 2
         self.spans = spans(self.scale)
@@ -212,7 +211,7 @@ class FlowAR(nn.Module):
         device = self.class_emb.weight.device if generator is None else generator.device
         t = torch.rand(len(self.scale), batch, generator=generator, device=device)
         if self.training:  # validation stays uniform: losses compare
-            t = torch.stack([read_time_distribution(d)(u) for d, u in zip(self.t_dist, t)])
+            t = torch.stack([times(u) for times, u in zip(self.time_distributions, t)])
         noise = self.draw_noise(batch, generator)
         drop = torch.rand(batch, generator=generator, device=device) < self.label_drop_prob
         if not self.condition_noise or not self.training:

@@ -1,15 +1,16 @@
 """Sizes of FlowAR: build one, recognise one from its tensors, load one from a file."""
+import sys
+
 import torch
 
 from models.errors import FlowARError
-from models.files import check_content, notify, reading
-from models.files.checkpoints import find_model, recognise_body, recognise_geometry, saved_vae
-from models.files.exports import read_weights
-from models.files.hub import weights_file
-from models.files.states import check_buffers, check_fits
+from models.hub import weights_file
 from models.variants import ablated
+from models.weights import (check_content, check_fits, find_model, read_weights, recognise_body, recognise_geometry,
+                            saved_vae)
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
+HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
 
 
 def _size(dim, depth, heads, diffloss_d, diffloss_w, cross=False):
@@ -35,18 +36,20 @@ def build_model(name, **overrides):
 
 
 def load_model(model, state, path):
-    """Load all tensors; see check_fits and check_buffers. Returns the names that are left out."""
+    """load_state of a FlowAR, whose buffers are computed: FlowARError for a file that was trained with others."""
     ablated.check_variant(model, state, path)
     left_out = check_fits(model, state, path)
-    check_buffers(model, state, path)
-    with reading(path):
-        model.load_state_dict({name: state[name] for name in model.state_dict()} | dict(model.named_buffers()))
+    for name, own in model.named_buffers():
+        if not own.is_meta and not torch.allclose(state[name].to(own), own, rtol=HALF_PRECISION):
+            raise FlowARError(f"{path}: {name} is not the model's: these weights were trained with another "
+                              f"{'attention pattern' if name == 'mask' else name.rpartition('.')[2]}")
+    model.load_state_dict({name: state[name] for name in model.state_dict()} | dict(model.named_buffers()))
     return left_out
 
 
 def recognise_size(state, path):
     """{model, diffloss_d, diffloss_w, and what variants.ablated has} that a state dict's tensors tell."""
-    (body, head), variant = recognise_body(state, path), ablated.read_variant(state, path)
+    (body, head), variant = recognise_body(state), ablated.read_variant(state, path)
     body["cross"] &= variant.get("condition") != "cross_attention"
     names = [name for name, size in MODELS.items() if {key: size[key] for key in body} == body]
     names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head
@@ -56,28 +59,26 @@ def recognise_size(state, path):
 
 
 def load_flowar(source, weights=None):
-    """The FlowAR of weights in eval mode on the CPU: of a file, by path or name (models.files.hub), or of the folder of
-    a training run or an export. Raises FlowARError. weights: "ema", the average, or "raw"; by default the average
-    where there is one. Which it is goes to stderr. Its size is recognised from the tensors. Channels and stride of the
-    VAE, which they do not tell, are those of the run's options, else KL-16's.
+    """The FlowAR of weights in eval mode on the CPU: of a file, by path or name (models.hub), or of the folder of a
+    training run or an export. weights: "ema", the average, "raw", or a key of the file; by default the average where
+    there is one. Which it is goes to stderr. Its size is recognised from the tensors. Channels and stride of the VAE,
+    which they do not tell, are those of the run's options, else KL-16's.
     """
     path = weights_file(source, LAST)
     content = read_weights(path)
     check_content(content, path)
-    found, vae = find_model(content, path, weights), saved_vae(content, path)
-    geometry = recognise_geometry(found.tensors, path, vae["vae_embed_dim"])
-    size, scale = recognise_size(found.tensors, path), geometry.pop("scales")
+    chosen, vae = find_model(content, path, weights), saved_vae(content)
+    geometry = recognise_geometry(chosen.tensors, path, vae["vae_embed_dim"])
+    size, scale = recognise_size(chosen.tensors, path), geometry.pop("scales")
     img_size = scale[-1] * geometry["patch_size"] * vae["vae_stride"]
-    known = dict(img_size=img_size, scale=scale, **geometry, **size, **vae)
-    model, left_out = open_model(found.tensors, path, known.pop("model"), **known)
-    notify(f"{path}: {found.describe(left_out)}")
+    name = size.pop("model")
+    model, left_out = open_model(chosen.tensors, path, name, img_size=img_size, scale=scale, **geometry, **size, **vae)
+    print(f"{path}: {chosen.describe(left_out)}", file=sys.stderr)
     return model
 
 
 def open_model(state, path, name, **options):
-    """(Model of a state dict, in eval mode, names that it leaves out); options: see build_model, errors: check_fits."""
-    with torch.device("meta"):  # sizes that a file claims are compared with its tensors before memory is taken
-        check_fits(build_model(name, **options), state, path)
+    """(Model of a state dict, in eval mode, names that it leaves out); options: see build_model, errors: load_model."""
     model = build_model(name, **options)
     left_out = load_model(model, state, path)
     return model.eval(), left_out

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.files.refusals import check_images, check_latent_scale, check_widths
-from models.files.vaes import load_vae_file
+from models.checks import check_images, check_latent_scale, check_widths
+from models.weights import VAE, find_weights, load_state, read_file
 
 GROUPS = 32
 MIN_GROUP = 4  # channels
@@ -205,7 +205,7 @@ class AutoencoderKL(nn.Module):
         ch, ch_mult: base width, and multiplier of every level; stride = 2 ** (len(ch_mult) - 1).
         num_res_blocks: residual blocks a level in the encoder (one more in the decoder).
         latent_scale: (scale, shift); a FlowAR latent is (raw latent - shift) * scale.
-        ckpt_path: file to load, see load_vae_file.
+        ckpt_path: file to load; its latent scale is not read, see vaes.load_vae.
     """
 
     def __init__(self, embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=128, ckpt_path=None, num_res_blocks=2,
@@ -221,7 +221,8 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         if ckpt_path is not None:
-            load_vae_file(self, ckpt_path)
+            weights = find_weights(read_file(ckpt_path, mmap=True), ckpt_path, "VAE", VAE)
+            load_state(self, weights.tensors, ckpt_path, "VAE")
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over raw latents (B, C, H / stride, W / stride)."""

@@ -4,16 +4,17 @@ A VAE has attributes embed_dim (latent channels C), stride (pixels a latent cell
 methods encode(images (B, 3, H, W) in [-1, 1]) -> DiagonalGaussian and decode(raw latents (B, C, h, w)) -> images. A row
 in VAES makes --vae, the caches and the reports know it.
 """
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from models.errors import FlowARError
-from models.files import file_hash, first_line, load_state, notify, read_file, tensors_hash, write_file
-from models.files.diffusers import open_diffusers
-from models.files.hub import is_remote, local_file
-from models.files.vaes import find_vae_weights, vae_config, vae_notes
-from models.vae import AutoencoderKL
+from models.checks import check_images
+from models.errors import FlowARError, name_some
+from models.hub import is_remote, local_file
+from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
+from models.weights import KL16, VAE, depth, file_hash, find_weights, load_state, read_file, tensors_hash, write_file
 
 DEFAULT_PATH = "pretrained_models/vae/kl16.ckpt"
 
@@ -30,7 +31,7 @@ class NamedVAE:
         return True
 
     def open(self):
-        """(VAE, lines for a log on what its file holds besides), or FlowARError."""
+        """(VAE, lines for a log on what its file holds besides)."""
         raise NotImplementedError
 
     def identity(self, opened=None):
@@ -56,7 +57,7 @@ class VAEFile(NamedVAE):
 
 
 class Diffusers(NamedVAE):
-    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: see models.files.diffusers."""
+    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]."""
 
     def open(self):
         return open_diffusers(self.spec)
@@ -73,27 +74,43 @@ def find_vae(vae, path=None):
     return VAES[name](vae, spec, path or DEFAULT_PATH)
 
 
+# ---- files of AutoencoderKL --------------------------------------------------------------------------------------
+
+
 def read_vae(path):
-    """(AutoencoderKL of a file, lines for a log: see vae_notes): `kl16.ckpt`, what save_vae wrote, or the like; by path
-    or by name, see models.files.hub. Nothing is allocated before the tensors are found to fit the configuration.
+    """(AutoencoderKL of a file in eval mode without gradients, lines for a log): `kl16.ckpt`, what save_vae writes, or
+    the like; by path or by name, see models.hub.
     """
     path = local_file(path)
     content = read_file(path, mmap=True)
-    weights = find_vae_weights(content, path)
-    config = vae_config(content, weights.tensors, path)
-    try:
-        with torch.device("meta"):
-            vae = AutoencoderKL(**config)
-    except (FlowARError, RuntimeError) as error:
-        raise FlowARError(f"{path}: bad VAE configuration ({first_line(error)})") from error
-    left_out = load_state(vae, weights.tensors, path)
-    return vae.eval().requires_grad_(False), vae_notes(vae, weights, left_out, config, path)
+    weights = find_weights(content, path, "VAE", VAE)
+    config, saved = recognise_config(weights.tensors), content.get("config") or {}
+    config |= {name: saved[name] for name in (*config, "latent_scale") if name in saved}
+    if "latent_scale" in config:
+        config["latent_scale"] = read_latent_scale(config["latent_scale"], path, config["embed_dim"])
+    with torch.device("meta"):  # its initial weights would be drawn for nothing
+        vae = AutoencoderKL(**config)
+    left_out = load_state(vae.to_empty(device="cpu"), weights.tensors, path, "VAE")
+    notes = [f"{path}: {weights.describe(left_out)}"] if weights.kind == "ema" or left_out else []
+    if "latent_scale" not in config and (vae.embed_dim, vae.stride) != tuple(KL16.values()):
+        notes.append(f"warning: {path} does not tell its latent scale: KL-16's is taken, {vae.latent_scale.scale}; its "
+                     "own is (1 / standard deviation, mean) of its latents, kept as 'config': {'latent_scale': [...]}")
+    return vae.eval().requires_grad_(False), notes
+
+
+def recognise_config(state):
+    """AutoencoderKL's arguments that a state dict's tensors tell; no latent scale."""
+    ch, levels = len(state["encoder.conv_in.weight"]), depth(state, "decoder.up.")
+    widths = [len(state[f"decoder.up.{level}.block.0.conv1.weight"]) for level in range(levels)]
+    return {"embed_dim": len(state["post_quant_conv.weight"]), "ch": ch, "ch_mult": tuple(w // ch for w in widths),
+            "num_res_blocks": depth(state, "decoder.up.0.block.") - 1}
 
 
 def load_vae(path):
     """The AutoencoderKL of a file, in eval mode without gradients; see read_vae."""
     vae, notes = read_vae(path)
-    notify(*notes)
+    for note in notes:
+        print(note, file=sys.stderr)
     return vae
 
 
@@ -101,3 +118,113 @@ def save_vae(vae, path):
     """Write a file that load_vae reads: {"model": state dict, "config": constructor arguments}."""
     state = {name: value.cpu() for name, value in vae.state_dict().items()}
     write_file({"model": state, "config": {**vae.config, "latent_scale": tuple(vae.latent_scale)}}, path)
+
+
+def read_latent_scale(value, path, channels=None):
+    """(scale, shift) of what a file says, a sequence of both or of the scale, each a number or nested lists (C,) or
+    (C, h, w) of them, which become tuples; FlowARError if it says something else, or of other than `channels`.
+    """
+    try:
+        parts = [torch.tensor(part, dtype=torch.float64) for part in value]
+    except (TypeError, ValueError):
+        parts = []
+    shapes = [part.shape for part in parts]
+    if (len(parts) not in (1, 2) or any(len(shape) not in (0, 1, 3) or 0 in shape for shape in shapes)
+            or channels and any(shape[:1] not in ((), (channels,)) for shape in shapes)
+            or not (parts[0] > 0).all() or not all(part.isfinite().all() for part in parts)):
+        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift], two numbers, the "
+                          f"scale above 0, or lists of one for each channel{f' of {channels}' if channels else ''} or "
+                          "position (channel, row, column)")
+    return (*(as_tuples(part.tolist()) for part in parts), 0.0)[:2]
+
+
+def as_tuples(value):
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+# ---- autoencoders of the diffusers library -----------------------------------------------------------------------
+
+
+class DiffusersVAE(nn.Module):
+    """A diffusers autoencoder as a VAE."""
+
+    def __init__(self, network, spec):
+        super().__init__()
+        self.network, config = network, network.config
+        self.embed_dim, self.stride = self.geometry(config)
+        scale = read_latent_scale(self.scaling(config), f"--vae diffusers:{spec}", self.embed_dim)
+        self.latent_scale = LatentScale(*scale)
+
+    def scaling(self, config):
+        return config.scaling_factor, config.get("shift_factor") or 0.0
+
+    def geometry(self, config):
+        """(latent channels, stride)."""
+        if "spatial_compression_ratio" in config or hasattr(self.network, "spatial_compression_ratio"):
+            return config.latent_channels, self.network.spatial_compression_ratio
+        names = "block_out_channels", "down_block_out_channels", "encoder_block_out_channels"
+        widths = next(config[name] for name in names if config.get(name))
+        return config.get("vq_embed_dim") or config.latent_channels, 2 ** (len(widths) - 1)
+
+    def encode(self, images):
+        check_images(images.shape, self.stride)
+        encoded = self.network.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            return DiagonalGaussian(encoded.latent_dist.parameters)
+        return DiagonalGaussian.of_mean(encoded.latent if hasattr(encoded, "latent") else encoded.latents)
+
+    def decode(self, latents):
+        return self.network.decode(latents).sample
+
+
+class RepresentationAutoencoder(DiffusersVAE):
+    """AutoencoderRAE: its latents, a frozen encoder's tokens, leave encode() normalised by position and scaled, and its
+    images are in [0, 1]. It knows one image size: others would be resized without a word.
+    """
+
+    def scaling(self, config):
+        return 1.0, 0.0
+
+    def geometry(self, config):
+        return config.encoder_hidden_size, self.network.decoder_patch_size
+
+    def encode(self, images):
+        self.check(images.shape[2:])
+        return super().encode((images + 1) / 2)
+
+    def decode(self, latents):
+        self.check([side * self.stride for side in latents.shape[2:]])
+        return super().decode(latents) * 2 - 1
+
+    def check(self, sides):
+        size = self.network.decoder_image_size
+        if list(sides) != [size, size]:
+            raise FlowARError(f"this AutoencoderRAE is of {size} x {size} pixels, not of {' x '.join(map(str, sides))}:"
+                              f" give --img_size {size}")
+
+
+CLASSES = {"AutoencoderKL": DiffusersVAE, "AsymmetricAutoencoderKL": DiffusersVAE, "AutoencoderDC": DiffusersVAE,
+           "AutoencoderTiny": DiffusersVAE, "VQModel": DiffusersVAE, "AutoencoderRAE": RepresentationAutoencoder}
+
+
+def open_diffusers(spec):
+    """(DiffusersVAE of '<path or repository>[:subfolder]', in float32, lines for a log), from safetensors alone."""
+    try:
+        import diffusers  # here: it is heavy, and only some need it
+    except ImportError as error:
+        raise FlowARError(f"--vae diffusers:{spec} needs: pip install diffusers") from error
+    source, _, subfolder = spec.partition(":")
+    options = {"subfolder": subfolder} if subfolder else {}
+    name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
+    if name not in CLASSES:
+        raise FlowARError(f"--vae diffusers:{spec}: its class is {name}, expected one of {', '.join(CLASSES)}")
+    network, loaded = getattr(diffusers, name).from_pretrained(
+        source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options)
+    # diffusers draws what is missing at random
+    others, modules = loaded["unexpected_keys"], {name for name, _ in network.named_children()}
+    wrong = [f"{name} is missing" for name in loaded["missing_keys"]]
+    wrong += [f"{name} is not in the VAE" for name in others if name.split(".")[0] in modules]
+    if wrong:
+        raise FlowARError(f"--vae diffusers:{spec}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
+    vae = CLASSES[name](network, spec).eval().requires_grad_(False)
+    return vae, [f"--vae diffusers:{spec}: not used: {name_some(others)}"] if others else []

@@ -63,8 +63,9 @@ from scripts import flops
 from engine_flowar import evaluate
 from scripts.measure import Peak, alternate, count_kernels, count_work
 from models import AutoencoderKL, FlowARError, build_model, kernels
-from models.files import file_hash, name_some
+from models.errors import name_some
 from models.layers import GatedMLP
+from models.weights import file_hash
 from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
 from util.data import Images, build_loader, latents
 from util.data.latents import NpzMoments, ShardedMoments

@@ -21,9 +21,10 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from models import FlowARError
+from models.errors import name_some
 from models.vae import DiagonalGaussian, LatentScale
-from models.vaes import find_vae
-from models.files import file_hash, name_some, read_latent_scale, writing
+from models.vaes import find_vae, read_latent_scale
+from models.weights import file_hash, writing
 from util import cluster
 from util.data import Images, latents
 from util.data.caching import Crops, digest

@@ -16,11 +16,10 @@ import torch
 from main_flowar import train
 from models import FlowAR, load_flowar
 from models.errors import FlowARError
-from models.files import file_hash
-from models.files.checkpoints import saved_options
 from models.variants import ablated
 from models.variants.rectified import RectifiedFlowAR
 from models.registry import recognise_size
+from models.weights import file_hash, saved_options
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
 from util.evaluation.setup import saved_sampling

@@ -15,12 +15,10 @@ import project_root  # noqa: F401  first: it names what is too old
 
 from scripts import model_card
 from models import FlowARError, load_flowar
-from models.files import file_hash, name_some, write_file
-from models.files.checkpoints import find_model, saved_options
-from models.files.exports import CONFIG
-from models.files.hub import BARE, EXPORTED, cause, is_remote
-from models.files.tensors import tensors_hash, write_safetensors, writing
+from models.errors import first_line, name_some
+from models.hub import EXPORTED, is_remote
 from models.vaes import DEFAULT_PATH
+from models.weights import BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file, write_safetensors, writing
 from util.cluster import log, run_main
 from util.evaluation.reports import RESULTS, read_report, reports_of
 from util.evaluation.setup import saved_sampling
@@ -99,7 +97,7 @@ def constructor(model, options):
 
 
 def describe(args, path, content, model, copied):
-    """config.json; of it a weights file holds models.files.exports.SAID."""
+    """config.json; of it a weights file holds models.weights.DESCRIPTION."""
     options, origin, data = saved_options(content), saved_origin(content), saved_data(content)
     vae, vae_path = public_vae(options, copied)
     sampling = saved_sampling(content, args.resume)
@@ -203,7 +201,7 @@ def push(folder, repo, files, private):
         HfApi().create_repo(repo, private=private or None, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="FlowAR weights")
     except Exception as error:  # of the network, of rights: the client's own kinds change with its versions
-        raise FlowARError(f"--push {repo}: the hub did not take it ({cause(error)}); the export in {folder} is whole: the same command with "
+        raise FlowARError(f"--push {repo}: the hub did not take it ({first_line(error)}); the export in {folder} is whole: the same command with "
                           "--overwrite tries again, once HF_TOKEN is set or after: hf auth login") from error
 
 

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from models import FlowARError
-from models.files import reading
+from models.errors import reading
 from util.files import check_output
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor

@@ -11,7 +11,7 @@ import project_root  # noqa: F401  first: it names what is too old
 import matplotlib.pyplot as plt
 
 from models import FlowARError
-from models.files import name_some, reading
+from models.errors import name_some, reading
 from util.cluster import run_main
 from util.files import check_output
 from util.options import some_path

@@ -15,8 +15,7 @@ import project_root  # noqa: F401  first: it names what is too old
 import torch
 
 from models import FlowARError
-from models.files import check_content, read_file
-from models.files.checkpoints import find_model
+from models.weights import check_content, find_model, read_file
 from util.cluster import log, run_main
 from util.files import check_output
 from util.options import between, fraction, positive, several, some_path

@@ -17,8 +17,9 @@ from torch import nn
 from scripts import plot_run
 from scripts.distance import distance, through_vae
 from models import FlowARError
-from models.files import read_file, reading, write_file
+from models.errors import reading
 from models.vaes import load_vae
+from models.weights import read_file, write_file
 from util.data import Images
 from util.cluster import log, run_main, select_device
 from util.evaluation.labels import image_label

@@ -15,7 +15,7 @@ import project_root  # noqa: F401  first: it names what is too old
 import numpy as np
 
 from models import FlowARError
-from models.files import tensors_hash, writing
+from models.weights import tensors_hash, writing
 from util import cluster
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, warn_of_few

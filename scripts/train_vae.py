@@ -23,10 +23,10 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import AutoencoderKL, FlowARError
-from models.files import first_line, load_state, name_some, read_file, write_file
-from models.files.vaes import DEEPEST, MOST_LEVELS, WIDEST
+from models.errors import first_line, name_some
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
+from models.weights import load_state, read_file, write_file
 from util.data import Images, build_loader, to_uint8
 from util.data.places import find_split
 from util.data.source import say_what_is_there
@@ -51,10 +51,10 @@ def parse_args():
     parser.add_argument("--no_val", action="store_true", help="no held-out images: no PSNR")
     parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side")
-    parser.add_argument("--embed_dim", type=between(int, 1, WIDEST), default=4, help="latent channels")
-    parser.add_argument("--ch", type=between(int, 1, WIDEST), default=32, help="base width, a multiple of 4")
+    parser.add_argument("--embed_dim", type=positive, default=4, help="latent channels")
+    parser.add_argument("--ch", type=positive, default=32, help="base width, a multiple of 4")
     parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
-    parser.add_argument("--num_res_blocks", type=between(int, 0, DEEPEST), default=1, help="residual blocks a level")
+    parser.add_argument("--num_res_blocks", type=between(int, 0, 32), default=1, help="residual blocks a level")
     parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
     parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
     parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps")
@@ -212,8 +212,6 @@ def main():
     precision = set_precision(args.precision, device)
     output = Path(args.output)
     check_output(output)
-    if len(args.ch_mult) > MOST_LEVELS or args.ch * max(args.ch_mult) > WIDEST:
-        raise FlowARError(f"--ch_mult {','.join(map(str, args.ch_mult))}: expected at most {MOST_LEVELS} levels, and --ch x ch_mult up to {WIDEST}")
     refuse_overwriting(output, args.resume)
     data, held_out = open_images(args)
     vae = build_vae(args)

@@ -11,8 +11,8 @@ import yaml
 from helpers import call, evaluate, make_project, train
 
 from models import FlowAR, FlowARError, load_flowar
-from models.files import hub, read_file
-from models.files.tensors import write_file
+from models import hub
+from models.weights import read_file, write_file
 from util.evaluation import load_pipeline
 from util.options import training_parser
 
@@ -112,7 +112,7 @@ def test_the_card_of_other_weights_has_no_figures_of_these(project):
 
 def test_a_card_without_a_run_says_what_is_not_known(project, tmp_path, monkeypatch):
     write_file(load_flowar(project / "run").state_dict(), tmp_path / "bare.pth")
-    monkeypatch.setattr("models.files.checkpoints.KL16", {"vae_embed_dim": 4, "vae_stride": 4})
+    monkeypatch.setattr("models.weights.KL16", {"vae_embed_dim": 4, "vae_stride": 4})
     call(monkeypatch, f"scripts/export.py --resume {tmp_path}/bare.pth --output {tmp_path}/out --license mit --title A|B")
     header, text = card_of(tmp_path / "out")
     assert header["license"] == "mit" and "# A\\|B" in text

@@ -7,7 +7,7 @@ import torch
 from helpers import call, evaluate, make_project, read_checkpoint, train
 
 from models import FlowARError, load_flowar
-from models.files import read_file, write_file
+from models.weights import read_file, write_file
 from util.evaluation import load_pipeline
 from util.training import checkpoint, optimization
 

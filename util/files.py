@@ -6,7 +6,8 @@ import reprlib
 from pathlib import Path
 
 from models import FlowARError
-from models.files import first_line, reading, writing
+from models.errors import first_line, reading
+from models.weights import writing
 
 
 def make_directory(path):
@@ -83,7 +84,7 @@ def holds_bytes(path):
 
 
 def write_bytes(content, path, sync=True):
-    """See models.files.writing."""
+    """See models.weights.writing."""
     with writing(path, sync) as file:
         file.write(content)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from models import MODELS, FlowARError
-from models.files.refusals import read_time_distribution
-from models.flow_matching import CFG_SCHEDULES, SOLVERS, STEP_SCHEDULES, TIME_GRIDS
+from models.flow_matching import CFG_SCHEDULES, SOLVERS, STEP_SCHEDULES, TIME_GRIDS, read_time_distribution
 from models.variants import ablated, diffusion
 from models.vaes import find_vae
 from util.cluster import PRECISIONS, TIMEOUT, log

@@ -1,7 +1,7 @@
 """Rectified head: a student that samples in one or two steps a scale, without guidance (METHOD: rectified head)."""
 import torch
 
-from models.files.refusals import check_labels, read_time_distribution
+from models.checks import check_labels
 from models.flowar import FlowAR
 
 
@@ -25,7 +25,7 @@ class RectifiedFlowAR(FlowAR):
         draws = super().draw(batch, generator)
         t, chosen = torch.rand(2, *draws.t.shape, self.reuse, generator=generator, device=draws.t.device)
         if self.training:
-            t = torch.stack([read_time_distribution(d)(u) for d, u in zip(self.t_dist, t)])
+            t = torch.stack([times(u) for times, u in zip(self.time_distributions, t)])
         return draws._replace(t=torch.where(chosen < self.at_noise, 1.0, t))  # (scales, batch, reuse)
 
     def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):

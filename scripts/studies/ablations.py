@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 from models import FlowARError, flow_matching as fm
-from models.files import name_some
+from models.errors import name_some
 from models.flowar import to_grid, to_tokens
 from models.vae import DiagonalGaussian
 from models.variants.ablated import CHOICES

@@ -270,7 +270,7 @@ def test_an_evaluation_of_before_it_was_bound_to_code_is_set_aside(tmp_path):
 
 
 def test_the_codes_hash_is_of_what_makes_images(tmp_path):
-    for name in ("models/a.py", "models/files/b.py", "util/c.py", "engine_flowar.py", "scripts/d.py", "util/e.txt"):
+    for name in ("models/a.py", "models/variants/b.py", "util/c.py", "engine_flowar.py", "scripts/d.py", "util/e.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1")
     found = reports.code_hash(tmp_path)
@@ -278,7 +278,7 @@ def test_the_codes_hash_is_of_what_makes_images(tmp_path):
         (tmp_path / name).write_text("x = 2")
     assert reports.code_hash(tmp_path) == found
     hashes = {found}
-    for name in ("models/a.py", "models/files/b.py", "util/c.py", "engine_flowar.py"):
+    for name in ("models/a.py", "models/variants/b.py", "util/c.py", "engine_flowar.py"):
         (tmp_path / name).write_text("x = 2")
         hashes.add(reports.code_hash(tmp_path))
     (tmp_path / "util/c.py").rename(tmp_path / "util/d.py")
@@ -389,7 +389,7 @@ def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_
         model, _, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
         assert torch.equal(model.class_emb.weight, trained[key]["class_emb.weight"])
         assert (description["weights"], description["weights_key"]) == (kind, key)
-        assert f"under '{key}'; not used: " in capsys.readouterr().out
+        assert f"weights under '{key}'" in capsys.readouterr().out
     report = evaluate(project, checkpoint, tmp_path / "out", "--weights raw")
     assert (report["weights"], report["weights_key"]) == ("raw", "model")
     with pytest.raises(FlowARError, match="the evaluation there has weights raw, now it is ema"):

@@ -8,7 +8,7 @@ import torch
 from helpers import evaluate, make_project, train
 
 from models import FlowARError
-from models.files import content_hash
+from models.weights import content_hash
 from util.evaluation.extractors import Joint
 from util.evaluation.labels import Classes, choose_labels, classes_of, image_label, warn_of_mix
 from util.evaluation.references import Reference

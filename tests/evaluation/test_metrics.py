@@ -20,7 +20,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 import seams
 from models import FlowARError
-from models.files import file_hash
+from models.weights import file_hash
 from util.evaluation import extractors, metrics, references, setup
 
 

@@ -6,7 +6,6 @@ import torch
 
 from models import FlowARError
 from models import flow_matching as fm
-from models.files.refusals import read_time_distribution
 
 
 def test_path_and_target():
@@ -63,10 +62,26 @@ def test_a_list_has_a_value_for_each_scale():
             call()
 
 
-@pytest.mark.parametrize("text", ["normal", "shift", "shift:0", "shift:x", "shift:2,3", "logit_normal:0", "logit_normal:0,-1", "logit_normal:nan,1", "uniform:1"])
-def test_what_is_no_distribution_of_times_is_refused(text):
-    with pytest.raises(FlowARError, match=f"t_dist is '{text}': expected uniform, logit_normal:MEAN,STD or shift:K"):
-        read_time_distribution(text)
+@pytest.mark.parametrize("text,message", [
+    *((text, "expected one of uniform, logit_normal:MEAN,STD, shift:K") for text in ("normal", "shift", "shift:x", "shift:2,3", "logit_normal:0", "uniform:1")),
+    ("shift:0", "K is 0, expected above 0"), ("shift:-2", "K is -2"), ("logit_normal:0,-1", "STD is -1, expected above 0"), ("logit_normal:nan,1", "its times")])
+def test_what_is_no_distribution_of_times_is_refused(text, message):
+    with pytest.raises(FlowARError, match=message):
+        fm.read_time_distribution(text)
+
+
+def test_a_distribution_checks_its_own_numbers_and_must_stay_within_0_and_1(monkeypatch):
+    """One place to add one; its last number may be negative or 0."""
+    monkeypatch.setitem(fm.TIME_DISTRIBUTIONS, "power", lambda u, exponent: u ** math.exp(-exponent))
+    monkeypatch.setitem(fm.TIME_DISTRIBUTIONS, "line", lambda u, start, slope: start + slope * u)
+    u = torch.rand(9)
+    assert torch.equal(fm.read_time_distribution("power:0")(u), u)
+    assert torch.equal(fm.read_time_distribution("power:-1")(u), u ** math.exp(1))
+    assert torch.equal(fm.read_time_distribution("line:1,-1")(u), 1 - u)
+    for text, message in (("line:0.5,1", r"'line:0.5,1': its times go from 0.5 to 1.49\d+, expected \[0, 1\]"), ("line:0,-1", "its times go"),
+                          ("power", "power:EXPONENT, line:START,SLOPE")):
+        with pytest.raises(FlowARError, match=message):
+            fm.read_time_distribution(text)
 
 
 def test_guidance_scales():

@@ -7,9 +7,8 @@ import torch
 from helpers import call, small_vae, write_digits
 
 from models import AutoencoderKL, FlowARError
-from models.files import read_latent_scale
 from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
-from models.vaes import load_vae, read_vae, save_vae
+from models.vaes import load_vae, read_latent_scale, read_vae, save_vae
 from scripts import train_vae
 
 
@@ -91,7 +90,7 @@ def test_kl16_file_missing_is_named_and_extra_is_counted(tmp_path):
     state = {**vae.state_dict(), "loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
     assert read_vae(tmp_path / "kl16.ckpt")[1] == [
-        f"{tmp_path}/kl16.ckpt: weights (not called an average) under 'model'; not used: model.loss.discriminator.weight, model.loss.logvar"]
+        f"{tmp_path}/kl16.ckpt: raw weights under 'model'; not used: loss.discriminator.weight, loss.logvar"]
     del state["decoder.conv_in.weight"]
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
     with pytest.raises(FlowARError, match="kl16.ckpt: 1 tensors do not fit the VAE: decoder.conv_in.weight is missing"):

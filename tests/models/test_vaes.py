@@ -103,7 +103,6 @@ def test_cache_training_sampling_and_decoding(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change,message", [
     (lambda state: state.pop("encoder.conv_in.weight"), "1 tensors do not fit the VAE: encoder.conv_in.weight is missing"),
     (lambda state: state.update({"encoder.extra.weight": torch.zeros(2)}), "1 tensors do not fit the VAE: encoder.extra.weight is not in the VAE"),
-    (lambda state: state.update({"quant_conv.bias": torch.zeros(3)}), "size mismatch for quant_conv.bias"),
     (lambda state: state.update({"loss.logvar": torch.zeros(1)}), None)])
 def test_tensors_that_are_missing_or_left_over(tmp_path, change, message):
     """diffusers draws what is missing at random, and goes on without what is left over."""
@@ -119,37 +118,13 @@ def test_tensors_that_are_missing_or_left_over(tmp_path, change, message):
         assert find_vae(f"diffusers:{tmp_path}", None).open()[1] == [f"--vae diffusers:{tmp_path}: not used: loss.logvar"]
 
 
-def test_one_file_and_a_folder_of_the_fp16_variant_alone(tmp_path):
-    """The same network as from its folder; a file by any name, its config.json beside it; halves as float32."""
-    small_kl(2).save_pretrained(tmp_path / "vae")
-    expected = find_vae(f"diffusers:{tmp_path}/vae", None).open()[0].state_dict()
-    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.rename(tmp_path / "vae" / "mine.safetensors")
-    vae, notes = find_vae(f"diffusers:{tmp_path}/vae/mine.safetensors", None).open()
-    assert notes == [] and all(torch.equal(value, expected[name]) for name, value in vae.state_dict().items())
-    state = {name: value.half() for name, value in load_file(tmp_path / "vae" / "mine.safetensors").items()}
-    save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
-    vae, notes = find_vae(f"diffusers:{tmp_path}/vae", None).open()
-    assert len(notes) == 1 and "only the fp16 variant" in notes[0] and {value.dtype for value in vae.state_dict().values()} == {torch.float32}
-    assert all(torch.equal(value, expected[name].half().float()) for name, value in vae.state_dict().items())
-    save_file({"small": torch.zeros(1)}, weights)
-    with pytest.raises(FlowARError, match="its configuration asks for .* weights, its file has room for at most"):
-        find_vae(f"diffusers:{weights}", None).open()
-    weights.write_bytes(b"damaged")  # not passed over for the fp16 variant
-    with pytest.raises(FlowARError, match="cannot be opened"):
-        find_vae(f"diffusers:{tmp_path}/vae", None).open()
-    (tmp_path / "vae" / "config.json").unlink()
-    with pytest.raises(FlowARError, match="mine.safetensors: cannot be opened .*config.json"):
-        find_vae(f"diffusers:{tmp_path}/vae/mine.safetensors", None).open()
-
-
 RAE = dict(encoder_hidden_size=64, encoder_patch_size=14, encoder_num_hidden_layers=1, decoder_hidden_size=32, decoder_num_hidden_layers=1,
            decoder_num_attention_heads=4, decoder_intermediate_size=64, patch_size=4, encoder_input_size=56)
 
 
 @pytest.mark.parametrize("encoder", ["dinov2", "mae"])
 def test_a_representation_autoencoder(tmp_path, encoder):
-    """Images of [-1, 1] become its [0, 1]; it normalises by position itself; one image size; no more memory than its file."""
+    """Images of [-1, 1] become its [0, 1]; it normalises by position itself; one image size."""
     pytest.importorskip("transformers")
     mean, std = torch.randn(64, 4, 4), torch.rand(64, 4, 4) + 0.5
     diffusers.AutoencoderRAE(encoder_type=encoder, latents_mean=mean, latents_std=std, **RAE).save_pretrained(tmp_path)
@@ -166,19 +141,6 @@ def test_a_representation_autoencoder(tmp_path, encoder):
     for wrong in (lambda: vae.encode(torch.zeros(1, 3, 32, 32)), lambda: vae.decode(torch.zeros(1, 64, 8, 8))):
         with pytest.raises(FlowARError, match="is of 16 x 16 pixels, not of 32 x 32: give --img_size 16"):
             wrong()
-    config = tmp_path / "config.json"
-    said = json.loads(config.read_text())
-    for name, value, message in (("encoder_input_size", 7000, "asks for .* weights"), ("encoder_num_hidden_layers", 5000, "numbers of at most 32")):
-        config.write_text(json.dumps({**said, name: value}))
-        with pytest.raises(FlowARError, match=message):
-            find_vae(f"diffusers:{tmp_path}", None).open()
-
-
-def test_a_representation_autoencoder_without_transformers_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderRAE"}))
-    monkeypatch.setattr(diffusers.utils, "is_transformers_available", lambda: False)
-    with pytest.raises(FlowARError, match="an AutoencoderRAE needs: pip install transformers"):
-        find_vae(f"diffusers:{tmp_path}", None).open()
 
 
 def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
@@ -189,8 +151,6 @@ def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
         train(tmp_path, tmp_path / "out", f"--vae diffusers:{tmp_path}/vae")
     with pytest.raises(FlowARError, match="--vae sdxl: expected one of kl16, diffusers"):
         find_vae("sdxl", None).open()
-    with pytest.raises(FlowARError, match="--vae diffusers:.*nowhere: cannot be opened"):
-        find_vae(f"diffusers:{tmp_path}/nowhere", None).open()
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"AutoencoderKL"', '"AutoencoderOobleck"'))
     with pytest.raises(FlowARError, match="its class is AutoencoderOobleck, expected one of AutoencoderKL"):

@@ -27,7 +27,7 @@ def test_what_fits_is_the_average_bit_for_bit(project, capsys):
     begin_with(project / "run", network, RECORD)
     assert all(torch.equal(value, old.state_dict()[name]) for name, value in network.state_dict().items())
     said = capsys.readouterr().out
-    assert "the average (EMA)" in said and "resized: none; left as drawn: none" in said
+    assert "EMA weights" in said and "resized: none; left as drawn: none" in said
 
 
 def test_classes_go_by_name_and_the_others_begin_as_the_null_class(tmp_path, capsys):

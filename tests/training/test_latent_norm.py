@@ -9,8 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import FlowARError, load_vae
-from models.files import read_file
-from models.files.tensors import write_file
+from models.weights import read_file, write_file
 from util.data.source import open_sources
 from util.evaluation import load_pipeline
 from util.options import training_parser

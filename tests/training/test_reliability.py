@@ -20,8 +20,8 @@ from helpers import (GEOMETRY, ROOT, assert_same_run, finish, inputs, make_proje
 from torch.utils.data import Dataset
 
 from models import FlowARError
-from models.files import content_hash
 from models.layers import GatedMLP
+from models.weights import content_hash
 from util.training import checkpoint, parallel
 from util.data import build_loader
 from util.training.health import first_difference, first_not_finite

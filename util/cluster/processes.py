@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from models import FlowARError
-from models.files import first_line
-from models.files.hub import is_remote, local_file
+from models.errors import first_line
+from models.hub import is_remote, local_file
 from util.cluster.devices import select_device
 from util.cluster.flight import record_collectives
 from util.cluster.watch import Watch
@@ -74,7 +74,7 @@ def first_on_host():
 
 
 def fetch(*names):
-    """Download files of the hub, see models.files.hub, once on every host."""
+    """Download files of the hub, see models.hub, once on every host."""
     if any(map(is_remote, names)):
         with first_on_host():
             for name in names:

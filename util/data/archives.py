@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models import FlowARError
-from models.files import name_some, reading
+from models.errors import name_some, reading
 from util.data.folders import (HIDDEN, IMAGE_SUFFIXES, NO_FILE, OUTSIDE, Packed, check_listed, is_left_behind, pack,
                                suffix_of, suffix_reason)
 

@@ -10,7 +10,7 @@ tells. A row in DATASETS makes training, validation and benchmarks know it.
 from typing import Callable, NamedTuple
 
 from models import FlowARError
-from models.files.refusals import as_sides
+from models.checks import as_sides
 from util.cluster import from_main, sharers
 from util.data import latents
 from util.data.images import Images

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models import FlowARError
-from models.files import name_some
+from models.errors import name_some
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".ppm",
                             ".pgm", ".pbm", ".pnm", ".pfm", ".tif", ".tiff", ".jp2", ".j2k", ".avif", ".heic", ".heif"))

@@ -19,9 +19,11 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from models import FlowARError
-from models.files import content_hash, file_hash, first_line, read_file, read_latent_scale, read_npz, reading
-from models.files.refusals import as_sides
+from models.checks import as_sides
+from models.errors import first_line, reading
 from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
+from models.vaes import read_latent_scale
+from models.weights import content_hash, file_hash, read_file
 from util.cluster import from_main
 from util.data.folders import list_classes
 from util.data.pixels import CONVERSIONS
@@ -358,7 +360,6 @@ class NpzMoments(Dataset):
         self.folder = from_main(lambda: list_classes(root, {".npz"}, "cached latents"))
         self.root, self.classes, self.shape, self.seed = Path(root), self.folder.classes, tuple(shape), seed
         self.flip = train and flip
-        self.limit = LARGER * math.prod(shape) * np.dtype(np.float64).itemsize
 
     @functools.cached_property
     def info(self):
@@ -400,7 +401,8 @@ class NpzMoments(Dataset):
         flip = self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         name = "moments_flip" if flip else "moments"
         try:
-            moments = read_npz(path, {name: self.limit})[name]
+            with np.load(path, allow_pickle=False) as file:
+                moments = file[name]
         except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
             raise FlowARError(f"{path}: cannot read {name} ({first_line(error)})") from error
         if moments.dtype.kind != "f":

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from models import FlowARError
-from models.files import first_line
+from models.errors import first_line
 from util.data.folders import open_file
 
 # Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from models import FlowARError
-from models.files import name_some, reading
+from models.errors import name_some, reading
 from util.cluster import from_main, log
 from util.data.archives import COMPRESSED, SUFFIXES, find_archive, has_folder, list_archive, names_below, read_file
 from util.data.folders import LABELS_FILE, list_classes, list_files, name_classes

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models import FlowARError
-from models.files import name_some
+from models.errors import name_some
 from models.variants.ablated import pack
 from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae

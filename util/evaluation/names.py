@@ -3,7 +3,7 @@ import difflib
 import re
 
 from models import FlowARError
-from models.files import name_some
+from models.errors import name_some
 
 IMAGENET, WNID = 1000, re.compile(r"n\d{8}")  # classes; a class folder's name there
 

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from models import FlowARError
-from models.files import first_line, read_npz, tensors_hash
+from models.errors import first_line
+from models.weights import tensors_hash
 from util.cluster import all_reduce_sum, from_main, gather_to_main, is_main, log, rank, world_size
 from util.data import center_crop
 from util.data.folders import Listing, list_files
@@ -171,15 +172,15 @@ def class_table(names, counts, path):
 
 
 def read_statistics(path, room, needed=(), suffix=""):
-    """The arrays of a statistics file, see models.files.read_npz; FlowARError without those that are needed. suffix: of
+    """The arrays of a statistics file, FlowARError without those that are needed. suffix: of
     the names in the file, see OWN, not of those that are returned.
     """
     names = {name + suffix * (name in OWN): name for name in room}
     if not Path(path).is_file():
         raise FlowARError(f"--fid_stats {path}: no such file")
     try:
-        found = read_npz(path, {name: room[own] for name, own in names.items()})
-        found = {names[name]: value for name, value in found.items()}
+        with np.load(path, allow_pickle=False) as file:
+            found = {own: file[name] for name, own in names.items() if name in file}
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
         raise FlowARError(f"--fid_stats {path}: not an .npz with mu and sigma ({first_line(error)})") from error
     for name in needed:

@@ -7,8 +7,7 @@ import torch
 from torchvision.utils import make_grid
 
 from models import flow_matching as fm
-from models.errors import FlowARError
-from models.files import name_some
+from models.errors import FlowARError, name_some
 from util.cluster import autocast
 from util.data import to_uint8
 from util.evaluation.labels import image_label

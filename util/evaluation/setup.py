@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 
 from models import FlowARError
-from models.files import file_hash, read_latent_scale, tensors_hash
-from models.files.checkpoints import find_model, recognise_geometry, saved_options
-from models.files.hub import RELEASE, beside, is_remote, release_of
+from models.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, recognise_size
 from models.vae import LatentScale
 from models.variants.ablated import describe, read_variant
-from models.vaes import DEFAULT_PATH, find_vae
+from models.vaes import DEFAULT_PATH, find_vae, read_latent_scale
+from models.weights import file_hash, find_model, recognise_geometry, saved_options, tensors_hash
 from util import manifest
 from util.cluster import AUTOCAST, agree, check_compiler, fetch, from_main, is_main, log, set_precision, set_way_on
 from util.data.pixels import WHITE

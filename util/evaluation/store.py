@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from models import FlowARError
-from models.files import reading, writing
+from models.errors import reading
+from models.weights import writing
 from util.cluster import log
 from util.evaluation.reports import RESULTS, STAGES, read_report
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json

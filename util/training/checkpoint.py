@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 
 from models import FlowARError
-from models.files import check_content, content_hash, read_file, write_file
-from models.files.checkpoints import find_model, recognise_geometry, saved_options
-from models.files.exports import read_weights
-from models.files.hub import BARE, EXPORTED, is_remote, local_file
-from models.files.states import unused
+from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
+from models.weights import (BARE, check_content, content_hash, find_model, read_file, read_weights, recognise_geometry,
+                            saved_options, write_file)
 from util.cluster import before_leaving, fetch, from_main, log
 from util.files import check_place, make_directory
 from util.training.progress import Progress
@@ -448,10 +446,8 @@ def resume(path, content, parts, record):
     raw, average = find_model(content, path, "raw first"), find_model(content, path)
     left_out = load_model(network, spread(raw.tensors, network.state_dict()), path)
     load_model(ema.module, spread(average.tensors, ema.module.state_dict()), path)
-    used = ("optimizer.", "posthoc.") if ema.powers else "optimizer."
-    others = left_out + [name for name in raw.others if name in average.others and not name.startswith(used)]
-    if others or "optimizer" not in content:
-        log(f"{path}: network: {raw.source()}; EMA: {average.source()}; {unused(others)}")
+    if left_out or "optimizer" not in content:
+        log(f"{path}: network: {raw.describe(left_out)}; EMA: {average.describe()}")
     if options.get("init_from") and options["init_from"] != before.get("init_from"):
         log(f"warning: {path}: these weights go on; --init_from {options['init_from']} is not read")
     if "optimizer" not in content:

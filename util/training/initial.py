@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from models import FlowARError
-from models.files import name_some, reading
-from models.files.checkpoints import find_model, scales_of
+from models.errors import name_some, reading
 from models.layers import spans
 from models.variants import ablated
+from models.weights import find_model, scales_of
 from util.cluster import log
 from util.training.checkpoint import read_model_file
 from util.training.provenance import LatentOrigin, check_origin, saved_data, saved_origin

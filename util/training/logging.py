@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import FlowARError
-from models.files import first_line
+from models.errors import first_line
 from util.cluster import is_main, log, memory_gib
 from util.files import make_directory, read_json, write_bytes, write_json
 

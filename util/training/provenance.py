@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from models import FlowARError
-from models.files import content_hash, read_latent_scale, tensors_hash
-from models.files.refusals import as_sides
+from models.checks import as_sides
+from models.vaes import read_latent_scale
+from models.weights import content_hash, tensors_hash
 from util.cluster import from_main, log
 
 

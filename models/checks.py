@@ -1,15 +1,10 @@
-"""What FlowAR and its VAE refuse, of files and callers: geometry that cannot work, labels outside of the classes, wrong
-shapes.
+"""What FlowAR and its VAE refuse, as it would give wrong numbers: geometry that does not work, labels outside of the
+classes, wrong shapes.
 """
-import math
-
 import torch
 
 from models import kernels
 from models.errors import FlowARError
-from models.flow_matching import TIME_DISTRIBUTIONS
-
-MOST_TOKENS = 32768  # of all scales together; 512 pixels have 1,365
 
 
 def check_geometry(img_size, vae_stride, patch_size, scale):
@@ -25,9 +20,6 @@ def check_geometry(img_size, vae_stride, patch_size, scale):
     if scale[-1] != side:
         raise FlowARError(f"scale ends with {scale[-1]}: expected {side}, the latent's size in tokens (img_size "
                           f"{img_size} / vae_stride {vae_stride} / patch_size {patch_size})")
-    tokens = sum(s * s for s in scale)
-    if tokens > MOST_TOKENS:
-        raise FlowARError(f"scale {text} makes {tokens} tokens: expected at most {MOST_TOKENS}, whose mask takes 4 GiB")
 
 
 def check_sizes(class_num, buffer_size, **halves):
@@ -115,17 +107,3 @@ def check_latent_scale(shape, latents):
 
 def as_sides(shape):
     return " x ".join(map(str, shape))
-
-
-def read_time_distribution(text):
-    """u -> t of "uniform", "logit_normal:mean,std" or "shift:k"; FlowARError for another text."""
-    name, _, numbers = str(text).partition(":")
-    try:
-        function, values = TIME_DISTRIBUTIONS[name], [float(number) for number in numbers.split(",") if numbers]
-        function(torch.zeros(1), *values)  # no draw: the weights are drawn next
-        if not all(map(math.isfinite, values)) or values and values[-1] <= 0:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise FlowARError(f"t_dist is {text!r}: expected uniform, logit_normal:MEAN,STD or shift:K, with STD and K "
-                          "above 0") from None
-    return lambda u: function(u, *values)

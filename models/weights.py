@@ -1,0 +1,304 @@
+"""Weights files: read without running code from them, written whole or not at all; what their tensors tell."""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from models.errors import FlowARError, first_line, name_some
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+LFS = b"version https://git-lfs"
+DESCRIBED = "flowar"  # in the header of our own safetensors files: what a checkpoint says beside its tensors
+CONFIG = "config.json"  # beside model.pth in a folder of scripts/export.py: the same
+BARE = "model.pth"
+DESCRIPTION = "args", "data", "vae", "weights_key"  # of that: what a checkpoint says too
+
+
+def read_file(path, mmap=False):
+    """Contents of a safetensors or torch file on the CPU. Nothing in it is run: of a torch file, only tensors, plain
+    values and argparse.Namespace are unpickled (the release's checkpoints carry their options as one).
+
+    With mmap=True the tensors of a torch file stay on disk until they are read, and processes of one host share them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FlowARError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
+    with open(path, "rb") as file:
+        head = file.read(len(LFS))
+    if head == LFS:
+        raise FlowARError(f"{path}: a Git LFS pointer, not the file itself: git lfs install; git lfs pull")
+    try:
+        if head[8:9] == b"{":
+            return read_safetensors(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # PyTorch before 1.6 wrote no zip file, and no other can be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise FlowARError(f"{path}: cannot be read: it is cut short (download it again), or no file of tensors "
+                          f"({first_line(error)})") from error
+
+
+def read_safetensors(path):
+    """{name: tensor}, or of a file of write_safetensors what it was given."""
+    with safe_open(path, framework="pt") as file:
+        description = json.loads((file.metadata() or {}).get(DESCRIBED, "{}"))
+    tensors = load_file(path)
+    return {**description, description.get("weights_key", "model"): tensors} if description else tensors
+
+
+def write_safetensors(tensors, description, path):
+    """A file that read_file gives back as {**description, description["weights_key"]: tensors}."""
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    with writing(path) as file:
+        mode = os.fstat(file.fileno()).st_mode  # the user's, where save_file's is 0600
+        save_file(tensors, file.name, {DESCRIBED: json.dumps(description)})
+        os.chmod(file.name, mode)
+
+
+def read_weights(path):
+    """read_file, memory-mapped; an exported model.pth comes with what the config.json beside it says."""
+    path = Path(path)
+    content, config = read_file(path, mmap=True), path.with_name(CONFIG)
+    description = json.loads(config.read_text()) if path.name == BARE and config.is_file() else {}
+    if "weights_key" not in description:  # another program's
+        return content
+    return {**{name: description.get(name) for name in DESCRIPTION}, description["weights_key"]: content}
+
+
+@contextlib.contextmanager
+def writing(path, sync=True):
+    """A binary file to write, under a temporary name until the block ends: a reader sees the old file or the new one.
+    FlowARError if it cannot be written; nothing half-written stays. sync=False, for a million small files, leaves the
+    moment of reaching the disk to the system.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
+        # torch.save says less than the system.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise FlowARError(f"{path}: cannot be written ({first_line(cause)})") from error
+
+
+def write_file(content, path):
+    """torch.save, see writing."""
+    with writing(path) as file:
+        torch.save(content, file)
+
+
+# ---- hashes ------------------------------------------------------------------------------------------------------
+
+
+def file_hash(path):
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_hash(state):
+    """SHA-256 over the tensors of a state dict, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def content_hash(value):
+    """SHA-256 over nested dicts, lists, tensors and plain values, hexadecimal."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            for part in value.items() if isinstance(value, dict) else value:
+                add(part)
+        else:
+            digest.update(f"{type(value).__name__}{value!r}".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def check_content(content, path):
+    """FlowARError unless what a file holds agrees with the checksum that it carries, if it carries one."""
+    checksum = content.get("checksum") if isinstance(content, dict) else None
+    if checksum and content_hash({name: content[name] for name in content if name != "checksum"}) != checksum:
+        raise FlowARError(f"{path}: its content is not what was written (checksum): damaged")
+
+
+# ---- the weights in a file's content -----------------------------------------------------------------------------
+
+KEYS = {"model_ema": "ema", "ema": "ema", "model": "raw", "state_dict": "raw"}  # of a file's state dicts; their kinds
+ORDER = {None: ("ema", "raw", "unnamed"), "raw first": ("raw", "unnamed", "ema"), "ema": ("ema",), "raw": ("raw",)}
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # what DDP and torch.compile put into names
+FLOWAR = "class_emb.weight", "z_proj.weight", "mask"  # names of any FlowAR
+VAE = "encoder.conv_in.weight", "decoder.conv_in.weight"  # names of any AutoencoderKL
+
+
+class Weights(NamedTuple):
+    """The weights of one network out of a file."""
+
+    tensors: dict  # {name: tensor}, names without the prefixes of wrappers
+    kind: str  # "ema", "raw", or "unnamed": a state dict by itself, or under a key that says nothing
+    key: str  # in the file, "" of a state dict by itself
+
+    def describe(self, left_out=()):
+        """Which weights these are, and what of them is not used."""
+        text = {"ema": "EMA weights", "raw": "raw weights", "unnamed": "weights, not said whether EMA or raw"}[self.kind]
+        text += f" under {self.key!r}" if self.key else ""
+        return text + (f"; not used: {name_some(left_out)}" if left_out else "")
+
+
+def find_weights(content, path, what, names, choice=None):
+    """The Weights of a network, called `what`, in a file's content; FlowARError where there are none.
+
+    Args:
+        names: of tensors that every network of the kind has.
+        choice: "ema" or "raw"; None is the average where there is one; "raw first" the other way round, for training
+            that goes on; anything else is a key of the file.
+    """
+    content = content if isinstance(content, dict) else {}
+    if choice in ORDER:
+        keys = {}  # of each kind that the file has
+        for key, kind in KEYS.items():
+            if isinstance(content.get(key), dict):
+                keys.setdefault(kind, key)
+        if any(isinstance(value, torch.Tensor) for value in content.values()):
+            keys["unnamed"] = ""
+        kind = next((kind for kind in ORDER[choice] if kind in keys), None)
+        key = keys.get(kind)
+    else:
+        kind, key = "unnamed", choice
+    state = content if key == "" else content.get(key)
+    if not isinstance(state, dict):
+        wanted = f"{what} weights" if choice is None else f"{choice} {what} weights"
+        raise FlowARError(f"{path}: no {wanted} in this file, which holds {name_some(map(str, content)) or 'nothing'}: "
+                          f"expected a state dict by itself, or under {', '.join(KEYS)} or the key of --weights KEY")
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    clean = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    if len(clean) < len(tensors):
+        raise FlowARError(f"{path}: names of tensors are there twice, with and without module. or _orig_mod.")
+    if missing := [name for name in names if name not in clean]:
+        raise FlowARError(f"{path}: no {what} weights {f'under {key!r}' if key else 'in this file'}: {missing[0]} is "
+                          "missing (--weights takes another key of the file)")
+    return Weights(clean, kind, key)
+
+
+def find_model(content, path, choice=None):
+    """The Weights of a FlowAR in a file's content; choice: see find_weights."""
+    return find_weights(content, path, "FlowAR", FLOWAR, choice)
+
+
+def check_fits(network, state, path, what="model"):
+    """Names in `state` that are not the network's and mean nothing to it: of a loss, a discriminator, counters.
+
+    FlowARError with the first names that are missing, of other shapes or kinds of numbers, or that the network lacks in
+    one of its own modules: without them it would compute something else.
+    """
+    own, left_out = network.state_dict(), []
+    modules = {name.partition(".")[0] for name in own}
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    for name, value in state.items():
+        if name in own:
+            if value.shape != own[name].shape:
+                wrong.append(f"{name} is {tuple(value.shape)}, the {what}'s is {tuple(own[name].shape)}")
+            elif value.is_floating_point() != own[name].is_floating_point():
+                wrong.append(f"{name} is {value.dtype}, the {what}'s is {own[name].dtype}")
+        elif name.partition(".")[0] in modules or "." not in name and value.numel() > 1:
+            wrong.append(f"{name} is not in the {what}")
+        else:
+            left_out.append(name)
+    if wrong:
+        raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the {what}: {name_some(wrong, 3)}")
+    return left_out
+
+
+def load_state(network, state, path, what="model"):
+    """Load a state dict; returns the names that it leaves out, see check_fits."""
+    left_out = check_fits(network, state, path, what)
+    network.load_state_dict({name: state[name] for name in network.state_dict()})
+    return left_out
+
+
+# ---- what a FlowAR's file tells ----------------------------------------------------------------------------------
+
+KL16 = {"vae_embed_dim": 16, "vae_stride": 16}
+
+
+def recognise_geometry(state, path, vae_embed_dim):
+    """{class_num, scales, patch_size} that a state dict's tensors tell, given the VAE's latent channels."""
+    channels, class_num = state["z_proj.weight"].shape[1], len(state["class_emb.weight"]) - 1
+    patch_size = math.isqrt(channels // vae_embed_dim)
+    if patch_size ** 2 * vae_embed_dim != channels:
+        raise FlowARError(f"{path}: tokens have {channels} channels, which {vae_embed_dim} latent channels of the VAE "
+                          "do not make with any patch size: the VAE is another one than the model was trained with")
+    return {"class_num": class_num, "scales": scales_of(state["mask"]), "patch_size": patch_size}
+
+
+def recognise_body(state):
+    """({argument of FlowAR: value} of the transformer, the same of the flow head) that a state dict's tensors tell."""
+    width, cond = state["class_emb.weight"].shape[1], state["flownet.cond_embed.weight"]
+    body = dict(
+        encoder_embed_dim=width, encoder_depth=depth(state, "encoder_blocks."),
+        encoder_num_heads=width // (4 * len(state["encoder_blocks.0.attn.rope.freqs"])),
+        decoder_embed_dim=cond.shape[1], decoder_depth=depth(state, "decoder_blocks."),
+        decoder_num_heads=cond.shape[1] // (4 * len(state["decoder_blocks.0.attn.rope.freqs"])),
+        cross="flownet.res_blocks.0.crossattn.q.weight" in state)
+    return body, dict(diffloss_d=depth(state, "flownet.res_blocks."), diffloss_w=cond.shape[0])
+
+
+def depth(state, prefix):
+    """Number of blocks whose names begin with `prefix`."""
+    return len({name[len(prefix):].partition(".")[0] for name in state if name.startswith(prefix)})
+
+
+def scales_of(mask):
+    """Scales of a mask in which the tokens of a scale, and they alone, see the same: runs of s^2 equal rows."""
+    sees = mask[0, 0] == 0
+    ends = (sees[1:] != sees[:-1]).any(dim=1).nonzero().flatten().add(1).tolist()
+    sizes = [end - start for start, end in zip([0, *ends], [*ends, len(sees)])]
+    scales = tuple(map(math.isqrt, sizes))
+    if [s * s for s in scales] != sizes:
+        raise FlowARError(f"the attention mask has runs of {sizes} equal rows: expected s x s for every scale")
+    return scales
+
+
+def saved_options(content):
+    """{name: value} of the options a checkpoint was written with; the release's are a Namespace, weights have none."""
+    args = content.get("args") if isinstance(content, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, dict) else {}
+
+
+def saved_vae(content):
+    """{vae_embed_dim, vae_stride} of those options, KL-16's where there are none."""
+    options = saved_options(content)
+    return {name: options.get(name) or value for name, value in KL16.items()}
