@@ -223,16 +223,16 @@ def check_fits(network, state, path, what="model"):
     FlowARError with the first names that are missing, of other shapes or kinds of numbers, or that the network lacks in
     one of its own modules: without them it would compute something else.
     """
-    own, left_out = network.state_dict(), []
-    modules = {name.partition(".")[0] for name in own}
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    for name, value in state.items():
-        if name in own:
-            if value.shape != own[name].shape:
-                wrong.append(f"{name} is {tuple(value.shape)}, the {what}'s is {tuple(own[name].shape)}")
-            elif value.is_floating_point() != own[name].is_floating_point():
-                wrong.append(f"{name} is {value.dtype}, the {what}'s is {own[name].dtype}")
-        elif name.partition(".")[0] in modules or "." not in name and value.numel() > 1:
+    own = network.state_dict()
+    both = [name for name in own if name in state]
+    wrong = [f"{name} is {tuple(state[name].shape)}, the {what}'s is {tuple(own[name].shape)}" for name in both
+             if state[name].shape != own[name].shape]
+    wrong += [f"{name} is {state[name].dtype}, the {what}'s is {own[name].dtype}" for name in both
+              if state[name].is_floating_point() != own[name].is_floating_point()]
+    wrong += [f"{name} is missing" for name in own if name not in state]
+    modules, left_out = {name.partition(".")[0] for name in own}, []
+    for name in (name for name in state if name not in own):
+        if name.partition(".")[0] in modules or "." not in name and state[name].numel() > 1:
             wrong.append(f"{name} is not in the {what}")
         else:
             left_out.append(name)

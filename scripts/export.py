@@ -49,7 +49,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--resume", type=some_path, required=True, help="run: a folder with checkpoint-last.pth, a checkpoint, or a name (hf:, released:)")
-    add("--weights", choices=("ema", "raw"), help="which weights; default: the average (EMA) where there is one")
+    add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
     add("--output", type=some_path, required=True, help="folder to write")
     add("--format", choices=FILES, default="safetensors", help="safetensors: model.safetensors; pth: model.pth, a bare state dict as released")
     add("--overwrite", action="store_true", help="write into a folder that is not empty; other files stay there")

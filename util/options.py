@@ -180,8 +180,7 @@ def add_model_options(parser):
         help="size; default: recognised from the checkpoint in eval.py, flowar_small in training")
     add("--img_size", type=pixels, help="pixels a side; default 256, the cache's in training, or the checkpoint's "
         "latent size x VAE stride in eval.py")
-    add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER], or "
-        "diffusers:FILE.safetensors with its config.json beside it")
+    add("--vae", default="kl16", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     add("--vae_path", type=some_path,
         help="VAE: kl16.ckpt or a file of scripts/train_vae.py, by path, hf:OWNER/REPO/FILE or released:kl16; default: "
              "pretrained_models/vae/kl16.ckpt; when sampling the run's own, else that, else released:kl16")
@@ -268,7 +267,7 @@ def add_checkpoint_options(parser):
     add = parser.add_argument_group("run").add_argument
     add("--resume", default="", help="checkpoint: a directory with checkpoint-last.pth (in training --output_dir "
         "itself, which may still be empty), a .pth or a .safetensors")
-    add("--weights", choices=("ema", "raw"),
+    add("--weights", metavar="ema|raw|KEY",
         help="which weights of --resume are evaluated or sampled; default: the average (EMA) where the file has one")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     add("--precision", choices=PRECISIONS,
