@@ -1,6 +1,5 @@
 """The loops: train_one_epoch, validate, and evaluate (sample, measure, report)."""
 import contextlib
-import functools
 import math
 import time
 from pathlib import Path
@@ -11,16 +10,16 @@ from tqdm import tqdm
 
 from models import FlowARError
 from util import manifest
-from util.cluster import (HostCopy, Preempted, StopSignals, all_reduce_sum, autocast, barrier, collect_garbage,
-                          from_main, gather_to_main, is_main, log, rank, world_size)
+from util.cluster import (Preempted, StopSignals, all_reduce_sum, autocast, barrier, from_main, gather_to_main,
+                          is_main, log, rank, world_size)
 from util.data.source import Source
 from util.evaluation import reports
 from util.evaluation.batches import Aside, decode_and_measure
 from util.evaluation.reports import RESULTS, Stopwatch
 from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, release, write_npz
 from util.files import write_json
-from util.training import health
 from util.training.checkpoint import CheckpointWriter, content_of
+from util.training.health import report_bad_step, report_spike
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, adjust_learning_rate
 from util.training.parallel import snapshot, whole
@@ -69,61 +68,65 @@ class Run(NamedTuple):
         return self.images // self.recipe.global_batch
 
 
-class PendingStep(NamedTuple):
-    """An optimizer step of which the host has not yet read what came of it."""
-    number: int  # since the start of training
-    index: int  # in its epoch
-    batches: list  # of (latents, labels, draws), one a forward pass
-    scale: torch.Tensor  # that the loss was multiplied with
-    result: HostCopy  # see step_result
-
-
 def train_one_epoch(run):
-    """Optimizer steps from where run.progress is to the end of its epoch.
-
-    The host reads what came of a step one step later, or when it writes a log entry or a checkpoint: in between neither
-    it nor the device waits for the other. Raises FlowARError or Preempted to end the training.
+    """Optimizer steps from where run.progress is to the end of its epoch. Raises FlowARError or Preempted to end the
+    training, FloatingPointError where its weights are not finite.
     """
     recipe, progress, network = run.recipe, run.progress, run.network
     run.model.train()
     run.source.loader.sampler.set_epoch(progress.epoch, start=progress.done * recipe.global_batch)
-    batches, epoch, before = iter(run.source.loader), progress.epoch, None
+    batches, epoch = iter(run.source.loader), progress.epoch
     run.logger.start_epoch(epoch, recipe.epochs, run.steps * recipe.global_batch, progress.done * recipe.global_batch)
     for index in range(progress.done, run.steps):
+        # The step's rate, images and draws; the mean gradient of its forward passes.
         lr = adjust_learning_rate(run.optimizer, epoch + index / run.steps, **recipe.schedule)
         draws = draw(network, recipe.global_batch, derive_seed(recipe.seed, TRAINING, progress.step), run.source.device)
         parts = [prepare_batch(run, next(batches), draws, part) for part in range(recipe.accum_iter)]
-
-        losses = forward_and_backward(run, parts, progress.step)
-        scale = run.scaler.scale(torch.ones((), device=losses.device))
+        losses = forward_and_backward(run, parts)
         run.scaler.unscale_(run.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.grad_clip or math.inf))
-        asked = look_at(run, before)  # a bad step is made again to find its cause: that takes the weights it had
-        result = step_result(run, norm, losses)
 
-        skip = (~result[:2].isfinite().all()).float()  # told to both kernels on the device: no wait
-        run.optimizer.found_inf = skip
-        run.optimizer.step()
+        # What came of it, the same on all ranks. Here alone the host waits for the device, once a step: what is launched
+        # late are some 30 kernels of AdamW and EMA, beside 3,500 of FlowAR-S's forward and backward pass.
+        result = read_result(run, norm, losses)
+
+        # Update or skip, whatever the optimizer is.
+        spike, usual = False, progress.usual
+        if result.finite:
+            run.optimizer.step()
+            run.ema.update(network, progress.step + 1)
+            spike = progress.add([result.norm, *result.losses])
+        else:
+            progress.add_bad()
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        run.ema.update(network, skip, progress.step + 1)
-        before = PendingStep(progress.step, index, parts, scale, HostCopy(result))
         progress.advance(run.steps)
         run.logger.advance(recipe.global_batch)
+        if spike or not result.finite:
+            first = index * recipe.global_batch
+            images = run.source.loader.sampler.indices(first, first + recipe.global_batch)  # this rank's
+            if spike:
+                report_spike(run.logger, progress.step, (result.losses[0], usual, result.own_loss), images)
+            else:
+                numbers = result.norm, result.losses[0], result.own_loss, progress.bad_in_a_row
+                report_bad_step(run.logger, progress.step, numbers, [latents for latents, _, _ in parts], images)
+        if progress.bad_in_a_row >= recipe.max_bad_steps:
+            raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {progress.step} "
+                              "(--max_bad_steps): lower --lr or --blr, or use --precision fp32")
 
-        log_due = (index + 1) % recipe.log_freq == 0 or progress.done == 0
-        save_due = asked.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
-        if log_due or save_due or asked.stop:
-            asked, before = look_at(run, before, asked), None
-            collect_garbage()  # on all ranks at the same step
-        if log_due:
+        # Log, save, leave.
+        if (index + 1) % recipe.log_freq == 0 or progress.done == 0:
             log_period(run, epoch + (index + 1) / run.steps, lr)
         if run.writer is not None:
-            run.writer.check()  # of the one before
-        if asked.stop or save_due and not progress.bad_in_a_row:  # bad steps do not push good checkpoints out
+            run.writer.check()  # of the checkpoint before
+        save = result.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
+        if result.stop or save and result.finite:  # bad steps do not push good checkpoints out
             save_checkpoint(run)
-        if asked.stop:
-            stop_saved(run)
+        if result.stop:
+            if run.writer is not None:
+                run.writer.wait()
+            barrier()
+            raise Preempted(f"asked to leave: saved after step {progress.step}", True, run.signals.status)
     run.logger.end_epoch()
 
 
@@ -135,9 +138,9 @@ def prepare_batch(run, batch, draws, part):
     return run.source.latents(inputs, mine.posterior), labels, mine.draws
 
 
-def forward_and_backward(run, parts, number):
+def forward_and_backward(run, parts):
     """Gradients of the mean loss over the forward passes; returns (1 + scales,), the loss and that of every scale."""
-    seed_dropout(run.recipe.seed, number)
+    seed_dropout(run.recipe.seed, run.progress.step)
     losses = []
     for part, (latents, labels, draws) in enumerate(parts):
         last = part + 1 == len(parts)
@@ -149,47 +152,23 @@ def forward_and_backward(run, parts, number):
     return torch.stack(losses).mean(dim=0)
 
 
-def step_result(run, norm, losses):
-    """What the host will read of a step: [gradient norm, loss, losses of scales, stop, save, this rank's loss].
-
-    All but the norm, which DDP made equal everywhere, and the last are means over the ranks, by one small collective a
-    step: so all ranks agree on whether it was finite and whether to stop or save, without waiting for each other.
-    """
-    wishes = run.signals.asked, run.writer is not None and run.writer.is_due()
-    shared = torch.cat((losses, *(losses.new_full((1,), float(wish)) for wish in wishes)))
-    return torch.cat((norm.detach()[None], all_reduce_sum(shared) / world_size(), losses[:1]))
-
-
-class Asked(NamedTuple):
-    """What some rank asked for: all ranks have the same."""
-    stop: bool = False
-    save: bool = False
+class StepResult(NamedTuple):
+    """What came of a step's forward and backward passes."""
+    norm: float  # of the gradients, before they were clipped
+    losses: list  # of the global batch, then of every scale
+    own_loss: float  # of this rank's images
+    finite: bool  # loss and gradient norm, on every rank
+    stop: bool  # whether some rank was asked to leave
+    save: bool  # whether a checkpoint is due by the clock
 
 
-def look_at(run, step, asked=Asked()):
-    """Read what came of a step, if there is one, at the same time on all ranks; returns what was asked for by now.
-
-    A spike, or what was not finite, is named. FlowARError after max_bad_steps bad steps in a row.
-    """
-    if step is None:
-        return asked
-    norm, loss, *scales, stop, save, own_loss = step.result.tolist()
-    progress, number, passes = run.progress, step.number + 1, passes_of(run, step)
-    if math.isfinite(norm) and math.isfinite(loss):
-        progress.bad_in_a_row, usual = 0, progress.usual
-        if progress.add([norm, loss, *scales]):
-            health.report_spike(run.logger, number, (loss, usual, own_loss), images_of(run, step))
-            health.check_device(run.logger, number, run.network, passes)
-    else:
-        progress.bad_steps += 1
-        in_a_row = progress.bad_in_a_row = progress.bad_in_a_row + 1
-        first = health.first_not_finite(run.network, passes, [batch[0] for batch in step.batches])
-        health.report_bad_step(run.logger, number, (norm, loss, in_a_row), first, images_of(run, step))
-        health.check_device(run.logger, number, run.network, passes)
-        if in_a_row >= run.recipe.max_bad_steps:
-            raise FlowARError(f"{in_a_row} steps in a row were not finite, up to step {number} (--max_bad_steps "
-                              f"{in_a_row}): lower --lr or --blr, or use --precision fp32; what was saved is whole")
-    return Asked(asked.stop or stop > 0, asked.save or save > 0)
+def read_result(run, norm, losses):
+    """The StepResult, by one small collective; but for own_loss it is the same on all ranks, who decide alike."""
+    wishes = losses.new_tensor([run.signals.asked, run.writer is not None and run.writer.is_due()])
+    shared = all_reduce_sum(torch.cat((losses, wishes, norm.detach()[None]))) / world_size()
+    norm, own_loss, *losses, stop, save, mean_norm = torch.cat((norm[None], losses[:1], shared)).tolist()
+    finite = math.isfinite(losses[0]) and math.isfinite(mean_norm)
+    return StepResult(norm, losses, own_loss, finite, stop > 0, save > 0)
 
 
 def log_period(run, epoch, lr):
@@ -203,39 +182,20 @@ def log_period(run, epoch, lr):
     run.logger.training(run.progress, epoch, left / rate, rate, values)
 
 
-def passes_of(run, step):
-    """Functions that compute the (scaled) losses of a step's passes again, in order, with the weights of now."""
-    def loss_of(part, latents, labels, draws):
-        if part == 0:
-            seed_dropout(run.recipe.seed, step.number)
-        with autocast(latents.device, run.recipe.precision):
-            loss = run.network(latents, labels, **draws._asdict())
-        return loss / len(step.batches) * step.scale
-
-    return [functools.partial(loss_of, part, *batch) for part, batch in enumerate(step.batches)]
-
-
-def images_of(run, step):
-    """Indices in the training set of this rank's images of a step."""
-    first = step.index * run.recipe.global_batch
-    return run.source.loader.sampler.indices(first, first + run.recipe.global_batch)
-
-
 def save_checkpoint(run):
-    """Begin to write a checkpoint of the last step, unless there is one."""
-    if from_main(lambda: run.writer.wants(run.progress.step)):
-        content = snapshot(content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record))
-        if run.writer is not None:
-            run.logger.flush()
-            run.writer.save(content, run.progress.step)
-
-
-def stop_saved(run):
-    """Wait for the checkpoint and end with Preempted."""
+    """Begin to write a checkpoint of the last step, unless there is one; FloatingPointError where weights are not
+    finite: the last checkpoint before stays.
+    """
+    if not from_main(lambda: run.writer.wants(run.progress.step)):
+        return
+    largest = torch.nn.utils.get_total_norm([p.detach() for p in run.network.parameters()], math.inf)
+    if not whole(largest).isfinite():
+        raise FloatingPointError(f"weights are not finite after step {run.progress.step}: the optimizer made them so; "
+                                 "no checkpoint of them is written, the last one before is whole")
+    content = snapshot(content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record))
     if run.writer is not None:
-        run.writer.wait()
-    barrier()
-    raise Preempted(f"asked to leave: saved after step {run.progress.step}", True, run.signals.status)
+        run.logger.flush()
+        run.writer.save(content, run.progress.step)
 
 
 @torch.no_grad()

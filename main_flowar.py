@@ -5,8 +5,9 @@
         --model flowar_small --diffloss_d 2 --diffloss_w 1024 --epochs 400 --warmup_epochs 100 --batch_size 64 \\
         --blr 5e-5 --output_dir output --resume output --data_path imagenet --cached_path imagenet_feature
 
-Run the same command again to go on. Everything that can be asked for is in util/options.py.
+Run the same command again to resume. All options are in util/options.py.
 """
+import gc
 from pathlib import Path
 
 import util.versions  # noqa: F401  first: it names what is too old
@@ -27,28 +28,29 @@ from util.options import (check_geometry, check_training, model_options, resolve
 from util.training import checkpoint
 from util.training.initial import begin_with
 from util.training.logging import TrainingLog
-from util.training.optimization import EMA, EMA_HOLDS, build_optimizer, ema_advice
+from util.training.optimization import EMA, build_optimizer
 from util.training.parallel import distribute, gathered
+from util.training.record import make_record
 
 
 def train(args, device, build=lambda args, record: build_model(args.model, **model_options(args))):
     """build(options, what checkpoints will say of the data) -> the network."""
-    # ---- 1. what is asked for, and where to go on
+    # ---- 1. options, and what to resume
     args = single_point(args)
     check_training(args)
     args = with_options(args, precision=cluster.set_precision(args.precision, dry_run.device_of(args, device)))
-    held = is_main() and checkpoint.hold(args.output_dir, args.resume, args.dry_run)  # noqa: F841: until this run ends
-    path, content = checkpoint.find_start(args.resume, args.output_dir)
-    args = resolve_training(args, world_size(), checkpoint.global_batch_of(content))
+    lock = is_main() and checkpoint.claim_folder(args.output_dir, args.resume, args.dry_run)
+    start = checkpoint.find_start(args.resume, args.output_dir)
+    args = resolve_training(args, world_size(), start and start.global_batch)
 
     # ---- 2. data
-    args, source, validation, vae, origin = open_sources(args, device, checkpoint.class_num_of(content, path))
-    seen = source.is_moments, validation is not None, vae is not None
-    cluster.agree("whether there are cached latents, a validation set and a VAE", seen)
-    record = checkpoint.record(vars(args), from_main(source.identity), origin)
-    if path:
-        checkpoint.check_trained_on(content, path, record)
-        check_geometry(args, checkpoint.geometry_of(content, path, args.vae_embed_dim), path)
+    args, source, validation, vae, origin = open_sources(args, device, start and start.class_num)
+    there = source.is_moments, validation is not None, vae is not None
+    cluster.agree("whether there are cached latents, a validation set and a VAE", there)
+    record = make_record(vars(args), from_main(source.identity), origin)
+    if start:
+        start.check_trained_on(record)
+        check_geometry(args, start.geometry(args.vae_embed_dim), start.path)
     check_classes(record["data"]["classes"], args.class_num)
     plan = plan_reports(args, record["data"])
     measure = build_measure(args, args.img_size, plan.labels, device).open(args.dry_run) if args.online_eval else None
@@ -56,7 +58,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
     network, device = dry_run.place(lambda: build(args, record), device, args.dry_run, args.fsdp)
-    if args.init_from and path is None:
+    if args.init_from and start is None:
         begin_with(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
     if args.compile and not args.dry_run:
@@ -66,12 +68,11 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     model = distribute(network, ema, device, args.fsdp, static_graph=args.accum_iter == 1)
     optimizer = build_optimizer(network, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    progress = checkpoint.resume(path, content, (network, ema, optimizer, scaler), record)
-    del content
+    progress = checkpoint.resume(start, (network, ema, optimizer, scaler), record)
+    del start  # the file is mapped no longer
     if args.dry_run:
         return dry_run.report(args, source, network, optimizer, progress)
-    cluster.agree("where to go on", (progress.epoch, progress.step))
-    log(prepare.describe_attention(network, cluster.AUTOCAST.get(args.precision)))
+    cluster.agree("the step to resume at", (progress.epoch, progress.step))
 
     # ---- 4. what the loop needs
     schedule = dict(lr=args.lr, min_lr=args.min_lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
@@ -88,12 +89,13 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         f"{args.lr:.2e}")
 
     # ---- 5. epochs, and reports between them
-    cluster.set_way_on(*checkpoint.way_on(args.output_dir, args.resume))
-    with cluster.stop_signals() as signals, cluster.collect_by_hand():
+    same = args.resume and Path(args.resume).resolve() == Path(args.output_dir).resolve()
+    again = f"the same command{'' if same else f' with --resume {args.output_dir}'} goes on"
+    cluster.set_way_on(again, "from the last checkpoint")
+    gc.collect()
+    gc.freeze()  # what is there already: collections then take microseconds, and no rank holds up the others
+    with cluster.stop_signals() as signals:
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
-        drawn = not (path or args.init_from or "teacher" in args)  # weights begin at random
-        if drawn and (advice := ema_advice(args.ema_rate, args.epochs * run.steps, args.ema_warmup)):
-            log(f"warning: {advice}")
         unreported = progress.done == 0 and from_main(lambda: progress.step not in logger.reported)
         if unreported and is_report_epoch(args, progress.epoch):
             report_or_stop(run, args, validation, plan, measure)  # the run before did not end this one
@@ -107,8 +109,10 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
                 report_or_stop(run, args, validation, plan, measure)
         if writer is not None:
             writer.wait()
+    gc.unfreeze()
     cluster.barrier()
     logger.close()
+    del lock  # until here no other run may write to the folder
 
 
 def is_report_epoch(args, finished):
@@ -118,9 +122,9 @@ def is_report_epoch(args, finished):
 
 def report_or_stop(run, args, validation, plan, measure):
     """report(); a signal ends it at once, since the step before it is or is being saved. It is then made again."""
-    said = f"asked to leave: saved after step {run.progress.step}, the report after it will be made again"
+    message = f"asked to leave: saved after step {run.progress.step}, the report after it will be made again"
     try:
-        with run.signals.at_once(said), gathered(run.network, run.ema.module):
+        with run.signals.at_once(message), gathered(run.network, run.ema.module):
             report(run, args, validation, plan, measure)
     except cluster.Preempted:
         if run.writer is not None:
@@ -140,15 +144,17 @@ def report(run, args, validation, plan, measure):
         sampler = build_sampler(with_options(args, resume=""), run.ema.module, run.source.vae, args.precision,
                                 plan.labels.allowed)
         if is_main():
-            drawn = {"ema": sampler, "raw": sampler._replace(model=run.network.eval(), weights="the model")}
-            for name in drawn if run.ema.held(step) > EMA_HOLDS else ("ema",):  # it may hide what the model has learned
-                run.logger.image(f"samples/{name}", grid := drawn[name].grid(), step)
+            samplers = {"ema": sampler}
+            if run.ema.share_of_start(step) > 0.01:  # the average is partly the random start, and its pictures noise
+                samplers["raw"] = sampler._replace(model=run.network.eval(), weights="the model")
+            for name, sampled in samplers.items():
+                run.logger.image(f"samples/{name}", grid := sampled.grid(), step)
                 write_png(grid.movedim(0, 2).numpy(), out / f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png")
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}
-            found = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
-            if found is not None:
-                run.logger.scalars("eval", step, epoch, values := {name: found[name] for name in found["metrics"]})
+            results = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
+            if results is not None:
+                run.logger.scalars("eval", step, epoch, values := {name: results[name] for name in results["metrics"]})
                 log(f"epoch {epoch}: {values}")
     run.logger.report_done(step, epoch)
     cluster.barrier()

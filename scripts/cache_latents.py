@@ -36,7 +36,7 @@ from util.data.pixels import CONVERSIONS
 from util.data.places import find_split
 from util.data.source import open_if_there
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
-from util.training.provenance import origin_of, shorten
+from util.training.record import origin_of, shorten
 from util.options import between, color, pixels, positive, seed, some_path, utf8, workers
 
 MOST_CROPS = 1000

@@ -79,13 +79,12 @@ def student_options(args, teacher, content, path, solution):
 def check_same(args):
     """FlowARError if --output_dir holds the student of another teacher or of other settings of it."""
     make_directory(Path(args.output_dir))
-    if not from_main(lambda: checkpoint.all_in(args.output_dir)):
+    if not from_main(lambda: checkpoint.list_checkpoints(args.output_dir)):
         return
-    path, content = checkpoint.find_start(args.resume, args.output_dir)
-    before = saved_options(content)
+    start = checkpoint.find_start(args.resume, args.output_dir)
     for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
-        if before.get(name) != getattr(args, name):
-            raise FlowARError(f"{path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
+        if start.options.get(name) != getattr(args, name):
+            raise FlowARError(f"{start.path}: its {name} is {start.options.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
 
 
 def main():
@@ -100,7 +99,7 @@ def main():
     log(f"teacher: {path}, {', '.join(f'{name} {value}' for name, value in solution.items())}")
 
     def build(args, record):
-        checkpoint.check_trained_on(content, path, record)
+        checkpoint.Checkpoint(path, content).check_trained_on(record)
         student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
         student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))

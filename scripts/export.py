@@ -26,7 +26,7 @@ from util.files import make_directory, write_bytes, write_json
 from util.manifest import RUN, read_run
 from util.options import SAMPLING, some_path, training_parser
 from util.training.checkpoint import read_model_file
-from util.training.provenance import saved_data, saved_origin
+from util.training.record import saved_data, saved_origin
 
 CARD = "README.md"
 FILES = {"safetensors": EXPORTED, "pth": BARE}

@@ -26,7 +26,7 @@ from util.data.places import find_split
 from util.data.latents import ShardedMoments, kind_of_cache, read_texts
 from util.data.source import open_if_there
 from util.options import default_scales, integer_list, positive, some_path
-from util.training.provenance import check_origin, origin_of, shorten
+from util.training.record import check_origin, origin_of, shorten
 
 
 def parse_args():

@@ -15,11 +15,11 @@ import project_root  # noqa: F401  first: it names what is too old
 import torch
 
 from models import FlowARError
-from models.weights import check_content, find_model, read_file
+from models.weights import check_content, find_model, read_file, write_file
 from util.cluster import log, run_main
 from util.files import check_output
 from util.options import between, fraction, positive, several, some_path
-from util.training.checkpoint import numbered, progress_of, read_model_file, shapes_of, step_of, write_whole
+from util.training.checkpoint import numbered, read_model_file, shapes_of, step_of
 from util.training.optimization import POWER_WIDTHS, rebuild_power
 
 LARGEST_ERROR = 0.05  # of a profile, relative
@@ -38,7 +38,7 @@ def parse_args():
 
 def read_averages(path, content, wanted):
     """{(step, width): {name: tensor}} of a checkpoint and of the snapshots beside it, up to the step that is wanted; memory-mapped."""
-    step = (progress_of(content) or {}).get("step")
+    step = content.get("progress", {}).get("step")
     if type(step) is not int or "posthoc" not in content:
         raise FlowARError(f"{path}: it has no averages to rebuild others from: expected a checkpoint of a training with --posthoc_ema")
     if wanted > step:
@@ -97,11 +97,11 @@ def main():
         check_output(file)
         if file.exists():
             raise FlowARError(f"{file}: is there already: give another --output, or remove it")
-    step = args.step or (progress_of(content) or {}).get("step") or 0
+    step = args.step or content.get("progress", {}).get("step") or 0
     averages = read_averages(path, content, step)
     with torch.no_grad():
         for width, file in files.items():
-            write_whole(rebuild(path, content, averages, step, width, args.largest_error), file)
+            write_file(rebuild(path, content, averages, step, width, args.largest_error), file)
             print(f"{file}: EMA of width {width}")
 
 

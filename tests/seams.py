@@ -7,9 +7,9 @@ from util.evaluation import sampler, setup, store
 from util.training import progress
 
 NETWORK = main_flowar, "build_model"
-STEP = engine_flowar, "forward_and_backward"  # of training
+STEP = engine_flowar, "forward_and_backward"  # (run, parts) of a step of training -> losses
 PREPARED = engine_flowar, "prepare_batch"  # (run, batch, draws, part) -> (latents, labels, draws)
-BAD_STEP = engine_flowar.health, "report_bad_step"
+BAD_STEP = engine_flowar, "report_bad_step"
 VALIDATION = main_flowar, "validate"
 GRID = sampler.Sampler, "grid"
 LATENTS = sampler.Sampler, "pyramid"  # of a batch that is evaluated

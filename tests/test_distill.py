@@ -86,7 +86,7 @@ def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
     process.send_signal(signal.SIGKILL)
     finish(process)
     status, output = finish(start(words))
-    assert status == 0 and "going on after step" in output, output
+    assert status == 0 and "resumes at step" in output, output
     assert_same_run(tmp_path, student)
 
 

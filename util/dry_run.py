@@ -16,7 +16,6 @@ from util import cluster
 from util.cluster import AUTOCAST, log
 from util.files import check_place
 from util.speed.memory import FLOAT, STATES, image_bytes, largest_block
-from util.training.optimization import ema_advice
 
 GIB, MIB = 2**30, 2**20
 UNCOUNTED = "not counted: CUDA and NCCL themselves, fragments, and the VAE where it encodes images"
@@ -60,8 +59,6 @@ def report(args, source, network, optimizer, progress):
     lines = [*describe_recipe(args, network, optimizer), *describe_data(args, source, network, steps, progress),
              *describe_time(args, steps, hours, progress), rates(args, source, network),
              *describe_checkpoints(args, network, steps, hours), *describe_memory(args, network)]
-    if not progress.step and (advice := ema_advice(args.ema_rate, steps * args.epochs, args.ema_warmup)):
-        log(f"warning: {advice}")
     log("\n".join([f"dry run of {args.world} processes: nothing was written", *lines]))
 
 

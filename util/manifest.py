@@ -17,7 +17,7 @@ from models import FlowARError
 from util.cluster import gather_to_main, is_main, log
 from util.evaluation.reports import CODE, machine
 from util.files import check_fields, make_directory, read_json, write_json
-from util.training.provenance import shorten
+from util.training.record import shorten
 
 RUN = "run.json"
 ROOT = Path(__file__).parents[1]  # the project's folder: where a program was started says nothing of its code

@@ -122,7 +122,7 @@ def strike(what, process, disk, output, rng):
             kill(pid)
     ended = finish(process)
     disk.free()
-    kept = checkpoint.of_steps(output)
+    kept = checkpoint.numbered(output)
     if what in ("tear the checkpoint", "flip a bit of it") and len(kept) > 1:
         damage(kept[0], rng, tear=what.startswith("tear"))
     return ended
@@ -152,8 +152,8 @@ def soak(args):
         if ended and status != 0:
             write_bytes(said.encode(), folder / "output.txt")
             raise FlowARError(f"the run ended by itself with status {status}: {folder}/output.txt is what it said")
-        if before and (going_on := [line for line in said.splitlines() if "going on after step" in line]):
-            lost.append(before - int(going_on[0].split("going on after step ")[1].split(",")[0]))
+        if before and (going_on := [line for line in said.splitlines() if "resumes at step" in line]):
+            lost.append(before - int(going_on[0].split("resumes at step ")[1].split(",")[0]))
         if not ended:
             happened[what] += 1
             statuses[status] += 1

@@ -140,7 +140,7 @@ def test_a_disk_that_fills_costs_nothing(project, undisturbed, small_disk, proce
     status, output = finish(process)
     assert status != 0 and output.count("\nerror") == 1 and "cannot be written" in output and "No space left on device" in output, output
     assert not list((small_disk / "out").glob("*.tmp"))
-    assert 10 <= checkpoint.step_of(checkpoint.find(small_disk / "out")) < 80
+    assert 10 <= checkpoint.step_of(checkpoint.open_newest(small_disk / "out").path) < 80
     (small_disk / "filler").unlink()
     assert finish(start(command, processes if processes > 1 else 0))[0] == 0
     if processes == 2:
@@ -188,7 +188,7 @@ def test_slurm_script(project, tmp_path):
     status, output = finish(job)
     assert status == 75 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output
     status, output = finish(submit())
-    assert status == 0 and "going on after step" in output, output
+    assert status == 0 and "resumes at step" in output, output
     assert read_checkpoint(tmp_path / "out")["progress"]["epoch"] == 16
     job = subprocess.run(["bash", str(ROOT / "scripts" / "slurm.sh"), "--no_such_option"], env=environment, capture_output=True, text=True)
     assert job.returncode == 2 and (tmp_path / "requeued").read_text() == "requeue 4711\n"

@@ -61,13 +61,6 @@ def test_the_state_is_restored_after_an_error():
         gc.enable()
 
 
-def test_training_collects_at_log_entries(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(engine_flowar, "collect_garbage", lambda: seen.append(gc.isenabled()))
-    train(make_project(tmp_path), tmp_path / "run", "--epochs 1")  # 5 steps, an entry after every second and the last
-    assert seen == [False] * 3 and gc.isenabled()
-
-
 # ---- the flight recorder -----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: whole or not at all, the newest whole one found, optimizer and progress refused where they are not."""
+"""A run's checkpoints: whole or not at all, the newest whole one opened once, later ones renamed, power averages beside them."""
 import copy
 import os
 import subprocess
@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SCALES
+from helpers import ROOT, SCALES, make_project, train, training_command
 
-import models.weights
+import main_flowar
 from models import FlowARError, build_model
-from models.weights import content_hash, read_file
-from util.options import SAMPLING
+from models.weights import read_file
+from util.options import training_parser
 from util.training import checkpoint, parallel
+from util.training.checkpoint import Checkpoint
 from util.training.optimization import EMA, build_optimizer
 from util.training.progress import Progress
 
@@ -24,150 +25,104 @@ def tiny():
     return build_model("flowar_tiny", **TINY)
 
 
-def content(number=0):
-    return {"model": {"class_emb.weight": torch.full((3, 2), float(number))}, "args": {"lr": 0.1, "scales": (1, 2)}, "epoch": number,
-            "progress": {"step": number, "epoch": number, "done": 1}}
+def content(step=0, epoch=0, done=1):
+    return {"model": {"class_emb.weight": torch.full((3, 2), float(step))}, "args": {"lr": 0.1, "scales": (1, 2)}, "epoch": step,
+            "progress": {**Progress().state_dict(), "step": step, "epoch": epoch, "done": done}}
 
 
-def keep(folder, *steps, keep=2):
-    """Write checkpoints of these steps."""
-    keeper = checkpoint.CheckpointWriter(folder, keep)
+def write(folder, *steps, keep=2, **options):
+    """Write checkpoints of these steps, numbers or (step, epoch, done)."""
+    writer = checkpoint.CheckpointWriter(folder, keep, **options)
     for step in steps:
-        keeper.save(content(step), step)
-    keeper.wait()
-    return keeper
+        writer.save(content(*step) if isinstance(step, tuple) else content(step), step[0] if isinstance(step, tuple) else step)
+    writer.wait()
+    return writer
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
 
 
 def test_the_last_are_kept(tmp_path):
-    keep(tmp_path, 1, 20, 300)
+    write(tmp_path, 1, 20, 300)
     assert names(tmp_path) == ["checkpoint-000000020.pth", "checkpoint-000000300.pth", checkpoint.LAST]
-    found = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
-    assert found.pop("checksum") == content_hash(content(300)) and found["epoch"] == 300
-    assert checkpoint.find(tmp_path).name == "checkpoint-000000300.pth"
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["checkpoint-000000020", "checkpoint-000000300"]
+    assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["epoch"] == 300
+    assert checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000300.pth"
 
 
 def test_a_checkpoint_is_that_of_the_moment(tmp_path):
     value = content()
-    keeper = checkpoint.CheckpointWriter(tmp_path, 1)
-    keeper.save(parallel.snapshot(value), 1)
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
+    writer.save(parallel.snapshot(value), 1)
     value["model"]["class_emb.weight"] += 1
-    keeper.wait()
+    writer.wait()
     assert not torch.load(tmp_path / checkpoint.LAST, weights_only=True)["model"]["class_emb.weight"].any()
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "text"])
-def test_a_damaged_newest_checkpoint_falls_back(tmp_path, damage, capsys):
-    keep(tmp_path, 1, 2)
+@pytest.mark.parametrize("damage", ["torn", "empty", "text"])
+def test_a_torn_newest_checkpoint_falls_back(tmp_path, damage, capsys):
+    write(tmp_path, 1, 2)
     newest = tmp_path / "checkpoint-000000002.pth"
-    whole = newest.read_bytes()
-    place = whole.index(torch.full((3, 2), 2.0).numpy().tobytes())
-    newest.write_bytes({"torn": whole[:-300], "empty": b"", "text": b"hello", "flipped": whole[:place] + b"\x01" + whole[place + 1:]}[damage])
-    assert checkpoint.find(tmp_path).name == "checkpoint-000000001.pth"
-    said = capsys.readouterr().out
-    assert f"warning: {newest}: " in said and "; going back to checkpoint-000000001.pth" in said
-    assert ("checksum" in said) == (damage == "flipped")
-    checkpoint.CheckpointWriter(tmp_path, 1, step=1)  # a run that goes on from step 1
-    assert names(tmp_path)[:2] == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.damaged"]
-    with pytest.raises(FlowARError, match="checkpoint-000000002.pth.damaged: "):
-        checkpoint.find(tmp_path / "checkpoint-000000002.pth.damaged")  # asked for by name there is nothing else
+    newest.write_bytes({"torn": newest.read_bytes()[:-300], "empty": b"", "text": b"hello"}[damage])
+    assert checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000001.pth"
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and f"warning: {newest}: " in printed and "the checkpoint before it is taken" in printed
+    (tmp_path / "checkpoint-000000001.pth").write_bytes(b"x")
+    with pytest.raises(FlowARError, match="checkpoint-000000001.pth: "):  # nothing starts from scratch
+        checkpoint.open_newest(tmp_path)
 
 
-def test_later_checkpoints_are_set_aside_and_one_of_the_damaged(tmp_path):
-    """A run that goes on from an older checkpoint loses none that is whole."""
-    keep(tmp_path, 1, 2, 3, 4, 5, keep=5)
-    for step in (3, 4):
-        (tmp_path / f"checkpoint-{step:09d}.pth").write_bytes(b"torn")
+def test_later_checkpoints_are_renamed_and_the_last_is_the_one_that_is_resumed(tmp_path):
+    write(tmp_path, 1, 2, 3, keep=5)
     checkpoint.CheckpointWriter(tmp_path, 1, step=1)
-    assert names(tmp_path) == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.aside", "checkpoint-000000003.pth.damaged",
-                               "checkpoint-000000005.pth.aside", checkpoint.LAST]
-
-
-def test_where_all_are_damaged_nothing_starts_from_scratch(tmp_path):
-    keep(tmp_path, 1, 2)
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"x")
-    with pytest.raises(FlowARError, match="checkpoint-000000001.pth: .* no whole one is left in .*: put one there, or begin"):
-        checkpoint.find(tmp_path)
-
-
-def test_going_back_holds_before_the_first_save(tmp_path):
-    """checkpoint-last.pth follows: it is no other name of one that was set aside."""
-    keep(tmp_path, 1, 2)
-    checkpoint.CheckpointWriter(tmp_path, 2, step=1)
+    assert names(tmp_path) == ["checkpoint-000000001.pth", "checkpoint-000000002.pth.later", "checkpoint-000000003.pth.later", checkpoint.LAST]
     assert (tmp_path / checkpoint.LAST).samefile(tmp_path / "checkpoint-000000001.pth")
-    assert checkpoint.find(tmp_path).name == "checkpoint-000000001.pth"
 
 
-def test_files_of_the_user_are_left_alone(tmp_path):
-    """Copies and dated backups are neither the newest, nor in the way, nor old; nothing goes before something newer is there."""
-    keep(tmp_path, 1, 2, 3, keep=3)
-    mine = ["checkpoint-100.pth", "checkpoint-20261101.pth", "checkpoint-best.pth", "checkpoint-0000000004.pth", "checkpoint-000020000.pth"]
-    torch.save(content(2), tmp_path / mine[-1])
-    torch.save(content(2)["model"], tmp_path / "checkpoint-000000001.pth")  # bare weights under a name like ours
-    mine.append("checkpoint-000000001.pth")
-    for name in mine[:-2]:
-        (tmp_path / name).write_bytes((tmp_path / mine[-2]).read_bytes())
-    (tmp_path / "checkpoint-100.pth.tmp").write_bytes(b"mine")
+def test_files_of_others_are_left_alone(tmp_path):
+    """Copies and dated backups, and a checkpoint without facts beside it, as earlier versions wrote."""
+    write(tmp_path, 1, 2, 3, keep=3)
+    (tmp_path / "checkpoint-000000001.json").unlink()
+    others = ["checkpoint-100.pth", "checkpoint-20261101.pth", "checkpoint-best.pth", "checkpoint-0000000004.pth", "checkpoint-100.pth.tmp"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"mine")
     before = names(tmp_path)
-    assert checkpoint.find(tmp_path).name == "checkpoint-000000003.pth"
-    keeper = checkpoint.CheckpointWriter(tmp_path, 1, step=3)
+    assert checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000003.pth"
+    writer = checkpoint.CheckpointWriter(tmp_path, 1, step=3)
     assert names(tmp_path) == before
-    keeper.save(content(4), 4)
-    keeper.wait()
-    assert names(tmp_path) == sorted([*mine, "checkpoint-100.pth.tmp", "checkpoint-000000004.pth", checkpoint.LAST])
+    writer.save(content(4), 4)
+    writer.wait()
+    assert names(tmp_path) == sorted([*others, "checkpoint-000000001.pth", "checkpoint-000000004.pth", checkpoint.LAST])
 
 
-def test_a_checkpoint_that_is_all_there_is_stays(tmp_path):
-    """checkpoint-last.pth of another folder, beside later ones: it is set aside under no name before something newer is there."""
-    keep(tmp_path, 5, 6)
-    (tmp_path / checkpoint.LAST).unlink()
+def test_a_checkpoint_of_another_folder_is_opened_where_it_is_all_there_is(tmp_path):
     torch.save(content(3), tmp_path / checkpoint.LAST)
+    assert checkpoint.open_newest(tmp_path).path.name == checkpoint.LAST
     checkpoint.CheckpointWriter(tmp_path, 1, step=3)
-    assert names(tmp_path) == ["checkpoint-000000005.pth.aside", "checkpoint-000000006.pth.aside", checkpoint.LAST]
-    assert checkpoint.find(tmp_path).name == checkpoint.LAST
+    assert names(tmp_path) == [checkpoint.LAST]
 
 
-def test_milestones_are_kept(tmp_path):
-    keeper = checkpoint.CheckpointWriter(tmp_path, 1, keep_every=2)
-    for step, (epoch, done) in enumerate([(0, 5), (1, 0), (2, 0), (2, 3), (3, 0), (4, 0), (5, 0)], start=1):
-        keeper.save({**content(step), "progress": {"step": step, "epoch": epoch, "done": done}}, step)
-    keeper.wait()
+def test_milestones_stay_whatever_a_later_run_asks_for(tmp_path):
+    write(tmp_path, (1, 0, 5), (2, 1, 0), (3, 2, 0), (4, 2, 3), (5, 3, 0), (6, 4, 0), (7, 5, 0), keep=1, keep_every=2)
     assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (3, 6, 7)] + [checkpoint.LAST]
+    write(tmp_path, (8, 6, 0), (9, 7, 0), keep=1, step=7)
+    assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (3, 6, 9)] + [checkpoint.LAST]
 
 
-def test_milestones_stay_when_a_later_run_does_not_ask_for_them(tmp_path):
-    """What is one is in the file: its own run's options and its epoch."""
-    def save(keeper, *epochs, **args):
-        for epoch in epochs:
-            keeper.save({**content(epoch), "args": args, "progress": {"step": epoch, "epoch": epoch, "done": 0}}, epoch)
-        keeper.wait()
-
-    save(checkpoint.CheckpointWriter(tmp_path, 1, keep_every=2), 1, 2, 3, keep_every=2)
-    save(checkpoint.CheckpointWriter(tmp_path, 1, step=3), 4, 5, 6, keep_every=0)
-    save(checkpoint.CheckpointWriter(tmp_path, 1, step=6, keep_every=3), 7, 8, keep_every="a text")
-    assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (2, 6, 8)] + [checkpoint.LAST]
-
-
-def test_the_file_that_a_run_was_told_to_go_on_from_stays(tmp_path):
-    keep(tmp_path, 1, 2, 3, keep=3)
+def test_the_file_that_a_run_was_told_to_resume_stays(tmp_path):
+    write(tmp_path, 1, 2, 3, keep=3)
     named = tmp_path / "checkpoint-000000002.pth"
-    keeper = checkpoint.CheckpointWriter(tmp_path, 1, step=2, resume=str(named))
-    for step in (4, 5):
-        keeper.save(content(step), step)
-    keeper.wait()
-    assert names(tmp_path) == [named.name, "checkpoint-000000003.pth.aside", "checkpoint-000000005.pth", checkpoint.LAST]
+    write(tmp_path, 4, 5, keep=1, step=2, resume=str(named))
+    assert names(tmp_path) == [named.name, "checkpoint-000000003.pth.later", "checkpoint-000000005.pth", checkpoint.LAST]
 
 
 def test_one_run_writes_to_a_folder(tmp_path):
-    held = checkpoint.lock(tmp_path, patience=0)
+    file = checkpoint.lock(tmp_path, patience=0)
     other = subprocess.run([sys.executable, "-c", f"from util.training import checkpoint; checkpoint.lock({str(tmp_path)!r}, patience=0)"], cwd=ROOT,
                            capture_output=True, text=True)
     assert f"{tmp_path}: another run writes here (process {os.getpid()} on " in other.stderr
-    held.close()
+    file.close()
     checkpoint.lock(tmp_path, patience=0)
 
 
@@ -175,53 +130,64 @@ def test_without_hard_links_the_last_is_a_symbolic_one(tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError("no hard links here")
     monkeypatch.setattr(checkpoint.os, "link", refuse)
-    keep(tmp_path, 1, 2)
-    assert (tmp_path / checkpoint.LAST).is_symlink() and checkpoint.find(tmp_path).name == "checkpoint-000000002.pth"
+    write(tmp_path, 1, 2)
+    assert (tmp_path / checkpoint.LAST).is_symlink() and checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000002.pth"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    keep(tmp_path, 1)
+    write(tmp_path, 1)
     before = names(tmp_path)
 
     def full(content, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models.weights.torch, "save", full)
-    keeper = checkpoint.CheckpointWriter(tmp_path, 2, step=1)
-    keeper.save(content(2), 2)
-    with pytest.raises(FlowARError, match="checkpoint-000000002.pth: cannot be written .*No space left"):
-        keeper.wait()
-    with pytest.raises(FlowARError, match="No space left"):
-        keeper.check()
+    monkeypatch.setattr(torch, "save", full)
+    writer = checkpoint.CheckpointWriter(tmp_path, 2, step=1)
+    writer.save(content(2), 2)
+    for call in (writer.wait, writer.check):
+        with pytest.raises((FlowARError, OSError), match="No space left"):
+            call()
     assert names(tmp_path) == before and torch.load(tmp_path / checkpoint.LAST, weights_only=True)["epoch"] == 1
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path):
     (tmp_path / "checkpoint-000000007.pth.tmp").write_bytes(b"half")
-    keep(tmp_path, 8)
+    write(tmp_path, 8)
     assert names(tmp_path) == ["checkpoint-000000008.pth", checkpoint.LAST]
 
 
-def test_an_optimizer_of_other_parameters_is_refused(tiny):
-    optimizer, scaler = build_optimizer(tiny, 1e-3, 0.1), torch.amp.GradScaler("cpu", enabled=False)
-    for p in tiny.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    saved = parallel.snapshot(optimizer.state_dict())
-    checkpoint.load_optimizer(optimizer, scaler, {"optimizer": saved}, "x.pth")
-    saved["state"][0]["exp_avg"] = torch.zeros(10**6).expand(10**6, 10**6)
-    with pytest.raises(FlowARError, match=r"x.pth: optimizer state cannot be used \(exp_avg 0 is \(1000000, 1000000\), its parameter"):
-        checkpoint.load_optimizer(optimizer, scaler, {"optimizer": saved}, "x.pth")
+def test_a_resume_opens_the_newest_file_once_and_no_other(tmp_path, monkeypatch):
+    project, opened = make_project(tmp_path / "project"), []
+    train(project, tmp_path / "run", "--epochs 1 --save_every 1 --keep 9")
+    original = torch.load
+
+    def count(file, *args, **options):
+        opened.append(os.path.realpath(file))
+        return original(file, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", count)
+        words = training_command(project, tmp_path / "run", f"--epochs 2 --resume {tmp_path}/run").split()[1:]
+        main_flowar.train(training_parser().parse_args(words), torch.device("cpu"))
+    files = [path for path in opened if "checkpoint" in path]
+    assert files == [str(tmp_path / "run" / "checkpoint-000000005.pth")]
 
 
-@pytest.mark.parametrize("progress", [None, 3, {"epoch": 1}, {**Progress().state_dict(), "step": "7"}])
-def test_a_wrong_progress_is_refused(progress):
-    with pytest.raises(FlowARError, match="x.pth: its progress is .*expected epoch, done, step"):
-        checkpoint.load_progress({"progress": progress}, "x.pth", 10)
-    assert checkpoint.load_progress({"epoch": 3}, "x.pth", 10) == Progress(epoch=4, step=40)
-    with pytest.raises(FlowARError, match="x.pth: its epoch is None"):
-        checkpoint.load_progress({}, "x.pth", 10)
+def test_progress_of_a_file_without_it_is_after_its_whole_epochs():
+    assert Checkpoint("x.pth", {"epoch": 3}).progress(10) == Progress(epoch=4, step=40)
+
+
+def test_training_starts_from_the_weights_of_other_code(tiny, capsys):
+    """Raw weights go into the network, the average into the EMA."""
+    network, average = build_model("flowar_tiny", **TINY), tiny.state_dict()
+    raw = {name: value if name == "mask" or "freqs" in name else value + 1 for name, value in average.items()}
+    ema = EMA(network, 0.9)
+    start = Checkpoint("x.ckpt", {"model": raw, "model_ema": average})
+    progress = checkpoint.resume(start, (network, ema, None, None), {"images": 80, "args": {"global_batch": 16, "start_epoch": None}})
+    assert progress == Progress()
+    assert torch.equal(network.z_proj.bias, raw["z_proj.bias"]) and torch.equal(ema.module.z_proj.bias, average["z_proj.bias"])
+    assert "the optimizer starts fresh" in capsys.readouterr().out
 
 
 # ---- power averages ----------------------------------------------------------------------------------------------
@@ -234,49 +200,47 @@ def with_powers(step, bad=0, every=2):
 
 
 def test_snapshots_of_power_averages(tmp_path):
-    """Every --posthoc_ema steps, however few checkpoints are kept, unless the step was a bad one; of later steps they are set aside."""
-    keeper = checkpoint.CheckpointWriter(tmp_path, 1)
+    """Every --posthoc_ema steps, however few checkpoints are kept, unless the step was a bad one; those of later steps are renamed."""
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
     for step, bad in ((1, 0), (2, 0), (4, 0), (6, 1), (8, 0)):
-        keeper.save(with_powers(step, bad), step)
-    keeper.wait()
+        writer.save(with_powers(step, bad), step)
+    writer.wait()
     assert names(tmp_path) == ["checkpoint-000000008.pth", checkpoint.LAST, *(f"posthoc-00000000{step}.pth" for step in (2, 4, 8))]
-    found = read_file(tmp_path / "posthoc-000000004.pth")
-    assert found["step"] == 4 and found["posthoc"]["0.1"]["weight"].dtype == torch.float16
-    assert found["posthoc"]["0.1"]["large"].tolist() == 2 * [1e5] and found["posthoc"]["0.1"]["large"].dtype == torch.float32
-    torn = tmp_path / "posthoc-000000010.pth.tmp"
-    torn.write_bytes(b"cut")
+    snapshot = read_file(tmp_path / "posthoc-000000004.pth")
+    assert snapshot["step"] == 4 and snapshot["posthoc"]["0.1"]["weight"].dtype == torch.float16
+    assert snapshot["posthoc"]["0.1"]["large"].tolist() == 2 * [1e5] and snapshot["posthoc"]["0.1"]["large"].dtype == torch.float32
     checkpoint.CheckpointWriter(tmp_path, 1, step=5)
     assert [path.name for path in checkpoint.numbered(tmp_path, "posthoc")] == ["posthoc-000000004.pth", "posthoc-000000002.pth"]
-    assert (tmp_path / "posthoc-000000008.pth.aside").is_file() and not torn.exists()
+    assert (tmp_path / "posthoc-000000008.pth.later").is_file()
 
 
-def test_power_averages_begin_with_a_training(tiny, tmp_path, capsys):
-    """A run without them cannot go on with them, nor from another step; without the option they end, which is said."""
+def test_power_averages_begin_with_a_training(tiny, capsys):
+    """A run without them cannot resume with them, nor from another step."""
     network, scaler = copy.deepcopy(tiny), torch.amp.GradScaler(enabled=False)
     optimizer = build_optimizer(network, 1e-3, 0.02)
-    args = {**dict.fromkeys(checkpoint.LEARNING), "global_batch": 16, "start_epoch": None, "epochs": 3}
+    args = {"global_batch": 16, "start_epoch": None, "epochs": 3, "cfg": 3.0, "num_step": None, "output_dir": "here"}
     record = {"images": 80, "args": args, "data": {}, "vae": {}}
-    held = {posthoc: EMA(network, 0.9, posthoc=posthoc) for posthoc in (True, False)}
-    content = {posthoc: checkpoint.content_of(network, ema, optimizer, scaler, Progress(step=5, epoch=1), record) for posthoc, ema in held.items()}
+    averages = {posthoc: EMA(network, 0.9, posthoc=posthoc) for posthoc in (True, False)}
+    saved = {posthoc: parallel.snapshot(checkpoint.content_of(network, ema, optimizer, scaler, Progress(step=5, epoch=1), record))
+             for posthoc, ema in averages.items()}
 
-    def resume(saved, posthoc, **changed):
-        return checkpoint.resume("x.pth", content[saved], (network, held[posthoc], optimizer, scaler), {**record, "args": {**record["args"], **changed}})
+    def resume(before, posthoc, **changed):
+        parts = network, averages[posthoc], optimizer, scaler
+        return checkpoint.resume(Checkpoint("x.pth", saved[before]), parts, {**record, "args": {**args, **changed}})
 
-    assert "posthoc" not in content[False]
-    content[True] = parallel.snapshot(content[True])
-    content[True]["posthoc"]["0.1"]["z_proj.bias"] += 1
-    assert resume(True, True).step == 5 and "not used" not in capsys.readouterr().out
-    assert torch.equal(held[True].powers["0.1"].tensors["z_proj.bias"], content[True]["posthoc"]["0.1"]["z_proj.bias"])
+    assert "posthoc" not in saved[False]
+    saved[True]["posthoc"]["0.1"]["z_proj.bias"] += 1
+    assert resume(True, True).step == 5
+    assert torch.equal(averages[True].powers["0.1"].tensors["z_proj.bias"], saved[True]["posthoc"]["0.1"]["z_proj.bias"])
     assert resume(True, False).step == 5
     with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model: they begin with a training"):
         resume(False, True)
     with pytest.raises(FlowARError, match="--start_epoch 2 and --posthoc_ema: its averages begin with a training"):
         resume(True, True, start_epoch=2)
     assert resume(True, True, start_epoch=0).step == 0
-    assert set(checkpoint.SAMPLED) == {setting.option for setting in SAMPLING.values()}
-    content[True]["args"] = {**args, "cfg": 3.0, "num_step": None}
-    resume(True, True, cfg=2.0, num_step=9)
-    assert "with other options than before: num_step not given -> 9, cfg 3.0 -> 2.0" in capsys.readouterr().out
-    content[True]["posthoc"]["0.1"]["z_proj.bias"] = torch.zeros(3)
+    capsys.readouterr()
+    resume(True, True, cfg=2.0, num_step=9, output_dir="there")
+    assert capsys.readouterr().out == "x.pth: resumes at step 5, in epoch 2, with other options than before: cfg 3.0 -> 2.0, num_step not given -> 9\n"
+    saved[True]["posthoc"]["0.1"]["z_proj.bias"] = torch.zeros(3)
     with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model"):
         resume(True, True)

@@ -1,6 +1,5 @@
 """Parameter groups, schedule, EMA."""
 import math
-import re
 
 import pytest
 import torch
@@ -8,8 +7,7 @@ from helpers import small_model
 from torch import nn
 
 from models import FlowARError
-from util.training.optimization import (EMA, EMA_HOLDS, PowerEMA, build_optimizer, ema_advice, ema_held, learning_rate, peak_learning_rate,
-                                        power_exponent, rebuild_power)
+from util.training.optimization import (EMA, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent, rebuild_power)
 
 SCHEDULE = dict(lr=4e-4, min_lr=1e-5, epochs=400, warmup_epochs=100)
 
@@ -50,30 +48,6 @@ def test_ema_starts_from_the_initial_weights():
         assert not averaged.requires_grad
 
 
-def test_ema_is_told_on_the_device_to_skip_a_step():
-    model, other = small_model(), small_model(diffloss_d=1)
-    ema = EMA(model, 0.9)
-    before = [p.clone() for p in ema.module.parameters()]
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2.0)
-    ema.update(model, torch.ones(()))
-    assert all(torch.equal(a, b) for a, b in zip(before, ema.module.parameters()))
-    ema.update(model, torch.zeros(()))
-    expected = torch._foreach_lerp(before, [p.detach() for p in model.parameters()], 0.1)
-    for found, value, untouched, doubled in zip(ema.module.parameters(), expected, other.parameters(), model.parameters()):
-        torch.testing.assert_close(found, value)
-        assert torch.equal(doubled, 2 * untouched)  # what is averaged stays as it is
-
-
-def test_the_rate_that_is_advised_suits():
-    assert "93% random start" in ema_advice(0.9999, 765) and "--ema_rate 0.993 suits" in ema_advice(0.9999, 765)
-    assert ema_advice(0.9999, 50000) is None
-    for steps in (1, 2, 59, 307, 765, 12345, 45000):
-        rate = float(re.search("--ema_rate (\\S+) suits", ema_advice(0.999999, steps))[1])
-        assert 0 <= rate < 1 and ema_advice(rate, steps) is None
-
-
 def test_warm_up_forgets_the_random_start_at_once():
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
@@ -82,9 +56,7 @@ def test_warm_up_forgets_the_random_start_at_once():
     for step in range(1, 12):  # (1 + n) / (10 + n) is 0.5 at n = 8
         ema.update(model, step=step)
         expected = math.prod(min(0.5, (1 + n) / (10 + n)) for n in range(1, step + 1))
-        assert ema.held(step) == pytest.approx(expected) and ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
-    assert ema_held(0.9999, 3, warmup=True) > EMA_HOLDS > ema_held(0.9999, 4, warmup=True)
-    assert ema_advice(0.9999, 765, warmup=True) is None and "or give --ema_warmup" in ema_advice(0.9999, 765)
+        assert ema.share_of_start(step) == pytest.approx(expected) and ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
 def walk(widths, steps):

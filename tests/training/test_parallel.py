@@ -68,7 +68,7 @@ def test_killed_it_ends_with_the_same_bits(project, sharded, tmp_path):
         subprocess.run(["kill", "-9", str(rank)], stderr=subprocess.DEVNULL)
     finish(process)
     status, output = finish(start(command(project, tmp_path, "--fsdp"), 2))
-    assert status == 0 and "going on after step" in output, output
+    assert status == 0 and "resumes at step" in output, output
     assert_same_run(tmp_path, sharded)
 
 
@@ -79,12 +79,12 @@ def test_four_processes_and_then_one_go_on(project, sharded, tmp_path):
         output = tmp_path / f"{processes}"
         shutil.copytree(sharded, output)
         (output / checkpoint.LAST).unlink()
-        for later in checkpoint.of_steps(output):
+        for later in checkpoint.numbered(output):
             if checkpoint.step_of(later) > 6:
                 later.unlink()
         run(command(project, output, extra, processes), processes=processes)
         a, b = (next(line["loss"] for line in read_log(folder) if line.get("group") == "train" and line["step"] == 7) for folder in (output, sharded))
-        assert a == pytest.approx(b, rel=0.05) and checkpoint.step_of(checkpoint.of_steps(output)[0]) == 10
+        assert a == pytest.approx(b, rel=0.05) and checkpoint.step_of(checkpoint.numbered(output)[0]) == 10
 
 
 def test_fp16_is_refused():

@@ -28,7 +28,7 @@ from util.cluster import from_main
 from util.data.folders import list_classes
 from util.data.pixels import CONVERSIONS
 from util.files import check_fields, is_count, is_number, is_strings, read_json
-from util.training.provenance import LatentOrigin, saved_origin
+from util.training.record import LatentOrigin, saved_origin
 
 INDEX = "index.json"
 UNFINISHED = "index.unfinished.json"  # the settings of a cache that is being written

@@ -19,7 +19,7 @@ from util.data.pixels import WHITE
 from util.data.places import find_split, name_images
 from util.data.tables import is_hub, is_table
 from util.options import check_vae, resolve_geometry, with_options
-from util.training.provenance import LatentOrigin, check_origin, origin_of
+from util.training.record import LatentOrigin, check_origin, origin_of
 
 
 class Source:
@@ -47,7 +47,7 @@ class Source:
         return pack([*coarse, latents])
 
     def identity(self):
-        """What a checkpoint remembers of the data, see util.training.provenance."""
+        """What a checkpoint remembers of the data, see util.training.record."""
         data = self.loader.dataset
         return data.identity() if hasattr(data, "identity") else {
             "classes": list(data.classes), "counts": None, "images": len(data), "sha256": None}

@@ -25,7 +25,7 @@ from util.options import (GEOMETRY, SAMPLING, as_text, check_geometry, check_vae
                           sampling_options, sweep_points, with_options)
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
-from util.training.provenance import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
+from util.training.record import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
 
 KL16_VAE = "kl16"  # --vae's default
 
@@ -160,7 +160,6 @@ def open_for_sampling(args, device, identify=False):
     if args.compile:
         check_compiler(device)
     prepare.for_evaluation(networks, vae, AUTOCAST.get(precision), args.compile)
-    log(prepare.describe_attention(model, AUTOCAST.get(precision)))
     log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
     return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
 
@@ -245,7 +244,7 @@ def build_labels(args, count, classes):
 
 
 def plan_reports(args, data):
-    """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.provenance."""
+    """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.record."""
     sampling_options(args)  # what is wrong with them is said now
     classes = classes_of(data, args.class_num, "the training set")
     return Plan(build_labels(args, args.eval_num_images, classes), persistent=False)

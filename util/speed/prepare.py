@@ -83,13 +83,3 @@ def attention_kernel(model, dtype=None):
     q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype,
                     device=model.class_emb.weight.device)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name
-
-
-def describe_attention(model, dtype=None):
-    """A line that names attention_kernel(), and what follows from one that is not fused."""
-    name, device = attention_kernel(model, dtype), model.class_emb.weight.device.type
-    if name != "MATH":
-        return f"attention kernel: {name}"
-    reason = ("on a CPU no other has dropout (--attn_dropout)" if device == "cpu" else
-              "no other takes this device, precision and head: try --precision bf16, or another build of PyTorch")
-    return f"attention kernel: {name}, not fused: slower, and it keeps every pair of tokens in memory; {reason}"

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from models import FlowARError
-from models.errors import name_some, reading
+from models.errors import name_some
 from models.layers import spans
 from models.variants import ablated
 from models.weights import find_model, scales_of
 from util.cluster import log
 from util.training.checkpoint import read_model_file
-from util.training.provenance import LatentOrigin, check_origin, saved_data, saved_origin
+from util.training.record import LatentOrigin, check_origin, saved_data, saved_origin
 
 CLASSES = "class_emb.weight"
 POSITIONS = "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"
@@ -20,8 +20,8 @@ LEAST = 0.5  # of the network's numbers, which have to come from the file
 
 @torch.no_grad()
 def begin_with(name, network, record):
-    """Load what fits of the weights of a path or name (the average where the file has one) into a new network; say what
-    was taken, resized and left. record: of now, see checkpoint.record. FlowARError if little fits.
+    """Load what fits of the weights of a path or name (the average where the file has one) into a new network; log what
+    was loaded, resized and left. record: of now, see util.training.record. FlowARError if little fits. A collective.
     """
     path, content = read_model_file(name)
     weights, resized = find_model(content, path), []
@@ -30,29 +30,33 @@ def begin_with(name, network, record):
         check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
     except FlowARError as error:
         log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
-    if other := ablated.differences(network, state, path):
-        log(f"warning: --init_from {path}: was trained with {other}: what the weights learned may not hold")
-    found = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    if differences := ablated.differences(network, state, path):
+        log(f"warning: --init_from {path}: was trained with {differences}: what the weights learned may not hold")
+    fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+
+    # Classes by name where the file names them, else by number.
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
-    others = CLASSES not in found or before is not None and before != now
-    if others and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
-        found[CLASSES], kept = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
+    other_classes = CLASSES not in fitting or before is not None and before != now
+    if other_classes and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
+        fitting[CLASSES], kept = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
         resized.append(f"{CLASSES} ({kept} of {len(now)} classes by name; the others begin as the null class)")
-    with reading(path):
-        scales = scales_of(state["mask"])
+
+    # Positions by scale.
+    scales = scales_of(state["mask"])
     for key in POSITIONS:
         if scales != network.scale and key in state and state[key].shape[2] == own[key].shape[2]:
-            found[key] = carry_positions(state[key], scales, network.scale)
+            fitting[key] = carry_positions(state[key], scales, network.scale)
             resized.append(f"{key} (scales {','.join(map(str, scales))} to {','.join(map(str, network.scale))})")
-    left = [f"{key} {tuple(own[key].shape)}" for key in own if key not in found]
-    taken = sum(own[key].numel() for key in found) / sum(value.numel() for value in own.values())
-    if taken < LEAST:
-        raise FlowARError(f"--init_from {path}: only {taken:.0%} of the model's weights are there, without "
+
+    left = [f"{key} {tuple(own[key].shape)}" for key in own if key not in fitting]
+    share = sum(own[key].numel() for key in fitting) / sum(value.numel() for value in own.values())
+    if share < LEAST:
+        raise FlowARError(f"--init_from {path}: only {share:.0%} of the model's weights are there, without "
                           f"{name_some(left, 3)}; give --model, --diffloss_d and --diffloss_w as it was trained")
-    for key, value in found.items():
+    for key, value in fitting.items():
         own[key].copy_(value)
-    by_number = ", rows of classes by number, as it does not name them" if before is None and not others else ""
-    log(f"--init_from {path}: {weights.describe([])}; {len(found)} of {len(own)} tensors taken{by_number}; "
+    by_number = ", rows of classes by number, as it does not name them" if before is None and not other_classes else ""
+    log(f"--init_from {path}: {weights.describe([])}; {len(fitting)} of {len(own)} tensors{by_number}; "
         f"resized: {', '.join(resized) or 'none'}; left as drawn: {name_some(left) or 'none'}")
 
 

@@ -12,19 +12,18 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models import FlowARError
 from models.errors import first_line
 from util.cluster import is_main, log, memory_gib
 from util.files import make_directory, read_json, write_bytes, write_json
 
 REPORT = "report"  # the group of the line that ends a report
-EACH_STEP = ("train", "spike", "bad_step", "device")  # groups that belong to a step, not to the report after it
+EACH_STEP = ("train", "spike", "bad_step", "device")  # groups that belong to a step; "device": of earlier versions
 WANDB, WANDB_PATIENCE = "wandb.json", 60  # which run; seconds to reach it
 QUIET_INTERVAL = 30  # seconds between lines of the bar when nobody watches a terminal
 
 
 class TrainingLog:
-    """Writes on rank 0 alone. A run that goes on after `step` takes back what was logged later, as if it never was.
+    """Writes on rank 0 alone. A run that resumes at `step` removes what was logged later.
 
     wandb: project of Weights & Biases that gets what TensorBoard gets, None: none; options: of the run, for it.
     """
@@ -36,32 +35,22 @@ class TrainingLog:
             return
         self.path = Path(log_dir) / "log.jsonl"
         make_directory(self.path.parent)
-        with self._one_line():
-            self._take_back(step) if step else self._set_aside()
-            self.writer = SummaryWriter(log_dir, purge_step=step + 1)
-            self.lines = open(self.path, "a")
+        if step:
+            self._truncate(step)
+        elif self.path.is_file() and self.path.stat().st_size:  # of a run before, which stays
+            number = next(n for n in itertools.count(1) if not self.path.with_name(f"log.{n}.jsonl").exists())
+            self.path.rename(self.path.with_name(f"log.{number}.jsonl"))
+        self.writer = SummaryWriter(log_dir, purge_step=step + 1)
+        self.lines = open(self.path, "a")
         if wandb:
             self.wandb = Wandb(Path(log_dir), wandb, step, options)
 
-    def _set_aside(self):
-        """A run from scratch begins a file of its own; that of a run before stays."""
-        if self.path.is_file() and self.path.stat().st_size:
-            number = next(n for n in itertools.count(1) if not self.path.with_name(f"log.{n}.jsonl").exists())
-            self.path.rename(self.path.with_name(f"log.{number}.jsonl"))
-
-    def _take_back(self, step):
-        """Drop lines after `step`, those of a report that was not finished, and what was torn."""
+    def _truncate(self, step):
+        """Remove lines after `step`, those of a report that was not finished, and what was torn."""
         lines = [line for line in read_lines(self.path) if line["step"] <= step] if self.path.is_file() else []
         self.reported = {line["step"] for line in lines if line["group"] == REPORT}
         kept = [line for line in lines if line["step"] < step or line["group"] in EACH_STEP or step in self.reported]
         write_bytes("".join(json.dumps(line) + "\n" for line in kept).encode(), self.path)
-
-    @contextlib.contextmanager
-    def _one_line(self):
-        try:
-            yield
-        except OSError as error:
-            raise FlowARError(f"{self.path.parent}: the log cannot be written ({error})") from error
 
     def start_epoch(self, epoch, epochs, images, done=0):
         """A bar over the images of an epoch, `done` of which are behind; its rate is images per second."""
@@ -93,9 +82,8 @@ class TrainingLog:
 
     def scalars(self, group, step, epoch, values):
         if self.writer is not None:
-            with self._one_line():
-                for name, value in values.items():
-                    self.writer.add_scalar(f"{group}/{name}", value, step)
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
         if self.wandb is not None:
             self.wandb.log(step, {f"{group}/{name}": value for name, value in values.items()})
         self._write({"group": group, "step": step, "epoch": epoch, **values})
@@ -112,22 +100,20 @@ class TrainingLog:
 
     def _write(self, line):
         if self.lines is not None:
-            with self._one_line():
-                self.lines.write(json.dumps(line) + "\n")
-                self.lines.flush()
+            self.lines.write(json.dumps(line) + "\n")
+            self.lines.flush()
 
     def image(self, name, image, step):
         """image: (3, H, W) uint8."""
         if self.writer is not None:
             self.writer.add_image(name, image, step)
         if self.wandb is not None:
-            self.wandb.image(step, name, image)
+            self.wandb.log(step, {name: image})
 
     def flush(self):
         """Bring the lines to the disk."""
         if self.lines is not None:
-            with self._one_line():
-                os.fsync(self.lines.fileno())
+            os.fsync(self.lines.fileno())
 
     def close(self):
         if self.writer is not None:
@@ -138,50 +124,32 @@ class TrainingLog:
 
 
 class Wandb:
-    """A run of Weights & Biases that follows TensorBoard, by the same names, against "step". A training that goes on
-    goes on in the run whose id stands in wandb.json. Whatever goes wrong there is said once, and the training goes on.
+    """A run of Weights & Biases that follows TensorBoard, by the same names, against "step". A training that resumes
+    continues the run whose id stands in wandb.json. Whatever goes wrong there is logged once, and the training goes on.
     """
 
     def __init__(self, folder, project, step, options):
-        self.run, known = None, self._known(folder / WANDB, project) if step else None
+        self.run, path = None, folder / WANDB
+        known = read_json(path) if step and path.is_file() else {}
+        identity = known["id"] if known.get("project") == project else uuid.uuid4().hex[:8]
         with self._warning():
             import wandb
-            identity = known or uuid.uuid4().hex[:8]
-            write_json({"project": project, "id": identity}, folder / WANDB)
+            write_json({"project": project, "id": identity}, path)
             settings = wandb.Settings(console="off", silent=True, init_timeout=WANDB_PATIENCE)
             run = wandb.init(project=project, id=identity, resume="allow", dir=str(folder), settings=settings)
             run.config.update(json.loads(json.dumps(options or {})), allow_val_change=True)
             run.define_metric("step")
             run.define_metric("*", step_metric="step")  # its own count never goes back, a training does
-            self.run = run
-            log(f"wandb: run {identity} of project {project}" + self._what_of_before(step, known))
-
-    @staticmethod
-    def _known(path, project):
-        """Id of this project's run before, None if there is none."""
-        with contextlib.suppress(FlowARError):
-            saved = read_json(path) if path.is_file() else {}
-            if saved.get("project") == project and isinstance(saved.get("id"), str):
-                return saved["id"]
-
-    @staticmethod
-    def _what_of_before(step, known):
-        if not step:
-            return ""
-        return (f": goes on after step {step}; what it was told of later steps cannot be taken back and stays there, "
-                "beside what comes now") if known else f", a new one: it begins after step {step}"
+            self.run, self.picture = run, wandb.Image
+            log(f"wandb: run {identity} of project {project}; what it has of steps after {step} stays there")
 
     def log(self, step, values):
+        """values: {name: number, or image (3, H, W) uint8}."""
         if self.run is not None:
             with self._warning():
-                self.run.log({"step": step, **values})
-
-    def image(self, step, name, image):
-        """image: (3, H, W) uint8."""
-        if self.run is not None:
-            with self._warning():
-                from wandb import Image
-                self.run.log({"step": step, name: Image(image.permute(1, 2, 0).cpu().numpy())})
+                images = {name: self.picture(value.permute(1, 2, 0).cpu().numpy()) for name, value in values.items()
+                          if hasattr(value, "permute")}
+                self.run.log({"step": step, **values, **images})
 
     def close(self):
         if self.run is not None:
@@ -199,9 +167,9 @@ class Wandb:
 
 
 def read_lines(path):
-    """The lines of a log.jsonl as dicts; what is torn or of another kind is left out."""
+    """The lines of a log.jsonl as dicts; one that was torn is left out."""
     for text in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("group"), str):
+            if isinstance(line, dict) and {"step", "group"} <= line.keys():
                 yield line

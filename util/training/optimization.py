@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models import FlowARError
 from util.training.parallel import local
@@ -14,7 +15,6 @@ from util.training.parallel import local
 BETAS = (0.9, 0.95)
 LR_SCHEDULES = ("cosine", "constant")
 LR_REFERENCE_BATCH = 256
-EMA_HOLDS = 0.01  # of the random start: more shows in samples
 POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
 
@@ -44,10 +44,15 @@ def learning_rate(epoch, *, lr, min_lr, epochs, warmup_epochs, schedule="cosine"
 
 
 def adjust_learning_rate(optimizer, epoch, **schedule):
-    """Set and return the rate of every group; see learning_rate."""
+    """Set the rate of every group and return that of the schedule; see learning_rate. An lr that a group was built with
+    is relative to the peak: the groups keep their ratios.
+    """
+    if not hasattr(optimizer, "relative_rates"):
+        peak = schedule["lr"]
+        optimizer.relative_rates = [group["lr"] / peak if peak else 1.0 for group in optimizer.param_groups]
     rate = learning_rate(epoch, **schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for group, relative in zip(optimizer.param_groups, optimizer.relative_rates, strict=True):
+        group["lr"] = rate * relative
     return rate
 
 
@@ -57,22 +62,9 @@ def ema_rate(rate, step, warmup=False):
     return min(rate, (1 + step) / (10 + step)) if warmup else rate
 
 
-def ema_held(rate, steps, warmup=False):
-    """Part of the weights it began with that an EMA still holds after so many steps."""
-    return math.prod(ema_rate(rate, step, warmup) for step in range(1, steps + 1)) if warmup else rate**steps
-
-
-def ema_advice(rate, steps, warmup=False):
-    """A line where the EMA of so many steps will still hold more than 1 % of the weights it began with, else None."""
-    held = ema_held(rate, steps, warmup)
-    if held <= EMA_HOLDS * (1 + 1e-9):
-        return None
-    forgets = 1 - EMA_HOLDS ** (1 / steps)  # a step
-    places = math.ceil(-math.log10(forgets))
-    suits = f"{1 - math.ceil(forgets * 10**places) / 10**places:.{places}f}"
-    return (f"--ema_rate {rate:g}: after the {steps} steps of this training the EMA will still be {held:.0%} random "
-            f"start, and its samples noise; --ema_rate {suits} suits so few steps, or give --ema_warmup, or "
-            "look at the raw weights (--weights raw)")
+def update_average(averages, model, rate):
+    """averages + (1 - rate) (parameters - averages), in place, in one pass; of sharded tensors this process's parts."""
+    get_ema_multi_avg_fn(rate)(local(averages), local(model.parameters()), None)
 
 
 class EMA:
@@ -86,22 +78,18 @@ class EMA:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.powers = {f"{width:g}": PowerEMA(model, width) for width in POWER_WIDTHS if posthoc}
 
-    def held(self, steps):
-        """Part of the random start that it still holds after so many steps."""
-        return ema_held(self.rate, steps, self.warmup)
+    def share_of_start(self, steps):
+        """Part of the weights it began with that it still holds after so many steps."""
+        if not self.warmup:
+            return self.rate**steps
+        return math.prod(ema_rate(self.rate, step, warmup=True) for step in range(1, steps + 1))
 
     @torch.no_grad()
-    def update(self, model, skip=None, step=None):
-        """ema + (1 - rate) (parameter - ema), in one pass; nothing where `skip`, a tensor (1,) on the device, is 1.
-
-        step: this optimizer step's number, from 1 on, for warm-up and power averages. It counts skipped steps too, as
-        the host does not know of them yet: to a power average they are steps that left the weights as they were.
+    def update(self, model, step=None):
+        """ema + (1 - rate) (parameter - ema). step: this optimizer step's number, from 1 on, for warm-up and power
+        averages.
         """
-        # A step of SGD against `parameter - ema` is just that; its kernel can be told on the device to do nothing.
-        average, parameters = local(self.module.parameters()), local(model.parameters())
-        rate = ema_rate(self.rate, step, self.warmup)
-        torch._fused_sgd_(average, parameters, [], weight_decay=1.0, momentum=0.0, lr=1 - rate, dampening=0.0,
-                          nesterov=False, maximize=True, is_first_step=False, found_inf=skip)
+        update_average(self.module.parameters(), model, ema_rate(self.rate, step, self.warmup))
         for power in self.powers.values():
             power.update(model, step)
 
@@ -120,8 +108,7 @@ class PowerEMA:
     def update(self, model, step):
         """At the end of optimizer step 1, 2, ...: after the first it is the weights, and holds nothing of their start.
         """
-        weight = 1 - (1 - 1 / step) ** (self.exponent + 1)
-        torch._foreach_lerp_(local(self.tensors.values()), local(model.parameters()), weight)
+        update_average(self.tensors.values(), model, (1 - 1 / step) ** (self.exponent + 1))
 
 
 def power_exponent(width):
@@ -144,6 +131,6 @@ def rebuild_power(stored, wanted):
     inner, sizes = inner / norms / norms[:, None], norms[-1] / norms[:-1]  # of profiles of length 1
     among, with_it = inner[:-1, :-1], inner[:-1, -1]
     system = np.block([[among, sizes[:, None]], [sizes, 0]])
-    found = np.linalg.lstsq(system, np.append(with_it, 1), rcond=None)[0][:-1]
-    error = math.sqrt(max(0, 1 - 2 * found @ with_it + found @ among @ found))
-    return (found * sizes).tolist(), error
+    factors = np.linalg.lstsq(system, np.append(with_it, 1), rcond=None)[0][:-1]
+    error = math.sqrt(max(0, 1 - 2 * factors @ with_it + factors @ among @ factors))
+    return (factors * sizes).tolist(), error

@@ -1,9 +1,7 @@
 """Where a training run is, its sums since the last log entry, its usual loss: resumed, it logs as if undisturbed."""
 import math
 import statistics
-from dataclasses import asdict, dataclass, field, fields
-
-from models import FlowARError
+from dataclasses import asdict, dataclass, field
 
 SPIKE_MEMORY = 100  # steps whose losses are the usual ones, and before which nothing counts as a spike
 SPIKE = 6.0  # standard deviations above the usual loss: 1.4826 times the median deviation, as for a normal law
@@ -33,6 +31,7 @@ class Progress:
 
     def add(self, values):
         """A finite step's [gradient norm, loss, loss of every scale]. Returns whether the loss is a spike."""
+        self.bad_in_a_row = 0
         self.period += 1
         self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values)]
         loss, usual = values[1], self.usual
@@ -40,6 +39,11 @@ class Progress:
         spike = len(self.recent) == SPIKE_MEMORY and loss > usual + SPIKE * deviation
         self.recent = [*self.recent, loss][-SPIKE_MEMORY:]
         return spike
+
+    def add_bad(self):
+        """A step that was skipped."""
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
 
     def take_means(self):
         """Means over the finite steps since the last call, or None if there were none."""
@@ -49,11 +53,3 @@ class Progress:
 
     def state_dict(self):
         return asdict(self)
-
-    @classmethod
-    def of(cls, saved, path):
-        """Of a checkpoint's `progress`; FlowARError unless it is one."""
-        kinds = {f.name: f.type for f in fields(cls)}
-        if not isinstance(saved, dict) or {name: type(value) for name, value in saved.items()} != kinds:
-            raise FlowARError(f"{path}: its progress is {str(saved)[:80]!r}: expected {', '.join(kinds)}")
-        return cls(**saved)

@@ -23,16 +23,23 @@ class LatentOrigin(NamedTuple):
     tensors: str | None = None  # SHA-256 over its tensors: the same in whatever file
 
 
+def make_record(options, data, origin):
+    """What checkpoints say of a run beside its state. options: {name: value} of the program; data, origin: as above."""
+    args = {name: tuple(value) if isinstance(value, tuple) else value  # no named tuples
+            for name, value in options.items()}
+    return {"args": args, "images": data["images"], "data": data, "vae": origin._asdict()}
+
+
 def origin_of(named, vae):
     """LatentOrigin of an opened VAE; named: NamedVAE."""
     hashes = from_main(lambda: (named.identity(vae), tensors_hash(vae.state_dict())))
     return LatentOrigin(named.option, hashes[0], tuple(vae.latent_scale), hashes[1])
 
 
-def check_origin(what, found, expected):
+def check_origin(what, saved, expected):
     """FlowARError unless two LatentOrigins are, as far as they are known, of one VAE. what: has the first."""
-    for name in ("tensors" if found.tensors and expected.tensors else "sha256", "latent_scale"):
-        one, other = (shorten(getattr(origin, name)) for origin in (found, expected))
+    for name in ("tensors" if saved.tensors and expected.tensors else "sha256", "latent_scale"):
+        one, other = (shorten(getattr(origin, name)) for origin in (saved, expected))
         if None in (one, other) or one == other:
             continue
         if name == "latent_scale":
@@ -40,7 +47,7 @@ def check_origin(what, found, expected):
                               "latents of two scales do not mix; use the file it was made with, the same "
                               "--latent_norm, or give this one that scale ('config': {'latent_scale': [scale, "
                               "shift]})")
-        raise FlowARError(f"{what}: its VAE is {found.name or 'another one'} ({name} {one}), but {expected.name} "
+        raise FlowARError(f"{what}: its VAE is {saved.name or 'another one'} ({name} {one}), but {expected.name} "
                           f"has {name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
 
 
@@ -54,20 +61,18 @@ def shorten(value):
 
 
 def saved_origin(content):
-    """LatentOrigin of a checkpoint's content; what is not of its kind is not known."""
-    saved = content.get("vae") if isinstance(content, dict) else None
-    name, sha256, scale, tensors = ((saved if isinstance(saved, dict) else {}).get(key) for key in LatentOrigin._fields)
-    name, sha256, tensors = (value if isinstance(value, str) else None for value in (name, sha256, tensors))
-    try:
-        return LatentOrigin(name, sha256, read_latent_scale(scale, "checkpoint"), tensors)
-    except FlowARError:
-        return LatentOrigin(name, sha256, None, tensors)
+    """LatentOrigin of a checkpoint's content; of other programs' files nothing is known."""
+    saved = content.get("vae")
+    if not isinstance(saved, dict):
+        return LatentOrigin()
+    origin = LatentOrigin(**{name: saved.get(name) for name in LatentOrigin._fields})
+    return origin._replace(latent_scale=read_latent_scale(origin.latent_scale, "checkpoint"))
 
 
 def saved_data(content):
     """`data` of a checkpoint's content, {} if it does not know it."""
-    saved = content.get("data") if isinstance(content, dict) else None
-    return saved if isinstance(saved, dict) and isinstance(saved.get("classes"), list) else {}
+    saved = content.get("data")
+    return saved if isinstance(saved, dict) and "classes" in saved else {}
 
 
 def check_data(content, path, now, class_num):

@@ -1,0 +1,290 @@
+"""A step that is not finite changes nothing, with any optimizer, on all ranks alike; groups keep their rates; what an optimizer keeps is resumed."""
+import json
+import math
+
+import numpy as np
+import pytest
+import seams
+import torch
+from helpers import GEOMETRY, ROOT, make_project, read_checkpoint, read_log, run, small_model, train, training_command
+from torch.utils.data import Dataset
+
+import main_flowar
+from models import FlowARError
+from models.files import content_hash
+from util.data import build_loader
+from util.training import checkpoint, parallel
+from util.training.optimization import adjust_learning_rate
+from util.training.progress import Progress
+
+DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
+
+
+def adamw(model, lr, weight_decay):
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+
+
+def sgd(model, lr, weight_decay):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def muon(model, lr, weight_decay):
+    return torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=lr)
+
+
+OPTIMIZERS = [adamw, sgd, pytest.param(muon, marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon"))]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+def poison(monkeypatch, bad, change):
+    """Change the latents of some steps before they are used."""
+    def poisoned(original, run, *args):
+        latents, labels, draws = original(run, *args)
+        return change(latents.clone()) if run.progress.step in bad else latents, labels, draws
+
+    seams.wrap(monkeypatch, seams.PREPARED, poisoned)
+
+
+def with_nan(latents):
+    latents[5, 0, 0, 0] = math.nan
+    return latents
+
+
+def spoil_gradient(monkeypatch, step):
+    """NaN in one number of one gradient, as if a kernel had gone wrong: the loss is finite."""
+    def spoiled(original, run, parts):
+        losses = original(run, parts)
+        if run.progress.step == step:
+            run.network.z_proj.weight.grad[0, 0] = math.nan
+        return losses
+
+    seams.wrap(monkeypatch, seams.STEP, spoiled)
+
+
+@pytest.fixture
+def bad_states(monkeypatch):
+    """The state after every bad step, as hashes: of weights, EMA and optimizer."""
+    states, runs = [], []
+
+    def note_the_run(original, run, *args):
+        runs.append(run)
+        return original(run, *args)
+
+    def report(original, *args):
+        original(*args)
+        run = runs[-1]
+        states.append(state_of(*(parallel.snapshot(part.state_dict()) for part in (run.network, run.ema.module, run.optimizer))))
+
+    seams.wrap(monkeypatch, seams.STEP, note_the_run)
+    seams.wrap(monkeypatch, seams.BAD_STEP, report)
+    return states
+
+
+def state_of(network, ema, optimizer):
+    return [content_hash(part) for part in (network, ema, optimizer["state"])]
+
+
+def saved_state(output, step):
+    content = torch.load(output / f"checkpoint-{step:09d}.pth", weights_only=True)
+    return state_of(content["model"], content["model_ema"], content["optimizer"])
+
+
+def steps_of(folder):
+    return [checkpoint.step_of(path) for path in checkpoint.numbered(folder)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bad_step_changes_nothing_with_any_optimizer(project, tmp_path, monkeypatch, bad_states, optimizer):
+    """Step 4: it leaves everything as step 3 did, it is not saved, and step 5 is made. The whole run's twin, resumed at step 6, ends alike."""
+    monkeypatch.setattr(main_flowar, "build_optimizer", optimizer)
+    spoil_gradient(monkeypatch, 3)
+    content = train(project, tmp_path / "run", f"--save_every 1 --keep 20 --blr 1e-3 {DROPOUT}")
+    after, = bad_states
+    assert after == saved_state(tmp_path / "run", 3) != saved_state(tmp_path / "run", 5)
+    assert steps_of(tmp_path / "run") == [10, 9, 8, 7, 6, 5, 3, 2, 1]
+    assert content["progress"]["bad_steps"] == 1 and content["progress"]["bad_in_a_row"] == 0
+    line, = [line for line in read_log(tmp_path / "run") if line["group"] == "bad_step"]
+    assert line["step"] == 4 and "gradient norm nan; its gradient, not the loss of any rank" in line["message"]
+    assert [line["bad_steps"] for line in read_log(tmp_path / "run") if line["group"] == "train"] == [0, 1, 1, 1, 1, 1]
+    (tmp_path / "run" / checkpoint.LAST).unlink()
+    for step in range(7, 11):
+        (tmp_path / "run" / f"checkpoint-{step:09d}.pth").unlink()
+    again = train(project, tmp_path / "run", f"--blr 1e-3 {DROPOUT} --resume {tmp_path}/run")
+    assert state_of(again["model"], again["model_ema"], again["optimizer"]) == state_of(content["model"], content["model_ema"], content["optimizer"])
+
+
+@pytest.mark.parametrize("extra", ["--precision bf16", "--precision fp16"])
+def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch, extra):
+    poison(monkeypatch, [3], with_nan)
+    train(project, tmp_path, f"--log_freq 1 {extra}")
+    order = build_loader(type("Eighty", (Dataset,), {"__len__": lambda self: 80})(), 16, seed=0, train=True).sampler
+    image = order.indices(48, 64)[5]
+    line, = [line for line in read_log(tmp_path) if line["group"] == "bad_step"]
+    assert line["images"] == [image] and f"skipped: loss nan, gradient norm nan; rank 0 has latents that are not finite, images {image}" in line["message"]
+    losses = [line["loss"] for line in read_log(tmp_path) if line["group"] == "train"]
+    assert len(losses) == 9 and all(map(math.isfinite, losses))
+
+
+TWO_RANKS = """
+import shlex, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/training"]
+import engine_flowar, main_flowar, test_steps
+from models.files import content_hash
+from util import cluster
+from util.options import training_parser
+
+runs, original = [], engine_flowar.forward_and_backward
+
+def spoiled(run, parts):
+    runs.append(run)
+    if cluster.rank() == 1 and run.progress.step == 3:
+        handle = run.network.z_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
+        losses = original(run, parts)
+        handle.remove()
+        return losses
+    return original(run, parts)
+
+def main():
+    device = cluster.init("cpu")
+    engine_flowar.forward_and_backward = spoiled
+    for name in {names!r}:
+        main_flowar.build_optimizer = getattr(test_steps, name)
+        main_flowar.train(training_parser().parse_args(shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
+        cluster.agree("the weights", content_hash(runs[-1].network.state_dict()))
+
+cluster.run_main(main)
+"""
+
+
+def test_a_gradient_of_one_rank_of_two_is_skipped_on_both(project, tmp_path):
+    names = ["adamw", "sgd"] + ["muon"] * hasattr(torch.optim, "Muon")
+    options = training_command(project, "x", "--batch_size 8 --blr 1e-3 --log_freq 1 --no_val --eval_freq 100").split(maxsplit=1)[1]
+    (tmp_path / "two.py").write_text(TWO_RANKS.format(root=str(ROOT), names=names, options=options, folder=str(tmp_path)))
+    run(f"{tmp_path}/two.py", processes=2)
+    for name in names:
+        content = read_checkpoint(tmp_path / name)
+        assert content["progress"]["bad_steps"] == 1 and content["progress"]["step"] == 10, name
+        assert all(value.isfinite().all() for key, value in content["model"].items() if key != "mask"), name
+        assert [line["step"] for line in read_log(tmp_path / name) if line["group"] == "bad_step"] == [4], name
+
+
+@pytest.mark.parametrize("extra", ["", pytest.param("--fsdp", marks=pytest.mark.slow)])
+def test_an_image_of_one_rank_of_two_is_named_by_both(tmp_path, extra):
+    """An image of a cache is not finite: one rank has it, all skip the step, and the loss of the others is logged."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        folder = tmp_path / "cache" / str(label)
+        folder.mkdir(parents=True)
+        for i in range(8):
+            moments = rng.standard_normal((8, 4, 4)).astype(np.float32)
+            if (label, i) == (3, 3):
+                moments[0, 0, 0] = np.inf
+            np.savez(folder / f"{i}.npz", moments=moments, moments_flip=moments)
+    (tmp_path / "cache" / "latents.json").write_text(json.dumps({"complete": True, "latent_scale": [1.0, 0.0]}))
+    command = (f"main_flowar.py {GEOMETRY} --vae_path {tmp_path}/no_vae --data_path {tmp_path} --cached_path {tmp_path}/cache --output_dir {tmp_path}/out "
+               f"--epochs 2 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --log_freq 1 --save_every 0 {extra}")
+    run(command, processes=2)
+    bad = [line for line in read_log(tmp_path / "out") if line["group"] == "bad_step"]
+    assert [line["images"] for line in bad] == [[3 * 8 + 3]] * 2  # once an epoch
+    progress = read_checkpoint(tmp_path / "out")["progress"]
+    assert progress["bad_steps"] == 2 and progress["step"] == 10
+    assert len([line for line in read_log(tmp_path / "out") if line["group"] == "train"]) == 8
+
+
+def test_too_many_bad_steps_stop_and_leave_the_last_checkpoint(project, tmp_path, monkeypatch):
+    poison(monkeypatch, range(4, 99), with_nan)
+    with pytest.raises(FlowARError, match="4 steps in a row were not finite, up to step 8 .--max_bad_steps."):
+        train(project, tmp_path, "--save_every 2 --max_bad_steps 4")
+    assert steps_of(tmp_path) == [4, 2]  # none during the bad steps
+    assert all(value.isfinite().all() for name, value in read_checkpoint(tmp_path)["model"].items() if name != "mask")
+
+
+OVERFLOWING = """
+import sys
+sys.path.insert(0, {root!r})
+import main_flowar, torch
+from util import cluster
+
+class Overflowing(torch.optim.SGD):
+    def step(self):
+        super().step()
+        if self.param_groups[0]["params"][0].grad is not None and len(steps) == 5:
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
+        steps.append(1)
+
+steps = []
+main_flowar.build_optimizer = lambda model, lr, weight_decay: Overflowing(model.parameters(), lr=lr)
+cluster.run_main(main_flowar.main)
+"""
+
+
+def test_weights_that_are_not_finite_end_the_run_with_status_1(project, tmp_path):
+    """The optimizer spoils them in step 6; the checkpoint of step 4 is the last."""
+    (tmp_path / "overflowing.py").write_text(OVERFLOWING.format(root=str(ROOT)))
+    command = training_command(project, tmp_path / "out", "--save_every 2 --blr 1e-3").replace("main_flowar.py", f"{tmp_path}/overflowing.py")
+    done = run(command, check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("FloatingPointError: weights are not finite after step 6"), done.stderr
+    assert steps_of(tmp_path / "out") == [4, 2]
+    assert all(value.isfinite().all() for name, value in read_checkpoint(tmp_path / "out")["model"].items() if name != "mask")
+
+
+# ---- rates and state of optimizers -----------------------------------------------------------------------------
+
+
+def test_groups_keep_the_ratio_of_their_rates():
+    model, schedule = small_model(), dict(lr=1e-3, min_lr=1e-4, epochs=10, warmup_epochs=2)
+    head = list(model.flownet.parameters())
+    optimizer = torch.optim.AdamW([{"params": model.encoder_blocks.parameters()}, {"params": head, "lr": 2.5e-4}], lr=1e-3)
+    for epoch, rate in ((0, 0.0), (1, 5e-4), (2, 1e-3), (10, 1e-4)):
+        assert adjust_learning_rate(optimizer, epoch, **schedule) == pytest.approx(rate)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate / 4])
+
+
+def two_rates(model, lr, weight_decay):
+    halves = list(model.parameters())[::2], list(model.parameters())[1::2]
+    return torch.optim.SGD([{"params": halves[0]}, {"params": halves[1], "lr": lr / 10}], lr=lr, momentum=0.9)
+
+
+def test_a_resume_keeps_rates_of_groups_and_takes_the_peak_of_now(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_flowar, "build_optimizer", two_rates)
+    train(project, tmp_path, "--epochs 1 --lr 1e-3 --lr_schedule constant --warmup_epochs 0")
+    content = train(project, tmp_path, f"--epochs 2 --lr 2e-3 --lr_schedule constant --warmup_epochs 0 --resume {tmp_path}")
+    assert [group["lr"] for group in content["optimizer"]["param_groups"]] == pytest.approx([2e-3, 2e-4])
+
+
+def test_another_optimizer_is_refused_by_name(project, tmp_path, monkeypatch):
+    train(project, tmp_path, "--epochs 1")
+    monkeypatch.setattr(main_flowar, "build_optimizer", sgd)
+    with pytest.raises(FlowARError, match="checkpoint-000000005.pth: its optimizer is AdamW, this training's is SGD"):
+        train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
+    monkeypatch.setattr(main_flowar, "build_optimizer", adamw)  # one group in place of two
+    with pytest.raises(FlowARError, match="its optimizer's parameters are not this training's, or lie in other groups"):
+        train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
+
+
+# ---- spikes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_far_above_the_usual_loss():
+    progress, rng = Progress(), np.random.default_rng(0)
+    losses = 2 + 3 * np.exp(-np.arange(400) / 50) + 0.1 * rng.standard_normal(400)  # falls, with noise
+    losses[:3] *= 10  # at the start nothing is usual
+    losses[[250, 333]] = 3.5
+    assert [i for i, loss in enumerate(losses) if progress.add([1.0, loss])] == [250, 333]
+    assert progress.usual == pytest.approx(2, abs=0.1) and len(progress.recent) == 100
+    assert Progress(**json.loads(json.dumps(progress.state_dict()))) == progress
+
+
+def test_a_spike_is_logged_with_the_images_of_the_step(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(*seams.SPIKE_MEMORY, 4)
+    poison(monkeypatch, [7], lambda latents: 100 * latents)
+    train(project, tmp_path, "--blr 1e-6")
+    line, = [line for line in read_log(tmp_path) if line["group"] == "spike"]
+    order = build_loader(type("Eighty", (Dataset,), {"__len__": lambda self: 80})(), 16, seed=0, train=True).sampler
+    order.set_epoch(1)
+    assert line["step"] == 8 and line["images"] == order.indices(32, 48)
+    assert line["loss"] > 10 * line["usual"] and line["rank"] == 0 and line["loss_rank"] == line["loss"]
