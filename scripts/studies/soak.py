@@ -34,7 +34,7 @@ from util.training import checkpoint
 
 PROCESSES, SAVE_EVERY, KEEP, DISK = 2, 20, 2, "130m"  # a checkpoint has 26 MB
 LIFE = (1.0, 10.0)  # seconds of training before something happens
-DISASTERS = ("kill a rank", "kill all", "ask a rank to leave", "stop the launcher", "fill the disk", "tear the checkpoint", "flip a bit of it")
+DISASTERS = ("kill a rank", "kill all", "ask a rank to leave", "stop the launcher", "fill the disk", "tear the checkpoint")
 
 
 def parse_args():
@@ -92,20 +92,6 @@ def kill(pid, number=signal.SIGKILL):
         os.kill(pid, number)
 
 
-def damage(path, rng, tear):
-    """Cut a file short, or flip a bit of it."""
-    size = path.stat().st_size
-    with open(path, "r+b") as file:
-        if tear:
-            file.truncate(rng.randrange(size))
-        else:
-            place = rng.randrange(size)
-            file.seek(place)
-            byte = file.read(1)[0] ^ (1 << rng.randrange(8))
-            file.seek(place)
-            file.write(bytes([byte]))
-
-
 def strike(what, process, disk, output, rng):
     """Let one thing happen; returns (exit status, output) of the run."""
     ranks = ranks_of(process)
@@ -123,8 +109,8 @@ def strike(what, process, disk, output, rng):
     ended = finish(process)
     disk.free()
     kept = checkpoint.numbered(output)
-    if what in ("tear the checkpoint", "flip a bit of it") and len(kept) > 1:
-        damage(kept[0], rng, tear=what.startswith("tear"))
+    if what == "tear the checkpoint" and len(kept) > 1:
+        os.truncate(kept[0], rng.randrange(kept[0].stat().st_size))
     return ended
 
 

@@ -12,9 +12,10 @@ STATES = 5  # of every parameter, in float32: weights, gradients, two moments of
 
 
 class Shapes(FakeTensorMode):
-    """Inside, tensors have shapes and no numbers, whatever their device; a check of numbers holds.
+    """Inside, tensors have shapes and no numbers, whatever their device; a check of numbers holds. It is no public
+    part of torch: the meta device, which is, has no autocast, and that decides on half of what a pass keeps.
 
-    attended: storages of what attention gave, by their address.
+    attended: storages of what attention gave, by their identity.
     """
 
     def __init__(self):
@@ -27,15 +28,12 @@ class Shapes(FakeTensorMode):
         result = super().__torch_dispatch__(function, types, args, kwargs)
         if function in ATTENTION_KERNELS:
             storages = [part.untyped_storage() for part in result if isinstance(part, torch.Tensor)]
-            self.attended.update((storage._cdata, storage) for storage in storages)
+            self.attended.update((id(storage), storage) for storage in storages)
         return result
 
 
 def without_numbers(model, **changes):
-    """(The model again on a CPU, without numbers; the Shapes in which it runs). changes: of its arguments.
-
-    The meta device has no autocast.
-    """
+    """(The model again on a CPU, without numbers; the Shapes in which it runs). changes: of its arguments."""
     with torch.device("meta"):
         copy = type(model)(**{**model.config, **changes})
     with Shapes() as mode:
@@ -47,16 +45,16 @@ def without_numbers(model, **changes):
     return copy.train(), mode
 
 
-def held_bytes(model, mode, batch, dtype=None):
+def bytes_for_backward(model, mode, batch, dtype=None):
     """Bytes that the backward pass of a batch needs, low-precision copies of the weights included; model, mode: of
     without_numbers. dtype: of autocast, None for none.
     """
-    side, held = model.scale[-1] * model.patch_size, {}
+    side, kept = model.scale[-1] * model.patch_size, {}
     mode.attended.clear()
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        held[storage._cdata] = storage  # kept: so that no other gets its address
+        kept[id(storage)] = storage
         return tensor
 
     with (mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), warnings.catch_warnings(),
@@ -65,8 +63,8 @@ def held_bytes(model, mode, batch, dtype=None):
         loss = model(torch.empty(batch, model.vae_embed_dim, side, side), torch.empty(batch, dtype=torch.long))
     del loss
     if model.use_checkpoint:
-        held |= mode.attended
-    return sum(storage.nbytes() for storage in held.values())
+        kept |= mode.attended
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def image_bytes(model, dtype=None, **changes):
@@ -74,7 +72,7 @@ def image_bytes(model, dtype=None, **changes):
     meta device too; changes: of its arguments.
     """
     counted = without_numbers(model, **changes)
-    return held_bytes(*counted, 2, dtype) - held_bytes(*counted, 1, dtype)
+    return bytes_for_backward(*counted, 2, dtype) - bytes_for_backward(*counted, 1, dtype)
 
 
 def largest_block(model):
