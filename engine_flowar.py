@@ -99,7 +99,7 @@ def train_one_epoch(run):
         else:
             progress.add_bad()
         run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)  # of parameters too that the optimizer leaves alone
         progress.advance(run.steps)
         run.logger.advance(recipe.global_batch)
         if spike or not result.finite:

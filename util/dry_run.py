@@ -23,8 +23,8 @@ GIB, MIB = 2**30, 2**20
 def run(args, train):
     """train(options, device) as if it were one of --world processes."""
     if args.evaluate or args.world is None or "RANK" in os.environ:
-        raise FlowARError("--dry_run is of a training, needs --world, the number of processes (GPUs) of the job, and is "
-                          "one process for all: leave out --evaluate and torchrun")
+        raise FlowARError("--dry_run is of a training, needs --world, the number of processes (GPUs) of the job, and "
+                          "is one process for all: leave out --evaluate and torchrun")
     with cluster.pretend(args.world), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # of a checkpoint
         train(args, cluster.select_device("cpu"))

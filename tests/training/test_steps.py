@@ -1,4 +1,5 @@
 """A step that is not finite changes nothing, with any optimizer, on all ranks alike; groups keep their rates; what an optimizer keeps is resumed."""
+import inspect
 import json
 import math
 
@@ -131,12 +132,14 @@ def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch, e
 
 TWO_RANKS = """
 import shlex, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/training"]
-import engine_flowar, main_flowar, test_steps
+sys.path.insert(0, {root!r})
+import torch
+import engine_flowar, main_flowar
 from models.files import content_hash
 from util import cluster
 from util.options import training_parser
 
+{optimizers}
 runs, original = [], engine_flowar.forward_and_backward
 
 def spoiled(run, parts):
@@ -152,7 +155,7 @@ def main():
     device = cluster.init("cpu")
     engine_flowar.forward_and_backward = spoiled
     for name in {names!r}:
-        main_flowar.build_optimizer = getattr(test_steps, name)
+        main_flowar.build_optimizer = globals()[name]
         main_flowar.train(training_parser().parse_args(shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
         cluster.agree("the weights", content_hash(runs[-1].network.state_dict()))
 
@@ -163,7 +166,8 @@ cluster.run_main(main)
 def test_a_gradient_of_one_rank_of_two_is_skipped_on_both(project, tmp_path):
     names = ["adamw", "sgd"] + ["muon"] * hasattr(torch.optim, "Muon")
     options = training_command(project, "x", "--batch_size 8 --blr 1e-3 --log_freq 1 --no_val --eval_freq 100").split(maxsplit=1)[1]
-    (tmp_path / "two.py").write_text(TWO_RANKS.format(root=str(ROOT), names=names, options=options, folder=str(tmp_path)))
+    optimizers = "\n".join(map(inspect.getsource, (adamw, sgd, muon)))
+    (tmp_path / "two.py").write_text(TWO_RANKS.format(root=str(ROOT), optimizers=optimizers, names=names, options=options, folder=str(tmp_path)))
     run(f"{tmp_path}/two.py", processes=2)
     for name in names:
         content = read_checkpoint(tmp_path / name)
