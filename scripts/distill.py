@@ -19,7 +19,7 @@ from models.errors import FlowARError
 from models.variants import ablated
 from models.variants.rectified import RectifiedFlowAR
 from models.registry import recognise_size
-from models.weights import file_hash, saved_options
+from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
 from util.evaluation.setup import saved_sampling

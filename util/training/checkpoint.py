@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from models import FlowARError
+from models.errors import first_line
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, find_model, read_weights, recognise_geometry, saved_options, write_file
@@ -293,10 +294,10 @@ def open_newest(resume):
     for candidate in candidates:
         try:
             return Checkpoint.open(candidate)
-        except FlowARError as error:
+        except Exception as error:  # torch raises many kinds for a file that was cut
             if candidate == candidates[-1]:
-                raise
-            log(f"warning: {error}; the checkpoint before it is taken")
+                raise FlowARError(f"{candidate}: cannot be read ({first_line(error)})") from error
+            log(f"warning: {candidate}: cannot be read ({first_line(error)}); the checkpoint before it is resumed")
 
 
 def open_on_all(resume, missing_is_fresh=False):
