@@ -1,6 +1,6 @@
-"""--wandb: TensorBoard's scalars and grids by the same names, and no training that ends because of it."""
+"""--wandb: TensorBoard's scalars and grids by the same names, and no training that ends because of it; a log that was torn."""
+import importlib.machinery
 import json
-import struct
 import sys
 import types
 
@@ -15,65 +15,10 @@ from util.options import training_parser
 from util.training import logging
 from util.training.logging import TrainingLog
 
-BLOCK, HEAD = 32768, 7  # of a .wandb file, which is LevelDB's log
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return make_project(tmp_path_factory.mktemp("project"), 2)
-
-
-def records(path):
-    """The bytes of each record."""
-    content, place, parts = path.read_bytes(), HEAD, []
-    while place + HEAD <= len(content):
-        if BLOCK - place % BLOCK < HEAD:
-            place += BLOCK - place % BLOCK
-        _, length, kind = struct.unpack("<IHB", content[place:place + HEAD])
-        parts.append(content[place + HEAD:place + HEAD + length])
-        place += HEAD + length
-        if kind in (1, 4):  # whole, or the last part
-            yield b"".join(parts)
-            parts = []
-
-
-def told(folder):
-    """[{name: value}] of what the offline runs in a folder were told, in order, without wandb's own names."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    history = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in map(Record.FromString, records(path)):
-            if record.HasField("history"):
-                items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                history.append({name: value for name, value in items.items() if not name.startswith("_")})
-    return history
-
-
-def scalars(history):
-    return {(name, line["step"]): value for line in history for name, value in line.items() if isinstance(value, float)}
-
-
-def test_it_gets_what_tensorboard_gets(project, tmp_path, monkeypatch):
-    """Through the real package, offline; a second start goes on in the same run."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    train(project, tmp_path, "--epochs 1 --eval_freq 1 --wandb of-mine --log_freq 1")
-    first = json.loads((tmp_path / "wandb.json").read_text())
-    train(project, tmp_path, f"--epochs 2 --eval_freq 1 --wandb of-mine --log_freq 1 --resume {tmp_path}")
-    assert json.loads((tmp_path / "wandb.json").read_text()) == first and first["project"] == "of-mine"
-    assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{first['id']}.wandb"}
-    board = EventAccumulator(str(tmp_path)).Reload()
-    expected = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
-    history = told(tmp_path)
-    found = scalars(history)
-    assert {("train/loss", 1), ("val/loss", 1), ("val_ema/loss_scale_2", 2), ("train/lr", 2)} < found.keys()
-    assert {key: np.float32(value) for key, value in found.items()} == pytest.approx(
-        {key: value for key, value in expected.items() if key in found}, rel=1e-6)
-    whole = {key for key in expected if key not in found}
-    assert all(float(expected[key]).is_integer() for key in whole)  # JSON has no 0.0 of a count
-    images = {(tag, event.step) for tag in board.Tags()["images"] for event in board.Images(tag)}
-    assert {(name.removesuffix("/_type"), line["step"]) for line in history for name in line if name.endswith("/_type")} == images
-    assert images >= {("samples/ema", 1), ("samples/ema", 2)}
 
 
 class Stub(types.ModuleType):
@@ -81,6 +26,7 @@ class Stub(types.ModuleType):
 
     def __init__(self, fails=()):
         super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="a stub")
         self.fails, self.told, self.inits, self.config = fails, [], [], self
         self.Settings, self.Image = dict, lambda pixels: pixels.shape
 
@@ -113,6 +59,31 @@ def stub(monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", Stub(fails))
         return sys.modules["wandb"]
     return make
+
+
+def test_it_gets_what_tensorboard_gets(project, tmp_path, stub):
+    wandb = stub()
+    train(project, tmp_path, "--epochs 1 --eval_freq 1 --wandb of-mine --log_freq 1")
+    train(project, tmp_path, f"--epochs 2 --eval_freq 1 --wandb of-mine --log_freq 1 --resume {tmp_path}")
+    board = EventAccumulator(str(tmp_path)).Reload()
+    scalars = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    told = {(name, line["step"]): value for line in wandb.told for name, value in line.items() if name != "step"}
+    assert {("train/loss", 1), ("val/loss", 1), ("val_ema/loss_scale_2", 2), ("train/lr", 2)} < scalars.keys()
+    assert {key: np.float32(told[key]) for key in scalars} == pytest.approx(scalars, rel=1e-6)
+    images = {(tag, event.step) for tag in board.Tags()["images"] for event in board.Images(tag)}
+    assert images == told.keys() - scalars.keys() >= {("samples/ema", 1), ("samples/ema", 2)}
+
+
+@pytest.mark.slow
+def test_the_real_package_takes_it_offline(project, tmp_path, monkeypatch):
+    """A second start goes on in the same run."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for extra in ("--epochs 1", f"--epochs 2 --resume {tmp_path}"):
+        train(project, tmp_path, f"--eval_freq 1 --wandb of-mine --log_freq 1 {extra}")
+    identity = json.loads((tmp_path / "wandb.json").read_text())["id"]
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and {path.name for path in files} == {f"run-{identity}.wandb"}
 
 
 def write(folder, step=0, project="p"):
@@ -164,3 +135,10 @@ def test_names_of_projects(capsys):
     with pytest.raises(SystemExit):
         training_parser().parse_args(["--wandb", "a/b"])
     assert "'a/b' is no name of a project" in capsys.readouterr().err
+
+
+def test_a_log_is_mended(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"group": "train", "step": 2, "epoch": 0.1, "loss": 1.5}\n[1]\n{"group": "val", "step": 2}\n'
+                                        '{"group": "train", "step": 4}\n{"group": "tra')
+    TrainingLog(tmp_path, torch.device("cpu"), step=2).close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"group": "train", "step": 2, "epoch": 0.1, "loss": 1.5}\n'

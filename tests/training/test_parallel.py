@@ -60,6 +60,7 @@ def test_it_trains_as_ddp_does(project, sharded, tmp_path):
     assert {path.name for path in sharded.iterdir() if "events" not in path.name} == {path.name for path in tmp_path.iterdir() if "events" not in path.name}
 
 
+@pytest.mark.slow  # test_reliability.py kills a run of DDP
 def test_killed_it_ends_with_the_same_bits(project, sharded, tmp_path):
     process = start(command(project, tmp_path, "--fsdp"), 2)
     wait_for(tmp_path / "checkpoint-000000006.pth", process)

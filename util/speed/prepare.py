@@ -1,14 +1,13 @@
 """A whole model made faster, in place: its results stay the same."""
 import torch
-import torch.fx
 from torch import nn
 from torch.nn.attention import SDPBackend
 
 from models import FlowARError
 from models.kernels import Linear
 
-# PyTorch 2.6 traces for all threads: what runs beside the sampling (evaluation.batches) cannot be compiled there.
-THREADS_TRACE_ALONE = not hasattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
+# Older ones trace for all threads: what runs beside the sampling cannot be compiled there. Not every version was tried.
+THREADS_TRACE_ALONE = torch.__version__ >= (2, 14)
 
 
 def for_sampling(model, dtype=None):
@@ -78,7 +77,9 @@ def for_evaluation(models, vae, dtype=None, what=None):
 
 
 def attention_kernel(model, dtype=None):
-    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend."""
+    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend. No public
+    call says what torch chooses; without this one benchmarks would not name it.
+    """
     attn = model.blocks[0].attn
     q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype,
                     device=model.class_emb.weight.device)
