@@ -108,6 +108,11 @@ def test_a_solver(probe, unchanged):
     assert moved(euler, unchanged) == set() and moved(found, unchanged) == {"samples"}
 
 
+def test_an_optimizer(probe, unchanged):
+    found = probe("Another optimizer")
+    assert moved(found, unchanged) == {"train", "val"} and found["train"][0] == unchanged["train"][0]  # a first loss is that of the start
+
+
 def test_another_list_of_scales(probe, unchanged):
     found = probe("Another list of scales")
     assert found["scales"] == [1, 4] and {"train", "val"} <= moved(found, unchanged)

@@ -32,7 +32,7 @@ STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
-PLACES = ("output_dir", "log_dir", "resume")  # options of which a resume does not name the change
+UNNAMED = ("output_dir", "log_dir", "resume", "dry_run", "world", "images_per_second")  # options that may change freely
 OPTIONS = "lr", "weight_decay", "fused", "foreach"  # of an optimizer's group: those of now, not of the checkpoint
 
 
@@ -277,7 +277,7 @@ class Checkpoint:
         changed = []
         for name, before in self.options.items():
             now = options.get(name)
-            if name in options and name not in PLACES and before != now:
+            if name in options and name not in UNNAMED and before != now:
                 changed.append(f"{name} {'not given' if before is None else before} -> "
                                f"{'not given' if now is None else now}")
         return ", ".join(changed)
