@@ -14,10 +14,10 @@ from util.cluster import (Preempted, StopSignals, all_reduce_sum, autocast, barr
                           is_main, log, rank, world_size)
 from util.data.source import Source
 from util.evaluation import reports
-from util.evaluation.batches import Aside, decode_and_measure
-from util.evaluation.reports import RESULTS, Stopwatch
-from util.evaluation.store import CODE_KEY, PARTIAL, FinishedBatches, PngWriter, open_store, release, write_npz
-from util.files import write_json
+from util.evaluation.reports import Stopwatch
+from util.evaluation.sampler import SideStream, decode_and_measure
+from util.evaluation.store import PngWriter, Store
+from util.options import SWEPT
 from util.training.checkpoint import CheckpointWriter, content_of
 from util.training.health import report_bad_step, report_spike
 from util.training.logging import TrainingLog
@@ -232,82 +232,82 @@ def evaluate_sweep(samplers, plan, measure, description, output):
             rows = reports.sweep_rows(output, report)  # with those of earlier sweeps into the same folder
             reports.write_table(rows, output / "results.csv")
             if report["metrics"] and all(report["metrics"][0] in row for row in rows):
-                reports.plot_sweep(rows, report["metrics"][0], output / "sweep.png")
+                reports.plot_sweep(rows, report["metrics"][0], SWEPT, output / "sweep.png")
 
 
 def evaluate(sampler, plan, measure, description, output):
-    """Sample images on all ranks and measure them at once; what is found goes to <output>/results.json.
+    """Sample images on all ranks and measure them at once; the report goes to <output>/results.json.
 
     Batches of consecutive images are dealt to the ranks, so that a picture does not depend on their number. Finished
-    batches are kept in <output>/partial until the end: the same command goes on where it was killed.
+    batches are kept in <output>/partial until the end: the same command resumes where it was killed.
 
     Args:
-        sampler: util.evaluation.sampler.Sampler; plan, measure: Plan and Measure of util.evaluation.setup.
+        sampler: util.evaluation.sampler.Sampler; plan, measure: Plan of util.evaluation.store, Measure of .metrics.
         description: what is evaluated, for the report, which is returned on rank 0. Global random state is left alone.
     """
-    output, count = Path(output), plan.num_images
-    batches = [range(first, min(first + sampler.batch, count)) for first in range(0, count, sampler.batch)]
-    planned = {**description, **sampler.settings(), **plan.settings(), **measure.settings(), CODE_KEY: reports.CODE}
-    done, missing = from_main(lambda: open_store(output, planned, batches, measure.extractor.dim, plan.persistent))
-    if done is not None:
-        log(f"{output}: evaluated already, with the same settings")
-        release(output)
-        return done if is_main() else None
-    manifest.add_start(output, plan.begun)
+    store, count = Store(output), plan.num_images
+    batches = {number: range(first, min(first + sampler.batch, count))
+               for number, first in enumerate(range(0, count, sampler.batch))}
+    settings = {**description, **sampler.settings(), **plan.settings(), **measure.settings(),
+                "commit": from_main(manifest.code_version)}
+    missing = list(batches)
+    if plan.persistent:
+        report, missing = from_main(lambda: store.open(settings, batches))
+        if report is not None:
+            log(f"{output}: evaluated already, with the same settings")
+            store.close()
+            return report if is_main() else None
+    manifest.add_start(output, plan.start)
     measure.open()
     start = time.time()
     mine = {number: batches[number] for number in missing[rank()::world_size()]}
-    parts = gather_to_main(sample_and_measure(sampler, plan, measure.extractor, mine, output))
+    parts = gather_to_main(sample_and_measure(sampler, plan, measure.extractor, mine, store))
     seconds = time.time() - start  # of the slowest rank
     if parts is None:
         return None
-    found = {number: tensors for part in parts for number, tensors in part.items()}
-    sampled = sum(len(batches[number]) for number in found)
-    kept = FinishedBatches(output / PARTIAL) if plan.persistent else None
-    found = [found[number] if number in found else kept.load(number) for number in range(len(batches))]
-    sampler.refuse_not_finite(torch.cat([part["bad"] for part in found]).tolist(), count)
-    report = {**measure.compute(found, sampler.device), **planned, **reports.timing(found, batches),
-              "images_per_second": sampled / max(seconds, 1e-9), **reports.machine(sampler.device)}
+    measured = {number: tensors for part in parts for number, tensors in part.items()}
+    measured = [measured[number] if number in measured else store.load(number) for number in batches]
+    sampler.refuse_not_finite(torch.cat([part["bad"] for part in measured]).tolist(), count)
+    report = {**measure.compute(measured, sampler.device), **settings,
+              **reports.timing(measured, list(batches.values())),
+              "images_per_second": sum(len(batches[number]) for number in missing) / max(seconds, 1e-9),
+              **manifest.describe_machine(sampler.device)}
     if plan.save_npz:
-        write_npz(output / "samples.npz", kept, len(batches), plan.labels.values)
-    write_json(report, output / RESULTS)
-    if plan.persistent:
-        kept.remove()
-        release(output)
+        store.write_npz(len(batches), plan.labels.values)
+    store.finish(report)
     return report
 
 
-def sample_and_measure(sampler, plan, extractor, batches, output):
+def sample_and_measure(sampler, plan, extractor, batches, store):
     """{batch number: {features, logits if any, bad, seconds, calls}} of {batch number: indices of its images}."""
-    kept = FinishedBatches(output / PARTIAL) if plan.persistent else None
-    writer = PngWriter(output / "images") if plan.save_images else None
-    watch, found, pending = Stopwatch(sampler.device), {}, None
+    writer = PngWriter(store.folder) if plan.save_images else None
+    watch, measured, pending = Stopwatch(sampler.device), {}, None
     progress = tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
                     mininterval=2)
 
     def finish(number, nfe, result):
         tensors, images, wait = result()
         if len(tensors["bad"]) == len(images):
-            sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: no use in going on
+            sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: the others too
         with watch("writing"):
             wait()
             calls = torch.tensor([[len(scale), sum(scale)] for scale in nfe])
-            found[number] = {**tensors, "seconds": watch.take(), "calls": calls}
-            if kept:
+            measured[number] = {**tensors, "seconds": watch.take(), "calls": calls}
+            if plan.persistent:
                 pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if plan.save_npz else {}
-                kept.save(number, {**found[number], **pixels})
+                store.save(number, {**measured[number], **pixels})
 
-    with Aside(sampler.device) as aside:
+    with SideStream(sampler.device) as beside:
         for number, indices in batches.items():
             labels, nfe = plan.labels.of(indices), []
             with watch("sampling"):
                 latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices), nfe)[-1])
             if pending:
                 finish(*pending)  # it was decoded, or its files were written, while this batch was sampled
-            pending = number, nfe, aside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
+            pending = number, nfe, beside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
             progress.update(len(indices))
         if pending:
             finish(*pending)
-            found[number]["seconds"] += watch.take()  # of writing the last batch
+            measured[number]["seconds"] += watch.take()  # of writing the last batch
     progress.close()
-    return found
+    return measured

@@ -9,7 +9,7 @@ The size and the geometry are recognised from the checkpoint and the VAE where t
 import util.versions  # noqa: F401  first: it names what is too old
 from engine_flowar import evaluate_sweep
 from util import cluster
-from util.evaluation.setup import open_evaluation
+from util.evaluation.pipeline import open_evaluation
 from util.options import evaluation_parser
 
 

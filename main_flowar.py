@@ -20,7 +20,8 @@ from models.variants.ablated import describe
 from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
 from util.data.source import check_classes, open_sources
-from util.evaluation.setup import build_measure, build_sampler, open_evaluation, plan_reports
+from util.evaluation.metrics import build_measure
+from util.evaluation.pipeline import build_sampler, open_evaluation, plan_reports
 from util.evaluation.store import write_png
 from util.speed import prepare
 from util.options import (check_geometry, check_training, model_options, resolve_training, single_point,
@@ -53,7 +54,9 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         check_geometry(args, start.geometry(args.vae_embed_dim), start.path)
     check_classes(record["data"]["classes"], args.class_num)
     plan = plan_reports(args, record["data"])
-    measure = build_measure(args, args.img_size, plan.labels, device).open(args.dry_run) if args.online_eval else None
+    measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
+    if measure and not args.dry_run:
+        measure.open()
 
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
@@ -83,7 +86,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every, args.resume
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
-    manifest.add_start(args.output_dir, manifest.begin(record, device, step=progress.step))
+    manifest.add_start(args.output_dir, manifest.describe_start(record, device, step=progress.step))
     log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "
         f"{network.scale}, {world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr "
         f"{args.lr:.2e}")

@@ -30,7 +30,7 @@ from scripts.pictures import png_text
 from util.cluster import PRECISIONS, run_main, select_device
 from util.cluster.ending import explain
 from util.evaluation.pipeline import open_pipeline
-from util.evaluation.reports import CODE
+from util.manifest import code_version
 from util import options
 from util.options import SAMPLING, as_text, between, sampling_parser, seed, single_point, with_options
 
@@ -168,7 +168,7 @@ def settings_of(pipe, asked, number, words, kept=None):
     command = [*words, "--labels", asked.label, "--seeds", number, "--precision", asked.precision]
     command += [word for option, value in options.items() if value is not None
                 for word in (f"--{option}", as_text(value))]
-    said = {**tuned.settings(), "code_sha256": CODE, "seed": number,
+    said = {**tuned.settings(), "commit": code_version(), "seed": number,
             "label": asked.label, "class_name": pipe.names[asked.label]}
     if kept is None:
         return {**said, "picture": "folder", "command": list(map(str, [*command, "--folder", "samples"]))}

@@ -71,11 +71,13 @@ from util.data import Images, build_loader, latents
 from util.data.latents import NpzMoments, ShardedMoments
 from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
+from util.evaluation.metrics import Measure
+from util.evaluation.pipeline import build_sampler
 from util.evaluation.references import folder_features
-from util.evaluation.reports import machine
 from util.evaluation.sampler import decoded_at_once
-from util.evaluation.setup import Measure, Plan, build_sampler
+from util.evaluation.store import Plan
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
+from util.manifest import describe_machine
 from util.options import (SAMPLING, add_extractor_options, below_one, between, integer_list, model_options, positive, resolve_geometry,
                           sampling_options, sampling_parser, several, single_point, some_path, workers)
 from util.speed import prepare
@@ -700,7 +702,7 @@ def main():
         check_output(args.json)
     args = resolve_geometry(args)
     measured = (benchmark_against if args.against else BENCHMARKS[args.what])(args, device)
-    result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **machine(device)}
+    result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **describe_machine(device)}
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:

@@ -22,7 +22,7 @@ from models.registry import recognise_size
 from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
-from util.evaluation.setup import saved_sampling
+from util.evaluation.pipeline import saved_sampling
 from util.files import make_directory
 from util.options import (check_geometry, fraction, positive, sampling_options, single_point, training_parser,
                           with_options)

@@ -21,9 +21,9 @@ from models.vaes import DEFAULT_PATH
 from models.weights import BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file, write_safetensors, writing
 from util.cluster import log, run_main
 from util.evaluation.reports import RESULTS, read_report, reports_of
-from util.evaluation.setup import saved_sampling
-from util.files import make_directory, write_bytes, write_json
-from util.manifest import RUN, read_run
+from util.evaluation.pipeline import saved_sampling
+from util.files import make_directory, read_json, write_bytes, write_json
+from util.manifest import RUN
 from util.options import SAMPLING, some_path, training_parser
 from util.training.checkpoint import read_model_file
 from util.training.record import saved_data, saved_origin
@@ -154,7 +154,7 @@ def find_results(args, path, content):
 def find_run(path):
     """The run.json beside a checkpoint, None if there is none, or none that can be read."""
     try:
-        return read_run(path.with_name(RUN)) if path.with_name(RUN).is_file() else None
+        return read_json(path.with_name(RUN)) if path.with_name(RUN).is_file() else None
     except FlowARError as error:
         log(f"warning: {error}; the card does without it")
         return None

@@ -23,8 +23,8 @@ import torch
 from scripts import flops
 from models import MODELS, FlowARError
 from util.cluster import run_main, select_device
-from util.evaluation.reports import CODE, machine
 from util.files import check_output, make_directory, read_json, write_bytes, write_json
+from util.manifest import code_version, describe_machine
 from util.options import one_of, positive, real, several, some_path
 
 LAST_LINES = 12
@@ -139,7 +139,7 @@ def run_stage(stage, seconds):
         except subprocess.TimeoutExpired as error:
             text, status = (error.stdout or b"").decode(errors="replace"), f"failed: {CUT_OFF} {seconds:.0f} s"
         found = read_json(figures) if status == "ok" and figures.is_file() else None
-    return {"name": stage.name, "command": stage.command, "code": CODE, "status": status, "seconds": time.monotonic() - start,
+    return {"name": stage.name, "command": stage.command, "code": code_version(), "status": status, "seconds": time.monotonic() - start,
             "last_lines": without_places(text).strip().splitlines()[-LAST_LINES:], "figures": found}
 
 
@@ -163,7 +163,7 @@ def run_stages(stages, store, minutes):
     for stage in stages:
         file = store / f"{re.sub(r'[^a-z0-9]+', '-', stage.name)}.json"
         before = done_before(file)
-        if (before.get("command"), before.get("code")) == (stage.command, CODE):
+        if (before.get("command"), before.get("code")) == (stage.command, code_version()):
             found[stage.name] = before
             continue
         left = end - time.monotonic()
@@ -226,7 +226,7 @@ def versions(device):
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1]
     changed = " and what is not committed" if said("git", "status", "--porcelain", "--untracked-files=no") else ""
-    return {"device": f"{count} x {machine(device)['device']}", "torch": torch.__version__, "cuda": torch.version.cuda or "none",
+    return {"device": f"{count} x {describe_machine(device)['device']}", "torch": torch.__version__, "cuda": torch.version.cuda or "none",
             "driver": driver[0] if driver else "none", "commit": said("git", "rev-parse", "--short", "HEAD") + changed or "unknown"}
 
 
@@ -274,7 +274,7 @@ def stages_part(stages, left_out, found):
 
 def write_report(args, device, stages, left_out, found):
     """The .md, whose path is returned, and the .json."""
-    about, name = versions(device), machine(device)["device"] if device.type == "cuda" else "cpu"
+    about, name = versions(device), describe_machine(device)["device"] if device.type == "cuda" else "cpu"
     gpu = next((gpu for key, gpu in flops.GPUS.items() if key in name), None)
     command = shlex.join(["bash", "scripts/gpu_report.sh", *shown(sys.argv[1:])])
     figures = {stage: result["figures"] for stage, result in found.items() if result["figures"]}

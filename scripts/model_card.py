@@ -1,8 +1,7 @@
 """The model card of an export, as the Hugging Face hub shows it. What is not known is said to be not known."""
 from pathlib import Path
 
-from util.evaluation.names import class_names
-from util.evaluation.labels import Classes
+from util.evaluation.labels import Classes, class_names
 
 UNKNOWN = "not known"
 LISTED = 100  # classes: more are in config.json alone
@@ -91,8 +90,7 @@ def training(config, run):
     versions = [f"{name} {value}" for name, value in (start.get("versions") or {}).items() if value]
     code = f"{git.get('commit')}{' and changes that were not committed' if git.get('dirty') else ''}" if git else None
     return [*lines, "", *table({"hardware": devices or None, "versions": versions or None, "commit of the code": code,
-                                "SHA-256 of the code": start.get("code_sha256"), "starts (first, last)": [
-                                    part.get("time") for part in (run["starts"][0], run["starts"][-1])] if start else None})]
+                                "starts (first, last)": [run["starts"][i].get("time") for i in (0, -1)] if start else None})]
 
 
 def data(config):

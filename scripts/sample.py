@@ -18,8 +18,8 @@ from util.cluster import run_main, select_device
 from util.data import center_crop, open_image
 from util.data.places import name_images
 from util.evaluation.pipeline import open_pipeline
-from util.evaluation.reports import CODE
 from util.files import make_directory
+from util.manifest import code_version
 from util.options import count, positive, sampling_parser, seed, single_point, some_path
 
 KINDS = {  # option: what it draws
@@ -74,7 +74,9 @@ def parse_args():
     (picture, words), args = again.parse_known_args(), None
     if picture.again:
         said = read_settings(picture.again)
-        before = list(map(str, said.get("command", [])))
+        before, commit = list(map(str, said.get("command", []))), code_version()
+        if said.get("commit") != commit:
+            print(f"{picture.again}: drawn by commit {said.get('commit')}, this is {commit}")
         args = make_parser().parse_args(before)
         for kind in {*FILES} - {said.get("picture")}:
             setattr(args, kind, None)
@@ -163,7 +165,7 @@ def main():
     if args.class_names:
         name_the_classes(pipe, args.class_names)
     labels = find_labels(pipe, args.labels)
-    made = {**pipe.settings(), "code_sha256": CODE, "command": words}
+    made = {**pipe.settings(), "commit": code_version(), "command": words}
     for kind, file in files.items():
         rows, names, titles = draw(kind, pipe, labels, args)
         save(draw_table(rows, names, titles), file, {**made, "picture": kind})

@@ -14,7 +14,7 @@ from scripts.studies.runs import (CLASSES, GEOMETRY, AutoencoderKL, LatentScale,
 import engine_flowar
 import main_flowar
 from models import FlowAR
-from util.evaluation.setup import open_evaluation
+from util.evaluation.pipeline import open_evaluation
 from util.options import evaluation_parser, training_parser
 
 SCALES = (1, 2, 4)

@@ -3,7 +3,7 @@ import engine_flowar
 import main_flowar
 from models import kernels
 from util.data import images
-from util.evaluation import sampler, setup, store
+from util.evaluation import metrics, sampler, store
 from util.training import progress
 
 NETWORK = main_flowar, "build_model"
@@ -14,13 +14,13 @@ VALIDATION = main_flowar, "validate"
 GRID = sampler.Sampler, "grid"
 LATENTS = sampler.Sampler, "pyramid"  # of a batch that is evaluated
 DECODED = sampler.Sampler, "decode"  # (sampler, latents) -> (images, finite)
-KEPT_BATCH = store.FinishedBatches, "save"
-REMOVAL = store.FinishedBatches, "remove"
+KEPT_BATCH = store.Store, "save"
 PNG = store, "write_png"
 BYTES = store, "write_bytes"
-METRICS = setup.Measure, "compute"
-NPZ = engine_flowar, "write_npz"
-REPORT = engine_flowar, "write_json"
+METRICS = metrics.Measure, "compute"
+NPZ = store.Store, "write_npz"
+REPORT = store.Store, "finish"
+REMOVAL = store.Store, "close"
 SPIKE_MEMORY = progress, "SPIKE_MEMORY"
 MOST_UNREADABLE = images, "MOST_UNREADABLE"
 RECOMPUTED = kernels, "checkpoint"  # of a block

@@ -98,11 +98,10 @@ def card_of(folder):
 def test_the_card_says_what_is_known(project):
     header, text = card_of(project / "safetensors")
     results = json.loads((project / "eval" / "results.json").read_text())
-    run = json.loads((project / "run" / "run.json").read_text())
     assert header["license"] == "unknown" and "arxiv:2412.15205" in header["tags"]
     for metric in results["metrics"]:
         assert f"| {metric.replace('*', '')} | {results[metric]:.4g} |" in text
-    assert run["starts"][0]["code_sha256"] in text and "| epochs | 2 |" in text and "| cfg | 2.0 |" in text
+    assert "| epochs | 2 |" in text and "| cfg | 2.0 |" in text
     assert "`vae.pth` of these files" in text and "| 3 | 3 |" in text
 
 

@@ -33,7 +33,7 @@ def figures():
 
 def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_report, "plan", lambda args, device: (stages(), ["what needs two GPUs"]))
-    done = {"name": "sample tiny", "command": ["sample"], "code": gpu_report.CODE, "status": "ok", "seconds": 7.0, "last_lines": [],
+    done = {"name": "sample tiny", "command": ["sample"], "code": gpu_report.code_version(), "status": "ok", "seconds": 7.0, "last_lines": [],
             "figures": figures()}
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "sample-tiny.json").write_text(json.dumps(done))
@@ -54,7 +54,7 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     (tmp_path / "store" / "broken.json").write_text("[1, 2")
     with pytest.raises(pytest.fail.Exception):
         call(monkeypatch, rehearsal(tmp_path))
-    monkeypatch.setattr(gpu_report, "CODE", "of another commit")
+    monkeypatch.setattr(gpu_report, "code_version", lambda: "another commit")
     with pytest.raises(pytest.fail.Exception):
         call(monkeypatch, rehearsal(tmp_path))
 

@@ -6,7 +6,6 @@ import reprlib
 from pathlib import Path
 
 from models import FlowARError
-from models.errors import first_line, reading
 from models.weights import writing
 
 
@@ -28,28 +27,19 @@ def check_place(path):
 
 
 def check_output(path):
-    """FlowARError unless a file can be written at `path`: said before the work, not after it."""
+    """FlowARError unless a file can be written at `path`, before the work and not after it; makes its folder."""
     path = Path(path)
     make_directory(path.parent)
     if path.is_dir():
         raise FlowARError(f"{path}: is a directory, expected a file to write")
-    if not os.access(path.parent, os.W_OK):
-        raise FlowARError(f"{path}: cannot be written (no permission to write in {path.parent})")
+    check_place(path.parent)
 
 
 def read_json(path):
-    """The JSON object of a file, or FlowARError."""
-    with reading(path):
-        text = path.read_text()
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        content = first_line(error)
-    if not isinstance(content, dict):
-        found = content if isinstance(content, str) else f"a {type(content).__name__}"
-        raise FlowARError(f"{path}: expected a JSON object, found something else ({found}): damaged, or not written "
-                          "by this code; remove it to have it made again, or put the right one back")
-    return content
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise FlowARError(f"{path}: damaged, expected JSON ({error})") from error
 
 
 def check_fields(content, fields, path):
@@ -77,10 +67,7 @@ def is_strings(value):
 
 def holds_bytes(path):
     """Whether a file is there and not empty, as a power cut leaves one that was renamed and not yet on the disk."""
-    try:
-        return os.stat(path).st_size > 0
-    except OSError:
-        return False
+    return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def write_bytes(content, path, sync=True):

@@ -34,8 +34,9 @@ from util.data.latents import ShardedMoments
 from util.evaluation import load_pipeline
 from util.evaluation.labels import image_label
 from util.evaluation.references import load_uint8
-from util.evaluation.reports import RESULTS, machine, read_report
+from util.evaluation.reports import RESULTS, read_report
 from util.files import write_bytes, write_json
+from util.manifest import describe_machine
 from util.options import count, positive, several, some_path
 from util.training.logging import read_lines
 
@@ -180,7 +181,7 @@ def report(args, found, device, path):
         lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} | {PAPER.get((group, name), '')} |")
     print("\n".join(lines))
     write_bytes(("\n".join(lines) + "\n").encode(), Path(f"{path}.md"))
-    write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **machine(device),
+    write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **describe_machine(device),
                 "rows": {f"{group}: {name}": [dict(zip(COLUMNS, figures)) for figures, _ in row] for (group, name), row in found.items()}},
                Path(f"{path}.json"))
     draw(found, Path(f"{path}.png"))

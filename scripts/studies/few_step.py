@@ -22,10 +22,10 @@ from util.cluster import run_main, select_device, set_precision
 from util.evaluation.extractors import build_extractor, extract
 from util.evaluation.labels import image_label
 from util.evaluation.metrics import compute_metrics
-from util.evaluation.pipeline import load_pipeline
+from util.evaluation.pipeline import change_settings, load_pipeline
 from util.evaluation.references import load_statistics
-from util.evaluation.reports import machine
 from util.files import write_bytes, write_json
+from util.manifest import describe_machine
 from util.options import between, count, positive, some_path
 
 STEPS = (8, 4, 2, 1)
@@ -87,7 +87,7 @@ def main():
         raise FlowARError(f"{root}: no val_stats.npz: run scripts/quickstart.sh first")
     pipes = {name: load_pipeline(path, vae=root / "vae.pth", device=device.type) for name, path in
              (("teacher", root / "run"), ("student", args.student))}
-    samplers = {name: pipes[whose].sampler.with_settings(settings)._replace(batch=args.batch, seed=args.seed)
+    samplers = {name: change_settings(pipes[whose].sampler, settings)._replace(batch=args.batch, seed=args.seed)
                 for name, (whose, settings) in rows_of().items()}
     classes, quality, found = pipes["teacher"].sampler.model.class_num, {}, {}
     if args.images:
@@ -104,7 +104,7 @@ def main():
     output = Path(args.student)
     name = "few_step" if args.images else "few_step_times"  # what was measured stays
     write_bytes(("\n".join(lines) + "\n").encode(), output / f"{name}.md")
-    write_json({"images": args.images, "rows": found, "milliseconds": times, "batch": args.batch, **machine(device)}, output / f"{name}.json")
+    write_json({"images": args.images, "rows": found, "milliseconds": times, "batch": args.batch, **describe_machine(device)}, output / f"{name}.json")
     shown = [name for name in samplers if "euler" in name and name.split(", ")[2][:2].strip("( ") in ("24", "2", "1")]
     pictures = [pipes["teacher"].pictures(samplers[name].pyramid(range(classes), samplers[name].noise(range(classes)))[-1]) for name in shown]
     save(draw_table(pictures, shown), output / "few_step.png")

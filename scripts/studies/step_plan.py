@@ -17,7 +17,7 @@ from models import FlowARError
 from models import flow_matching as fm
 from util.cluster import run_main, select_device
 from util.evaluation.labels import image_label
-from util.evaluation.pipeline import open_pipeline
+from util.evaluation.pipeline import change_settings, open_pipeline
 from util.options import as_text, at_least_two, positive, sampling_parser, several, single_point
 
 OFF = 8  # Euler steps of the latents that are off, for gain
@@ -77,7 +77,7 @@ def euler_error(rate, grid):
 
 def gains(sampler, labels, noise, pyramid):
     """What an error of each scale's latent becomes in the last scale's: a ratio of root mean squares; the last's is 1."""
-    reference, few = (sampler.with_settings({"num_steps": n, "num_steps_last": None, "time_grid": "uniform", "solver": "euler"})
+    reference, few = (change_settings(sampler, {"num_steps": n, "num_steps_last": None, "time_grid": "uniform", "solver": "euler"})
                       for n in (3 * OFF, OFF))
     found, rms = [], lambda a, b: (a.double() - b.double()).square().mean().sqrt().item()
     for k in range(len(pyramid) - 1):

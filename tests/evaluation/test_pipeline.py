@@ -15,8 +15,7 @@ from models import FlowARError
 from models.flow_matching import SOLVERS
 from scripts.pictures import read_settings
 from util.evaluation import load_pipeline
-from util.evaluation.labels import Classes
-from util.evaluation.names import class_names, find_label
+from util.evaluation.labels import Classes, class_names, find_label
 from util.evaluation.sampler import Sampler
 
 
@@ -246,14 +245,14 @@ def test_the_vae_is_the_runs_own_or_the_one_that_is_named(trained, tmp_path):
         load_pipeline(tmp_path / "moved.pth")
     content["args"]["num_step"] = 10**9  # what a stranger's file may say
     torch.save(content, tmp_path / "moved.pth")
-    with pytest.raises(FlowARError, match="moved.pth: its settings of sampling: 1000000000 is out of range"):
+    with pytest.raises(FlowARError, match="moved.pth: --num_step: 1000000000 is out of range"):
         load_pipeline(tmp_path / "moved.pth", vae)
 
 
 # ---- the script -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monkeypatch):
+def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pipe([3])[0].save("i.png")
     mask = Image.new("L", (16, 16))
@@ -273,7 +272,9 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
     assert (said["cfg"], said["checkpoint_sha256"], said["class_num"]) == (2.0, json.loads(json.dumps(said))["checkpoint_sha256"], 10)
     shutil.copy("edit.png", "before.png")
     Path("grid.png").unlink()
+    monkeypatch.setattr(sample, "code_version", lambda: "def")
     script("--again before.png --edit after.png")
+    assert f"before.png: drawn by commit {said['commit']}, this is def" in capsys.readouterr().out
     assert not Path("grid.png").exists()  # that picture alone
     assert same([Image.open("after.png")], [Image.open("before.png")]) and read_settings("after.png")["command"][-2:] == ["--edit", "after.png"]
     script(f"--resume {trained} --device cpu --grid")

@@ -1,5 +1,7 @@
-"""Feature networks of the metrics. Only Inception's features give a FID; what is found in those of any other network
-carries its name. Images go in as uint8 of any size: each network resizes them itself, as torch-fidelity does.
+"""Feature networks of the metrics. Only Inception's features give a FID; a metric of any other network carries its
+name. Images go in as uint8 of any size: each network resizes them itself, as torch-fidelity does.
+
+torch_fidelity, timm and torchvision are imported where a network is built: a program's --help does not wait for them.
 """
 import functools
 import io
@@ -8,13 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch_fidelity import feature_extractor_clip as clip
-from torch_fidelity import feature_extractor_inceptionv3 as inception
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-from torchvision.transforms.functional import normalize
 
 from models import FlowARError
-from models.errors import first_line
 from models.weights import file_hash, read_file
 from util.cluster import first_on_host
 
@@ -41,23 +38,17 @@ class Inception(Extractor):
     resize = "bilinear to 299x299, as TensorFlow 1 does"
 
     def __init__(self, device, file=None):
-        file = file or published(self.name, inception.URL_INCEPTION_V3)
-        self.network = inception.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"],
-            feature_extractor_weights_path=inception_weights(file)).to(device)
+        from torch_fidelity import feature_extractor_inceptionv3 as inception
+        tensors = io.BytesIO()  # torch-fidelity reads a file, and would run code that is in it
+        torch.save(read_file(file or published(self.name, inception.URL_INCEPTION_V3)), tensors)
+        tensors.seek(0)
+        self.network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
+                                                             feature_extractor_weights_path=tensors).to(device)
         if device.type == "cpu":  # a third less time there; on a GPU it was not measured
             self.network.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         return self.network(images)
-
-
-def inception_weights(path):
-    """A file in memory with the tensors of a weights file: torch-fidelity unpickles anything."""
-    file = io.BytesIO()
-    torch.save(read_file(path), file)  # the published one is of PyTorch 1.5
-    file.seek(0)
-    return file
 
 
 class EfficientNetLite0(Extractor):
@@ -93,6 +84,8 @@ class ViT(Extractor):
         return f"bilinear to {self.side}x{self.side}, as TensorFlow 1 does"
 
     def forward(self, images):
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+        from torchvision.transforms.functional import normalize
         x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(self.side,) * 2, align_corners=False)
         return self.network(normalize(x, [255 * m for m in self.mean], [255 * s for s in self.std])), None
 
@@ -106,7 +99,7 @@ class DINOv2(ViT):
     url = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 
     def __init__(self, size, device, file=None):
-        import timm  # here: it takes a second
+        import timm
         self.name = f"dinov2-vit-{size[0]}-14"
         state = read_file(file or published(self.name, self.url.format(f"dinov2_vit{size[0]}14")))
         state = {name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): value  # the giant's, in timm
@@ -133,6 +126,7 @@ class CLIP(ViT):
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, kind, sizes, device, file=None):
+        from torch_fidelity import feature_extractor_clip as clip
         self.name, (self.dim, self.side, *_) = f"clip-vit-{kind}", sizes
         sha256, url = clip.MODEL_METADATA[self.name]["hash"], clip.MODEL_URLS[self.name]
         file = file or published(self.name, url, sha256)
@@ -164,31 +158,15 @@ def published(name, url, sha256=""):
     """Path of an extractor's published weights, downloaded once into torch's cache, by torch-fidelity's name."""
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name}-{sha256}.pt" if sha256 else url.rpartition("/")[2])
     if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
-        except (OSError, RuntimeError) as error:  # the latter: another hash
-            raise FlowARError(f"the weights of {name} cannot be downloaded ({first_line(error)}): give --fid_weights "
-                              f"{name}=FILE, a local copy of {url}, "
-                              "or --feature_extractor efficientnet-lite0") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
     return path
 
 
 def build_extractor(name, file, device):
     """The Extractor of a name, with weights of a file or, None, the published ones."""
     with first_on_host(), redirect_stderr(io.StringIO()):  # one download
-        try:
-            return EXTRACTORS[name](device, file)
-        except FlowARError:
-            raise
-        except Exception as error:  # whatever a file that is not of this network makes torch raise
-            raise FlowARError(f"--fid_weights {file or '(published)'}: not the weights of {name} "
-                              f"({shortest(first_line(error))})") from error
-
-
-def shortest(text, most=200):
-    """The text, cut where it is long: torch names every tensor that is missing."""
-    return text if len(text) <= most else text[:most].rstrip() + " ..."
+        return EXTRACTORS[name](device, file)
 
 
 def build_extractors(names, files, device):

@@ -1,18 +1,18 @@
-"""Which classes the images of an evaluation are of, and whether its reference has the same mix of them."""
+"""Which classes the images of an evaluation are of, their names, and whether its reference has the same mix."""
+import difflib
 import hashlib
-import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from models import FlowARError
-from models.errors import reading
+from models.errors import FlowARError, name_some
 from util.cluster import log
-from util.files import check_fields, is_count, is_strings
 
 KINDS = ("balanced", "train")  # of --labels, which otherwise is a file's name
 UNLIKE = 0.02  # share of images of other classes that is worth a warning: ImageNet's own training set is at 0.013
+IMAGENET, WNID = 1000, re.compile(r"n\d{8}")  # classes; a class folder's name there
 
 
 def image_label(index, num_images, class_num):
@@ -32,15 +32,6 @@ class Classes(NamedTuple):
         """The labels that images are drawn of: those that had images in training, all where that is not known."""
         return np.arange(self.number) if all_classes or self.counts is None else np.flatnonzero(self.counts)
 
-    def report_untrained(self, all_classes):
-        """A line of classes without training images, or that it is not known which these are."""
-        missing = self.number - len(self.sampled())
-        if self.path and self.counts is None:
-            log(f"{self.path}: does not say which classes had training images: labels are drawn over all {self.number}")
-        elif self.path and missing:
-            log(f"{self.path}: {missing} of {self.number} classes had no training images and are "
-                + ("sampled all the same" if all_classes else "not sampled (--all_classes samples them)"))
-
 
 def classes_of(data, number, path, trained=False):
     """Classes of what a checkpoint says of its training data: {"classes": names, "counts": images of each, ...}.
@@ -48,13 +39,9 @@ def classes_of(data, number, path, trained=False):
     """
     if not isinstance(data, dict) or "classes" not in data or data.get("counts") is None:
         return Classes(number, path=str(path) if trained else None)
-    data = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
-    check_fields(data, {"classes": (is_strings, "a list of names"), "counts": (
-        lambda value: isinstance(value, list) and all(map(is_count, value)), "a list of numbers")}, f"{path}: data")
-    names, counts = data["classes"], np.zeros(number, np.int64)
-    if len(names) != len(data["counts"]) or len(names) > number or not 0 < sum(data["counts"]) < 2**53:
-        raise FlowARError(f"{path}: data has {len(names)} classes and {len(data['counts'])} counts of "
-                          f"{sum(data['counts'])} images, expected a count of each and at most {number} classes")
+    names, counts = list(data["classes"]), np.zeros(number, np.int64)
+    if len(names) > number:
+        raise FlowARError(f"{path}: was trained on {len(names)} classes, the model has {number}")
     counts[:len(names)] = data["counts"]
     return Classes(number, names, counts, str(path))
 
@@ -83,7 +70,12 @@ def choose_labels(kind, count, classes, all_classes=False):
     """
     allowed = classes.sampled(all_classes)
     if kind == "balanced":
-        classes.report_untrained(all_classes)
+        if classes.path and classes.counts is None:
+            log(f"{classes.path}: does not say which classes had training images: labels are drawn over all "
+                f"{classes.number}")
+        elif classes.path and len(allowed) < classes.number:
+            log(f"{classes.path}: {classes.number - len(allowed)} of {classes.number} classes had no training images "
+                "and are not sampled (--all_classes samples them)")
         return Labels(kind, allowed[image_label(np.arange(count), count, len(allowed))], classes, allowed)
     if kind == "train":
         if all_classes:
@@ -91,12 +83,9 @@ def choose_labels(kind, count, classes, all_classes=False):
                               "images")
         if classes.counts is None:
             raise FlowARError(f"--labels train: {classes.path or 'the checkpoint, or dataset,'} does not say how many "
-                              "training images each class had (an earlier version wrote it, or it holds weights "
-                              "alone): use balanced, or a file of labels")
+                              "training images each class had: use balanced, or a file of labels")
         return Labels(kind, np.repeat(np.arange(classes.number), quotas(classes.counts, count)), classes, allowed)
     values = read_labels(kind, classes)
-    if not len(values):
-        raise FlowARError(f"--labels {kind}: is empty, expected a label in each line, one for each image")
     if len(values) != count:
         raise FlowARError(f"--labels {kind}: {len(values)} lines, one for each image, but {count} images are asked "
                           f"for: give --num_images {len(values)} (in training --eval_num_images)")
@@ -111,59 +100,49 @@ def quotas(counts, total):
     """How many of `total` each gets in proportion to `counts`, exactly: the method of largest remainders."""
     counts = list(map(int, counts))  # Python's numbers do not overflow
     whole = sum(counts)
-    shares = [divmod(total * count, whole) for count in counts]
-    found = np.array([share for share, _ in shares])
-    order = sorted(range(len(shares)), key=lambda i: -shares[i][1])  # of equal remainders the first class
-    found[order[:total - found.sum()]] += 1
-    return found
+    shares, remainders = zip(*(divmod(total * count, whole) for count in counts))
+    shares = np.array(shares)
+    order = sorted(range(len(counts)), key=lambda i: -remainders[i])  # of equal remainders the first class
+    shares[order[:total - shares.sum()]] += 1
+    return shares
 
 
 def read_labels(path, classes):
     """(lines,) int64, the labels of a file: in each line a label, or a class's name where the checkpoint knows them."""
     if not Path(path).is_file():
         raise FlowARError(f"--labels {path}: expected {', '.join(KINDS)}, or a file with a label in each line")
-    with reading(path):
-        lines = os.fsdecode(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")).split("\n")
-    lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    lines = Path(path).read_text("utf-8-sig", errors="surrogateescape").splitlines()
+    numbers = {str(label): label for label in range(classes.number)}
     names = {name: label for label, name in enumerate(classes.names or [])}
-    known = {str(label): label for label in range(classes.number)}
-    unlike = [name for name in names if known.get(name, names[name]) != names[name]]
-    if unlike:  # a number means one thing in a file
-        if any(line.strip() in known for line in lines):
+    if any(name.isdecimal() and numbers.get(name) != label for name, label in names.items()):
+        if any(line.strip() in numbers for line in lines):
             log(f"warning: --labels {path}: its numbers are taken as labels, not as the classes' names, some of which "
-                f"are numbers too (the class named {unlike[0]!r} has label {names[unlike[0]]})")
+                "are numbers too")
         names = {name: label for name, label in names.items() if not name.isdecimal()}
-    known = {**names, **known}
-    values = [known.get(line, known.get(line.strip())) for line in lines]
-    if None in values:
-        number = values.index(None)
-        expected = f"a label from 0 to {classes.number - 1}" + (" or the name of a class" if names else "")
-        raise FlowARError(f"--labels {path}: line {number + 1} is {lines[number][:60]!r}, expected {expected}")
+    known, values = {**names, **numbers}, []
+    for number, line in enumerate(lines, 1):
+        label = known.get(line, known.get(line.strip()))
+        if label is None:
+            raise FlowARError(f"--labels {path}: line {number} is {line[:60]!r}, expected a label from 0 to "
+                              f"{classes.number - 1}" + " or the name of a class" * bool(names))
+        values.append(label)
     return np.array(values, dtype=np.int64)
 
 
 def warn_of_mix(labels, reference):
-    """Say it if the images and a Reference whose class folders are known are of different mixes of classes."""
+    """Say it if a Reference whose class folders are known has another mix of classes than the images."""
     if reference is None or not reference.classes or labels.kind == "file":  # a file is meant as it is
         return
-    ours, how = np.zeros(labels.classes.number), "evenly"
-    ours[labels.allowed] = 1
-    if labels.kind == "train":
-        ours, how = labels.classes.counts, "in the proportions of the training images"
+    ours = np.bincount(labels.allowed, minlength=labels.classes.number)
+    ours = labels.classes.counts if labels.kind == "train" else ours
     theirs = align(labels.classes, reference.classes)
     mix = np.zeros((2, max(len(ours), len(theirs))))
-    for row, counts in zip(mix, (ours, theirs)):
-        row[:len(counts)] = counts / counts.sum()
-    unlike, there = abs(mix[0] - mix[1]).sum() / 2, theirs[theirs > 0]
+    mix[0, :len(ours)], mix[1, :len(theirs)] = ours / ours.sum(), theirs / theirs.sum()
+    unlike = abs(mix[0] - mix[1]).sum() / 2
     if unlike > UNLIKE:
-        cures = ["--labels balanced samples evenly" if labels.kind == "train" else
-                 "--labels train samples in the proportions of the training images",
-                 "--labels FILE samples what a file says"]
-        cures = cures[labels.kind == "balanced" and labels.classes.counts is None:]
-        log(f"warning: the classes of the reference {reference.name} are {'un' if len(set(there)) > 1 else ''}balanced "
-            f"({len(there)} of {there.min()} to {there.max()} images), those of the samples are drawn {how} (of "
-            f"{np.count_nonzero(ours)}): the distance counts that {unlike:.0%} of the images are of other classes too. "
-            f"{', '.join(cures)}; or give a reference of the same mix")
+        log(f"warning: the reference {reference.name} has another mix of classes than the samples: the distance counts "
+            f"that {unlike:.0%} of the images are of other classes too; --labels balanced, train or a file choose the "
+            "samples' mix")
 
 
 def align(classes, counts):
@@ -171,6 +150,36 @@ def align(classes, counts):
     names = classes.names or []
     if not counts.keys() & set(names):
         return np.array(list(counts.values()))
-    mine = {**dict.fromkeys(names, 0), **counts}  # the folders that no class is called after come last
-    found = np.array(list(mine.values()))
-    return np.insert(found, [len(names)] * (classes.number - len(names)), 0)
+    mine = np.array(list({**dict.fromkeys(names, 0), **counts}.values()))  # folders that are no class come last
+    return np.insert(mine, [len(names)] * (classes.number - len(names)), 0)
+
+
+# ---- names: what captions show, and what a person may type for a label -----------------------------------------
+
+
+def class_names(classes):
+    """A name for each of a model's Classes: the checkpoint's, ImageNet's for 1000 classes of it, else numbers."""
+    names = classes.names or []
+    if classes.number == IMAGENET and all(map(WNID.fullmatch, names)) and len(names) in (0, IMAGENET):
+        from torchvision.models import ResNet18_Weights  # its metadata: nothing is downloaded
+        return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    return names + [str(label) for label in range(len(names), classes.number)]
+
+
+def find_label(label, names):
+    """The number of a class by number, or by name, whatever its case. FlowARError if there is none, or two."""
+    text = str(label).strip()
+    if isinstance(label, int) or text.isdecimal():
+        if not 0 <= int(label) < len(names):
+            raise FlowARError(f"label {label}: the model has classes 0..{len(names) - 1}")
+        return int(label)
+    matches = [number for number, name in enumerate(names) if name == text]
+    matches = matches or [number for number, name in enumerate(names) if name.casefold() == text.casefold()]
+    if len(matches) > 1:
+        raise FlowARError(f"label {text!r}: {len(matches)} classes have this name, give a number: "
+                          f"{', '.join(map(str, matches))}")
+    if not matches:
+        near = [name for name in names if text.casefold() in name.casefold()]
+        near = dict.fromkeys(near + difflib.get_close_matches(text, names, n=5)) or names[:3]
+        raise FlowARError(f"label {text!r}: no class of this name; near are: {name_some(near)}")
+    return matches[0]

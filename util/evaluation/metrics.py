@@ -1,12 +1,17 @@
 """Metrics and distances, by torch-fidelity's formulas, of features of the networks in extractors.py."""
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
-from util.cluster import exact_products, log
+from models import FlowARError
+from models.weights import tensors_hash
+from util.cluster import check_compiler, exact_products, log
+from util.data.pixels import WHITE
+from util.evaluation.extractors import Joint, build_extractors
+from util.evaluation.labels import warn_of_mix
+from util.evaluation.references import Reference, find_references
+from util.speed import prepare
 
 IS_SPLITS, NEIGHBOURS = 10, 3
 KID_SUBSET = 1000  # images; all of them where there are fewer
@@ -20,6 +25,7 @@ def statistics(features):
 
 def frechet_distance(a, b):
     """Frechet distance of two {mu, sigma}."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
@@ -41,14 +47,15 @@ def distance(features, logits, reference, device):
     """Frechet distance, and FDr (arXiv 2604.28190): in units of that of other real images to the same reference."""
     if reference is None:
         return {}
-    found = frechet_distance(statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
-    return {"distance": found, **({"fdr": found / reference.held_out[0]} if reference.held_out else {})}
+    value = frechet_distance(statistics(features), {"mu": reference.mu, "sigma": reference.sigma})
+    return {"distance": value, **({"fdr": value / reference.held_out[0]} if reference.held_out else {})}
 
 
 def score(features, logits, reference, device):
     """Inception score over splits of the shuffled logits."""
     if logits is None or len(logits) < IS_SPLITS:
         return {}
+    from torch_fidelity.metric_isc import isc_features_to_metric
     return isc_features_to_metric(torch.as_tensor(logits), splits=IS_SPLITS)
 
 
@@ -56,18 +63,20 @@ def kid(features, logits, reference, device):
     """Kernel distance over 100 subsets."""
     if reference is None or reference.features is None:
         return {}
+    from torch_fidelity.metric_kid import kid_features_to_metric
     size = min(KID_SUBSET, len(features), len(reference.features))
-    found = kid_features_to_metric(features, reference.features, kid_subset_size=size, verbose=False)
-    return {f"kid_{name}": found[f"kernel_inception_distance_{name}"] for name in ("mean", "std")}
+    values = kid_features_to_metric(features, reference.features, kid_subset_size=size, verbose=False)
+    return {f"kid_{name}": values[f"kernel_inception_distance_{name}"] for name in ("mean", "std")}
 
 
 def manifolds(features, logits, reference, device):
     """Shares of generated images inside the real manifold and of real ones inside the generated."""
     if reference is None or reference.features is None or min(len(features), len(reference.features)) <= NEIGHBOURS:
         return {}
-    found = prc_features_to_metric(features.to(device), reference.features.to(device), prc_neighborhood=NEIGHBOURS,
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    values = prc_features_to_metric(features.to(device), reference.features.to(device), prc_neighborhood=NEIGHBOURS,
                                    save_cpu_ram=True, verbose=False)
-    return {f"{name}_k{NEIGHBOURS}": found[name] for name in ("precision", "recall")}
+    return {f"{name}_k{NEIGHBOURS}": values[name] for name in ("precision", "recall")}
 
 
 METRICS = {"distance": distance, "inception_score": score, "kid": kid, "precision_recall": manifolds}
@@ -78,3 +87,65 @@ def compute_metrics(features, logits, reference, extractor, device):
     with exact_products():
         return {extractor.distance if name == "distance" else name + extractor.suffix: value
                 for metric in METRICS.values() for name, value in metric(features, logits, reference, device).items()}
+
+
+class Measure(NamedTuple):
+    """What images are measured with."""
+    extractor: Joint
+    references: list  # a Reference, or None, for each of its parts
+
+    def open(self):
+        """Extract what of the references is still to be had, all ranks together."""
+        for reference in filter(None, self.references):
+            reference.open()
+
+    @property
+    def reference(self):
+        """The first, which knows what they have in common: the images."""
+        return next(filter(None, self.references), Reference(None))
+
+    def settings(self):
+        """What must agree when an evaluation goes on."""
+        reference, parts = self.reference, self.extractor.parts
+        alike = len({one.sha256 for one in self.references if one}) < 2  # those of one folder are
+        return {"reference": reference.name,
+                "reference_sha256": reference.sha256 if alike else [one and one.sha256 for one in self.references],
+                "reference_background": reference.background, "feature_extractor": self.extractor.name,
+                "extractor_sha256": one_or_all(tensors_hash(part.network.state_dict()) for part in parts),
+                "extractor_resize": one_or_all(part.resize for part in parts),
+                "extractor_batch": one_or_all(part.batch for part in parts)}
+
+    def compute(self, batches, device):
+        """The metrics, and their names, of all batches' {features, logits if any} in the images' order."""
+        features = self.extractor.split(torch.cat([part["features"] for part in batches]))
+        logits = torch.cat([part["logits"] for part in batches]) if "logits" in batches[0] else None
+        values, ratios = {}, []
+        for extractor, reference, mine in zip(self.extractor.parts, self.references, features):
+            if reference is not None:
+                warn_of_few(len(mine), extractor, reference.held_out)
+            values |= compute_metrics(mine, logits if extractor.classes else None, reference, extractor, device)
+            ratios.append(values.get(f"fdr{extractor.suffix}"))
+        if len(ratios) > 1 and None not in ratios:
+            values[f"fdr_mean_of_{len(ratios)}"] = sum(ratios) / len(ratios)
+        return {**values, "metrics": list(values), "reference_images": self.reference.images,
+                "reference_left_out": self.reference.left_out}
+
+
+def one_or_all(values):
+    """The value alone, as of one extractor, or the list of several."""
+    values = list(values)
+    return values[0] if len(values) == 1 else values
+
+
+def build_measure(args, img_size, labels, device):
+    """The Measure of the options: what is missing is refused before anything is sampled or trained."""
+    extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
+    if args.compile and not getattr(args, "dry_run", False):
+        check_compiler(device)
+        prepare.compile_features(extractor)
+    references = find_references(args.fid_stats, args.ref_images, extractor, img_size, device, args.background or WHITE)
+    if any(references) and len(labels.values) < 2:
+        raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
+    measure = Measure(extractor, references)
+    warn_of_mix(labels, measure.reference)
+    return measure

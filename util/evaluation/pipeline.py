@@ -1,22 +1,206 @@
-"""From a name to pictures in Python; scripts/sample.py and scripts/app.py are built on it.
+"""From options, or a name in Python, to what samples: an evaluation's parts, and pictures.
 
     pipe = load_pipeline("released:flowar_small", vae="released:kl16")
     images = pipe(["golden retriever", 207], cfg=4.3, seed=0)
+
+Of this room, this module alone knows the options.
 """
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from models import FlowARError
-from util.cluster import PRECISIONS, autocast, select_device, set_precision
+from models.hub import RELEASE, beside, is_remote, release_of
+from models.registry import open_model, recognise_size
+from models.vae import LatentScale
+from models.variants.ablated import describe, read_variant
+from models.vaes import DEFAULT_PATH, find_vae, read_latent_scale
+from models.weights import file_hash, find_model, recognise_geometry, saved_options, tensors_hash
+from util import manifest
+from util.cluster import (AUTOCAST, PRECISIONS, autocast, check_compiler, fetch, from_main, is_main, log, select_device,
+                          set_precision, set_way_on)
 from util.data import center_crop, open_image
 from util.data.images import to_tensor
 from util.data.pixels import WHITE, over
-from util.evaluation.names import class_names, find_label
-from util.evaluation.setup import build_sampler, open_for_sampling
-from util.options import checked, sampling_parser, seed as seed_of, single_point, with_options
+from util.evaluation.labels import Classes, choose_labels, class_names, classes_of, find_label
+from util.evaluation.metrics import build_measure
+from util.evaluation.sampler import Sampler
+from util.evaluation.store import Plan
+from util.options import (GEOMETRY, SAMPLING, as_text, check_geometry, check_sampling, check_vae, checked,
+                          model_options, resolve_geometry, sampling_options, sampling_parser, seed as seed_of,
+                          single_point, sweep_points, with_options)
+from util.speed import prepare
+from util.training.checkpoint import read_model_file
+from util.training.record import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
+
+KL16_VAE = "kl16"  # --vae's default
+
+
+class Opened(NamedTuple):
+    """What samples are made with."""
+    model: torch.nn.Module
+    vae: torch.nn.Module
+    precision: str
+    description: dict  # for a report
+    classes: Classes
+    sampling: dict  # settings that the checkpoint asks for, see options.sampling_options
+    guide: torch.nn.Module | None  # of autoguidance
+    data: dict  # that it was trained on, {} if it does not say it
+    origin: LatentOrigin  # the VAE
+
+
+def open_for_sampling(args, device, identify=False):
+    """The Opened of --resume and --vae_path, as the other options want them.
+    identify: with the weights' hash, for which those without a checksum are read once more, by rank 0."""
+    if not args.resume:
+        raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
+                          ".safetensors, or a name such as released:flowar_small")
+    release = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
+    precision = set_precision(args.precision or release, device)
+    path, content = read_model_file(args.resume)
+    weights = find_model(content, path, args.weights)
+    checksum = content.get("checksum")  # of its content, and verified when it was read
+    trained_with = saved_origin(content)
+    is_run = "optimizer" in content  # not weights alone
+    sampling, data = saved_sampling(content, args.resume), content.get("data")
+    if "teacher_sampling" in saved_options(content) and args.cfg not in (None, (1.0,)):
+        log(f"warning: {path}: a student, which learned without the null class: --cfg above 1 is nothing it knows")
+    vae, vae_path = choose_vae(args, content, path)
+    named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
+    fetch(named.path)
+    vae, notes = named.open()
+    for note in notes:  # which may explain what is refused
+        log(note)
+    if saved_options(content).get("latent_norm") == "channel":
+        vae.latent_scale = trained_scale(trained_with, path, vae.embed_dim)
+    origin = origin_of(named, vae)
+    check_origin(path, trained_with, origin)
+    args = recognise(args, weights.tensors, path, vae)
+    classes, data = from_main(lambda: classes_of(data, args.class_num, path, is_run)), saved_data(content)
+    del content
+    check_vae(vae, args)
+    model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
+    log(f"{path}: {weights.describe(left_out)}")
+    description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
+                   "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
+                   "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}
+    if identify and is_main():
+        description.update(checkpoint_sha256=checksum or file_hash(path))
+    guide = open_guide(args, model, description, origin)
+    model, vae = model.to(device), vae.to(device)
+    networks = [model] if guide is None else [model, guide.to(device)]
+    if args.compile:
+        check_compiler(device)
+    prepare.for_evaluation(networks, vae, AUTOCAST.get(precision), args.compile)
+    log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
+    return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
+
+
+def trained_scale(trained_with, path, channels):
+    """The LatentScale that a run with --latent_norm channel had in the VAE's place, out of its LatentOrigin."""
+    if trained_with.latent_scale is None:
+        raise FlowARError(f"{path}: was trained with --latent_norm channel, but does not hold the mean and std of its "
+                          "latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded; take the run's "
+                          "own checkpoint")
+    return LatentScale(*read_latent_scale(trained_with.latent_scale, path, channels))
+
+
+def open_guide(args, model, description, origin):
+    """The model of --guide, of the model's geometry and latents, None without one; the description gets what it is."""
+    if not args.guide:
+        return None
+    path, content = read_model_file(args.guide)
+    check_origin(f"--guide {path}", saved_origin(content), origin)
+    weights = find_model(content, path)
+    size = recognise_size(weights.tensors, path)
+    geometry = {name: model.config[name] for name in GEOMETRY.keys() - {"model"} | {"scale"}}
+    guide, left_out = open_model(weights.tensors, path, size.pop("model"), **geometry, **size)
+    log(f"--guide {path}: {weights.describe(left_out)}")
+    description.update(guide=args.guide, guide_tensors=tensors_hash(guide.state_dict()))
+    if description["guide_tensors"] == tensors_hash(model.state_dict()):
+        raise FlowARError(f"--guide {path}: it is the model itself, which guides nowhere: give weaker weights")
+    return guide
+
+
+def choose_vae(args, content, path):
+    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released.
+    content: of the checkpoint at `path`; an export's VAE may lie beside it.
+    """
+    if args.vae != KL16_VAE or args.vae_path:
+        return args.vae, args.vae_path
+    vae, file = (saved_options(content).get(name) for name in ("vae", "vae_path"))
+    if isinstance(vae, str) and vae.startswith("diffusers:"):
+        return vae, None
+    if isinstance(file, str) and file and vae == KL16_VAE:
+        return KL16_VAE, beside(file, args.resume, path) if "weights_key" in content else file
+    return KL16_VAE, DEFAULT_PATH if from_main(Path(DEFAULT_PATH).is_file) else RELEASE + "kl16"
+
+
+def saved_sampling(content, name):
+    """Settings of sampling that a checkpoint was published with, or its run was given; {} if there are none."""
+    release, options = release_of(name), saved_options(content)
+    values = release.sampling if release else {argument: options[setting.option]
+                                               for argument, setting in SAMPLING.items()
+                                               if options.get(setting.option) is not None}
+    values = {argument: checked(f"{name}: --{SAMPLING[argument].option}", SAMPLING[argument].kind, value)
+              for argument, value in values.items()}
+    unlike = [f"--{SAMPLING[argument].option} {as_text(value)}"
+              for argument, value in values.items() if value != SAMPLING[argument].default]
+    if unlike:
+        together = " (--num_step replaces both)" if values.get("num_steps_last") else ""
+        log(f"{name}: sampled with {', '.join(unlike)} where no option says otherwise{together}")
+    return values
+
+
+def recognise(args, state, path, vae):
+    """The options with the size and geometry that checkpoint and VAE tell; FlowARError where they contradict them."""
+    geometry = recognise_geometry(state, path, vae.embed_dim)
+    check_geometry(args, geometry, path)
+    known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
+    known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
+    check_geometry(args, {"img_size": known["img_size"]}, path)
+    size = recognise_size(state, path) if args.model is None else read_variant(state, path)
+    return resolve_geometry(args, {**known, **size})
+
+
+def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
+    """The Sampler of options with one value each; classes, guide: see Sampler; stored: see sampling_options."""
+    options = sampling_options(with_options(args, scales=model.scale), stored)
+    return Sampler(model, vae, options, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
+
+
+def build_labels(args, count, classes):
+    """The Labels of the options for `count` images of a model's Classes."""
+    return from_main(lambda: choose_labels(args.labels, count, classes, args.all_classes))
+
+
+def plan_reports(args, data):
+    """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.record."""
+    sampling_options(args)  # refuses now what is wrong with them
+    classes = classes_of(data, args.class_num, "the training set")
+    return Plan(build_labels(args, args.eval_num_images, classes), persistent=False)
+
+
+def open_evaluation(args, device):
+    """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
+    set_way_on("the same command goes on", "with the batches that are missing")
+    opened = open_for_sampling(args, device, identify=True)
+    shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
+    samplers = {name: build_sampler(point, *shared) for name, point in sweep_points(args).items()}
+    labels = build_labels(args, args.num_images, opened.classes)
+    if args.background and not args.ref_images:
+        raise FlowARError("--background is of transparent images in --ref_images: leave it out")
+    measure = build_measure(args, opened.model.img_size, labels, device)
+    record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
+    start = manifest.describe_start(record, device, evaluated=opened.description)
+    plan = Plan(labels, args.save_images, args.save_npz, start=start)
+    return samplers, plan, measure, opened.description, Path(args.output_dir)
+
+
+# ---- pictures in Python: scripts/sample.py and scripts/app.py are built on them --------------------------------
 
 
 def load_pipeline(resume, vae=None, device=None, precision=None, **options):
@@ -62,7 +246,7 @@ class Pipeline:
     def __call__(self, labels, *, seed=0, **settings):
         """One image for each of a list of labels."""
         labels = labels.tolist() if hasattr(labels, "tolist") else labels
-        labels = [self.label(asked) for asked in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
+        labels = [self.label(label) for label in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
         if not labels:
             raise FlowARError("no labels: expected one or more")
         return self.draw(labels, self.noise(seed, range(len(labels))), **settings)
@@ -73,7 +257,7 @@ class Pipeline:
 
     def using(self, precision=None, **settings):
         """The same with other settings, and in another precision; fp32 and tf32 are modes of the whole process."""
-        sampler, rounded = self.sampler.with_settings(settings), self.sampler.model.z_proj.weight.dtype
+        sampler, rounded = change_settings(self.sampler, settings), self.sampler.model.z_proj.weight.dtype
         if precision not in (None, sampler.precision) and rounded != torch.float32:
             raise FlowARError(f"precision {precision}: this pipeline was opened with weights rounded to {rounded}, "
                               "open it in fp32 to choose later")
@@ -82,9 +266,9 @@ class Pipeline:
         precision = set_precision(precision or sampler.precision, sampler.device)
         return Pipeline(sampler._replace(precision=precision), self.names, self.classes, self.description)
 
-    def label(self, asked):
+    def label(self, label):
         """Number of a class by number or name."""
-        return find_label(asked, self.names)
+        return find_label(label, self.names)
 
     def noise(self, seed, indices):
         """Starting noise of the images with these indices, see Sampler.noise."""
@@ -98,7 +282,7 @@ class Pipeline:
 
     def latents(self, labels, noise, *, given=(), known=None, **settings):
         """The pyramid of all images, see FlowAR.sample_pyramid."""
-        sampler = self.sampler.with_settings(settings)
+        sampler = change_settings(self.sampler, settings)
         parts = []
         for first in range(0, len(labels), sampler.batch):
             part = slice(first, first + sampler.batch)
@@ -186,6 +370,17 @@ class Pipeline:
         side = model.scale[-1]
         path = [x.transpose(1, 2).unflatten(2, (side, side)) for x in seen if x.shape[1] == side * side]
         return self.pictures(torch.cat([*path, last]))
+
+
+def change_settings(sampler, settings):
+    """A Sampler with other arguments of FlowAR.sample_tokens; FlowARError for what is none of them."""
+    unknown = sorted(settings.keys() - sampler.options.keys())
+    if unknown:
+        raise FlowARError(f"{unknown[0]}: no setting of sampling, expected one of {', '.join(sampler.options)}")
+    settings = {name: SAMPLING[name].of(name, value) for name, value in settings.items()}
+    options = {**sampler.options, **settings}
+    check_sampling(options, settings, sampler.model.scale)
+    return sampler._replace(options=options)
 
 
 DARK = 0.5  # of white; darker is kept

@@ -1,17 +1,18 @@
 """Images of a model: an image's label and index, with the seed, decide it, not the batch or process that makes it."""
+import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.utils import make_grid
 
 from models import flow_matching as fm
 from models.errors import FlowARError, name_some
 from util.cluster import autocast
 from util.data import to_uint8
+from util.evaluation.extractors import extract
 from util.evaluation.labels import image_label
-from util.options import SAMPLING, check_sampling
 from util.training.randomness import image_noise
 
 GRID_IMAGES = 16
@@ -43,16 +44,6 @@ class Sampler(NamedTuple):
     def vae_precision(self):
         """On a CPU a VAE takes 1.7 times as long in bf16 (docs/performance.md)."""
         return "fp32" if self.device.type == "cpu" else self.precision
-
-    def with_settings(self, settings):
-        """The same with other arguments of FlowAR.sample_tokens; FlowARError for what is none of them."""
-        unknown = sorted(settings.keys() - self.options.keys())
-        if unknown:
-            raise FlowARError(f"{unknown[0]}: no setting of sampling, expected one of {', '.join(self.options)}")
-        settings = {name: SAMPLING[name].of(name, value) for name, value in settings.items()}
-        options = {**self.options, **settings}
-        check_sampling(options, settings, self.model.scale)
-        return self._replace(options=options)
 
     def noise(self, indices):
         """Starting noise of images by their index, see FlowAR.draw_noise."""
@@ -91,6 +82,7 @@ class Sampler(NamedTuple):
 
     def grid(self):
         """(3, H, W) uint8: a grid of images of classes spread over all."""
+        from torchvision.utils import make_grid  # heavy: not for those who draw none
         classes = range(self.model.class_num) if self.classes is None else self.classes.tolist()
         labels = [classes[image_label(i, GRID_IMAGES, len(classes))] for i in range(GRID_IMAGES)]
         return make_grid(self.images(labels), nrow=math.isqrt(GRID_IMAGES), padding=1)
@@ -98,9 +90,8 @@ class Sampler(NamedTuple):
     def refuse_not_finite(self, bad, count):
         """FlowARError that names images whose pixels are not finite, if there are any."""
         if bad:
-            cure = "" if self.precision == "fp32" else f", or --precision {self.precision} overflows (try fp32)"
             raise FlowARError(f"{len(bad)} of {count} images are not finite: {name_some(map(str, sorted(bad)), 8)}; "
-                              f"the weights of {self.weights} may be damaged{cure}")
+                              f"the weights of {self.weights} are damaged, or --precision {self.precision} overflows")
 
     def settings(self):
         """What a reader needs to make the images again."""
@@ -113,3 +104,62 @@ class Sampler(NamedTuple):
                 "num_step_last": options["num_steps_last"], **{name: options[name] for name in same},
                 "steps": [len(fm.time_grid(n, options["time_grid"])) - 1 for n in steps],
                 "precision": self.precision, "seed": self.seed, "eval_bsz": self.batch}
+
+
+# ---- a batch of an evaluation: decoded, measured and written while the next one is sampled ---------------------
+
+
+def decode_and_measure(sampler, extractor, writer, watch, latents, indices):
+    """({features, logits if any, bad: indices of images that are not finite}, images (n, 3, H, W) uint8 on the CPU, a
+    function that waits for their files) of scaled latents. writer: PngWriter or None; watch: Stopwatch.
+    """
+    with watch("decoding"):
+        images, finite = sampler.decode(latents)
+    with watch("features"):
+        features, logits = extract(extractor, images)
+    with watch("writing"):
+        images = images.cpu()
+        wait = writer.start(images, indices) if writer else list
+    bad = torch.tensor([index for index, ok in zip(indices, finite.tolist()) if not ok], dtype=torch.long)
+    return {"features": features, "bad": bad, **({} if logits is None else {"logits": logits})}, images, wait
+
+
+class SideStream:
+    """Calls functions beside the caller's own work: on CUDA on another thread and stream, in order; elsewhere at once,
+    where all cores are busy anyway.
+    """
+
+    def __init__(self, device, threaded=None):
+        self.device, self.stream = device, None
+        self.pool = ThreadPoolExecutor(1) if (device.type == "cuda" if threaded is None else threaded) else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def __call__(self, function, *args):
+        """A function that waits for the result of function(*args) and returns it, or raises what it raised."""
+        if self.pool is None:
+            result = function(*args)
+            return lambda: result
+        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        return self.pool.submit(self.run, ready, function, *args).result
+
+    def run(self, ready, function, *args):
+        with torch.no_grad(), self.own_stream(ready):
+            return function(*args)
+
+    @contextlib.contextmanager
+    def own_stream(self, ready):
+        """What this thread gives the device does not wait for what others give it, but for `ready`."""
+        if ready is None:
+            yield
+            return
+        self.stream = self.stream or torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            yield
+            self.stream.synchronize()  # the arguments' memory may go back to the stream that made them

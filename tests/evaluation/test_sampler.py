@@ -8,13 +8,12 @@ from helpers import evaluate, make_project, train
 import engine_flowar
 from models import FlowARError, build_model
 from models.vae import LatentScale
-from util.evaluation import batches
-from util.evaluation.sampler import Sampler
+from util.evaluation.sampler import Sampler, SideStream
 
 
 @pytest.fixture
 def on_another_thread(monkeypatch):
-    monkeypatch.setattr(engine_flowar, "Aside", lambda device: batches.Aside(device, threaded=True))
+    monkeypatch.setattr(engine_flowar, "SideStream", lambda device: SideStream(device, threaded=True))
 
 
 def test_an_evaluation_is_the_same(tmp_path, on_another_thread):
@@ -22,7 +21,7 @@ def test_an_evaluation_is_the_same(tmp_path, on_another_thread):
     train(project, tmp_path / "run", "--epochs 1")
     found = evaluate(project, tmp_path / "run", tmp_path / "beside", "--eval_bsz 4 --save_images")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_flowar, "Aside", batches.Aside)
+        patch.setattr(engine_flowar, "SideStream", SideStream)
         expected = evaluate(project, tmp_path / "run", tmp_path / "plain", "--eval_bsz 4 --save_images")
     timed = {"images_per_second", "seconds_per_image"}
     assert {key: value for key, value in found.items() if key not in timed} == {key: value for key, value in expected.items() if key not in timed}
@@ -39,10 +38,10 @@ def test_results_come_in_order_and_errors_too(threaded):
             raise FlowARError("two")
         return number
 
-    with batches.Aside(torch.device("cpu"), threaded) as aside:
-        assert [aside(work, number)() for number in (0, 1)] == [0, 1]
+    with SideStream(torch.device("cpu"), threaded) as beside:
+        assert [beside(work, number)() for number in (0, 1)] == [0, 1]
         with pytest.raises(FlowARError, match="two"):
-            aside(work, 2)()
+            beside(work, 2)()
 
 
 @pytest.mark.parametrize("side, at_once", [(64, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)])
