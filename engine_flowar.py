@@ -2,7 +2,6 @@
 import contextlib
 import math
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
