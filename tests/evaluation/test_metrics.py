@@ -216,7 +216,7 @@ class Flat(extractors.Extractor):
 
 @pytest.mark.parametrize("changed,message", [
     ({"mu": np.zeros(3)}, r"its mu has shape \(3,\), expected \(4,\)"), ({"sigma": np.eye(3)}, r"its sigma has shape \(3, 3\), expected \(4, 4\)"),
-    ({"mu": np.full(4, np.nan)}, "not finite"), ({"features": np.zeros((9, 5), np.float32)}, r"its features has shape \(9, 5\), expected \(9, 4\)"),
+    ({"mu": np.full(4, np.nan)}, "its numbers are not finite"), ({"features": np.zeros((9, 5), np.float32)}, r"its features has shape \(9, 5\), expected \(9, 4\)"),
     ({"feature_extractor": "other"}, "its feature_extractor is other, here it is flat"), ({"img_size": 32}, "its img_size is 32, here it is 16"),
     ({"resize": "bicubic"}, "its resize is bicubic, here it is none"), ({"weights_sha256": "x"}, "its weights_sha256 is x")])
 def test_statistics_of_something_else_are_refused(tmp_path, changed, message):
