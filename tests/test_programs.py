@@ -92,7 +92,7 @@ def test_options_of_the_release_and_new_ones():
     (sampling_parser(""), set(), ["scripts/sample.py"])])
 def test_every_option_is_read(parser, unused, files):
     """No option is parsed and then ignored: each name is used outside the parser."""
-    sources = "".join((ROOT / file).read_text() for file in [*files, "util/evaluation/setup.py", "util/data/source.py"])
+    sources = "".join((ROOT / file).read_text() for file in [*files, "util/evaluation/pipeline.py", "util/evaluation/metrics.py", "util/data/source.py"])
     sources += (ROOT / "util" / "options.py").read_text().split("# ---- what follows")[1]
     for option in set(vars(parser.parse_args([]))) - unused:
         assert re.search(rf"args\.{option}\b|\"{option}\"", sources), option
