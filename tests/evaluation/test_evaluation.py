@@ -358,7 +358,7 @@ def test_what_is_missing_in_a_vae_is_said_before_it_is_refused(project, checkpoi
 
 
 @pytest.mark.parametrize("extra,message", [
-    ("--model flowar_small", "flowar_small"),
+    ("--model flowar_small", "tensors do not fit the model"),
     ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
     ("--fid_stats nowhere.npz", "nowhere.npz: no such file"),
     ("--ref_images nowhere", "nowhere: no such folder"),
