@@ -3,6 +3,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -138,6 +140,14 @@ def test_training_leaves_a_checkpoint_and_a_log(trained):
 def distance(a, b):
     """Euclidean distance of two checkpoints' weights."""
     return sum((a["model"][name] - b["model"][name]).square().sum() for name in a["model"] if name != "mask").sqrt().item()
+
+
+def test_programs_start_without_what_they_may_not_need():
+    """torchvision alone takes as long to import as torch: what needs it imports it late."""
+    heavy = {"torchvision", "torch_fidelity", "torch._dynamo", "torch.utils.tensorboard", "timm", "scipy", "matplotlib", "huggingface_hub"}
+    code = f"import sys, main_flowar, eval; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_two_processes_of_two_forward_passes_train_as_one(project, tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.transforms import functional as TF
 
 from models import FlowARError
 from util.cluster import from_main, gather_to_main, is_shortage, log, together
@@ -20,7 +19,7 @@ MOST_UNREADABLE = 100  # images one after the other: more are not damaged, they 
 
 def to_tensor(image):
     """PIL image -> float tensor (3, H, W) in [-1, 1]."""
-    return TF.to_tensor(image) * 2 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255 * 2 - 1
 
 
 def to_uint8(images):
@@ -30,10 +29,12 @@ def to_uint8(images):
 
 def random_crop(image, size, rng):
     """The recipe's training crop: shorter side to size x 1.125, then a random size x size window."""
-    image = TF.resize(image, int(size * RESIZE_MARGIN))
+    short, target = min(image.size), int(size * RESIZE_MARGIN)
+    width, height = (target * side // short for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     left = rng.integers(image.width - size + 1)
     top = rng.integers(image.height - size + 1)
-    return TF.crop(image, top, left, size, size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def center_crop(image, size):
@@ -120,7 +121,7 @@ class Images(Dataset):
         rng = np.random.default_rng((self.seed, *key))
         crop = random_crop(image, self.size, rng) if self.train and not self.center else center_crop(image, self.size)
         if self.train and self.flip and rng.random() < 0.5:
-            crop = TF.hflip(crop)
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(crop)
 
     def __getitem__(self, key):

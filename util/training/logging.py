@@ -9,7 +9,6 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.errors import first_line
@@ -40,6 +39,7 @@ class TrainingLog:
         elif self.path.is_file() and self.path.stat().st_size:  # of a run before, which stays
             number = next(n for n in itertools.count(1) if not self.path.with_name(f"log.{n}.jsonl").exists())
             self.path.rename(self.path.with_name(f"log.{number}.jsonl"))
+        from torch.utils.tensorboard import SummaryWriter  # here, as it takes a third of a second
         self.writer = SummaryWriter(log_dir, purge_step=step + 1)
         self.lines = open(self.path, "a")
         if wandb:
