@@ -281,16 +281,17 @@ def sample_and_measure(sampler, plan, extractor, batches, store):
     """{batch number: {features, logits if any, bad, seconds, calls}} of {batch number: indices of its images}."""
     writer = PngWriter(store.folder) if plan.save_images else None
     watch, measured, pending = Stopwatch(sampler.device), {}, None
+    passes = sampler.passes()
     progress = tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
                     mininterval=2)
 
-    def finish(number, nfe, result):
+    def finish(number, indices, result):
         tensors, images, wait = result()
         if len(tensors["bad"]) == len(images):
             sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: the others too
         with watch("writing"):
             wait()
-            calls = torch.tensor([[len(scale), sum(scale)] for scale in nfe])
+            calls = torch.tensor([[len(scale), len(indices) * sum(scale)] for scale in passes])
             measured[number] = {**tensors, "seconds": watch.take(), "calls": calls}
             if plan.persistent:
                 pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if plan.save_npz else {}
@@ -298,12 +299,12 @@ def sample_and_measure(sampler, plan, extractor, batches, store):
 
     with SideStream(sampler.device) as beside:
         for number, indices in batches.items():
-            labels, nfe = plan.labels.of(indices), []
+            labels = plan.labels.of(indices)
             with watch("sampling"):
-                latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices), nfe)[-1])
+                latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices))[-1])
             if pending:
                 finish(*pending)  # it was decoded, or its files were written, while this batch was sampled
-            pending = number, nfe, beside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
+            pending = number, indices, beside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
             progress.update(len(indices))
         if pending:
             finish(*pending)

@@ -39,13 +39,6 @@ def check_sizes(class_num, buffer_size, **halves):
         raise FlowARError(f"class_num is {class_num}: expected at least 1")
 
 
-def check_pattern(pattern):
-    """Raise FlowARError if a scale sees one that comes after it: there is nothing to see when it is sampled."""
-    for k, sees in enumerate(pattern.sees):
-        if not sees or max(sees) > k or sorted(set(sees)) != list(sees):
-            raise FlowARError(f"scale number {k} sees the scales {list(sees)}: expected rising numbers from 0 to {k}")
-
-
 def check_labels(labels, limit, wait=True):
     """Refuse labels outside 0..limit - 1; wait: see kernels.is_sure."""
     if not kernels.is_sure(((labels >= 0) & (labels < limit)).all(), wait):
@@ -61,7 +54,7 @@ def check_shapes(what, tensors, shapes):
 
 
 def check_grids(model, batch, noise, given, known):
-    """FlowARError unless what FlowAR.sample_pyramid is given is of the model's shapes."""
+    """FlowARError unless what FlowAR.sample_pyramid is given is of the model's shapes: others would broadcast."""
     grids = [(batch, model.token_channels, s, s) for s in model.scale]
     check_shapes("noise", noise, [(batch, s * s, model.token_channels) for s in model.scale])
     check_shapes("given", given, grids[:len(given)])
@@ -69,8 +62,6 @@ def check_grids(model, batch, noise, given, known):
         latents, cells = known
         check_shapes("known latents", latents, grids)
         check_shapes("known cells", cells, [(1 if len(m) == 1 else batch, 1, s, s) for m, s in zip(cells, model.scale)])
-        if any(m.dtype != torch.bool for m in cells):
-            raise FlowARError("known cells are numbers: expected bool, True where a cell is kept")
 
 
 def check_guide(model, guide):

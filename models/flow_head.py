@@ -150,39 +150,30 @@ class FlowHead(nn.Module):
             h = run_block(block, self.use_checkpoint, h, modulation, time, z.z, context, z.rope_table, pattern)
         return self.final_layer(h, modulation)
 
-    def guided(self, z, batch, guidance, guide=None, nfe=None):
+    def guided(self, z, batch, guidance, guide=None):
         """velocity(x, t) of one scale for a solver, t a number.
 
         Args:
             z: of `batch` images, then of their null branch, if there is one.
             guidance: (weight, low, high), see flow_matching.guided_velocity.
             guide: (FlowHead, its z) of a weaker network, in the null branch's place.
-            nfe: a list that gets a list of the number of images in each evaluation.
         """
-        weight, images = guidance[0], []
-        both = self.prepare(z if weight > 1 else z[:batch])
+        both = self.prepare(z if guidance[0] > 1 else z[:batch])
         own = both.first(batch)
         head, other = guide and (guide[0], guide[0].prepare(guide[1])) or (None, None)
-        if nfe is not None:
-            nfe.append(images)
 
         def at(x, t, condition=own, flownet=self):
             return flownet(x.to(z.dtype), torch.full((1,), t, device=x.device), condition)
 
-        def alone(x, t):
-            images.append(batch)
-            return at(x, t)
-
         def pair(x, t):  # clone: what a CUDA graph gives lasts until the next call of one
-            images.append(2 * batch)
             return (at(x, t).clone(), at(x, t, other, head)) if head else at(torch.cat((x, x)), t, both).chunk(2)
 
-        return fm.guided_velocity(alone, pair, *guidance)
+        return fm.guided_velocity(at, pair, *guidance)
 
     def prepare(self, z, scales=None, contexts=True):
         """The Condition of z: all of a velocity that depends neither on x nor on t. contexts=False leaves the blocks'
         part to them, which then hold it no longer than they need it.
         """
         rope_table = self.res_blocks[0].attn.rope.table(scales or (math.isqrt(z.shape[1]),))
-        made = [block.context(z, rope_table) if contexts else None for block in self.res_blocks]
-        return Condition(self.cond_embed(z), None if contexts else z, made, rope_table)
+        contexts_ = [block.context(z, rope_table) if contexts else None for block in self.res_blocks]
+        return Condition(self.cond_embed(z), None if contexts else z, contexts_, rope_table)

@@ -6,6 +6,7 @@ Nothing here knows a network, a device or a file.
 import inspect
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -135,15 +136,15 @@ def guided_velocity(network, pair, weight, low, high):
 
 
 def keep_known(velocity, x_known, noise, known):
-    """A velocity(x, t) that holds known cells, (B or 1, N, 1) bool, on the straight path from their noise to x_known:
+    """A velocity(x, t) that keeps known cells, (B or 1, N, 1) bool, on the straight path from their noise to x_known:
     the network reads them there at every t, and every solver follows it.
     """
 
-    def held(x, t):
+    def velocity_of_the_others(x, t):
         v = velocity(torch.where(known, interpolate(x_known, noise, t), x), t)
         return torch.where(known, velocity_target(x_known, noise), v)
 
-    return held
+    return velocity_of_the_others
 
 
 # ---- solvers -------------------------------------------------------------------------------------------------
@@ -198,3 +199,35 @@ def adams_bashforth2(velocity, x, times, generator=None):
 
 
 SOLVERS = {"euler": euler, "heun": second_order(1), "ab2": adams_bashforth2, "midpoint": second_order(0.5), "rk4": rk4}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of sampling; the defaults are the release's.
+
+    num_steps, time_grid: see time_grid ("release": 25 makes 24 Euler steps).
+    num_steps_last, num_step_schedule: steps a scale, see scale_steps; num_steps may be a list.
+    cfg: guidance scale of the last scale, 1 is no guidance, with cfg_schedule "linear" ramp or "constant"; or a list,
+        one of each scale.
+    guidance, guidance_low: guidance acts only where guidance_low < t <= guidance.
+    temperature: factor of the starting noise. solver: one of SOLVERS; "euler" is the release's.
+    """
+    num_steps: int | list = 25
+    cfg: float | list = 1.0
+    guidance: float = 0.9
+    guidance_low: float = 0.0
+    num_steps_last: int | None = None
+    num_step_schedule: str = "linear"
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    solver: str = "euler"
+    time_grid: str = "release"
+
+    def times(self, num_scales):
+        """The time grid of each scale."""
+        steps = scale_steps(self.num_steps, self.num_steps_last, num_scales, self.num_step_schedule)
+        return [time_grid(n, self.time_grid) for n in steps]
+
+    def weights(self, num_scales):
+        """The guidance scale of each scale."""
+        return guidance_scales(self.cfg, num_scales, self.cfg_schedule)

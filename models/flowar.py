@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import flow_matching as fm
-from models.checks import check_geometry, check_grids, check_guide, check_labels, check_pattern, check_sizes
+from models.checks import check_geometry, check_grids, check_guide, check_labels, check_sizes
 from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
 from models.kernels import Linear, run_block
@@ -100,7 +100,6 @@ class FlowAR(nn.Module):
         self.tokens = tokens = self.spans[-1].stop
         self.pattern = Pattern(tuple(s * s for s in self.scale),
                                tuple(tuple(visible_scales(k)) for k in range(len(self.scale))))
-        check_pattern(self.pattern)
 
         def half(dim, depth, num_heads):
             return nn.ModuleList([CausalBlock(dim, num_heads, encoder_embed_dim, mlp_ratio, attn_dropout, proj_dropout)
@@ -151,6 +150,10 @@ class FlowAR(nn.Module):
         """The latent at every scale by area interpolation: a list of (B, token_channels, s, s), coarse to fine."""
         grid = self.patchify(latents)
         return [grid if s == self.scale[-1] else F.interpolate(grid, size=(s, s), mode="area") for s in self.scale]
+
+    def training_pyramid(self, latents):
+        """What training models of the latents; variants differ."""
+        return self.pyramid(latents)
 
     def next_input(self, grid, k):
         """Input grid of scale k + 1 from scale k's latent: bicubic to full size, then area down."""
@@ -240,7 +243,7 @@ class FlowAR(nn.Module):
             drop = draws.drop if drop is None and self.training else drop
         if drop is not None:
             labels = torch.where(drop, self.class_num, labels)
-        pyramid = self.pyramid(latents)
+        pyramid = self.training_pyramid(latents)
         read = [x + to_grid(e, s) for x, e, s in zip(pyramid, condition_noise, self.scale)]
         return self.velocity_errors(pyramid, self.condition_on(read + pyramid[len(read):], labels), t, noise)
 
@@ -276,35 +279,25 @@ class FlowAR(nn.Module):
         return self.unpatchify(self.sample_pyramid(labels, **options)[-1])
 
     @torch.no_grad()
-    def sample_pyramid(self, labels, *, num_steps=25, cfg=1.0, guidance=0.9, guidance_low=0.0, num_steps_last=None,
-                       num_step_schedule="linear", cfg_schedule="linear", temperature=1.0, solver="euler",
-                       time_grid="release", guide=None, noise=None, generator=None, nfe=None, given=(), known=None,
-                       forced=None):
+    def sample_pyramid(self, labels, *, noise=None, generator=None, guide=None, given=(), known=None, forced=None,
+                       **settings):
         """Generate every scale: a list of (B, token_channels, s, s), coarse to fine. Dropout is off in any mode.
 
         Args:
             labels: (B,) in 0..class_num - 1.
-            num_steps, time_grid: see flow_matching.time_grid ("release": 25 makes 24 Euler steps).
-            num_steps_last, num_step_schedule: steps a scale, see flow_matching.scale_steps; num_steps may be a list.
-            cfg: guidance scale of the last scale, 1 is no guidance, with cfg_schedule "linear" ramp or "constant"; or a
-                list, one of each scale.
-            guidance, guidance_low: guidance acts only where guidance_low < t <= guidance.
-            temperature: factor of the starting noise. solver: one of flow_matching.SOLVERS; "euler" is the release's.
-            guide: a weaker FlowAR, in the null class's place (autoguidance); it reads what this model draws.
             noise: see draw_noise, which draws it with `generator` if None. A solver that draws uses `generator` too.
-            nfe: if given, a list that gets a list for every scale drawn: the number of images in each evaluation of the
-                flow head, 2 B where guidance acts and B elsewhere. Its length is the scale's NFE.
+            guide: a weaker FlowAR, in the null class's place (autoguidance); it reads what this model draws.
             given: latents of the first scales, (B, token_channels, s, s) each, which are kept as they are.
             known: (latents of every scale like what is returned, a bool (B or 1, 1, s, s) for every scale: which cells
                 are kept as they are). The others are drawn to fit.
             forced: a pyramid that the transformer reads in place of what is drawn, as in training.
+            settings: of flow_matching.Sampling: num_steps, cfg, guidance, solver, ...
         """
         check_labels(labels, self.class_num)
-        if solver not in self.path.SOLVERS:
-            raise FlowARError(f"solver is {solver!r}: expected one of {', '.join(self.path.SOLVERS)}")
-        steps = fm.scale_steps(num_steps, num_steps_last, len(self.scale), num_step_schedule)
-        times = [fm.time_grid(n, time_grid) for n in steps]
-        weights = fm.guidance_scales(cfg, len(self.scale), cfg_schedule)
+        settings = fm.Sampling(**settings)
+        if settings.solver not in self.path.SOLVERS:
+            raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.path.SOLVERS)}")
+        times, weights = settings.times(len(self.scale)), settings.weights(len(self.scale))
         noise = self.draw_noise(len(labels), generator) if noise is None else noise
         check_grids(self, len(labels), noise, given, known)
         check_guide(self, guide)
@@ -319,10 +312,12 @@ class FlowAR(nn.Module):
                 if k < len(given):
                     x = to_tokens(given[k])
                 else:
-                    velocity = self.flownet.guided(z, len(labels), (weights[k], guidance_low, guidance),
-                                                   guide and (guide.flownet, z_guide), nfe)
-                    start = noise[k].to(z.device) * temperature
-                    x = self._integrate(self.path.SOLVERS[solver], velocity, start, times[k], generator, known, k)
+                    velocity = self.flownet.guided(
+                        z, len(labels), (weights[k], settings.guidance_low, settings.guidance),
+                        guide and (guide.flownet, z_guide))
+                    start = noise[k].to(z.device) * settings.temperature
+                    solver = self.path.SOLVERS[settings.solver]
+                    x = self._integrate(solver, velocity, start, times[k], generator, known, k)
                 latents.append(to_grid(x.to(reader.c), s))
             return latents
         finally:

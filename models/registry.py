@@ -4,8 +4,8 @@ import sys
 import torch
 
 from models.errors import FlowARError
+from models.flowar import FlowAR
 from models.hub import weights_file
-from models.variants import ablated
 from models.weights import (check_content, check_fits, find_model, read_weights, recognise_body, recognise_geometry,
                             saved_vae)
 
@@ -28,16 +28,46 @@ MODELS = {
 }
 
 
+# What the paper's ablations change, as released. models.variants.ablated makes the others, once it is imported.
+RELEASED = {"head": "scale", "objective": "flow", "condition": "spatial_adaln", "pyramid": "latent"}
+ABLATED = []  # its class
+
+
 def build_model(name, **overrides):
-    """A FlowAR of the size `name`; overrides: its arguments or AblatedFlowAR's, None meaning the size's own."""
+    """A FlowAR of the size `name`; overrides: its arguments, or choices of RELEASED, None meaning the size's own."""
     if name not in MODELS:
         raise FlowARError(f"model {name!r} is unknown: expected one of {', '.join(MODELS)}")
-    return ablated.build(**{**MODELS[name], **{key: value for key, value in overrides.items() if value is not None}})
+    config = {**MODELS[name], **{key: value for key, value in overrides.items() if value is not None}}
+    choices = {key: config.pop(key, value) for key, value in RELEASED.items()}
+    if choices == RELEASED:
+        return FlowAR(**config)
+    if not ABLATED:
+        raise FlowARError(f"{choices}: of the paper's ablations; import models.variants.ablated first")
+    return ABLATED[0](**choices, **config)
+
+
+def read_variant(state, path):
+    """{name of RELEASED: value} that a state dict's buffer `variant` tells, {} of released weights."""
+    values = bytes(state["variant"].tolist()).decode("ascii", "replace").split(",") if "variant" in state else []
+    if len(values) not in (0, len(RELEASED)):
+        raise FlowARError(f"{path}: its variant is {','.join(values)!r}, of another version of this code")
+    return dict(zip(RELEASED, values))
+
+
+def differences(model, state, path):
+    """'--head token (here scale)': what a FlowAR's weights were trained with and it is not made with, '' if nothing."""
+    trained = {**RELEASED, **read_variant(state, path)}
+    here = {name: model.config.get(name, value) for name, value in RELEASED.items()}
+    unlike = [name for name in RELEASED if trained[name] != here[name]]
+    return ", ".join(f"--{name} {trained[name]} (here {here[name]})" for name in unlike)
 
 
 def load_model(model, state, path):
-    """load_state of a FlowAR, whose buffers are computed: FlowARError for a file that was trained with others."""
-    ablated.check_variant(model, state, path)
+    """Load all tensors; returns the names that are left out, see check_fits. Buffers are computed, not loaded:
+    FlowARError for a file that was trained with others.
+    """
+    if other := differences(model, state, path):
+        raise FlowARError(f"{path}: was trained with {other}: give the same")
     left_out = check_fits(model, state, path)
     for name, own in model.named_buffers():
         if not own.is_meta and not torch.allclose(state[name].to(own), own, rtol=HALF_PRECISION):
@@ -48,8 +78,8 @@ def load_model(model, state, path):
 
 
 def recognise_size(state, path):
-    """{model, diffloss_d, diffloss_w, and what variants.ablated has} that a state dict's tensors tell."""
-    (body, head), variant = recognise_body(state), ablated.read_variant(state, path)
+    """{model, diffloss_d, diffloss_w, and what read_variant has} that a state dict's tensors tell."""
+    (body, head), variant = recognise_body(state), read_variant(state, path)
     body["cross"] &= variant.get("condition") != "cross_attention"
     names = [name for name, size in MODELS.items() if {key: size[key] for key in body} == body]
     names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head

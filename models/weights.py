@@ -5,14 +5,13 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.errors import FlowARError, first_line, name_some
@@ -45,7 +44,7 @@ def read_file(path, mmap=False):
         with torch.serialization.safe_globals([argparse.Namespace]):
             # PyTorch before 1.6 wrote no zip file, and no other can be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # torch raises many kinds for a file that is cut
         raise FlowARError(f"{path}: cannot be read: it is cut short (download it again), or no file of tensors "
                           f"({first_line(error)})") from error
 
@@ -156,8 +155,9 @@ def check_content(content, path):
 
 # ---- the weights in a file's content -----------------------------------------------------------------------------
 
-KEYS = {"model_ema": "ema", "ema": "ema", "model": "raw", "state_dict": "raw"}  # of a file's state dicts; their kinds
-ORDER = {None: ("ema", "raw", "unnamed"), "raw first": ("raw", "unnamed", "ema"), "ema": ("ema",), "raw": ("raw",)}
+KINDS = {"model_ema": "ema", "ema": "ema", "model": "raw", "state_dict": "raw"}  # of the state dicts under these keys
+ORDER = {None: (*KINDS, ""), "raw first": ("model", "state_dict", "", "model_ema", "ema"),  # "": the file itself is one
+         "ema": ("model_ema", "ema"), "raw": ("model", "state_dict")}
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # what DDP and torch.compile put into names
 FLOWAR = "class_emb.weight", "z_proj.weight", "mask"  # names of any FlowAR
 VAE = "encoder.conv_in.weight", "decoder.conv_in.weight"  # names of any AutoencoderKL
@@ -172,7 +172,7 @@ class Weights(NamedTuple):
 
     def describe(self, left_out=()):
         """Which weights these are, and what of them is not used."""
-        text = {"ema": "EMA weights", "raw": "raw weights", "unnamed": "weights, not said whether EMA or raw"}[self.kind]
+        text = {"ema": "EMA weights", "raw": "raw weights", "unnamed": "weights, not said if EMA or raw"}[self.kind]
         text += f" under {self.key!r}" if self.key else ""
         return text + (f"; not used: {name_some(left_out)}" if left_out else "")
 
@@ -186,30 +186,22 @@ def find_weights(content, path, what, names, choice=None):
             that goes on; anything else is a key of the file.
     """
     content = content if isinstance(content, dict) else {}
-    if choice in ORDER:
-        keys = {}  # of each kind that the file has
-        for key, kind in KEYS.items():
-            if isinstance(content.get(key), dict):
-                keys.setdefault(kind, key)
-        if any(isinstance(value, torch.Tensor) for value in content.values()):
-            keys["unnamed"] = ""
-        kind = next((kind for kind in ORDER[choice] if kind in keys), None)
-        key = keys.get(kind)
-    else:
-        kind, key = "unnamed", choice
-    state = content if key == "" else content.get(key)
-    if not isinstance(state, dict):
-        wanted = f"{what} weights" if choice is None else f"{choice} {what} weights"
-        raise FlowARError(f"{path}: no {wanted} in this file, which holds {name_some(map(str, content)) or 'nothing'}: "
-                          f"expected a state dict by itself, or under {', '.join(KEYS)} or the key of --weights KEY")
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    states = {key: value for key, value in content.items() if isinstance(value, dict)}
+    if any(isinstance(value, torch.Tensor) for value in content.values()):
+        states[""] = content
+    key = next((key for key in ORDER.get(choice, [choice]) if key in states), None)
+    if key is None:
+        raise FlowARError(f"{path}: no {choice or ''} weights of a {what} in this file, which holds "
+                          f"{name_some(map(str, content)) or 'nothing'}: expected a state dict by itself, or under "
+                          f"{', '.join(KINDS)} or the key of --weights KEY")
+    tensors = {name: value for name, value in states[key].items() if isinstance(value, torch.Tensor)}
     clean = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
     if len(clean) < len(tensors):
         raise FlowARError(f"{path}: names of tensors are there twice, with and without module. or _orig_mod.")
     if missing := [name for name in names if name not in clean]:
         raise FlowARError(f"{path}: no {what} weights {f'under {key!r}' if key else 'in this file'}: {missing[0]} is "
                           "missing (--weights takes another key of the file)")
-    return Weights(clean, kind, key)
+    return Weights(clean, KINDS.get(key, "unnamed"), key)
 
 
 def find_model(content, path, choice=None):

@@ -16,9 +16,8 @@ import torch
 from main_flowar import train
 from models import FlowAR, load_flowar
 from models.errors import FlowARError
-from models.variants import ablated
 from models.variants.rectified import RectifiedFlowAR
-from models.registry import recognise_size
+from models.registry import RELEASED, recognise_size
 from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
@@ -58,8 +57,8 @@ def open_teacher(args):
             raise FlowARError(f"--{name} is for main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
     teacher = load_flowar(path, args.weights)  # the file: of a folder another might be taken
-    if type(teacher) is not FlowAR or any(getattr(args, name) != released for name, released in ablated.DEFAULTS.items()):
-        raise FlowARError(f"{path}: --{', --'.join(ablated.DEFAULTS)}: a distillation is of the released ways alone")
+    if type(teacher) is not FlowAR or any(getattr(args, name) != released for name, released in RELEASED.items()):
+        raise FlowARError(f"{path}: --{', --'.join(RELEASED)}: a distillation is of the released ways alone")
     solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
     return teacher, content, path, solution
 

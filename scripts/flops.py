@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.measure import Work
+from util.evaluation.sampler import count_passes
 
 
 class GPU(NamedTuple):
@@ -114,15 +115,15 @@ def sampling_work(model, batch, dtype, **options):
     """(the Work of a batch's latents, bytes of weights that it reads at least), weights in dtype as prepare.for_sampling leaves them,
     but for the padding; options: of FlowAR.sample_tokens.
     """
-    model, nfe = on_meta(model), []
+    model = on_meta(model)
     for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
         linear.to(dtype)
     labels = torch.empty(batch, dtype=torch.long, device="meta")
     with Work() as work, AsOnCuda(dtype):
-        model.sample_tokens(labels, nfe=nfe, **options)
+        model.sample_tokens(labels, **options)
     head = sum(p.numel() for p in model.flownet.parameters())
     rest = sum(p.numel() for block in model.blocks for p in block.parameters())
-    return work, dtype.itemsize * (head * sum(map(len, nfe)) + rest * len(model.scale))
+    return work, dtype.itemsize * (head * sum(map(len, count_passes(model, options))) + rest * len(model.scale))
 
 
 @torch.no_grad()

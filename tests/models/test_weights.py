@@ -31,7 +31,7 @@ def same(state, other):
 
 
 @pytest.mark.parametrize("content,choice,expected,line", [
-    (EMA, None, EMA, "weights, not said whether EMA or raw"),
+    (EMA, None, EMA, "weights, not said if EMA or raw"),
     ({"model": RAW, "model_ema": EMA, "epoch": 3}, None, EMA, "EMA weights under 'model_ema'"),
     ({"model": RAW, "model_ema": EMA}, "ema", EMA, "EMA weights under 'model_ema'"),
     ({"model": RAW, "model_ema": EMA}, "raw", RAW, "raw weights under 'model'"),
@@ -39,8 +39,8 @@ def same(state, other):
     ({"state_dict": RAW, "ema": EMA}, None, EMA, "EMA weights under 'ema'"),
     ({"state_dict": RAW, "ema": 0.9999}, None, RAW, "raw weights under 'state_dict'"),
     ({"ema": EMA}, "raw first", EMA, "EMA weights under 'ema'"),
-    ({"model": RAW, "best": EMA}, "best", EMA, "weights, not said whether EMA or raw under 'best'"),
-    (under("module.", EMA), None, EMA, "weights, not said whether EMA or raw"),
+    ({"model": RAW, "best": EMA}, "best", EMA, "weights, not said if EMA or raw under 'best'"),
+    (under("module.", EMA), None, EMA, "weights, not said if EMA or raw"),
     ({"model": under("module._orig_mod.", RAW)}, None, RAW, "raw weights under 'model'"),
     ({"model": {name.replace("attn.", "attn._orig_mod."): value for name, value in RAW.items()}}, None, RAW, "raw weights under 'model'")])
 def test_which_weights_are_read_is_told(content, choice, expected, line):
@@ -49,12 +49,12 @@ def test_which_weights_are_read_is_told(content, choice, expected, line):
 
 
 @pytest.mark.parametrize("content,choice,message", [
-    ({"ema": EMA}, "raw", "no raw FlowAR weights in this file, which holds ema: expected a state dict by itself, or under model_ema, "),
-    (EMA, "ema", "no ema FlowAR weights in this file"),
-    ({"model": RAW}, "best", "no best FlowAR weights in this file, which holds model"),
+    ({"ema": EMA}, "raw", "no raw weights of a FlowAR in this file, which holds ema: expected a state dict by itself, or under model_ema, "),
+    (EMA, "ema", "no ema weights of a FlowAR in this file"),
+    ({"model": RAW}, "best", "no best weights of a FlowAR in this file, which holds model"),
     ({"model": RAW, "ema": {"shadow": EMA}}, None, "no FlowAR weights under 'ema': class_emb.weight is missing (--weights takes another key"),
     ({"model": {**EMA, **under("_orig_mod.", RAW)}}, None, "names of tensors are there twice, with and without module. or _orig_mod."),
-    (torch.zeros(2), None, "no FlowAR weights in this file, which holds nothing"), ({"model": None}, None, "no FlowAR weights in this file"),
+    (torch.zeros(2), None, "weights of a FlowAR in this file, which holds nothing"), ({"model": None}, None, "weights of a FlowAR in this file, which holds model"),
     ({"model": small_vae().state_dict()}, None, "no FlowAR weights under 'model': class_emb.weight is missing")])
 def test_a_file_without_the_weights_that_are_asked_for_is_refused(content, choice, message):
     with pytest.raises(FlowARError, match=re.escape(message)):

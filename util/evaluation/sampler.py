@@ -24,6 +24,20 @@ def decoded_at_once(pixels):
     return max(1, min(DECODED_AT_ONCE, DECODED_AT_ONCE * 256**2 // pixels))
 
 
+def count_passes(model, settings):
+    """For each scale a list of the evaluations of the flow head (their number is its NFE): how many passes an image takes
+    in each, 2 where guidance acts, else 1. Solvers ask for the same times whatever the velocity is.
+    """
+    settings, scales, passes = fm.Sampling(**settings), len(model.scale), []
+    for times, weight in zip(settings.times(scales), settings.weights(scales)):
+        counts = []
+        velocity = fm.guided_velocity(lambda x, t: counts.append(1) or x, lambda x, t: counts.append(2) or (x, x), weight,
+                                      settings.guidance_low, settings.guidance)
+        model.path.SOLVERS[settings.solver](velocity, torch.zeros(1), times, torch.Generator())
+        passes.append(counts)
+    return passes
+
+
 class Sampler(NamedTuple):
     """Makes images with a model and a VAE, which lie on one device."""
     model: torch.nn.Module
@@ -49,13 +63,16 @@ class Sampler(NamedTuple):
         """Starting noise of images by their index, see FlowAR.draw_noise."""
         return image_noise(self.model, self.seed, indices)
 
+    def passes(self):
+        """See count_passes."""
+        return count_passes(self.model, self.options)
+
     @torch.no_grad()
-    def pyramid(self, labels, noise, nfe=None, **known):
+    def pyramid(self, labels, noise, **known):
         """Latents of every scale for a list of labels and noise(indices); known: see FlowAR.sample_pyramid."""
         labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
-            return self.model.sample_pyramid(labels, noise=noise, nfe=nfe, guide=self.guide, **known,
-                                             **self.options)
+            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **known, **self.options)
 
     @torch.no_grad()
     def decode(self, latents):

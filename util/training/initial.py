@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models import FlowARError
 from models.errors import name_some
 from models.layers import spans
-from models.variants import ablated
+from models.registry import differences
 from models.weights import find_model, scales_of
 from util.cluster import log
 from util.training.checkpoint import read_model_file
@@ -30,8 +30,8 @@ def begin_with(name, network, record):
         check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
     except FlowARError as error:
         log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
-    if differences := ablated.differences(network, state, path):
-        log(f"warning: --init_from {path}: was trained with {differences}: what the weights learned may not hold")
+    if unlike := differences(network, state, path):
+        log(f"warning: --init_from {path}: was trained with {unlike}: what the weights learned may not hold")
     fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
 
     # Classes by name where the file names them, else by number.
