@@ -15,28 +15,10 @@ def check_geometry(img_size, vae_stride, patch_size, scale):
     side = img_size // (vae_stride * patch_size)
     text = ",".join(map(str, scale))
     if not scale or scale[0] != 1 or any(a >= b for a, b in zip(scale, scale[1:])):
-        raise FlowARError(f"scale is {text or 'empty'}: expected an increasing list that starts with 1, the class "
-                          "token")
+        raise FlowARError(f"scale is {text}: expected an increasing list that starts with 1, the class token")
     if scale[-1] != side:
         raise FlowARError(f"scale ends with {scale[-1]}: expected {side}, the latent's size in tokens (img_size "
                           f"{img_size} / vae_stride {vae_stride} / patch_size {patch_size})")
-
-
-def check_sizes(class_num, buffer_size, **halves):
-    """Raise FlowARError unless both halves of the transformer, {name: (embed_dim, num_heads)}, have one head size."""
-    for name, (dim, num_heads) in halves.items():
-        if num_heads < 1 or dim % num_heads or dim // num_heads % 4:
-            raise FlowARError(f"{name}_num_heads is {num_heads}: expected a divisor of {name}_embed_dim = {dim} that "
-                              "leaves a head size divisible by 4 (2-D RoPE)")
-    sizes = [dim // num_heads for dim, num_heads in halves.values()]
-    if len(set(sizes)) > 1:
-        raise FlowARError(f"{' and '.join(halves)} heads are {' and '.join(map(str, sizes))} wide: expected one head "
-                          "size for both")
-    if buffer_size != 0:
-        raise FlowARError(f"buffer_size is {buffer_size}: only 0 is supported (the class embedding is the one "
-                          "token before the scales)")
-    if class_num < 1:
-        raise FlowARError(f"class_num is {class_num}: expected at least 1")
 
 
 def check_labels(labels, limit, wait=True):
@@ -48,9 +30,9 @@ def check_labels(labels, limit, wait=True):
 
 def check_shapes(what, tensors, shapes):
     """FlowARError unless the tensors have these shapes."""
-    found = [tuple(x.shape) for x in tensors]
-    if found != shapes:
-        raise FlowARError(f"{what} has shapes {found}: expected {shapes}")
+    given = [tuple(x.shape) for x in tensors]
+    if given != shapes:
+        raise FlowARError(f"{what} has shapes {given}: expected {shapes}")
 
 
 def check_grids(model, batch, noise, given, known):
@@ -70,14 +52,6 @@ def check_guide(model, guide):
         if guide is not None and getattr(guide, name) != getattr(model, name):
             raise FlowARError(f"guide: its {name} is {getattr(guide, name)}, the model's is {getattr(model, name)}: "
                               "give a weaker checkpoint of the same geometry")
-
-
-def check_widths(ch, ch_mult, groups, smallest):
-    """FlowARError unless a VAE's widths divide into `groups`, or into those of `smallest` channels (GroupNorm)."""
-    for mult in ch_mult:
-        if ch * mult < smallest or ch * mult % min(groups, ch * mult // smallest):
-            raise FlowARError(f"VAE width ch x ch_mult = {ch} x {mult}: expected a multiple of {groups}, or of "
-                              f"{smallest} below {groups * smallest} (GroupNorm)")
 
 
 def check_images(shape, stride):

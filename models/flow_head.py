@@ -123,8 +123,6 @@ class FlowHead(nn.Module):
         super().__init__()
         if width % HEAD_DIM:
             raise FlowARError(f"diffloss_w is {width}: expected a multiple of the flow head's head size, {HEAD_DIM}")
-        if depth < 1:
-            raise FlowARError(f"diffloss_d is {depth}: the flow head needs at least one block")
         self.use_checkpoint = use_checkpoint
         self.time_embed = TimeEmbedder(width)
         self.cond_embed = Linear(cond_dim, width)
@@ -175,5 +173,5 @@ class FlowHead(nn.Module):
         part to them, which then hold it no longer than they need it.
         """
         rope_table = self.res_blocks[0].attn.rope.table(scales or (math.isqrt(z.shape[1]),))
-        contexts_ = [block.context(z, rope_table) if contexts else None for block in self.res_blocks]
-        return Condition(self.cond_embed(z), None if contexts else z, contexts_, rope_table)
+        of_blocks = [block.context(z, rope_table) if contexts else None for block in self.res_blocks]
+        return Condition(self.cond_embed(z), None if contexts else z, of_blocks, rope_table)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import flow_matching as fm
-from models.checks import check_geometry, check_grids, check_guide, check_labels, check_sizes
+from models.checks import check_geometry, check_grids, check_guide, check_labels
 from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
 from models.kernels import Linear, run_block
@@ -86,8 +86,8 @@ class FlowAR(nn.Module):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_geometry(img_size, vae_stride, patch_size, scale)
-        check_sizes(class_num, buffer_size, encoder=(encoder_embed_dim, encoder_num_heads),
-                    decoder=(decoder_embed_dim, decoder_num_heads))
+        if buffer_size != 0:
+            raise FlowARError(f"buffer_size is {buffer_size}: only 0 is supported (the class is the one token before)")
         self.img_size, self.vae_stride, self.patch_size = img_size, vae_stride, patch_size
         self.vae_embed_dim = vae_embed_dim
         self.scale = tuple(scale)

@@ -6,7 +6,7 @@ import torch
 from models.errors import FlowARError
 from models.flowar import FlowAR
 from models.hub import weights_file
-from models.weights import (check_content, check_fits, find_model, read_weights, recognise_body, recognise_geometry,
+from models.weights import (check_fits, find_model, read_weights, recognise_body, recognise_geometry,
                             saved_vae)
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
@@ -96,7 +96,6 @@ def load_flowar(source, weights=None):
     """
     path = weights_file(source, LAST)
     content = read_weights(path)
-    check_content(content, path)
     chosen, vae = find_model(content, path, weights), saved_vae(content)
     geometry = recognise_geometry(chosen.tensors, path, vae["vae_embed_dim"])
     size, scale = recognise_size(chosen.tensors, path), geometry.pop("scales")

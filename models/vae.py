@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.checks import check_images, check_latent_scale, check_widths
+from models.checks import check_images, check_latent_scale
 from models.weights import VAE, find_weights, load_state, read_file
 
 GROUPS = 32
@@ -211,7 +211,6 @@ class AutoencoderKL(nn.Module):
     def __init__(self, embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ch=128, ckpt_path=None, num_res_blocks=2,
                  latent_scale=KL16_LATENT_SCALE):
         super().__init__()
-        check_widths(ch, ch_mult, GROUPS, MIN_GROUP)
         self.config = dict(embed_dim=embed_dim, ch_mult=tuple(ch_mult), ch=ch, num_res_blocks=num_res_blocks)
         self.latent_scale = LatentScale(*latent_scale)
         self.embed_dim = embed_dim

@@ -146,13 +146,6 @@ def content_hash(value):
     return digest.hexdigest()
 
 
-def check_content(content, path):
-    """FlowARError unless what a file holds agrees with the checksum that it carries, if it carries one."""
-    checksum = content.get("checksum") if isinstance(content, dict) else None
-    if checksum and content_hash({name: content[name] for name in content if name != "checksum"}) != checksum:
-        raise FlowARError(f"{path}: its content is not what was written (checksum): damaged")
-
-
 # ---- the weights in a file's content -----------------------------------------------------------------------------
 
 KINDS = {"model_ema": "ema", "ema": "ema", "model": "raw", "state_dict": "raw"}  # of the state dicts under these keys

@@ -15,7 +15,7 @@ import project_root  # noqa: F401  first: it names what is too old
 import torch
 
 from models import FlowARError
-from models.weights import check_content, find_model, read_file, write_file
+from models.weights import find_model, read_file, write_file
 from util.cluster import log, run_main
 from util.files import check_output
 from util.options import between, fraction, positive, several, some_path
@@ -48,7 +48,6 @@ def read_averages(path, content, wanted):
     for file in numbered(path.parent, "posthoc"):
         if step_of(file) <= wanted:
             said = read_file(file, mmap=True)
-            check_content(said, file)
             averages = averages_of(said, file)
             if any(shapes_of(tensors) != shapes for tensors in averages.values()):
                 raise FlowARError(f"{file}: its tensors are not those of {path}, as if of another model: move it away")

@@ -284,8 +284,6 @@ TABLE = [
     (CACHE, "--cached_path {p}/shards --format npz", "{p}/shards: this cache was made with another --format"),
     (CACHE, "--cached_path {p}/file", "{p}/file: cannot be made"),
     (VAE, "--img_size 17", "--img_size 17 is not a multiple of the VAE's stride 2 (2 levels)"),
-    (VAE, "--ch 9", "VAE width ch x ch_mult = 9 x 1: expected a multiple of 32, or of 4 below 128"),
-    (VAE, "--ch 8000", "--ch_mult 1,2: expected at most 12 levels, and --ch x ch_mult up to 8192"),
     (VAE, "--num_res_blocks 1000000", "--num_res_blocks: 1000000 is out of range: expected between 0 and 32"),
     (VAE, "--batch_size 1000", "{p}/images/train: 80 images are fewer than --batch_size 1000"),
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),

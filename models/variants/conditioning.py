@@ -82,8 +82,8 @@ class CrossHead(TimeHead):
 
     def prepare(self, z, scales=None, contexts=True):
         condition = super().prepare(z, scales, contexts=False)
-        made = [block.context(condition.c, condition.rope_table) if contexts else None for block in self.res_blocks]
-        return condition._replace(z=None if contexts else condition.c, contexts=made)
+        of_blocks = [block.context(condition.c, condition.rope_table) if contexts else None for block in self.res_blocks]
+        return condition._replace(z=None if contexts else condition.c, contexts=of_blocks)
 
     def enter(self, h, c, scales):
         return super().enter(h.clone(), 0, scales)

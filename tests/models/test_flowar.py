@@ -87,11 +87,7 @@ def test_patchify_inverts():
     (dict(scale=(1, 4, 2, 4)), "increasing"),
     (dict(img_size=18), "img_size 18 is not a multiple"),
     (dict(buffer_size=4), "buffer_size is 4"),
-    (dict(encoder_num_heads=5), "encoder_num_heads is 5"),
-    (dict(decoder_num_heads=16), "decoder_num_heads is 16"),
     (dict(diffloss_w=100), "diffloss_w is 100"),
-    (dict(diffloss_d=0), "diffloss_d is 0"),
-    (dict(class_num=0), "class_num is 0"),
 ])
 def test_what_cannot_work_is_refused_by_name(options, message):
     with pytest.raises(FlowARError, match=message):
