@@ -1,8 +1,6 @@
 """What FlowAR and its VAE refuse, as it would give wrong numbers: geometry that does not work, labels outside of the
 classes, wrong shapes.
 """
-import torch
-
 from models import kernels
 from models.errors import FlowARError
 

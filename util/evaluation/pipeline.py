@@ -14,9 +14,9 @@ from PIL import Image
 
 from models import FlowARError
 from models.hub import RELEASE, beside, is_remote, release_of
-from models.registry import open_model, recognise_size
+from models.registry import open_model, read_variant, recognise_size
 from models.vae import LatentScale
-from models.variants.ablated import describe, read_variant
+from models.variants.ablated import describe
 from models.vaes import DEFAULT_PATH, find_vae, read_latent_scale
 from models.weights import file_hash, find_model, recognise_geometry, saved_options, tensors_hash
 from util import manifest
