@@ -187,8 +187,8 @@ def save_checkpoint(run):
     """
     if not from_main(lambda: run.writer.wants(run.progress.step)):
         return
-    largest = torch.nn.utils.get_total_norm([p.detach() for p in run.network.parameters()], math.inf)
-    if not whole(largest).isfinite():
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in run.network.parameters()])
+    if not whole(norm).isfinite():
         raise FloatingPointError(f"weights are not finite after step {run.progress.step}: the optimizer made them so; "
                                  "no checkpoint of them is written, the last one before is whole")
     content = snapshot(content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record))
