@@ -7,14 +7,15 @@ from helpers import SCALES, small_model
 from safetensors.torch import save_file
 
 from models import FlowARError, build_model, load_flowar, registry
-from util.training import checkpoint
+from models.hub import weights_file
+from models.weights import read_weights
 
 TINY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=SCALES, class_num=10)
 
 
 def state_of(path):
-    path, content = checkpoint.read_model_file(path)
-    return registry.find_model(content, path).tensors
+    path = weights_file(path, registry.LAST)
+    return registry.find_model(read_weights(path), path).tensors
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_every_kind_of_file_loads(tmp_path, tiny, kind):
         torch.save(state, path)
     elif kind in ("training", "directory"):
         other = {name: torch.zeros_like(value) for name, value in state.items()}
-        path = tmp_path / checkpoint.LAST
+        path = tmp_path / registry.LAST
         torch.save({"model": other, "model_ema": state, "epoch": 3, "args": argparse.Namespace(lr=1)}, path)
         path = tmp_path if kind == "directory" else path
     elif kind == "safetensors":
@@ -74,10 +75,9 @@ def test_wrong_size_is_refused_with_names(tmp_path, tiny):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FlowARError, match="nowhere.pth: no such checkpoint"):
-        state_of(tmp_path / "nowhere.pth")
-    with pytest.raises(FlowARError, match="no checkpoint-last.pth in this directory"):
-        state_of(tmp_path)
+    for path, message in ((tmp_path / "nowhere.pth", "nowhere.pth: no such file"), (tmp_path, "checkpoint-last.pth: no such file")):
+        with pytest.raises(FlowARError, match=message):
+            load_flowar(path)
 
 
 # ---- by name ---------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny):
     other["z_proj.bias"] += 1
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
     content = {"model": other, "model_ema": tiny.state_dict(), "args": {"vae_embed_dim": 4, "vae_stride": 4}}
-    torch.save(content, tmp_path / checkpoint.LAST)
+    torch.save(content, tmp_path / registry.LAST)
     model = load_flowar(tmp_path)
     assert model.config == {**tiny.config, "patch_size": 1} and not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny.state_dict().values()))
