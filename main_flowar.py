@@ -104,7 +104,6 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
             report_or_stop(run, args, validation, plan, measure)  # the run before did not end this one
         while progress.epoch < args.epochs:
             train_one_epoch(run)
-            source.report_images()
             saved = any(every and progress.epoch % every == 0 for every in (args.save_last_freq, args.keep_every))
             if saved or is_report_epoch(args, progress.epoch):
                 save_checkpoint(run)

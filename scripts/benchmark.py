@@ -68,7 +68,8 @@ from models.layers import GatedMLP
 from models.weights import file_hash
 from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
 from util.data import Images, build_loader, latents
-from util.data.latents import NpzMoments, ShardedMoments
+from util.data.latents import ShardedMoments
+from util.data.other_latents import NpzMoments
 from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.metrics import Measure

@@ -8,40 +8,41 @@ next run keeps finished shards and redoes the rest; the index appears last.
         --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
 """
 import argparse
+import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import project_root  # noqa: F401  first: it names what is too old
 
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models import FlowARError
-from models.errors import name_some
 from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae, read_latent_scale
 from models.weights import file_hash, writing
 from util import cluster
-from util.data import Images, latents
-from util.data.caching import Crops, digest
-from util.data.folders import advice, list_classes
+from util.data import Images, find_split, latents
+from util.data.folders import Folder
 from util.data.images import RESIZE_MARGIN
-from util.data.inspection import inspect, small_advice
-from util.data.loaders import Loader
-from util.data.pixels import CONVERSIONS
-from util.data.places import find_split
+from util.data.loaders import with_workers
+from util.data.other_latents import NPZ_INFO
+from util.data.pixels import CONVERSIONS, read_image
 from util.data.source import open_if_there
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 from util.training.record import origin_of, shorten
 from util.options import between, color, pixels, positive, seed, some_path, utf8, workers
 
 MOST_CROPS = 1000
-FREE = ("complete", "on_bad_image", "left_out")  # settings that may change: skipping may begin when a bad image is met
-NEWER = ("source_sha256", "source_times", "background", "vae_tensors")  # that older caches do not know
+DIGEST_BYTES = 16  # of an image's file
+# Settings that may change: a run may begin to skip when it meets a bad image, and images may be copied.
+FREE = ("complete", "on_bad_image", "left_out", "source_times")
+NEWER = ("source_sha256", "background", "vae_tensors")  # that older caches do not know
 SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
 
 
@@ -52,24 +53,58 @@ def crops_option(text):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=some_path, required=True, help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
+    parser.add_argument("--data_path", type=some_path, required=True,
+                        help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
     parser.add_argument("--cached_path", type=lambda text: utf8(some_path(text)), required=True, help="folder to write")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
-    parser.add_argument("--vae_path", type=some_path, help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
+    parser.add_argument("--vae_path", type=some_path,
+                        help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side of a crop")
-    parser.add_argument("--crops", type=crops_option, default="center", help="center, or a number of random crops an image")
+    parser.add_argument("--crops", type=crops_option, default="center",
+                        help="center, or a number of random crops an image")
     parser.add_argument("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
     parser.add_argument("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
     parser.add_argument("--shard_size", type=positive, default=10000, help="images a shard")
-    parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
-    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--verify", action="store_true", help="compare the contents of all images with those a finished cache was made of")
+    parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"),
+                        help="what to do with unreadable images")
+    parser.add_argument("--background", type=color, default="white",
+                        help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
-    parser.add_argument("--num_workers", type=workers, help="data loading processes of every rank; default: as in training")
+    parser.add_argument("--num_workers", type=workers,
+                        help="data loading processes of every rank; default: as in training")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
+
+
+class Row(NamedTuple):
+    """What a shard holds of an image beside its moments."""
+    index: int
+    label: int
+    converted: int  # bits: which of CONVERSIONS it took
+    digest: bytes  # of its file
+
+
+class Crops(Dataset):
+    """Item i: (all crops of image i (crops, 3, size, size), its Row), or the error of an unreadable image."""
+
+    def __init__(self, images, crops, skip):
+        self.images, self.crops, self.skip = images, crops, skip
+
+    def __getitem__(self, index):
+        listing = self.images.listing
+        try:
+            content = listing.read(index)
+            image, conversions = read_image(content, self.images.background, listing.path(index))
+        except FlowARError as error:
+            if self.skip:
+                return str(error)
+            raise FlowARError(f"{error}; mend or remove it, or --on_bad_image skip") from error
+        crops = [self.images.crop(image, (crop, index)) for crop in range(self.crops)]
+        digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+        converted = sum(1 << number for number in conversions)
+        return torch.stack(crops), Row(index, int(listing.labels[index]), converted, digest)
 
 
 def encode(vae, crops, device, batch_size):
@@ -87,7 +122,7 @@ def batches_of(groups, size):
 def encoded(data, groups, vae, args, device, progress):
     """Yield, for each group of image indices, (Rows, moments, messages of unreadable images)."""
     per_batch = max(1, args.batch_size // (2 * data.crops))
-    loader = iter(Loader(data, batch_sampler=batches_of(groups, per_batch), num_workers=args.num_workers, collate_fn=list))
+    loader = iter(with_workers(data, args.num_workers, batch_sampler=batches_of(groups, per_batch), collate_fn=list))
     for group in groups:
         rows, parts, bad = [], [], []
         for _ in range(-(-len(group) // per_batch)):
@@ -95,8 +130,8 @@ def encoded(data, groups, vae, args, device, progress):
             bad += [item for item in items if isinstance(item, str)]
             good = [item for item in items if not isinstance(item, str)]
             if good:
-                crops, found = zip(*good)
-                rows += found
+                crops, some = zip(*good)
+                rows += some
                 parts.append(encode(vae, torch.stack(crops), device, args.batch_size))
             progress.update(len(items))
         if not parts:
@@ -113,19 +148,24 @@ def shard_file(number):
 
 def is_good(path, settings, sha256):
     """Whether a shard is there and whole, and, if a finished index knew it, unchanged."""
-    return latents.is_whole(path, settings) and (sha256 is None or file_hash(path) == sha256)
+    try:
+        latents.open_shard(path, settings)
+    except FlowARError:
+        return False
+    return sha256 is None or file_hash(path) == sha256
 
 
 def write_shards(data, groups, vae, args, device, folder, settings, known):
     """Write this rank's missing or damaged shards, one for each group of images."""
     mine = range(cluster.rank(), len(groups), cluster.world_size())
-    missing = [number for number in mine if not is_good(folder / shard_file(number), settings, known.get(shard_file(number)))]
+    missing = [number for number in mine
+               if not is_good(folder / shard_file(number), settings, known.get(shard_file(number)))]
     progress = progress_bar(args, sum(len(groups[number]) for number in missing))
     for number, (rows, moments, bad) in zip(
             missing, encoded(data, [groups[number] for number in missing], vae, args, device, progress)):
         write_bytes(save({
             "moments": moments.to(latents.DTYPES[args.dtype]), "labels": torch.tensor([row.label for row in rows]),
-            "names": latents.texts_tensor(data.images.folder.name(row.index) for row in rows),
+            "names": latents.texts_tensor(data.images.listing.name(row.index) for row in rows),
             "digests": torch.tensor([list(row.digest) for row in rows], dtype=torch.uint8),
             "converted": torch.tensor([row.converted for row in rows], dtype=torch.uint8),
             "skipped": latents.texts_tensor(bad),
@@ -144,8 +184,8 @@ def summarise(folder, files, settings):
         posterior = DiagonalGaussian(moments[:, 0].float())
         mean, std = posterior.mean.double(), (0.5 * posterior.logvar.double()).exp()
         scaled = scale.normalize(mean)
-        sums.append(torch.stack([part.mean(dim=(2, 3)).sum(0) for part in (
-            mean, mean.square() + std.square(), scaled, scaled.square() + (scale.normalize(mean + std) - scaled).square())]))
+        squares = mean.square() + std.square(), scaled.square() + (scale.normalize(mean + std) - scaled).square()
+        sums.append(torch.stack([part.mean(dim=(2, 3)).sum(0) for part in (mean, squares[0], scaled, squares[1])]))
         skipped = latents.read_texts(folder / name, "skipped")
         shards.append({"file": name, "images": len(moments), "bytes": (folder / name).stat().st_size,
                        "sha256": file_hash(folder / name), "skipped": skipped,
@@ -164,16 +204,15 @@ def build_index(settings, parts, vae):
                 "channel_std": (square - mean**2).sqrt().tolist()}
     std = (scaled_square.mean() - scaled_mean.mean() ** 2).sqrt().item()
     if abs(1 / std - 1) > SCALE_TOLERANCE:
-        cluster.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's is "
-                    f"{shorten(vae.latent_scale)}: with it their std is {std:.4f}, expected about 1; see --latent_norm of main_flowar.py")
+        cluster.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's "
+                    f"is {shorten(vae.latent_scale)}: with it their std is {std:.4f}, expected about 1; see "
+                    "--latent_norm of main_flowar.py")
     return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped,
             "converted": {how: count for how, count in zip(CONVERSIONS, converted) if count}, "shards": shards}
 
 
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
-    if args.verify:
-        verify(data.images.folder, folder, settings)
     groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
     known = cluster.from_main(lambda: reopen(folder, settings))
     parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
@@ -184,8 +223,9 @@ def cache_shards(data, vae, args, device, folder, settings):
         size = sum(shard["bytes"] for shard in index["shards"])
         if index["converted"]:
             print(f"{folder}: images " + ", ".join(f"{count:,} {how}" for how, count in index["converted"].items()))
-        print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, {len(index['skipped'])} skipped; "
-              f"latent scale {index['measured']['scale']:.4f}, the VAE's {shorten(vae.latent_scale)[0]}")
+        print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, "
+              f"{len(index['skipped'])} skipped; latent scale {index['measured']['scale']:.4f}, the VAE's "
+              f"{shorten(vae.latent_scale)[0]}")
 
 
 def reopen(folder, settings):
@@ -194,7 +234,7 @@ def reopen(folder, settings):
     index = folder / latents.INDEX
     if not index.is_file():
         return {}
-    known = {shard["file"]: shard["sha256"] for shard in latents.parse_index(index)["shards"]}
+    known = {shard["file"]: shard["sha256"] for shard in read_json(index)["shards"]}
     index.unlink()  # no cache until every shard was looked at
     return known
 
@@ -202,9 +242,10 @@ def reopen(folder, settings):
 def begin(folder, name, settings):
     """Leave the settings of a cache that is being written; refuse to mix it with one of other settings."""
     make_directory(folder)
-    other = (latents.INDEX, latents.UNFINISHED) if name == latents.NPZ_INFO else (latents.NPZ_INFO,)
+    other = (latents.INDEX, latents.UNFINISHED) if name == NPZ_INFO else (NPZ_INFO,)
     if any((folder / file).is_file() for file in other):
-        raise FlowARError(f"{folder}: this cache was made with another --format; choose another --cached_path or remove it")
+        raise FlowARError(f"{folder}: this cache was made with another --format; choose another --cached_path or "
+                          "remove it")
     if (folder / name).is_file():
         check_same(folder, read_json(folder / name), settings)
     if (folder / latents.INDEX).is_file():
@@ -212,76 +253,18 @@ def begin(folder, name, settings):
     write_json(settings, folder / name)
 
 
-def check_same(folder, found, settings):
+def check_same(folder, before, settings):
     """FlowARError unless a cache is of these settings and images; those that older caches lack are not known."""
-    for key, value in list(settings.items()):
-        if found.get(key) == value or key in FREE or key in NEWER and key not in found:
+    for key, value in settings.items():
+        if before.get(key) == value or key in FREE or key in NEWER and key not in before:
             continue
-        if key == "vae_sha256" and found.get("vae_tensors") == settings["vae_tensors"]:
+        if key == "vae_sha256" and before.get("vae_tensors") == settings["vae_tensors"]:
             continue  # the same in another file
         if key == "source_sha256":
-            raise FlowARError(f"{folder}: the images are not those of this cache (names or sizes changed since); choose "
-                              "another --cached_path or remove it")
-        if key == "source_times":
-            settings[key] = found[key]  # those of the images that were encoded
-            cluster.log(f"warning: {folder}: images were written since this cache was made, with the same names and sizes: "
-                        "--verify compares their contents")
-            continue
-        raise FlowARError(f"{folder}: this cache was made with {key} {str(found.get(key))[:200]}, now it is {str(value)[:200]}; choose "
-                          "another --cached_path or remove it")
-
-
-def verify(listing, folder, settings):
-    """FlowARError if images differ from those that a finished cache was made of: names, then settings, then contents, of
-    which the ranks share the work.
-    """
-    position = {listing.name(i): i for i in range(len(listing))}
-    cluster.from_main(lambda: check_names(folder, latents.read_index(folder), position, settings))
-    changed = []
-    files = cluster.from_main(lambda: [shard["file"] for shard in latents.read_index(folder)["shards"]])
-    for file in tqdm(files[cluster.rank()::cluster.world_size()], desc="images compared", unit="shard", disable=not cluster.is_main()):
-        names, digests = latents.read_texts(folder / file, "names"), latents.read_digests(folder / file)
-        with ThreadPoolExecutor(latents.HASHING_THREADS) as pool:
-            found = pool.map(lambda name: digest(listing[position[name]][0]) if name in position else None, names)
-            changed += [name for name, now, before in zip(names, found, digests) if now != before]
-    changed = cluster.gather_to_main(changed)
-    cluster.from_main(lambda: say_changed(folder, sorted(sum(changed, []))))
-    settings["source_times"] = cluster.from_main(lambda: read_json(folder / latents.INDEX).get("source_times"))  # written anew, the same
-
-
-def check_names(folder, index, names, settings):
-    """FlowARError unless a finished cache is of images of these names, and of the same settings."""
-    cached = {name for shard in index["shards"] for name in latents.read_texts(folder / shard["file"], "names")}
-    added = sorted(name for name in names if name not in cached and not any(f"/{name}: " in line for line in index["skipped"]))
-    found = [f"{len(some)} were {what} ({name_some(some, 3)})" for what, some in (("added", added), ("removed", sorted(cached - names.keys()))) if some]
-    if found:
-        raise FlowARError(f"{folder}: the images are not those of this cache: {', '.join(found)}; choose another --cached_path or remove it")
-    check_same(folder, read_json(folder / latents.INDEX), {key: settings[key] for key in settings if not key.startswith("source_")})
-
-
-def say_changed(folder, changed):
-    if changed:
-        raise FlowARError(f"{folder}: {len(changed)} images are not those that it was made of: {name_some(changed, 3)}; choose "
-                          "another --cached_path or remove it")
-    print(f"{folder}: all images are those that it was made of")
-
-
-def look_before(listing, args):
-    """Say all that is wrong with the images before any is encoded: FlowARError if some cannot be read."""
-    cluster.log(f"{listing.summary()} in {listing.root}")
-    mine = np.arange(cluster.rank(), len(listing), cluster.world_size())
-    looks = [look for _, look in inspect(listing, mine, args.num_workers)]
-    found = cluster.gather_to_main(([look.error for look in looks if look.error], [look.side for look in looks if not look.error]))
-
-    def say():
-        bad, sides = (sum(parts, []) for parts in zip(*found))
-        print("\n".join(bad), end="\n" * bool(bad), flush=True)
-        for line in advice(listing) + small_advice(sides, args.img_size):
-            print(f"warning: {line}", flush=True)
-        if bad and args.on_bad_image == "error":
-            raise FlowARError(f"{listing.root}: {len(bad)} of {len(listing)} images cannot be read; they are named above; mend or "
-                              "remove them, or --on_bad_image skip")
-    cluster.from_main(say)
+            raise FlowARError(f"{folder}: the images are not those of this cache (names or sizes changed since); "
+                              "choose another --cached_path or remove it")
+        raise FlowARError(f"{folder}: this cache was made with {key} {str(before.get(key))[:200]}, now it is "
+                          f"{str(value)[:200]}; choose another --cached_path or remove it")
 
 
 # ---- MAR's layout --------------------------------------------------------------------------------------------
@@ -289,15 +272,15 @@ def look_before(listing, args):
 
 def cache_npz(data, vae, args, device, folder, settings):
     """<cached_path>/<class>/<file name>.npz with `moments` and `moments_flip`, float32."""
-    listing = data.images.folder
+    listing = data.images.listing
     if listing.labels_from:
-        raise FlowARError(f"--format npz: MAR's layout has no labels but those of class folders, and these images have those of {listing.labels_from}: "
-                          "leave it out, for shards")
+        raise FlowARError("--format npz: MAR's layout has no labels but those of class folders, and these images have "
+                          f"those of {listing.labels_from}: leave it out, for shards")
     target = lambda index: folder / f"{listing.name(index)}.npz"  # noqa: E731
     info = {**settings, "images": len(listing), "complete": False}
 
     def prepare():
-        begin(folder, latents.NPZ_INFO, info)
+        begin(folder, NPZ_INFO, info)
         folders = {os.path.dirname(listing.name(index)) for index in range(len(listing))}
         for name in folders.union(listing.classes):  # one without images keeps its label
             make_directory(folder / name)
@@ -314,10 +297,9 @@ def cache_npz(data, vae, args, device, folder, settings):
     os.sync()  # the latents reach the disk before the cache is called complete
     cluster.barrier()
     if cluster.is_main():
-        files = len(list_classes(folder, {".npz"}, "cached latents"))  # unreadable images have none
-        write_json({**info, "files": files, "complete": True}, folder / latents.NPZ_INFO)
+        files = len(Folder(folder, {".npz"}))  # unreadable images have none
+        write_json({**info, "files": files, "complete": True}, folder / NPZ_INFO)
     cluster.log(f"{folder}: {len(listing)} latents ({len(missing)} new on rank 0)")
-    data.images.say_counts()
 
 
 def progress_bar(args, total):
@@ -330,8 +312,6 @@ def main():
     args = parse_args()
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
-    if args.verify and (args.format == "npz" or not (Path(args.cached_path) / latents.INDEX).is_file()):
-        raise FlowARError(f"--verify is for a finished cache of shards, which remembers its images: there is none at {args.cached_path}")
     device = cluster.init(args.device)
     cluster.set_way_on("the same command goes on", "with what is not finished")
     named = find_vae(args.vae, args.vae_path)
@@ -340,15 +320,17 @@ def main():
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
-    images = Images(find_split(args.data_path, args.split), args.img_size, args.seed, train=not center, flip=False,
-                    on_bad="error", background=args.background)
+    images = cluster.from_main(lambda: Images(find_split(args.data_path, args.split), args.img_size, args.seed,
+                                              train=not center, flip=False, background=args.background))
+    listing = images.listing
+    cluster.log(f"{listing.summary()} in {listing.root}")
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
-    if cluster.from_main(lambda: not any((Path(args.cached_path) / name).is_file() for name in (latents.INDEX, latents.NPZ_INFO))):
-        look_before(images.folder, args)
     settings = {
-        "source_images": len(images), "source_sha256": images.identity()["sha256"], "source_times": images.folder.times_sha256(),
-        "left_out": dict(images.folder.left_out), "background": list(args.background), "classes": images.classes, "img_size": args.img_size, "crops": args.crops,
-        "variants": 2 * data.crops, "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
+        "source_images": len(images), "source_sha256": images.identity()["sha256"],
+        "source_times": listing.times_sha256(), "left_out": dict(listing.left_out),
+        "background": list(args.background), "classes": images.classes, "img_size": args.img_size,
+        "crops": args.crops, "variants": 2 * data.crops,
+        "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
         "vae": args.vae, "vae_sha256": origin.sha256, "vae_tensors": origin.tensors, "channels": vae.embed_dim,
         "stride": vae.stride, "latent_scale": json.loads(json.dumps(vae.latent_scale))}  # lists, as the file will say

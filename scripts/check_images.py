@@ -1,44 +1,86 @@
-"""List every image of a folder that cannot be read, and say what else looks wrong, before hours of work.
+"""List every image of a folder that cannot be read, and name what else may be a mistake, before hours of work.
 
-    python scripts/check_images.py imagenet/train            # headers; --whole decodes every image
+    python scripts/check_images.py imagenet/train            # or an archive, a dataset, a folder of reference images
 """
 import argparse
+from itertools import compress
 
 import project_root  # noqa: F401  first: it names what is too old
 
 import numpy as np
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models import FlowARError
+from models.errors import name_some
 from util.cluster import run_main
-from util.data.folders import advice, list_files
-from util.data.inspection import inspect, small_advice
-from util.data.places import list_images
+from util.data import list_images
+from util.data.loaders import with_workers
+from util.data.pixels import read_image
 from util.options import pixels, some_path, workers
+
+BATCH = 64
+
+
+class Sides(Dataset):
+    """Item i: (shorter side of image i in pixels, None), or (None, the error) if it cannot be read."""
+
+    def __init__(self, listing):
+        self.listing = listing
+
+    def __len__(self):
+        return len(self.listing)
+
+    def __getitem__(self, index):
+        try:
+            return min(read_image(self.listing.read(index), name=self.listing.path(index)).image.size), None
+        except FlowARError as error:
+            return None, str(error)
+
+
+def advice(listing, sides, img_size):
+    """Lines on what may be a mistake, each with what to do."""
+    classes, counts = listing.classes, listing.counts
+    depths = np.array([listing.name(index).count("/") for index in range(len(listing))])
+    direct = np.bincount(listing.labels[depths == 1], minlength=len(classes))
+    if empty := [name for name, count in zip(classes, counts) if not count]:
+        yield f"{len(empty)} of {len(classes)} class folders hold no image ({name_some(empty, 3)}) and keep their labels"
+    if len(classes) == 1:
+        yield f"one class folder, {classes[0]}: every image gets the same label"
+    if not listing.labels_from and (nested := list(compress(classes, (direct == 0) & (np.array(counts) > 0)))):
+        yield (f"{len(nested)} of {len(classes)} class folders hold only folders ({name_some(nested, 3)}): if those are "
+               "the classes, move them up")
+    if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
+        yield "class names are numbers, and labels follow the order of text: 10 comes before 2; use leading zeros"
+    if small := [side for side in sides if side < img_size]:
+        yield (f"{len(small)} of {len(sides)} images are smaller than --img_size {img_size} (shorter side from "
+               f"{min(small)} pixels on; median of all {int(np.median(sides))}): the model learns the blur of enlarging")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folder", type=some_path, help="class folders of images, an archive or a dataset, see docs/data.md, or with --flat images at any depth")
-    parser.add_argument("--flat", action="store_true", help="no class folders: a folder of reference images")
-    parser.add_argument("--whole", action="store_true", help="decode every image, not only its header")
-    parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side of training, to name smaller images")
-    parser.add_argument("--num_workers", type=workers, help="processes that look; default: the CPUs, at most 10")
+    parser.add_argument("folder", type=some_path,
+                        help="class folders of images, an archive or a dataset, see docs/data.md, or a flat set")
+    parser.add_argument("--img_size", type=pixels, default=256, help="pixels of training, to name smaller images")
+    parser.add_argument("--num_workers", type=workers, help="processes that read; default: the CPUs, at most 10")
     args = parser.parse_args()
-    listing = list_images(args.folder) if not args.flat else list_files(args.folder)
+    listing = list_images(args.folder, flat=True)
     print(f"{args.folder}: {listing.summary()}")
-    bad, sides = [], []
-    for _, look in tqdm(inspect(listing, np.arange(len(listing)), args.num_workers, args.whole), total=len(listing),
-                        unit="img", mininterval=2, leave=False):
-        if look.error:
-            bad.append(look.error)
-            print(look.error, flush=True)
-        else:
-            sides.append(look.side)
-    for line in ([] if args.flat else advice(listing)) + small_advice(sides, args.img_size):
+    loader = with_workers(Sides(listing), args.num_workers, batch_size=BATCH, collate_fn=list)
+    bad, sides = 0, []
+    with tqdm(total=len(listing), unit="img", mininterval=2, leave=False) as progress:
+        for batch in loader:
+            progress.update(len(batch))
+            for side, error in batch:
+                if error is None:
+                    sides.append(side)
+                else:
+                    bad += 1
+                    print(error, flush=True)
+    for line in advice(listing, sides, args.img_size):
         print(f"warning: {line}")
     if bad:
-        raise FlowARError(f"{args.folder}: {len(bad)} of {len(listing)} images cannot be read; they are named above")
+        raise FlowARError(f"{args.folder}: {bad} of {len(listing)} images cannot be read; they are named above")
 
 
 if __name__ == "__main__":

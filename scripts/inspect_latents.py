@@ -19,11 +19,10 @@ from scripts.pictures import check_picture, draw_table, save, stack
 from models import FlowARError
 from models.vae import DiagonalGaussian
 from models.vaes import find_vae
-from util.data import Images, to_uint8
+from util.data import Images, find_split, to_uint8
 from util.cluster import run_main, select_device
 from util.data.pixels import WHITE
-from util.data.places import find_split
-from util.data.latents import ShardedMoments, kind_of_cache, read_texts
+from util.data.latents import ShardedMoments, is_shards, read_texts
 from util.data.source import open_if_there
 from util.options import default_scales, integer_list, positive, some_path
 from util.training.record import check_origin, origin_of, shorten
@@ -66,7 +65,7 @@ def originals(data, chosen, args):
     center = index["crops"] == "center"
     images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"], train=not center, flip=False,
                     background=tuple(index["background"] or WHITE))
-    position = {images.folder.name(i): i for i in range(len(images))}
+    position = {images.listing.name(i): i for i in range(len(images))}
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
     if len(names) != len(data):
         raise FlowARError(f"{args.cached_path}: its shards name {len(names)} images, expected {len(data)}")
@@ -96,7 +95,7 @@ def main():
     args = parse_args()
     device = select_device(args.device)
     check_picture(args.output)
-    if kind_of_cache(args.cached_path) != "shards":
+    if not is_shards(args.cached_path):
         raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes one")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)

@@ -20,7 +20,7 @@ from models import FlowARError
 from models.errors import reading
 from models.vaes import load_vae
 from models.weights import read_file, write_file
-from util.data import Images
+from util.data import list_images
 from util.cluster import log, run_main, select_device
 from util.evaluation.labels import image_label
 from util.evaluation.extractors import build_extractor, extract
@@ -53,10 +53,10 @@ def gray(images):
 
 def real_images(folder, count=None):
     """(images (N, 3, 32, 32) uint8, labels, number of classes) of class folders; at most `count`, evenly chosen."""
-    data = Images(folder, 32).folder
-    chosen = np.linspace(0, len(data) - 1, min(count or len(data), len(data))).astype(int)
-    files, labels = zip(*(data.samples[i] for i in chosen))
-    return load_uint8(files), torch.tensor(labels), len(data.classes)
+    listing = list_images(folder)
+    chosen = np.linspace(0, len(listing) - 1, min(count or len(listing), len(listing))).astype(int)
+    files, labels = [listing.path(i) for i in chosen], torch.from_numpy(listing.labels[chosen]).long()
+    return load_uint8(files), labels, len(listing.classes)
 
 
 def train_classifier(images, labels, classes, device):
@@ -83,7 +83,7 @@ def accuracy(network, images, labels, device):
 
 def get_classifier(root, device):
     path = root / "classifier.pth"
-    classes = len(Images(root / "images" / "train", 32).classes)
+    classes = len(list_images(root / "images" / "train").classes)
     network = classifier(classes)
     if path.is_file():
         with reading(path):

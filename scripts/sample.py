@@ -15,8 +15,7 @@ import project_root  # noqa: F401  first: it names what is too old
 from scripts.pictures import check_picture, draw_table, read_settings, save
 from models import FlowARError
 from util.cluster import run_main, select_device
-from util.data import center_crop, open_image
-from util.data.places import name_images
+from util.data import center_crop, list_images, open_image
 from util.evaluation.pipeline import open_pipeline
 from util.files import make_directory
 from util.manifest import code_version
@@ -108,7 +107,7 @@ def outputs(args):
 
 def name_the_classes(pipe, folder):
     """Let class folders name the classes."""
-    names = name_images(folder)
+    names = list_images(folder).classes
     if len(names) > len(pipe.names):
         raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {len(pipe.names)} classes")
     pipe.names[:len(names)] = names

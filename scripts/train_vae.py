@@ -27,9 +27,7 @@ from models.errors import first_line, name_some
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from models.weights import load_state, read_file, write_file
-from util.data import Images, build_loader, to_uint8
-from util.data.places import find_split
-from util.data.source import say_what_is_there
+from util.data import Images, build_loader, find_split, to_uint8
 from util.cluster import autocast, run_main, select_device, set_precision, set_way_on
 from util.evaluation.store import write_png
 from util.files import check_output
@@ -179,7 +177,7 @@ def open_images(args):
     train = find_split(args.data_path, "train")
     data = Images(train, args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
                   background=args.background)
-    say_what_is_there(data, train, args.img_size)
+    print(data.summary())
     try:
         return data, None if args.no_val else Images(find_split(args.data_path, "val"), args.img_size,
                                                           background=args.background)
@@ -234,7 +232,6 @@ def main():
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{output}: {parameters:,} parameters, stride {vae.stride}, {vae.embed_dim} channels, latent scale "
           f"{vae.latent_scale.scale:.4f}, shift {vae.latent_scale.shift:.4f}")
-    data.say_counts()
     which = f"{len(held_out)} held-out" if held_out else f"the {len(data)} training"
     print(f"PSNR on {which} images: {psnr:.2f} dB ({time.time() - start:.0f} s; see {output}.png)")
 

@@ -1,6 +1,5 @@
 """Archives of class folders give what the folders give, bit for bit, or are refused in a line."""
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -15,11 +14,7 @@ from helpers import call, make_project, read_log, train
 from PIL import Image
 
 from models import FlowARError
-from util.data import Images
-from util.data.folders import open_file
-from util.data.loaders import Loader
-from util.data.places import find_split, list_images, name_images
-from util.data.source import other_classes
+from util.data import Images, build_loader, find_split, list_images
 
 KINDS = ("stored.zip", "deflated.zip", "gnu.tar", "pax.tar", "absolute.tar")
 
@@ -55,7 +50,6 @@ def folder(tmp_path_factory):
         for i, name in enumerate(names):
             put(root / split, name, first + i)
         (root / split / "empty").mkdir()
-        os.link(root / split / "a" / "1.png", root / split / "a" / "again.png")
     return root
 
 
@@ -67,15 +61,14 @@ def archive(folder, tmp_path_factory, request):
 def test_an_archive_gives_what_its_folders_give(folder, archive):
     for split in ("train", "val"):
         plain, packed = (Images(find_split(place, split), 16, 3, train=split == "train", background=(9, 8, 7)) for place in (folder, archive))
-        assert packed.identity() == plain.identity() and packed.folder.left_out == plain.folder.left_out != {}
-        assert packed.classes == name_images(archive / split) == ["B", "Z", "a", "b", "empty", "only_hidden"]
-        assert [str(packed.folder[i][0]) for i in range(len(packed))] == [plain.folder[i][0].replace(str(folder), str(archive)) for i in range(len(plain))]
+        assert packed.identity() == plain.identity() and packed.listing.left_out == plain.listing.left_out != {}
+        assert packed.classes == ["B", "Z", "a", "b", "empty", "only_hidden"]
+        assert [packed.listing.path(i) for i in range(len(packed))] == [plain.listing.path(i).replace(str(folder), str(archive)) for i in range(len(plain))]
         for key in ((1, i) for i in range(len(plain))):
             (one, label), (other, same) = plain[key], packed[key]
             assert torch.equal(one, other) and label == same
-        assert packed.counts[:] == plain.counts[:]  # of conversions
-        sent = pickle.loads(pickle.dumps(packed.folder.for_workers()))  # as to workers that are not forked
-        assert [open_file(sent[i][0]).read() for i in range(len(sent))] == [Path(plain.folder[i][0]).read_bytes() for i in range(len(sent))]
+        sent = pickle.loads(pickle.dumps(packed.listing))  # as to other ranks
+        assert [sent.read(i) for i in range(len(sent))] == [Path(plain.listing.path(i)).read_bytes() for i in range(len(sent))]
 
 
 def test_names_that_are_no_utf8(tmp_path):
@@ -83,32 +76,19 @@ def test_names_that_are_no_utf8(tmp_path):
     archive = tmp_path / "odd.tar"
     subprocess.run(["tar", "-cf", archive, "-C", tmp_path / "odd", "."], check=True)
     assert list_images(archive).identity() == list_images(tmp_path / "odd").identity()
-    with zipfile.ZipFile(tmp_path / "dos.zip", "w") as file:  # names of bytes, without the mark of UTF-8
-        file.writestr("nXw/1.png", b"x")
-    content = (tmp_path / "dos.zip").read_bytes().replace(b"nXw", b"n\xe9w")
-    (tmp_path / "dos.zip").write_bytes(content)
-    assert os.fsencode(list_images(tmp_path / "dos.zip").name(0)) == b"n\xe9w/1.png"
-
-
-@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def start_method(request):
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(request.param, force=True)
-    yield request.param
-    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_data_workers_read_at_once_what_one_process_reads(tmp_path, start_method):
+def test_data_workers_read_at_once_what_one_process_reads(tmp_path):
     """Also where they inherit an archive that is open: a shared position would mix the images up."""
     for i in range(60):
         put(tmp_path / "images", f"{i % 3}/{i}.png", i, size=16)
-    names, workers, epochs = (("deflated.zip", "gnu.tar"), 4, 5) if start_method == "fork" else (("gnu.tar",), 1, 1)
-    for name in names:
+    for name in ("deflated.zip", "gnu.tar"):
         data = Images(pack(tmp_path / "images", tmp_path / name), 16)
-        alone = [data[(0, i)][0] for i in range(60)]
-        found = [images for images, _ in Loader(data, batch_size=5, num_workers=workers, sampler=[(0, i) for i in range(60)] * epochs)]
-        assert torch.equal(torch.cat(found), torch.stack(alone * epochs))
+        alone = torch.stack([data[(0, i)][0] for i in range(60)])
+        loader = build_loader(data, 5, num_workers=4)
+        for _ in range(3):
+            assert torch.equal(torch.cat([images for images, _ in loader]), alone)
 
 
 def test_a_training_and_a_cache_are_those_of_the_folder(tmp_path, monkeypatch, capsys):
@@ -124,18 +104,13 @@ def test_a_training_and_a_cache_are_those_of_the_folder(tmp_path, monkeypatch, c
         assert read_log(tmp_path / f"run_{name}") == read_log(tmp_path / "run_images")  # of the validation too
     command = f"scripts/cache_latents.py --cached_path {tmp_path}/cache --vae_path {project}/vae.pth --img_size 16 --num_workers 0 --device cpu"
     call(monkeypatch, f"{command} --data_path {project}/images")
-    call(monkeypatch, f"{command} --data_path {tmp_path}/deflated.zip --verify")  # names, sizes and contents
-    assert "all images are those that it was made of" in capsys.readouterr().out
+    shards = [path.read_bytes() for path in sorted((tmp_path / "cache").glob("*.safetensors"))]
+    call(monkeypatch, f"{command} --data_path {tmp_path}/deflated.zip")  # the finished cache is one of these images
+    call(monkeypatch, f"{command.replace('/cache ', '/zipped ')} --data_path {tmp_path}/deflated.zip")
+    assert shards == [path.read_bytes() for path in sorted((tmp_path / "zipped").glob("*.safetensors"))]
+    capsys.readouterr()
     call(monkeypatch, f"scripts/check_images.py {tmp_path}/deflated.zip/train --img_size 16")
     assert "40 images" in capsys.readouterr().out
-
-
-def test_another_cache_of_classes_is_told_from_an_archive(folder, archive):
-    class Cache:
-        classes = ["B", "Z", "a", "b", "empty", "only_hidden"]
-    assert other_classes(Cache, archive) == ""
-    Cache.classes = Cache.classes[1:]
-    assert "only in one of them: B" in other_classes(Cache, archive)
 
 
 # ---- dataset.json ----------------------------------------------------------------------------------------------
@@ -154,8 +129,8 @@ def edm(path, labels, images=4):
 def test_labels_of_edms_tools(tmp_path):
     names = [f"0000{i % 2}/img{i:08d}.png" for i in range(4)]
     data = Images(edm(tmp_path / "train.zip", [[name, label] for name, label in zip(names, (10, 0, 0, 2))]), 16)
-    assert [(data.folder.name(i), data[(0, i)][1]) for i in range(4)] == [(names[0], 10), (names[2], 0), (names[1], 0), (names[3], 2)]
-    assert data.classes == [f"{label:02d}" for label in range(11)] and not data.folder.left_out
+    assert [(data.listing.name(i), data[(0, i)][1]) for i in range(4)] == [(names[0], 10), (names[2], 0), (names[1], 0), (names[3], 2)]
+    assert data.classes == [f"{label:02d}" for label in range(11)] and not data.listing.left_out
     zipfile.ZipFile(tmp_path / "train.zip").extractall(tmp_path / "unpacked")
     assert list_images(tmp_path / "unpacked").identity() == data.identity()
     swapped = Images(edm(tmp_path / "swapped.zip", [[name, label] for name, label in zip(names, (10, 0, 2, 0))]), 16).identity()
@@ -163,38 +138,30 @@ def test_labels_of_edms_tools(tmp_path):
 
 
 @pytest.mark.parametrize("labels,message", [
-    (None, "dataset.json: it says that the images have no labels"), ([["00000/img00000000.png", 0]], "dataset.json has no label for 00000/img00000002.png, "),
-    ([[f"0000{i % 2}/img{i:08d}.png", 0] for i in range(5)], "names files that are not there or no images: 00000/img00000004.png"),
-    ([["a", -1]], "are not a list of .name, whole number"), ([["a", 1], ["a", 2]], "each name once")])
+    (None, "00000/img00000000.png, 00000/img00000002.png, 00001/img00000001.png and 1 more only in one"),
+    ([[f"0000{i % 2}/img{i:08d}.png", 0] for i in range(5)], "00000/img00000004.png only in one of them")])
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, labels, message):
-    with pytest.raises(FlowARError, match=message):
+    with pytest.raises(FlowARError, match=f"dataset.json: its labels are not those of the images here .{message}"):
         list_images(edm(tmp_path / "train.zip", labels))
 
 
 # ---- which place -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files,data_path,message", [
-    (("wrapped.zip",), "wrapped.zip", "there is no train/ in it: it is in imagenet/: give .*wrapped.zip/imagenet"),
-    (("train.zip",), "train.zip", "there is no train/ in it: give "), (("flat.tar",), "flat.tar", "one of the training images alone goes into a folder as train.tar"),
-    (("train.tar.gz",), "", "there is train.tar.gz, which is compressed: decompress it to train.tar"), (("x.tgz",), "x.tgz", "compressed archive: expected .zip or .tar"),
-    (("train.zip", "train.tar"), "", "train.zip and .*train.tar are there: which holds the images")])
-def test_a_split_that_is_not_there_is_said_with_the_way_on(tmp_path, files, data_path, message):
+def test_a_split_lies_in_an_archive_or_is_one(tmp_path):
     put(tmp_path / "wrapped", "imagenet/train/a/1.png")
-    put(tmp_path / "flat", "a/1.png")
-    for name in files:
-        pack(tmp_path / ("wrapped" if "wrapped" in name else "flat"), tmp_path / name) if name.endswith((".zip", ".tar")) else (tmp_path / name).write_bytes(b"\x1f\x8b")
-    with pytest.raises(FlowARError, match=message):
-        find_split(tmp_path / data_path, "train")
-    if "wrapped" in data_path:
-        assert list_images(find_split(tmp_path / data_path / "imagenet", "train")).name(0) == "a/1.png"
-
-
-def test_a_folder_is_taken_before_an_archive_and_that_is_said(tmp_path, capsys):
+    pack(tmp_path / "wrapped", tmp_path / "wrapped.zip")
+    with pytest.raises(FlowARError, match="wrapped.zip: there is no train/ in it, only imagenet; give what holds"):
+        find_split(tmp_path / "wrapped.zip", "train")
+    assert list_images(find_split(tmp_path / "wrapped.zip" / "imagenet", "train")).name(0) == "a/1.png"
+    pack(tmp_path / "wrapped" / "imagenet" / "train", tmp_path / "train.tar")
+    assert find_split(tmp_path, "train") == f"{tmp_path}/train.tar" and find_split(tmp_path, "val", needed=False) is None
     put(tmp_path, "train/a/1.png")
-    pack(tmp_path / "train", tmp_path / "train.tar")
-    assert find_split(tmp_path, "train") == f"{tmp_path}/train" and find_split(tmp_path, "val", needed=False) is None
-    assert f"{tmp_path}/train is read, not {tmp_path}/train.tar" in capsys.readouterr().out
+    assert find_split(tmp_path, "train") == f"{tmp_path}/train"  # a folder comes first
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "train.tar.gz").write_bytes(b"")
+    with pytest.raises(FlowARError, match="there is no train/ in it, only train.tar.gz"):
+        find_split(tmp_path / "x", "train")
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------
@@ -234,43 +201,33 @@ def cut(path, change):
 HALF = 512 + 1024  # header and content of a member
 
 
+PLAIN = "a link, encrypted, or packed in a way that is not known here: pack plain files"
+
+
 @pytest.mark.parametrize("name,make,message", [
-    ("x.zip", encrypted, ": a/1.png: it is encrypted: pack"),
-    ("x.zip", lambda path: zip_of(path, "a/1.png", method=zipfile.ZIP_LZMA), "a/1.png: it is packed by lzma: pack"),
-    ("x.zip", lambda path: zip_of(path, "a/1.png", mode=0o120777), "a/1.png: it is a symbolic link: pack"),
-    ("x.zip", lambda path: zip_of(path, "a/../b/1.png"), "its name leads out of its folder"),
-    ("x.zip", lambda path: zip_of(path, "a/1.png", "a//1.png"), "a/1.png: the archive holds more than one file of this name"),
-    ("x.zip", lambda path: path.write_bytes(zip_of(path, "a/1.png").read_bytes()[:-30]), "cannot be read as a zip archive .*cut short"),
-    ("x.zip", lambda path: zip_of(path), "an empty archive"), ("x.zip", lambda path: zip_of(path, "1.png"), "1 images but no class folders"),
-    ("x.zip", lambda path: zip_of(path, "a/1.txt"), "no images in its class folders .a; .* left out: 1 .txt"),
-    ("x.tar", lambda path: path.write_bytes(b"\x1f\x8b" + bytes(5000)), "cannot be read as an uncompressed tar archive"),
-    ("x.tar", lambda path: tar_of(path, ("a/1.png", {"type": tarfile.SYMTYPE, "linkname": "2.png"})), "a/1.png: it is a symbolic link: pack"),
-    ("x.tar", lambda path: tar_of(path, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}), ("b/1.png", {})), ": a: it is a symbolic link: pack"),
-    ("x.tar", lambda path: tar_of(path, ("a/1.png", {"type": tarfile.LNKTYPE, "linkname": "a/2.png"})), "a hard link to a/2.png, which is not in"),
-    ("x.tar", lambda path: tar_of(path, ("../1.png", {})), "its name leads out"),
-    ("x.tar", lambda path: tar_of(path, ("a/1.png", {}), ("./a/1.png", {})), "more than one file of this name"),
-    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF]), "without the mark of a tar's end: cut short"),
+    ("x.zip", encrypted, f": a/1.png: {PLAIN}"), ("x.zip", lambda path: zip_of(path, "a/1.png", method=zipfile.ZIP_LZMA), PLAIN),
+    ("x.zip", lambda path: zip_of(path, "a/1.png", mode=0o120777), PLAIN), ("x.zip", lambda path: zip_of(path, "a/../b/1.png"), PLAIN),
+    ("x.zip", lambda path: path.write_bytes(zip_of(path, "a/1.png").read_bytes()[:-30]), "cut short, damaged, or of another kind"),
+    ("x.zip", lambda path: zip_of(path, "1.png"), "1 images but no class folders"), ("x.zip", lambda path: zip_of(path, "a/1.txt"), "0 images; left out: 1 .txt"),
+    ("x.tar", lambda path: path.write_bytes(b"\x1f\x8b" + bytes(5000)), "cut short, damaged, or of another kind"),
+    ("x.tar", lambda path: tar_of(path, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}), ("b/1.png", {})), f": a: {PLAIN}"),
+    ("x.tar", lambda path: tar_of(path, ("a/1.png", {"type": tarfile.LNKTYPE, "linkname": "a/2.png"})), PLAIN),
+    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF]), "no mark of its end at byte"),
     ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF - 700]), "unexpected end of data"),
-    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF] + b"?" * 512 + content[3 * HALF + 512:]), "from byte 4608 on it is no tar: damaged"),
-    ("x.tar", lambda path: cut(path, lambda content: content * 2), "a second archive was put behind")])
+    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF] + b"?" * 512 + content[3 * HALF + 512:]), "no mark of its end at byte 4608")])
 def test_an_archive_that_cannot_be_read_as_its_folders_is_refused(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(FlowARError, match=f"{name}.*{message}"):
         list_images(tmp_path / name)
 
 
-def test_sparse_files_and_hidden_oddities(tmp_path):
-    put(tmp_path / "s", "a/1.png")
-    with open(tmp_path / "s" / "a" / "1.png", "r+b") as file:
-        file.truncate(1 << 20)
-    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "s.tar", "-C", tmp_path / "s", "."], check=True)
-    with pytest.raises(FlowARError, match="a/1.png: it is a sparse file: pack the images without --sparse"):
-        list_images(tmp_path / "s.tar")
-    tar_of(tmp_path / "h.tar", ("a/1.png", {}), ("a/.1.png", {"type": tarfile.SYMTYPE, "linkname": "x"}), ("a/2.png", {"type": tarfile.FIFOTYPE}))
-    assert list_images(tmp_path / "h.tar").summary() == "1 images; left out: 1 neither files nor folders, 1 hidden or a system's"
+def test_of_a_name_that_comes_twice_the_last_counts_as_when_unpacked(tmp_path):
+    tar_of(tmp_path / "x.tar", ("a/1.png", {"size": 600}), ("./a//1.png", {"size": 700}), ("a/.1.png", {"type": tarfile.SYMTYPE, "linkname": "x"}))
+    found = list_images(tmp_path / "x.tar")
+    assert found.sizes.tolist() == [700] and found.summary() == "1 images; left out: 1 hidden or a system's"
 
 
-def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path, capsys):
+def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path):
     for i in range(3):
         put(tmp_path / "images", f"a/{i}.png", i)
     content = bytearray(pack(tmp_path / "images", tmp_path / "stored.zip").read_bytes())
@@ -284,45 +241,11 @@ def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path, capsys):
 
 
 def test_hosts_may_have_copies_but_not_another_archive(tmp_path):
-    """prepare() is what every rank does with the listing of rank 0."""
     put(tmp_path / "images", "a/1.png", 1)
-    put(tmp_path / "images", "a/2.png", 1)  # of the same size
-    for kind, said in (("stored.zip", "not those that were packed|no file at this place"), ("gnu.tar", "another file is at its place")):
-        archive = pack(tmp_path / "images", tmp_path / kind)
-        data = Images(archive, 16)
-        os.utime(archive, (1, 1))
-        data.folder.prepare()
-        data[(0, 0)]
-        content = bytearray(archive.read_bytes())
-        where = content.index(b"a/1.png")
-        content[where + 2] = ord("2") if "tar" in kind else ord("1")
-        if "zip" in kind:
-            content[where + 600] ^= 1
-        archive.unlink()
-        archive.write_bytes(content)
-        data.folder.prepare()
-        with pytest.raises(FlowARError, match=f"{kind}/a/1.png: cannot be read as an image .*({said})"):
-            data[(0, 0)]
-        archive.write_bytes(content + b"\0")
-        with pytest.raises(FlowARError, match=f"{kind}: {len(content) + 1} bytes on one host, {len(content)} on rank 0's"):
-            data.folder.prepare()
-
-
-@pytest.mark.parametrize("replace", [True, False])
-def test_an_archive_that_changes_under_a_running_program_is_not_misread(tmp_path, replace):
-    for i in range(3):
-        put(tmp_path / "images", f"a/{i}.png", i)
     archive = pack(tmp_path / "images", tmp_path / "gnu.tar")
-    data, fresh = Images(archive, 16), Images(archive, 16)
-    before = data[(0, 0)][0]  # it is open
-    put(tmp_path / "images", "a/0.png", 9, size=90)
-    if replace:
-        archive.unlink()
-        pack(tmp_path / "images", archive)
-        assert torch.equal(data[(0, 0)][0], before)  # of the file that is still open
-        fresh.folder.archive = f"{tmp_path}/./gnu.tar"  # in a process that has not opened it
-    else:
-        with open(archive, "r+b") as file:
-            file.write(pack(tmp_path / "images", tmp_path / "pax.tar").read_bytes())
-    with pytest.raises(FlowARError, match="gnu.tar/a/0.png: cannot be read .*gnu.tar was written to since this program looked at it"):
-        fresh[(0, 0)]
+    data = Images(archive, 16)
+    os.utime(archive, (1, 1))
+    assert pickle.loads(pickle.dumps(data))[(0, 0)][1] == 0
+    archive.write_bytes(archive.read_bytes() + b"\0")
+    with pytest.raises(FlowARError, match="gnu.tar: not of .* bytes, as when it was listed"):
+        pickle.loads(pickle.dumps(data))[(0, 0)]

@@ -1,13 +1,20 @@
-"""Transforms, image folders and order."""
+"""Transforms, datasets of images, order and loaders."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
-from helpers import write_digits
+from helpers import ROOT, write_digits
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from models import FlowARError
-from util.data import EpochSampler, Images, build_loader, center_crop, random_crop, to_uint8
+from util.data import EpochSampler, Images, build_loader, center_crop, loaders, random_crop, to_uint8
 
 
 def gradient(width, height):
@@ -55,26 +62,52 @@ def test_other_modes_become_rgb(tmp_path):
     assert all(data[(0, i)][0].shape == (3, 16, 16) for i in range(3))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_is_named(tmp_path, workers):
+def test_tensors_and_flips_are_torchvisions(tmp_path):
+    write_digits(tmp_path, 1, size=24)
+    data = Images(tmp_path / "train", 16, train=True)
+    image = gradient(30, 20)
+    flipped = set()
+    for index in range(20):
+        rng = np.random.default_rng((0, 1, index))
+        expected, flip = random_crop(image, 16, rng), rng.random() < 0.5
+        flipped.add(flip)
+        assert torch.equal(data.crop(image, (1, index)), TF.to_tensor(TF.hflip(expected) if flip else expected) * 2 - 1)
+    assert flipped == {True, False}
+
+
+@pytest.fixture
+def torn(tmp_path):
     (tmp_path / "a").mkdir()
     gradient(20, 20).save(tmp_path / "a" / "good.png")
     content = (tmp_path / "a" / "good.png").read_bytes()
     (tmp_path / "a" / "torn.png").write_bytes(content[:len(content) // 2])
-    ways_on = {None: "mend or remove it", "error": "mend or remove it, or --on_bad_image skip"}
-    for on_bad, way_on in list(ways_on.items())[workers:]:  # PyTorch takes five seconds to end a worker that had an error
-        with pytest.raises(FlowARError, match=rf"torn.png: cannot be read as an image .*; {way_on}$"):
-            list(build_loader(Images(tmp_path, 16, on_bad=on_bad), 2, num_workers=workers))
+    return tmp_path
 
 
-def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(FlowARError, match="nowhere: no such folder"):
-        Images(tmp_path / "nowhere", 16)
-    with pytest.raises(FlowARError, match="expected images in class folders"):
-        Images(tmp_path, 16)
-    (tmp_path / "empty_class").mkdir()
-    with pytest.raises(FlowARError, match="empty_class"):
-        Images(tmp_path, 16)
+@pytest.mark.parametrize("workers,on_bad,cure", [(0, None, ""), (1, "error", "; mend or remove it, or --on_bad_image skip")])
+def test_a_bad_image_is_named(torn, workers, on_bad, cure):
+    with pytest.raises(FlowARError, match=rf"torn.png: cannot be read as an image \([^)]*\){cure}$"):
+        list(build_loader(Images(torn, 16, on_bad=on_bad), 2, num_workers=workers))
+
+
+def test_a_bad_image_may_be_skipped_by_name(torn, capsys):
+    data = Images(torn, 16, on_bad="skip")
+    assert torch.equal(data[(0, 1)][0], data[(0, 0)][0]) and "skipped: " in (said := capsys.readouterr().err) and "torn.png" in said
+    (torn / "a" / "good.png").write_bytes(b"")
+    with pytest.raises(FlowARError, match="100 images in a row cannot be read"):
+        data[(0, 1)]
+
+
+def test_a_file_that_cannot_be_opened_is_not_skipped(torn):
+    data = Images(torn, 16, on_bad="skip")
+    (torn / "a" / "good.png").unlink()
+    with pytest.raises(FileNotFoundError, match="good.png"):
+        data[(0, 0)]
+
+
+def test_torchvision_is_not_imported():
+    code = "import sys, util.data, util.data.other_latents; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -101,3 +134,70 @@ def test_order_changes_with_the_epoch_and_validation_loses_nothing():
     parts = [list(EpochSampler(7, rank=r, world_size=2)) for r in range(2)]
     assert sorted(i for part in parts for _, i in part) == list(range(7))
     assert [len(EpochSampler(7, rank=r, world_size=2)) for r in range(2)] == [len(part) for part in parts] == [4, 3]
+
+
+class Items(Dataset):
+    """Items that are what a function returns."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        return self.act() or 0
+
+
+def test_a_batch_that_does_not_come_ends_in_an_error():
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
+        next(iter(build_loader(Items(lambda: time.sleep(3)), 1, num_workers=1, timeout=1)))
+
+
+def test_workers_follow_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
+    monkeypatch.setattr(loaders.Path, "read_text", lambda path: "max 100000\n")
+    for ranks, expected in (("1", 10), ("8", 4), ("64", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert loaders.default_workers() == build_loader(Items(int), 1, num_workers=None).num_workers == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(loaders.Path, "read_text", lambda path: "250000 100000\n")  # of a container
+    assert loaders.default_workers() == 2
+
+
+RANK = """
+import signal, sys
+from torch.utils.data import Dataset
+from util.data import build_loader
+
+class Items(Dataset):
+    __len__ = lambda self: 20
+    __getitem__ = lambda self, key: key[1]
+
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: None)  # as a rank that saves first
+batches = iter(build_loader(Items(), 1, train=True, num_workers=1))
+next(batches)
+print("ready", flush=True)
+sys.stdin.readline()
+print(len(list(batches)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_their_rank_and_by_no_signal():
+    process = subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        os.killpg(process.pid, number)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "19\n"
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        if not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker outlives its rank")

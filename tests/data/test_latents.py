@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, call, make_project, run, train, write_digits
+from latent_caches import cache_command, make
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models import FlowARError
 from scripts import benchmark  # as call() imports it
-from models.vae import KL16_LATENT_SCALE, LatentScale
+from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
-from util.data import latents
-from util.data import DataSettings, EpochSampler, Images, build_loader, open_data
-from util.data.latents import NpzMoments, ShardedMoments, kind_of_cache, npz_latent_scale, read_index, verify_checksums
+from util.data import EpochSampler, Images, build_loader, latents
+from util.data.latents import ShardedMoments, read_index, verify_checksums
+from util.data.other_latents import NpzMoments
+from util.data.source import kind_of_cache
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +32,11 @@ def project(tmp_path_factory):
     return make_project(tmp_path_factory.mktemp("latents"))
 
 
-def cache_command(project, folder, extra=""):
-    return (f"scripts/cache_latents.py --data_path {project}/images --cached_path {folder} --vae_path {project}/vae.pth "
-            f"--img_size 16 --shard_size 30 --num_workers 0 --device cpu {extra}")
-
-
-def make(command):
-    """call() for fixtures too."""
-    with pytest.MonkeyPatch.context() as patch:
-        call(patch, command)
-
-
 @pytest.fixture(scope="module")
 def shards(project):
     """80 images in shards of 30, 30 and 20."""
     make(cache_command(project, project / "shards", "--dtype float32"))
     return project / "shards"
-
-
-@pytest.fixture(scope="module")
-def npz(project):
-    make(cache_command(project, project / "npz", "--format npz"))
-    return project / "npz"
 
 
 def contents(folder):
@@ -64,7 +49,7 @@ def contents(folder):
 def test_shards_hold_the_moments_of_image_and_flipped_image(project, shards):
     vae = load_vae(project / "vae.pth")
     images = Images(project / "images" / "train", 16)
-    number = {str(path).split("train/")[1]: i for i, (path, _) in enumerate(images.folder.samples)}
+    number = {images.listing.name(i): i for i in range(len(images))}
     seen = []
     for file in sorted(shards.glob("*.safetensors")):
         content = load_file(file)
@@ -104,27 +89,13 @@ def test_random_crops_of_the_recipe(project, tmp_path):
     data, images = ShardedMoments(tmp_path / "crops", train=True), Images(project / "images" / "train", 16, train=True, flip=False)
     assert data.index["variants"] == 6
     content, names = load_file(tmp_path / "crops" / "shard-00000.safetensors"), latents.read_texts(tmp_path / "crops" / "shard-00000.safetensors", "names")
-    index = [str(path).split("train/")[1] for path, _ in images.folder.samples].index(names[4])
+    index = [images.listing.name(i) for i in range(len(images))].index(names[4])
     for crop in range(3):
         pixels = images[(crop, index)][0]
         torch.testing.assert_close(content["moments"][4, 2 * crop + 1], vae.encode(pixels.flip(-1)[None]).parameters[0], atol=1e-5, rtol=1e-4)
     seen = {data.variant(epoch, 4) for epoch in range(100)}
     assert seen == set(range(6))
     assert {ShardedMoments(tmp_path / "crops", train=True, flip=False).variant(epoch, 4) for epoch in range(50)} == {0, 2, 4}
-
-
-def test_npz_and_shards_hold_the_same(project, shards, npz):
-    files = NpzMoments(npz, (8, 4, 4))
-    assert kind_of_cache(npz) == "npz" and npz_latent_scale(npz, 4) == load_vae(project / "vae.pth").latent_scale
-    names = [str(path).split("npz/", 1)[1].removesuffix(".npz") for path, _ in files.folder.samples]
-    content = load_file(shards / "shard-00002.safetensors")
-    for row, name in enumerate(latents.read_texts(shards / "shard-00002.safetensors", "names")):
-        moments, label = files[(0, names.index(name))]
-        torch.testing.assert_close(content["moments"][row, 0], moments, atol=1e-5, rtol=1e-4)
-        assert content["labels"][row] == label
-    assert files.folder.samples[0][0].endswith("0/000.png.npz")  # MAR's naming
-    train = NpzMoments(npz, (8, 4, 4), train=True)
-    assert len({tuple(train[(epoch, 0)][0].flatten().tolist()) for epoch in range(20)}) == 2
 
 
 def test_a_latent_scale_of_channels_and_positions_goes_with_the_cache(project, tmp_path, monkeypatch, capsys):
@@ -152,74 +123,6 @@ def test_a_latent_scale_of_channels_and_positions_goes_with_the_cache(project, t
     assert "as if all positions of a channel were alike" in printed
     assert [float(part) for part in row[1:]] == pytest.approx(
         [2 * (measured["channel_mean"][1] - 0.1), 2 * measured["channel_std"][1]], abs=1e-3)
-
-
-# ---- LightningDiT's ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lightning(tmp_path):
-    """7, 5 and 3 latents of 6 classes in LightningDiT's files, and their statistics."""
-    g = torch.Generator().manual_seed(0)
-    for name, count in (("rank00_shard000", 7), ("rank00_shard001", 5), ("rank01_shard000", 3)):
-        parts = {key: 3 * torch.randn(count, 4, 4, 4, generator=g) + 1 for key in ("latents", "latents_flip")}
-        save_file({**parts, "labels": torch.arange(count) % 6}, tmp_path / f"latents_{name}.safetensors", {"total_size": str(count)})
-    everything = torch.cat([load_file(file)["latents"] for file in sorted(tmp_path.glob("*.safetensors"))])
-    torch.save({"mean": everything.mean(dim=(0, 2, 3), keepdim=True), "std": everything.std(dim=(0, 2, 3), keepdim=True)},
-               tmp_path / "latents_stats.pt")
-    return tmp_path
-
-
-def test_lightning_latents_are_read_in_order_and_deterministic(lightning):
-    data = latents.LightningLatents(lightning, train=True)
-    files = [load_file(file) for file in sorted(lightning.glob("*.safetensors"))]
-    assert len(data) == 15 and data.classes == list("012345") and data.identity()["counts"] == [4, 3, 3, 2, 2, 1]
-    stored = [torch.cat([file[name] for file in files]) for name in ("latents", "latents_flip")]
-    seen = set()
-    for epoch in range(20):
-        moments, label = data[(epoch, 8)]
-        assert label == 1 and torch.equal(moments[:4], stored[data.variant(epoch, 8)][8]) and (moments[4:] == -30).all()
-        seen.add(data.variant(epoch, 8))
-    assert seen == {0, 1} and latents.LightningLatents(lightning).variant(3, 8) == 0
-    assert sorted(data.order(0, 1)) == list(range(15)) and (np.diff(np.searchsorted(data.ends, data.order(0, 1), side="right")) != 0).sum() == 2
-    scale = data.channel_scale()
-    normal = scale.normalize(stored[0])
-    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(4))
-    whole = data.identity()["sha256"]
-    (lightning / "latents_rank01_shard000.safetensors").unlink()
-    assert latents.LightningLatents(lightning).identity()["sha256"] != whole
-
-
-def test_training_on_lightning_latents_needs_their_scale(lightning, tmp_path):
-    shared = f"--cached_path {lightning} --no_val --batch_size 5 --epochs 1 --warmup_epochs 0 --class_num 10 --data_path nowhere --vae_path nowhere.pth"
-    with pytest.raises(FlowARError, match="does not tell the scale of its latents: give the VAE that they are of .*, or --latent_norm channel"):
-        train(lightning, tmp_path / "run", shared)
-    content = train(lightning, tmp_path / "run", f"{shared} --latent_norm channel --resume {tmp_path}/run")
-    assert content["vae"]["latent_scale"] == tuple(latents.LightningLatents(lightning).channel_scale()) and content["data"]["images"] == 15
-    (lightning / "latents_stats.pt").unlink()
-    with pytest.raises(FlowARError, match="latents_stats.pt: no such file, from which --latent_norm channel takes"):
-        train(lightning, tmp_path / "other", f"{shared} --latent_norm channel")
-    torch.save({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 4, 1, 1)}, lightning / "latents_stats.pt")
-    with pytest.raises(FlowARError, match="latents_stats.pt: mean is 1 x 3 x 1 x 1, expected a tensor of 1 x 4 x 1 x 1"):
-        latents.LightningLatents(lightning).channel_scale()
-    with pytest.raises(FlowARError, match="its latents are 4 x 4 x 4, but --vae_embed_dim is 4 and --img_size / --vae_stride 8"):
-        open_data(lightning, DataSettings(32, 4, 4), cached=True)
-
-
-@pytest.mark.parametrize("change,message", [
-    (dict(labels=torch.full((5,), -1)), "its labels are not 5 numbers of 0 to"), (dict(labels=torch.zeros(4, dtype=torch.int64)), "its labels are not 5"),
-    (dict(labels=torch.full((5,), 2**40)), "its labels are not 5"), (dict(latents_flip=torch.zeros(4, 4, 4, 4)), "latents and latents_flip are 5 x 4"),
-    (dict(latents=torch.zeros(5, 4, 4, 8), latents_flip=torch.zeros(5, 4, 4, 8)), "its latents are 4 x 4 x 8, those of .*rank00_shard000.safetensors 4 x 4 x 4"),
-    (None, "cannot be read")])
-def test_damaged_lightning_latents_are_refused_by_name(lightning, change, message):
-    file = lightning / "latents_rank00_shard001.safetensors"
-    if change is None:
-        file.write_bytes(file.read_bytes()[:-9])
-    else:
-        save_file({**load_file(file), **change}, file)
-    with pytest.raises(FlowARError, match=f"latents_rank00_shard001.safetensors: {message}"):
-        latents.LightningLatents(lightning)
 
 
 # ---- how it is read ----------------------------------------------------------------------------------------------
@@ -267,12 +170,12 @@ def test_training_on_shards_needs_no_vae_and_takes_its_geometry(project, shards,
     assert "80 cached latents" in printed and "no VAE at nowhere.pth" in printed
 
 
-def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards, npz, tmp_path, capsys):
-    for epochs, source in enumerate(("", f"--cached_path {shards}", f"--cached_path {npz}", ""), start=1):
+def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards, tmp_path, capsys):
+    for epochs, source in enumerate(("", f"--cached_path {shards}", ""), start=1):
         train(project, tmp_path, f"--epochs {epochs} --warmup_epochs 0 --resume {tmp_path} {source}")
     said = capsys.readouterr().out
-    assert said.count("with other options than before: epochs") == 3 and "background" not in said
-    train(project, tmp_path, f"--epochs 5 --warmup_epochs 0 --resume {tmp_path} --background black")
+    assert said.count("with other options than before: epochs") == 2 and "background" not in said
+    train(project, tmp_path, f"--epochs 4 --warmup_epochs 0 --resume {tmp_path} --background black")
     assert "background (255, 255, 255) -> (0, 0, 0)" in capsys.readouterr().out
 
 
@@ -282,16 +185,14 @@ def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards
 def test_killed_at_any_time_it_ends_with_the_same_files(project, shards, tmp_path):
     folder = tmp_path / "killed"
     command = [sys.executable, *cache_command(project, folder, "--dtype float32").split()]
-    for name in ("shard-00000.safetensors", "shard-00001.safetensors"):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        while not (folder / name).is_file() and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (folder / name).is_file()
-        if not (folder / "index.json").is_file():
-            with pytest.raises(FlowARError, match="not complete; run scripts/cache_latents.py again"):
-                kind_of_cache(folder)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (folder / "shard-00000.safetensors").is_file() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (folder / "index.json").is_file():
+        with pytest.raises(FlowARError, match="not complete; run scripts/cache_latents.py again"):
+            kind_of_cache(folder)
     kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
     make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)
@@ -304,13 +205,6 @@ def test_two_processes_write_the_same_moments(project, shards, tmp_path):
         a, b = load_file(file), load_file(tmp_path / "two" / file.name)
         torch.testing.assert_close(a["moments"], b["moments"], atol=1e-5, rtol=1e-4)
         assert torch.equal(a["names"], b["names"]) and torch.equal(a["labels"], b["labels"])
-
-
-@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_may_be_started_in_any_way(project, shards, tmp_path, method):
-    command = cache_command(project, tmp_path / "cache", "--dtype float32").replace("--num_workers 0", "--num_workers 1")
-    run(f"{ROOT}/tests/start_method.py {method} {command}")
-    assert contents(tmp_path / "cache") == contents(shards)
 
 
 def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
@@ -330,21 +224,6 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
         train(project, tmp_path / "out", f"--cached_path {folder}")
     make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)
-
-
-def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_path):
-    folder = tmp_path / "npz"
-    shutil.copytree(npz, folder)
-    info, lost, empty = folder / "latents.json", folder / "3" / "001.png.npz", folder / "4" / "001.png.npz"
-    lost.unlink()
-    empty.write_bytes(b"")  # as a power cut may leave it
-    info.write_text(json.dumps({**json.loads(info.read_text()), "complete": False}))
-    with pytest.raises(FlowARError, match="not complete"):
-        npz_latent_scale(folder, 4)
-    make(cache_command(project, folder, "--format npz"))
-    with np.load(lost) as file, np.load(npz / "3" / "001.png.npz") as expected:
-        np.testing.assert_allclose(file["moments_flip"], expected["moments_flip"], atol=1e-5)
-    assert npz_latent_scale(folder, 4) and empty.stat().st_size == (npz / "4" / "001.png.npz").stat().st_size
 
 
 # ---- refused -----------------------------------------------------------------------------------------------------
@@ -378,39 +257,14 @@ def test_caches_are_not_mixed(project, shards, extra, message):
 
 
 @pytest.mark.parametrize("damage,message", [
-    (lambda index: index.pop("shards"), "not an index of latents"), (lambda index: index.update(format="x"), "format is 'x'"),
-    (lambda index: index.update(images=81), "do not add up to 81"),
-    (lambda index: index["shards"][0].update(file="../shard.safetensors"), "lies outside of the cache")])
+    (lambda index: index.update(format="x"), "format is 'x'"), (lambda index: index.update(images=81), "do not add up to 81")])
 def test_a_bad_index_is_refused(shards, tmp_path, damage, message):
-    folder = tmp_path / "bad"
-    shutil.copytree(shards, folder)
-    index = json.loads((folder / "index.json").read_text())
+    shutil.copytree(shards, tmp_path / "bad")
+    index = json.loads((tmp_path / "bad" / "index.json").read_text())
     damage(index)
-    (folder / "index.json").write_text(json.dumps(index))
+    (tmp_path / "bad" / "index.json").write_text(json.dumps(index))
     with pytest.raises(FlowARError, match=message):
-        read_index(folder)
-
-
-def test_caches_of_mar_are_kl16(tmp_path):
-    (tmp_path / "n01440764").mkdir()
-    np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((32, 16, 16), np.float32))
-    assert kind_of_cache(tmp_path) == "npz" and npz_latent_scale(tmp_path, 16) == KL16_LATENT_SCALE
-    with pytest.raises(FlowARError, match="--vae_embed_dim is 4"):
-        npz_latent_scale(tmp_path, 4)
-
-
-@pytest.mark.parametrize("damage", ["truncate", "pickle", "key", "shape"])
-def test_damaged_npz_latents_are_named(tmp_path, damage):
-    (tmp_path / "a").mkdir()
-    path = tmp_path / "a" / "x.npz"
-    if damage == "pickle":
-        np.savez(path, moments=np.array([{"a": 1}], dtype=object))
-    else:
-        np.savez(path, **{"other" if damage == "key" else "moments": np.zeros((8, 4, 5), np.float32)})
-    if damage == "truncate":
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FlowARError, match=r"x.npz: moments is \(8, 4, 5\)" if damage == "shape" else "x.npz: cannot read moments"):
-        NpzMoments(tmp_path, (8, 4, 4))[(0, 0)]
+        read_index(tmp_path / "bad")
 
 
 # ---- unreadable images -------------------------------------------------------------------------------------------
@@ -424,27 +278,19 @@ def spoiled(project, tmp_path):
     return tmp_path
 
 
-def test_bad_images_are_skipped_and_counted_in_training(spoiled, capsys):
-    with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image"):
+def test_bad_images_are_skipped_by_name_in_training(spoiled, capsys):
+    with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image .*; mend or remove it, or --on_bad_image skip"):
         train(spoiled, spoiled / "out")
     train(spoiled, spoiled / "out", "--on_bad_image skip")
-    captured = capsys.readouterr()
-    assert "2 times an image could not be read" in captured.out and "4/003.png" in captured.err
+    assert capsys.readouterr().err.count("skipped: ") == 2
 
 
-def test_bad_images_are_left_out_of_a_cache(spoiled, monkeypatch, capsys):
-    with pytest.raises(FlowARError, match="images/train: 1 of 80 images cannot be read; they are named above; mend or remove them"):
-        call(monkeypatch, cache_command(spoiled, spoiled / "cache"))
-    assert "4/003.png: cannot be read as an image" in capsys.readouterr().out
-    torn = spoiled / "images" / "train" / "4" / "003.png"
-    torn.write_bytes((torn.parent / "002.png").read_bytes()[:-30])  # its header is good
+def test_bad_images_are_left_out_of_a_cache(spoiled, monkeypatch):
     with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image .*; mend or remove it, or --on_bad_image skip"):
-        make(cache_command(spoiled, spoiled / "cache"))
-    call(monkeypatch, cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip"))
-    index = read_index(spoiled / "cache2")
+        call(monkeypatch, cache_command(spoiled, spoiled / "cache"))
+    call(monkeypatch, cache_command(spoiled, spoiled / "cache", "--on_bad_image skip"))
+    index = read_index(spoiled / "cache")
     assert index["images"] == 79 and len(index["skipped"]) == 1 and "4/003.png" in index["skipped"][0] and "mend" not in index["skipped"][0]
-    call(monkeypatch, cache_command(spoiled, spoiled / "cache2", "--on_bad_image skip --verify"))
-    assert "all images are those that it was made of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["shards", "npz"])
@@ -456,8 +302,7 @@ def test_a_finished_cache_notices_that_its_images_changed(project, tmp_path, mon
     shutil.copy(project / "vae.pth", tmp_path)
     command = cache_command(tmp_path, tmp_path / "cache", f"--format {form}")
     call(monkeypatch, command)
-    said = capsys.readouterr().out
-    assert "21 images in " in said and "1 of 11 class folders hold no image (55)" in said and "1 with transparency" in said
+    assert "21 images in " in capsys.readouterr().out
     if form == "shards":
         data = ShardedMoments(tmp_path / "cache")
         assert data.index["converted"] == {"with transparency over the background": 1} and data.index["left_out"] == {}
@@ -469,28 +314,11 @@ def test_a_finished_cache_notices_that_its_images_changed(project, tmp_path, mon
     origin = Images(images, 16).identity()
     assert len(data.classes) == 11 and data.identity()["counts"] == origin["counts"] == [2, 2, 2, 3, 2, 2, 0, 2, 2, 2, 2]
     assert form == "npz" or data.identity() == origin  # going on from images to their cache is no other data
-
-    first = images / "0" / "000.png"
-    content, times = first.read_bytes(), (first.stat().st_atime_ns, first.stat().st_mtime_ns)
-    os.utime(first, (0, 0))
-    call(monkeypatch, f"{command} {'--verify' * (form == 'shards')}")
-    said = capsys.readouterr().out
-    assert ("images were written since this cache was made" in said) == (form == "npz")  # --verify knows better
-    if form == "shards":
-        assert "all images are those that it was made of" in said
-        first.write_bytes(content[:-1] + b"x")
-        os.utime(first, ns=times)
-        with pytest.raises(FlowARError, match="1 images are not those that it was made of: 0/000.png"):
-            call(monkeypatch, f"{command} --verify")
-    for verify in ("", "--verify")[:1 + (form == "shards")]:
-        with pytest.raises(FlowARError, match="this cache was made with background .255, 255, 255., now it is .0, 0, 0."):
-            call(monkeypatch, f"{command} --background black {verify}")
-    first.rename(images / "0" / "other.png")
-    if form == "shards":
-        capsys.readouterr()
-        with pytest.raises(FlowARError, match="cache: the images are not those of this cache: 1 were added .0/other.png., 1 were removed .0/000.png.; choose another"):
-            call(monkeypatch, f"{command} --verify")
-        assert "all images are" not in capsys.readouterr().out
+    os.utime(images / "0" / "000.png", (0, 0))
+    call(monkeypatch, command)
+    with pytest.raises(FlowARError, match="this cache was made with background .255, 255, 255., now it is .0, 0, 0."):
+        call(monkeypatch, f"{command} --background black")
+    (images / "0" / "000.png").rename(images / "0" / "other.png")
     with pytest.raises(FlowARError, match="the images are not those of this cache .names or sizes changed since"):
         call(monkeypatch, command)
 
@@ -514,12 +342,3 @@ def test_benchmark_of_data(tmp_path, monkeypatch, capsys):
     assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg", "zip", "tar", *["parquet"] * bool(importlib.util.find_spec("datasets"))] and result["ratio_shards_npz"]["1"] > 0
     with pytest.raises(FlowARError, match="--scratch .*: holds {'latents': 600, .*}, asked for is {'latents': 700, "):
         call(monkeypatch, command.replace("600", "700"))
-
-
-def test_images_with_a_stray_npz_or_shard_stay_images(project, tmp_path):
-    shutil.copytree(project / "images" / "train", tmp_path / "train")
-    np.savez(tmp_path / "train" / "0" / "features.npz", moments=np.zeros((8, 4, 4), np.float32))
-    (tmp_path / "train" / "shard-00000.safetensors").write_bytes(b"")
-    settings = DataSettings(16, 4, 4)
-    data = open_data(tmp_path / "train", settings)
-    assert isinstance(data, Images) and len(data) == 80

@@ -335,7 +335,7 @@ def test_data_that_vanishes_ends_in_one_line_on_all_ranks(tmp_path):
     wait_for(tmp_path / "out" / "checkpoint-000000009.pth", process)
     (tmp_path / "project" / "images").rename(tmp_path / "gone")
     status, output = finish(process)
-    assert status != 0 and "cannot be read as an image ([Errno 2] No such file or directory" in output
+    assert status != 0 and "No such file or directory" in output
     assert output.count("\nerror (rank") == 1, output
     checkpoint.open_newest(tmp_path / "out")
 
@@ -345,5 +345,5 @@ def test_many_unreadable_images_in_a_row_are_gone_not_damaged(project, tmp_path,
     shutil.copytree(project, tmp_path / "project")
     for path in (tmp_path / "project" / "images" / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(FlowARError, match="neither this image nor the 5 before it can be read: is the disk there"):
+    with pytest.raises(FlowARError, match="5 images in a row cannot be read, the last of them "):
         train(tmp_path / "project", tmp_path / "out", "--on_bad_image skip")

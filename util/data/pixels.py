@@ -10,6 +10,9 @@ Everything else is Pillow's convert("RGB"), bit for bit: 8-bit JPEGs and PNGs, C
 """
 import contextlib
 import functools
+import io
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +20,9 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 
 from models import FlowARError
 from models.errors import first_line
-from util.data.folders import open_file
 
 # Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
-LONGEST_SIDES = 100
 WHITE = (255, 255, 255)
 ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 258, 262, 339  # of EXIF; of TIFF
 SIGNED, WHITE_IS_ZERO = 2, 0  # values of SAMPLE_FORMAT, PHOTOMETRIC
@@ -34,32 +35,20 @@ TRANSPOSED = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.RO
                              Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), start=2))  # by EXIF orientation
 
 EXPANDED = {"L;2": 85, "L;4": 17}  # Pillow expands a PNG's grey of 2 or 4 bits to 8, but not the transparent one
-# What downloads and cameras leave behind under an image's name: first bytes, at an offset.
-SIGNATURES = (
-    ("a HEIC image", 8, (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")),
-    ("an AVIF image", 8, (b"avif", b"avis")), ("a video", 4, (b"ftyp",)),
-    ("a web page", 0, (b"<!doctype html", b"<html")), ("an SVG drawing", 0, (b"<svg",)),
-    ("XML", 0, (b"<?xml",)), ("a PDF", 0, (b"%pdf",)), ("PostScript", 0, (b"%!ps",)),
-    ("a Photoshop file", 0, (b"8bps",)),
-    ("a zip archive", 0, (b"pk\3\4",)), ("gzip", 0, (b"\x1f\x8b",)), ("a NumPy array", 0, (b"\x93numpy",)),
-    ("a git-LFS pointer (git lfs pull)", 0, (b"version https://git-lfs",)), ("a damaged JPEG", 0, (b"\xff\xd8",)),
-    ("a damaged PNG", 0, (b"\x89png",)))
-CURES = {"a HEIC image": "pip install pillow-heif, or convert it",
-         "an AVIF image": "pip install 'pillow>=11.3', or convert it"}
 
 
 class Pixels(NamedTuple):
-    """What read_image found."""
+    """An image as a viewer shows it."""
     image: Image.Image  # RGB
-    conversions: tuple  # which of CONVERSIONS were made, as indices
+    conversions: tuple  # which of CONVERSIONS it took, as indices
 
 
-def describe_conversions(read, made):
-    """'of 900 images read: 62 with transparency ..., 14 turned upright', '' if nothing was converted. made: how many
-    times each of CONVERSIONS, by its index.
+def describe_conversions(images, counts):
+    """'of 900 images read: 62 with transparency ..., 14 turned upright', '' if nothing was converted. counts: how many
+    images took each of CONVERSIONS, by its index.
     """
-    found = [f"{made[number]:,} {how}" for number, how in enumerate(CONVERSIONS) if made[number]]
-    return f"of {read:,} images read: {', '.join(found)}" if found else ""
+    parts = [f"{counts[number]:,} {how}" for number, how in enumerate(CONVERSIONS) if counts[number]]
+    return f"of {images:,} images read: {', '.join(parts)}" if parts else ""
 
 
 def parse_color(text):
@@ -79,64 +68,51 @@ def readable_formats():
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def format_found(path):
-    """What a file that Pillow does not know seems to be, with the cure, for a message."""
-    with open_file(path) as file:
-        start = file.read(64)
-    if not start.strip(b"\0"):
-        return "only zeros" if start else "an empty file"
-    for name, offset, marks in SIGNATURES:
-        if start.lstrip().lower()[offset:].startswith(marks):
-            return f"{name}{': ' + CURES[name] if name in CURES else ''}"
-    return f"of no format known here (it begins with {start[:8]!r})"
+def open_image(file, background=WHITE):
+    """RGB image of a file by the rules above, or FlowARError with its name."""
+    return read_image(file, background).image
 
 
-@contextlib.contextmanager
-def opened(path):
-    """The file as a Pillow image, not decoded; FlowARError with the path for whatever goes wrong in the block."""
+def read_image(file, background=WHITE, name=None):
+    """Pixels of an image file by the rules above: its path, its bytes, or an open file. FlowARError with the name (by
+    default the path) if it cannot be decoded, OSError if it cannot be read.
+    """
+    name = name or file
+    if isinstance(file, (str, os.PathLike)):
+        file = Path(file).read_bytes()  # by a path, Pillow would map a TIFF that is turned, and scramble it
     try:
-        # By a file, not its name: by that, Pillow maps a TIFF that is turned, and scrambles it.
-        with contextlib.nullcontext(path) if hasattr(path, "read") else open_file(path) as file, \
-                Image.open(file, formats=readable_formats()) as image:
-            if max(image.size) > LONGEST_SIDES * min(image.size):  # resized to a crop's size it would take gigabytes
-                raise ValueError(f"{image.width}x{image.height} pixels, expected sides within a factor of "
-                                 f"{LONGEST_SIDES}")
-            yield image
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=readable_formats()) as image:
+            return convert(image, background)
     except UnidentifiedImageError:
-        raise FlowARError(f"{path}: cannot be read as an image: it is {format_found(path)}") from None
+        hint = ": pip install pillow-heif" if str(name).lower().endswith((".heic", ".heif")) else ""
+        raise FlowARError(f"{name}: cannot be read as an image (it is of no known format{hint})") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
-        raise FlowARError(f"{path}: cannot be read as an image ({first_line(error)})") from error
+        raise FlowARError(f"{name}: cannot be read as an image ({first_line(error)})") from error
 
 
-def open_image(path, background=WHITE):
-    """RGB image of a file by the rules above, or FlowARError with the path."""
-    return read_image(path, background).image
-
-
-def read_image(path, background=WHITE):
-    """Pixels of a file by the rules above, or FlowARError with the path."""
-    with opened(path) as image:
-        raw, said = str(image.tile[0][3]) if image.tile else "", orientation(image)
-        box = image.tile[0][1] if image.format == "GIF" and image.tile else None
-        image.load()  # which turns a TIFF
-        if "transparency" in image.info:
-            if raw == "RGB;16B":
-                raise ValueError("colours of 16 bits, one of which is transparent: Pillow decodes 8 of them, which do "
-                                 "not tell it; save it with an alpha channel")
-            if raw in EXPANDED:
-                image.info["transparency"] *= EXPANDED[raw]
-        made, turn = [TURNED] if said in TRANSPOSED else [], TRANSPOSED.get(orientation(image))
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            made.append(DEEP)
-            image = scale_integers(image)
-        elif image.mode == "F":
-            made.append(FLOATS)
-            image = scale_floats(image)
-        if box not in (None, (0, 0, *image.size)):
-            image = covered(image, box)
-        image, seen_through = over(image, background)
-        made += [TRANSPARENT] * seen_through
-        return Pixels(image if turn is None else image.transpose(turn), tuple(made))
+def convert(image, background):
+    """Pixels of a Pillow image that was opened and not decoded yet."""
+    raw, exif = str(image.tile[0][3]) if image.tile else "", orientation(image)
+    box = image.tile[0][1] if image.format == "GIF" and image.tile else None
+    image.load()  # which turns a TIFF
+    if "transparency" in image.info:
+        if raw == "RGB;16B":
+            raise ValueError("colours of 16 bits, one of which is transparent: Pillow decodes 8 of them, which do not "
+                             "tell it; save it with an alpha channel")
+        if raw in EXPANDED:
+            image.info["transparency"] *= EXPANDED[raw]
+    conversions, turn = [TURNED] if exif in TRANSPOSED else [], TRANSPOSED.get(orientation(image))
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        conversions.append(DEEP)
+        image = scale_integers(image)
+    elif image.mode == "F":
+        conversions.append(FLOATS)
+        image = scale_floats(image)
+    if box not in (None, (0, 0, *image.size)):
+        image = on_canvas(image, box)
+    image, shows = over(image, background)
+    conversions += [TRANSPARENT] * shows
+    return Pixels(image if turn is None else image.transpose(turn), tuple(conversions))
 
 
 def orientation(image):
@@ -148,7 +124,7 @@ def orientation(image):
         return None
 
 
-def covered(image, box):
+def on_canvas(image, box):
     """RGBA image that is transparent outside of the box: what a GIF's first frame leaves of its canvas."""
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image.convert("RGBA").crop(box), box)

@@ -22,8 +22,7 @@ from models.weights import file_hash, find_model, recognise_geometry, saved_opti
 from util import manifest
 from util.cluster import (AUTOCAST, PRECISIONS, autocast, check_compiler, fetch, from_main, is_main, log, select_device,
                           set_precision, set_way_on)
-from util.data import center_crop, open_image
-from util.data.images import to_tensor
+from util.data import center_crop, open_image, to_tensor
 from util.data.pixels import WHITE, over
 from util.evaluation.labels import Classes, choose_labels, class_names, classes_of, find_label
 from util.evaluation.metrics import build_measure

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from models import FlowARError
 from models.weights import tensors_hash
 from util.cluster import all_reduce_sum, from_main, gather_to_main, is_main, log, rank, world_size
+from util import data
 from util.data import center_crop
-from util.data.folders import Listing, list_classes, list_files, name_classes
+from util.data.folders import Listing
 from util.data.pixels import WHITE, describe_conversions, read_image
 from util.evaluation.extractors import Inception, extract
 
@@ -131,16 +132,11 @@ def make_reference(path, arrays, dim):
 
 
 def list_images(folder):
-    """Listing of the images in a folder's class folders, as in training, or in a folder without any; of one image, or
-    none, there is no distance."""
-    def list_folder():
-        if not (Path(folder).is_dir() and name_classes(folder)):
-            return list_files(folder)
-        listing = list_classes(folder)
-        listing.classes = []  # which are no part of a reference's hash
-        return listing
-
-    listing = from_main(list_folder)
+    """Listing of the images of a folder, an archive or a dataset: in class folders as in training, or a flat set; of one
+    image, or none, there is no distance.
+    """
+    listing = from_main(lambda: data.list_images(folder, flat=True))
+    listing.classes = []  # which are no part of a reference's hash
     if len(listing) < 2:
         raise FlowARError(f"{folder}: {len(listing)} images, expected at least 2 ({listing.summary()})")
     log(f"{folder}: {listing.summary()}")
@@ -153,18 +149,18 @@ def class_counts(listing):
     return dict(sorted(counts.items())) if len(counts) > 1 and "" not in counts else None
 
 
-def load_uint8(files, img_size=None, background=WHITE, conversions=None):
-    """(n, 3, H, W) uint8 of image files, centre-cropped to img_size if given; else all must have one size.
-    conversions: a Counter of what was converted.
+def load_uint8(files, img_size=None, background=WHITE, conversions=None, names=None):
+    """(n, 3, H, W) uint8 of image files, their paths or their contents with names, centre-cropped to img_size if given;
+    else all must have one size. conversions: a Counter of what was converted.
     """
-    images, conversions = [], Counter() if conversions is None else conversions
-    for path in files:
-        image, converted = read_image(path, background)
+    images, conversions, names = [], Counter() if conversions is None else conversions, names or files
+    for path, file in zip(names, files):
+        image, converted = read_image(file, background, path)
         conversions.update(converted)
         image = center_crop(image, img_size) if img_size else image
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
-            raise FlowARError(f"{path}: {image.width}x{image.height} pixels, but {files[0]} is "
+            raise FlowARError(f"{path}: {image.width}x{image.height} pixels, but {names[0]} is "
                               f"{images[0].shape[2]}x{images[0].shape[1]}; scripts/reference_stats.py --img_size makes "
                               "statistics of centre crops")
     return torch.stack(images)
@@ -206,8 +202,9 @@ def folder_features(listing, extractor, device, img_size=None, crop=False, keep=
     total, outer = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (dim, (dim, dim)))
     for first in tqdm(range(0, len(mine), extractor.batch), desc=f"features of {folder}", unit="batch",
                       disable=not is_main(), mininterval=2, leave=False):
-        some = [listing[index][0] for index in mine[first:first + extractor.batch]]
-        images = load_uint8(some, img_size if crop else None, background, conversions)
+        mine_now = mine[first:first + extractor.batch]
+        some, content = [listing.path(index) for index in mine_now], [listing.read(index) for index in mine_now]
+        images = load_uint8(content, img_size if crop else None, background, conversions, some)
         if img_size and images.shape[2:] != (img_size, img_size):
             raise FlowARError(f"{some[0]}: {images.shape[3]}x{images.shape[2]} pixels, expected {img_size}x{img_size}; "
                               "scripts/reference_stats.py --img_size makes statistics of centre crops")
