@@ -132,7 +132,7 @@ def make_reference(path, arrays, dim):
 
 
 def list_images(folder):
-    """Listing of the images of a folder, an archive or a dataset: in class folders as in training, or a flat set; of one
+    """Listing of the images of a folder, archive or dataset: in class folders as in training, or a flat set; of one
     image, or none, there is no distance.
     """
     listing = from_main(lambda: data.list_images(folder, flat=True))
@@ -202,8 +202,8 @@ def folder_features(listing, extractor, device, img_size=None, crop=False, keep=
     total, outer = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (dim, (dim, dim)))
     for first in tqdm(range(0, len(mine), extractor.batch), desc=f"features of {folder}", unit="batch",
                       disable=not is_main(), mininterval=2, leave=False):
-        mine_now = mine[first:first + extractor.batch]
-        some, content = [listing.path(index) for index in mine_now], [listing.read(index) for index in mine_now]
+        batch = mine[first:first + extractor.batch]
+        some, content = [listing.path(index) for index in batch], [listing.read(index) for index in batch]
         images = load_uint8(content, img_size if crop else None, background, conversions, some)
         if img_size and images.shape[2:] != (img_size, img_size):
             raise FlowARError(f"{some[0]}: {images.shape[3]}x{images.shape[2]} pixels, expected {img_size}x{img_size}; "
