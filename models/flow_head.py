@@ -136,7 +136,7 @@ class FlowHead(nn.Module):
 
         Args:
             t: (B,) in [0, 1], or (1,) for all images; of several scales (scales, B).
-            z: (B, N, cond_dim), or what prepare() made of it for many evaluations.
+            z: (B, N, cond_dim), or its Condition, for many evaluations: see prepare.
             scales: several scales in one pass, their tokens one after the other; attention stays inside each.
         """
         pattern = within_scales(scales) if scales else None

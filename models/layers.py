@@ -111,7 +111,7 @@ class KVCache:
         self.k = self.v = None
 
     def extend(self, k, v):
-        """Write behind what is there and return everything held. k, v: B heads N head_dim."""
+        """Write behind what is there and return all of it. k, v: B heads N head_dim."""
         if self.k is None:
             size = (*k.shape[:2], self.tokens, k.shape[3])
             self.k, self.v = k.new_empty(size), v.new_empty(size)

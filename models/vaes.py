@@ -31,7 +31,7 @@ class NamedVAE:
         return True
 
     def open(self):
-        """(VAE, lines for a log on what its file holds besides)."""
+        """(VAE, lines for a log on what else is in its file)."""
         raise NotImplementedError
 
     def identity(self, opened=None):
@@ -56,16 +56,6 @@ class VAEFile(NamedVAE):
         return file_hash(local_file(self.path)) if self.is_there() else None
 
 
-class Diffusers(NamedVAE):
-    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]."""
-
-    def open(self):
-        return open_diffusers(self.spec)
-
-
-VAES = {"kl16": VAEFile, "diffusers": Diffusers}
-
-
 def find_vae(vae, path=None):
     """The NamedVAE of the options --vae and --vae_path."""
     name, _, spec = vae.partition(":")
@@ -84,26 +74,22 @@ def read_vae(path):
     path = local_file(path)
     content = read_file(path, mmap=True)
     weights = find_weights(content, path, "VAE", VAE)
-    config, saved = recognise_config(weights.tensors), content.get("config") or {}
+    state, saved = weights.tensors, content.get("config") or {}
+    ch, levels = len(state["encoder.conv_in.weight"]), depth(state, "decoder.up.")
+    widths = [len(state[f"decoder.up.{level}.block.0.conv1.weight"]) for level in range(levels)]
+    config = {"embed_dim": len(state["post_quant_conv.weight"]), "ch": ch, "ch_mult": tuple(w // ch for w in widths),
+              "num_res_blocks": depth(state, "decoder.up.0.block.") - 1}
     config |= {name: saved[name] for name in (*config, "latent_scale") if name in saved}
     if "latent_scale" in config:
         config["latent_scale"] = read_latent_scale(config["latent_scale"], path, config["embed_dim"])
     with torch.device("meta"):  # its initial weights would be drawn for nothing
         vae = AutoencoderKL(**config)
-    left_out = load_state(vae.to_empty(device="cpu"), weights.tensors, path, "VAE")
+    left_out = load_state(vae.to_empty(device="cpu"), state, path, "VAE")
     notes = [f"{path}: {weights.describe(left_out)}"] if weights.kind == "ema" or left_out else []
     if "latent_scale" not in config and (vae.embed_dim, vae.stride) != tuple(KL16.values()):
         notes.append(f"warning: {path} does not tell its latent scale: KL-16's is taken, {vae.latent_scale.scale}; its "
                      "own is (1 / standard deviation, mean) of its latents, kept as 'config': {'latent_scale': [...]}")
     return vae.eval().requires_grad_(False), notes
-
-
-def recognise_config(state):
-    """AutoencoderKL's arguments that a state dict's tensors tell; no latent scale."""
-    ch, levels = len(state["encoder.conv_in.weight"]), depth(state, "decoder.up.")
-    widths = [len(state[f"decoder.up.{level}.block.0.conv1.weight"]) for level in range(levels)]
-    return {"embed_dim": len(state["post_quant_conv.weight"]), "ch": ch, "ch_mult": tuple(w // ch for w in widths),
-            "num_res_blocks": depth(state, "decoder.up.0.block.") - 1}
 
 
 def load_vae(path):
@@ -121,8 +107,8 @@ def save_vae(vae, path):
 
 
 def read_latent_scale(value, path, channels=None):
-    """(scale, shift) of what a file says, a sequence of both or of the scale, each a number or nested lists (C,) or
-    (C, h, w) of them, which become tuples; FlowARError if it says something else, or of other than `channels`.
+    """(scale, shift) in a file, a sequence of both or of the scale, each a number or nested lists (C,) or
+    (C, h, w) of them, which become tuples; FlowARError for anything else, or other than `channels`.
     """
     try:
         parts = [torch.tensor(part, dtype=torch.float64) for part in value]
@@ -207,24 +193,29 @@ CLASSES = {"AutoencoderKL": DiffusersVAE, "AsymmetricAutoencoderKL": DiffusersVA
            "AutoencoderTiny": DiffusersVAE, "VQModel": DiffusersVAE, "AutoencoderRAE": RepresentationAutoencoder}
 
 
-def open_diffusers(spec):
-    """(DiffusersVAE of '<path or repository>[:subfolder]', in float32, lines for a log), from safetensors alone."""
-    try:
-        import diffusers  # here: it is heavy, and only some need it
-    except ImportError as error:
-        raise FlowARError(f"--vae diffusers:{spec} needs: pip install diffusers") from error
-    source, _, subfolder = spec.partition(":")
-    options = {"subfolder": subfolder} if subfolder else {}
-    name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
-    if name not in CLASSES:
-        raise FlowARError(f"--vae diffusers:{spec}: its class is {name}, expected one of {', '.join(CLASSES)}")
-    network, loaded = getattr(diffusers, name).from_pretrained(
-        source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options)
-    # diffusers draws what is missing at random
-    others, modules = loaded["unexpected_keys"], {name for name, _ in network.named_children()}
-    wrong = [f"{name} is missing" for name in loaded["missing_keys"]]
-    wrong += [f"{name} is not in the VAE" for name in others if name.split(".")[0] in modules]
-    if wrong:
-        raise FlowARError(f"--vae diffusers:{spec}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
-    vae = CLASSES[name](network, spec).eval().requires_grad_(False)
-    return vae, [f"--vae diffusers:{spec}: not used: {name_some(others)}"] if others else []
+class Diffusers(NamedVAE):
+    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: in float32, from safetensors alone."""
+
+    def open(self):
+        try:
+            import diffusers  # here: it is heavy, and only some need it
+        except ImportError as error:
+            raise FlowARError(f"{self.option} needs: pip install diffusers") from error
+        source, _, subfolder = self.spec.partition(":")
+        options = {"subfolder": subfolder} if subfolder else {}
+        name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
+        if name not in CLASSES:
+            raise FlowARError(f"{self.option}: its class is {name}, expected one of {', '.join(CLASSES)}")
+        network, loaded = getattr(diffusers, name).from_pretrained(
+            source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options)
+        # diffusers draws what is missing at random
+        others, modules = loaded["unexpected_keys"], {name for name, _ in network.named_children()}
+        wrong = [f"{name} is missing" for name in loaded["missing_keys"]]
+        wrong += [f"{name} is not in the VAE" for name in others if name.split(".")[0] in modules]
+        if wrong:
+            raise FlowARError(f"{self.option}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
+        vae = CLASSES[name](network, self.spec).eval().requires_grad_(False)
+        return vae, [f"{self.option}: not used: {name_some(others)}"] if others else []
+
+
+VAES = {"kl16": VAEFile, "diffusers": Diffusers}

@@ -153,7 +153,7 @@ ORDER = {None: (*KINDS, ""), "raw first": ("model", "state_dict", "", "model_ema
          "ema": ("model_ema", "ema"), "raw": ("model", "state_dict")}
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # what DDP and torch.compile put into names
 FLOWAR = "class_emb.weight", "z_proj.weight", "mask"  # names of any FlowAR
-VAE = "encoder.conv_in.weight", "decoder.conv_in.weight"  # names of any AutoencoderKL
+VAE = "encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"  # of any AutoencoderKL
 
 
 class Weights(NamedTuple):

@@ -1,4 +1,4 @@
-"""Other ways in which the condition enters the flow head (METHOD 8: ways of conditioning), and a head that takes every
+"""Other ways in which the condition enters the flow head, and a head that takes every
 token by itself. The paper's ablations; the released way is models/flow_head.py.
 """
 import torch
@@ -82,8 +82,9 @@ class CrossHead(TimeHead):
 
     def prepare(self, z, scales=None, contexts=True):
         condition = super().prepare(z, scales, contexts=False)
-        of_blocks = [block.context(condition.c, condition.rope_table) if contexts else None for block in self.res_blocks]
-        return condition._replace(z=None if contexts else condition.c, contexts=of_blocks)
+        c, table = condition.c, condition.rope_table
+        of_blocks = [block.context(c, table) if contexts else None for block in self.res_blocks]
+        return condition._replace(z=None if contexts else c, contexts=of_blocks)
 
     def enter(self, h, c, scales):
         return super().enter(h.clone(), 0, scales)

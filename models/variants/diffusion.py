@@ -1,4 +1,4 @@
-"""Diffusion in flow matching's place (METHOD 8: diffusion head): cosine schedule, 1000 steps, epsilon prediction, DDIM
+"""Diffusion in flow matching's place: cosine schedule, 1000 steps, epsilon prediction, DDIM
 and ancestral sampling (arXiv 2102.09672, 2010.02502). t = 1 is noise, as everywhere; the network is the same.
 """
 import itertools

@@ -1,4 +1,4 @@
-"""Rectified head: a student that samples in one or two steps a scale, without guidance (METHOD: rectified head)."""
+"""Rectified head: a student that samples in one or two steps a scale, without guidance."""
 import torch
 
 from models.checks import check_labels

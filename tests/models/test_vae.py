@@ -93,7 +93,7 @@ def test_kl16_file_missing_is_named_and_extra_is_counted(tmp_path):
         f"{tmp_path}/kl16.ckpt: raw weights under 'model'; not used: loss.discriminator.weight, loss.logvar"]
     del state["decoder.conv_in.weight"]
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
-    with pytest.raises(FlowARError, match="kl16.ckpt: no VAE weights under 'model': decoder.conv_in.weight is missing"):
+    with pytest.raises(FlowARError, match="kl16.ckpt: 1 tensors do not fit the VAE: decoder.conv_in.weight is missing"):
         AutoencoderKL(ckpt_path=tmp_path / "kl16.ckpt")
     state["decoder.conv_in.weight"] = torch.zeros(1)
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
