@@ -7,6 +7,7 @@
 
 Run the same command again to resume. All options are in util/options.py.
 """
+import contextlib
 import gc
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     cluster.set_way_on(again, "from the last checkpoint")
     gc.collect()
     gc.freeze()  # what is there already: collections then take microseconds, and no rank holds up the others
-    with cluster.stop_signals() as signals:
+    with cluster.stop_signals() as signals, writer or contextlib.nullcontext():
         run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
         unreported = progress.done == 0 and from_main(lambda: progress.step not in logger.reported)
         if unreported and is_report_epoch(args, progress.epoch):
@@ -109,8 +110,6 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
                 save_checkpoint(run)
             if is_report_epoch(args, progress.epoch):
                 report_or_stop(run, args, validation, plan, measure)
-        if writer is not None:
-            writer.wait()
     gc.unfreeze()
     cluster.barrier()
     logger.close()
@@ -125,13 +124,8 @@ def is_report_epoch(args, finished):
 def report_or_stop(run, args, validation, plan, measure):
     """report(); a signal ends it at once, since the step before it is or is being saved. It is then made again."""
     message = f"asked to leave: saved after step {run.progress.step}, the report after it will be made again"
-    try:
-        with run.signals.at_once(message), gathered(run.network, run.ema.module):
-            report(run, args, validation, plan, measure)
-    except cluster.Preempted:
-        if run.writer is not None:
-            run.writer.wait()
-        raise
+    with run.signals.at_once(message), gathered(run.network, run.ema.module):
+        report(run, args, validation, plan, measure)
 
 
 def report(run, args, validation, plan, measure):

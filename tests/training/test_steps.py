@@ -118,10 +118,10 @@ def test_a_bad_step_changes_nothing_with_any_optimizer(project, tmp_path, monkey
     assert state_of(again["model"], again["model_ema"], again["optimizer"]) == state_of(content["model"], content["model_ema"], content["optimizer"])
 
 
-@pytest.mark.parametrize("extra", ["--precision bf16", "--precision fp16"])
-def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch, extra):
+def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch):
+    """With the gradient scaler too."""
     poison(monkeypatch, [3], with_nan)
-    train(project, tmp_path, f"--log_freq 1 {extra}")
+    train(project, tmp_path, "--log_freq 1 --precision fp16")
     order = build_loader(type("Eighty", (Dataset,), {"__len__": lambda self: 80})(), 16, seed=0, train=True).sampler
     image = order.indices(48, 64)[5]
     line, = [line for line in read_log(tmp_path) if line["group"] == "bad_step"]
