@@ -77,8 +77,8 @@ def for_evaluation(models, vae, dtype=None, what=None):
 
 
 def attention_kernel(model, dtype=None):
-    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend. No public
-    call says what torch chooses; without this one benchmarks would not name it.
+    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend. No
+    public call says what torch chooses; without this one benchmarks would not name it.
     """
     attn = model.blocks[0].attn
     q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype,

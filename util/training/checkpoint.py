@@ -1,10 +1,10 @@
 """Training checkpoints: written whole or not at all, opened once, read without running code.
 
-checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler, args}, with what this code resumes from
-beside it; a released file is a bare state dict of EMA weights. checkpoint-<step>.json stands beside
-checkpoint-<step>.pth, {step, epoch, done, milestone}, so that no listing opens tensors. No random state: draws follow from
-(seed, step, rank). No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
-directory, which stands at its end.
+checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler, args} and what this code resumes
+from; a released file is a bare state dict of EMA weights. checkpoint-<step>.json stands beside checkpoint-<step>.pth,
+{step, epoch, done, milestone}, so that no listing opens tensors. No random state: draws follow from (seed, step,
+rank). No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
+directory, which is its end.
 """
 import fcntl
 import functools
@@ -22,7 +22,7 @@ from models.errors import first_line
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, find_model, read_weights, recognise_geometry, saved_options, write_file
-from util.cluster import fetch, from_main, log
+from util.cluster import before_leaving, fetch, from_main, log
 from util.files import check_place, make_directory, read_json, write_json
 from util.training.parallel import cut, spread
 from util.training.progress import Progress
@@ -68,8 +68,8 @@ def lock(folder, patience=LOCK_PATIENCE):
         except (BlockingIOError, PermissionError):
             if time.monotonic() > end:
                 file.seek(0)
-                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for it "
-                                  "or stop it, or choose another --output_dir") from None
+                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
+                                  "it or stop it, or choose another --output_dir") from None
             time.sleep(0.5)
         except OSError:  # a file system without locks
             break
@@ -86,8 +86,8 @@ def claim_folder(output_dir, resume, dry_run=False):
     folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
     same = bool(resume) and folder.is_dir() and Path(output_dir).is_dir() and folder.samefile(output_dir)
     if list_checkpoints(output_dir) and not same:
-        raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: resume them with "
-                          f"--resume {output_dir}, or choose another --output_dir")
+        raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: resume them "
+                          f"with --resume {output_dir}, or choose another --output_dir")
     if dry_run:
         return check_place(Path(output_dir))
     make_directory(Path(output_dir))
@@ -133,6 +133,7 @@ class CheckpointWriter:
         for path in [*later, *(path for path in numbered(self.folder, "posthoc") if step_of(path) > step)]:
             path.replace(f"{path}.later")
             log(f"{path}: is later than step {step}, where this run begins; renamed to {path.name}.later")
+        before_leaving(self.wait)
 
     def __enter__(self):
         return self
