@@ -125,7 +125,7 @@ def train_one_epoch(run):
             if run.writer is not None:
                 run.writer.wait()
             barrier()
-            raise Preempted(f"asked to leave: saved after step {progress.step}", True, run.signals.status)
+            raise Preempted(f"asked to leave: saved after step {progress.step}", run.signals.status)
     run.logger.end_epoch()
 
 

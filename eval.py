@@ -6,7 +6,6 @@
 
 The size and the geometry are recognised from the checkpoint and the VAE where they are not given.
 """
-import util.versions  # noqa: F401  first: it names what is too old
 from engine_flowar import evaluate_sweep
 from util import cluster
 from util.evaluation.pipeline import open_evaluation
@@ -15,7 +14,7 @@ from util.options import evaluation_parser
 
 def main():
     args = evaluation_parser().parse_args()
-    evaluate_sweep(*open_evaluation(args, cluster.init(args.device, args.timeout, args.output_dir)))
+    evaluate_sweep(*open_evaluation(args, cluster.init(args.device, args.timeout)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import contextlib
 import gc
 from pathlib import Path
 
-import util.versions  # noqa: F401  first: it names what is too old
-
 import torch
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
@@ -66,7 +64,6 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         begin_with(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
     if args.compile and not args.dry_run:
-        cluster.check_compiler(device)
         prepare.compile_training(network)
         prepare.compile_sampling(ema.module, args.compile)
     model = distribute(network, ema, device, args.fsdp, static_graph=args.accum_iter == 1)
@@ -93,9 +90,6 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         f"{args.lr:.2e}")
 
     # ---- 5. epochs, and reports between them
-    same = args.resume and Path(args.resume).resolve() == Path(args.output_dir).resolve()
-    again = f"the same command{'' if same else f' with --resume {args.output_dir}'} goes on"
-    cluster.set_way_on(again, "from the last checkpoint")
     gc.collect()
     gc.freeze()  # what is there already: collections then take microseconds, and no rank holds up the others
     with cluster.stop_signals() as signals, writer or contextlib.nullcontext():
@@ -162,7 +156,7 @@ def main():
         cluster.set_deterministic()
     if args.dry_run:
         return dry_run.run(args, train)
-    device = cluster.init(args.device, args.timeout, args.output_dir)
+    device = cluster.init(args.device, args.timeout)
     if args.evaluate:
         return evaluate_sweep(*open_evaluation(args, device))
     train(args, device)

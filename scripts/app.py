@@ -21,14 +21,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 import torch
 
 from models import FlowARError
 from models.flow_matching import TIME_GRIDS
 from scripts.pictures import png_text
 from util.cluster import PRECISIONS, run_main, select_device
-from util.cluster.ending import explain
 from util.evaluation.pipeline import open_pipeline
 from util.manifest import code_version
 from util import options
@@ -254,13 +253,9 @@ def on_page(gr):
         def run(*args, **options):
             try:
                 return event(*args, **options)
-            except FlowARError as error:
-                message = str(error)
-            except (OSError, RuntimeError, MemoryError) as error:
-                message, _ = explain(error)
-                if not message:
-                    raise
-            raise gr.Error(html.escape(message), duration=SECONDS_OF_MESSAGES, print_exception=False)
+            except (FlowARError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                message = str(error) or type(error).__name__
+                raise gr.Error(html.escape(message), duration=SECONDS_OF_MESSAGES, print_exception=False) from error
 
         return run
 

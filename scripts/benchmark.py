@@ -51,7 +51,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ from models import AutoencoderKL, FlowARError, build_model, kernels
 from models.errors import name_some
 from models.layers import GatedMLP
 from models.weights import file_hash
-from util.cluster import (AUTOCAST, autocast, check_compiler, memory_gib, run_main, select_device, set_precision)
+from util.cluster import AUTOCAST, autocast, memory_gib, run_main, select_device, set_precision
 from util.data import Images, build_loader, latents
 from util.data.latents import ShardedMoments
 from util.data.other_latents import NpzMoments
@@ -239,8 +239,6 @@ def benchmark_sample(args, device):
 
 def build_network(args, device):
     torch.manual_seed(args.seed)
-    if args.compile:
-        check_compiler(device)
     return build_model(args.model, **model_options(args)).to(device)
 
 
@@ -406,8 +404,6 @@ def benchmark_vae(args, device):
     """Milliseconds an image of encoding and decoding, each way in turns on the same weights."""
     vae, full = build_vae(args, device), args.precision if args.precision not in AUTOCAST else "fp32"
     set_precision(full, device)
-    if args.compile:
-        check_compiler(device)
     side = args.img_size // args.vae_stride
     inputs = {"encode": torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device),
               "decode": torch.randn(args.batch_size, args.vae_embed_dim, side, side, device=device)}
@@ -437,8 +433,6 @@ def benchmark_vae(args, device):
 def benchmark_features(args, device):
     """Milliseconds an image of every network of --feature_extractor, each way in turns."""
     set_precision(args.precision, device)
-    if args.compile:
-        check_compiler(device)
     images, rows = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device), []
     for name in args.feature_extractor:
         networks = {(layout, compiled): open_extractors((name,), args.fid_weights, device)
@@ -505,8 +499,6 @@ def open_extractors(names, files, device):
 
 def benchmark_evaluate(args, device):
     model, vae = build(args, device)
-    if args.compile:
-        check_compiler(device)
     prepare.for_evaluation([model], vae, AUTOCAST.get(args.precision), args.compile)
     sampler = build_sampler(args, model, vae, args.precision)
     extractor = open_extractors(args.feature_extractor, args.fid_weights, device)

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 import torch
@@ -313,7 +313,6 @@ def main():
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
     device = cluster.init(args.device)
-    cluster.set_way_on("the same command goes on", "with what is not finished")
     named = find_vae(args.vae, args.vae_path)
     vae = open_if_there(named, device, needed=True)
     origin = origin_of(named, vae)

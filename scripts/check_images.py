@@ -5,7 +5,7 @@
 import argparse
 from itertools import compress
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 from torch.utils.data import Dataset

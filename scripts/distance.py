@@ -9,7 +9,7 @@ the distance of two random halves of one folder: what is left between images of 
 """
 import argparse
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import torch
 

@@ -9,7 +9,7 @@ they make of noise. Training, data, files and reports are those of main_flowar.p
 """
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import torch
 
@@ -90,7 +90,7 @@ def main():
     args = make_parser().parse_args()
     if args.deterministic:
         cluster.set_deterministic()
-    device = cluster.init(args.device, args.timeout, args.output_dir)
+    device = cluster.init(args.device, args.timeout)
     args = single_point(args)
     teacher, content, path, solution = open_teacher(args)
     args = student_options(args, teacher, content, path, solution)

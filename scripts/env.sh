@@ -21,15 +21,9 @@ else
         flock --nonblock 9 || { echo "== another script is installing into .venv: waiting for it =="; flock 9; }
     fi
     if [ ! -x .venv/bin/python ]; then
-        python3 util/versions.py || exit 2
+        python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || fail "Python 3.11 or newer is needed: install one, or name it in FLOWAR_PYTHON"
         rm -f .venv/installed .venv/bin/python* # of a Python that is gone
-        python3 -m venv .venv || fail "python3 could not make .venv (on Debian and Ubuntu it needs: apt install python3-venv); then start again"
-    fi
-    .venv/bin/python util/versions.py || fail ".venv was made with that Python: remove .venv and start again"
-    if ! .venv/bin/python -c "import pip" 2>/dev/null; then
-        echo "== .venv has no pip: putting it in =="
-        rm -rf .venv/installed .venv/lib/python*/site-packages/pip .venv/lib/python*/site-packages/pip-* # a half of it would count as there
-        .venv/bin/python -m ensurepip --upgrade >/dev/null || fail ".venv has no pip, and ensurepip, which puts it in, failed (on Debian and Ubuntu: apt install python3-venv); then start again"
+        python3 -m venv .venv || { rm -rf .venv; fail "python3 could not make .venv (on Debian and Ubuntu it needs: apt install python3-venv); then start again"; }
     fi
     wanted="$(cat requirements.txt)"
     if [ ! -f .venv/installed ] || [ "$(cat .venv/installed)" != "$wanted" ]; then

@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 from scripts import model_card
 from models import FlowARError, load_flowar

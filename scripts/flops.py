@@ -4,7 +4,7 @@ a GPU is asked to do at least, counted there too.
 Only matrix products count, at their published sizes (a padded layer's zeros do not), and a backward pass is two forward
 passes: recomputation earns nothing. So "share of peak" is what nanoGPT and PaLM call model FLOPs utilisation.
 """
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 from typing import NamedTuple
 

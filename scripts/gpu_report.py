@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from project_root import ROOT  # first: it names what is too old
+from project_root import ROOT
 
 import torch
 

@@ -8,7 +8,7 @@ scale, enlarged and decoded: what scale-wise generation goes through.
 """
 import argparse
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 import torch

@@ -6,7 +6,7 @@ import argparse
 import csv
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import matplotlib.pyplot as plt
 

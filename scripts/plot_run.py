@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import matplotlib
 from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ scripts/sample.py, load_flowar and load_pipeline take the file as any weights, w
 import argparse
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import torch
 

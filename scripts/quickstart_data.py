@@ -11,7 +11,7 @@ import gzip
 import shutil
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 from PIL import Image

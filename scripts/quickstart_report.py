@@ -7,7 +7,7 @@ VAE, that of the test images encoded and decoded.
 import argparse
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 import torch

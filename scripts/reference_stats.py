@@ -10,7 +10,7 @@ has: an evaluation says if its own are of another mix. With --held_out also the 
 import argparse
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 

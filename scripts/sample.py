@@ -10,7 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 from scripts.pictures import check_picture, draw_table, read_settings, save
 from models import FlowARError

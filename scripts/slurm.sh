@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # FlowAR-H on a SLURM cluster, as jobs of a day until it is done: sbatch scripts/slurm.sh [options of main_flowar.py]
 #
-# Five minutes before the time limit, and when it is preempted, SLURM signals every rank: all save together and leave with status
-# 75, and the job goes back into the queue, where the same command goes on from the last checkpoint. A dead process or node ends the job
-# within --timeout and it is queued again too, up to MAX_RESTARTS times; wrong options and damaged files (status 2) end it for good.
+# Five minutes before the time limit, and when it is preempted, SLURM signals every rank: all save together and leave with
+# status 75, and the job goes back into the queue, where the same command resumes from the last checkpoint. A dead process or
+# node queues it again too, until it was queued MAX_RESTARTS times; what a user must put right (status 2) ends it for good.
 #SBATCH --job-name=flowar
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -19,11 +19,13 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from sbatch
 OUTPUT="${OUTPUT:-./output_dir/}"
 
-# One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back.
+# One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back. Ranks that leave
+# have two minutes for it; --kill-on-bad-exit=1 would kill the others at the first, and the status would be that of the killed.
 # shellcheck disable=SC2016 # that bash's own variables
-srun --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
+srun --kill-on-bad-exit=0 --wait=120 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
     "${PYTHON:-python}" main_flowar.py --model flowar_huge --diffloss_d 12 --diffloss_w 1536 \
     --img_size 256 --vae_path "${VAE:-pretrained_models/vae/kl16.ckpt}" --vae_embed_dim 16 --vae_stride 16 --patch_size 1 \
     --epochs 400 --warmup_epochs 100 --batch_size 32 --global_batch 2048 --blr 5e-5 --use_checkpoint --precision bf16 \
@@ -34,6 +36,6 @@ status=$?
 case "$status" in
     0 | 2) ;;
     75) scontrol requeue "$SLURM_JOB_ID" ;;
-    *) [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-10}" ] && scontrol requeue "$SLURM_JOB_ID" ;;
+    *) [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-50}" ] && scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit "$status"

@@ -28,7 +28,7 @@ from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from models.weights import load_state, read_file, write_file
 from util.data import Images, build_loader, find_split, to_uint8
-from util.cluster import autocast, run_main, select_device, set_precision, set_way_on
+from util.cluster import autocast, run_main, select_device, set_precision
 from util.evaluation.store import write_png
 from util.files import check_output
 from util.options import between, color, integer_list, pixels, positive, real, seed, some_path, workers
@@ -82,8 +82,6 @@ def train(vae, data, args, device, precision):
     snapshot = Path(f"{args.output}.training")
     record = {**{name: getattr(args, name) for name in LEARNING}, "data_sha256": data.identity()["sha256"]}
     first = resume(vae, optimizer, snapshot, record)
-    if first:
-        set_way_on("the same command goes on", "from its last snapshot")
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
                           pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -105,7 +103,6 @@ def train(vae, data, args, device, precision):
             progress.set_postfix(loss=f"{loss.item():.4f}")
             write_file({"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict(),
                         "record": record}, snapshot)
-            set_way_on("the same command goes on", "from its last snapshot")
 
 
 def resume(vae, optimizer, snapshot, record):

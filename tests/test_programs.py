@@ -2,7 +2,6 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -191,21 +190,6 @@ def test_main_program_evaluates(project, trained, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["num_images"] == 3
 
 
-def test_ranks_that_see_other_files_are_told(project, tmp_path):
-    script = tmp_path / "disagree.py"
-    script.write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nfrom util import cluster\n"
-                      "from models import FlowARError\n"
-                      "def look():\n    if cluster.rank() == 1:\n        raise FlowARError('another archive')\n"
-                      "def main():\n    cluster.init('cpu')\n"
-                      "    try:\n        cluster.together(look)\n"
-                      "    except FlowARError as error:\n        print(f'rank {cluster.rank()} goes on: {error}', flush=True)\n"
-                      "    cluster.agree('the first epoch', cluster.rank() * 5)\n"
-                      "cluster.run_main(main)\n")
-    done = run(str(script), processes=2, check=False)
-    assert all(f"rank {rank} goes on: another archive" in done.stdout for rank in range(2))
-    assert done.returncode != 0 and "the first epoch is 0 on rank 0 but 5 on rank 1: all hosts must see the same files" in done.stderr
-
-
 def test_without_a_cache_one_is_told_how_to_make_it(project, tmp_path, capsys):
     with pytest.raises(FlowARError, match="cached_path .*empty: no cached latents there; make them with: torchrun .*cache_latents.py"):
         train(project, tmp_path / "out", f"--cached_path {tmp_path}/empty --use_cached")
@@ -232,18 +216,10 @@ def test_compile_changes_nothing(project, tmp_path, monkeypatch):
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: (
         compiled.append(function), real(function, **options, backend="aot_eager"))[1])
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     again = train(project, tmp_path / "compiled", f"{common} --compile --eval_freq 1")
     torch._dynamo.reset()
-    assert len(compiled) == 1 + 2 + 1 + 2  # a trial, 2 transformer and 1 flow block of the network, that of the EMA and its last layer
+    assert len(compiled) == 2 + 1 + 2  # 2 transformer and 1 flow block of the network, that of the EMA and its last layer
     assert distance(expected, again) < 1e-5
-
-
-def test_compile_is_refused_without_a_compiler(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(FlowARError, match=r"--compile needs a C\+\+ compiler on cpu, and g\+\+ or clang\+\+ is not on PATH"):
-        train(project, tmp_path, "--compile")
 
 
 def test_learns_real_images():

@@ -254,7 +254,7 @@ def add_file_options(parser):
     add("--data_path", type=some_path, default="./data/imagenet",
         help="folder, .zip or .tar with train/ and val/, class folders of images; or hf:OWNER/NAME (not for eval.py)")
     add("--timeout", type=seconds, default=TIMEOUT,
-        help="seconds without a sign of life after which a process, or the data, counts as dead")
+        help="seconds that a process waits for the others, or for a batch of data, before the run ends")
 
 
 def add_image_options(parser):

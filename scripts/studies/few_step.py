@@ -10,7 +10,7 @@ the student's folder.
 import argparse
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import torch
 

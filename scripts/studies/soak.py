@@ -20,7 +20,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import torch
 

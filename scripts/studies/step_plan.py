@@ -9,7 +9,7 @@ all, the one is printed whose predicted error, of Euler's method, is the smalles
 """
 import math
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import torch
 

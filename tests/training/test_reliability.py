@@ -210,7 +210,7 @@ def test_a_signal_saves_and_leaves_with_a_status_of_its_own(project, undisturbed
     status, output = finish(process)
     assert status == RESTART == 75, output
     step = read_checkpoint(tmp_path)["progress"]["step"]
-    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 75)" in output and 9 <= step < 25
+    assert f"asked to leave: saved after step {step} (exit status 75)" in output and 9 <= step < 25
     assert finish(start(command))[0] == 0
     assert_same_run(tmp_path, undisturbed / "1")
 
@@ -230,8 +230,8 @@ def test_workers_of_a_fork_server_end_with_the_run(project, undisturbed, tmp_pat
 
     status, output = run_until(9, signal.SIGTERM, signal.SIGINT)
     step = read_checkpoint(tmp_path)["progress"]["step"]
-    assert status == 130 and "interrupted: saving first; Ctrl-C again leaves at once" in output, output
-    assert f"asked to leave: saved after step {step}; the same command goes on (exit status 130)" in output and 9 <= step < 25
+    assert status == 130 and "interrupted: saves first; Ctrl-C again leaves at once" in output, output
+    assert f"asked to leave: saved after step {step} (exit status 130)" in output and 9 <= step < 25
     assert run_until(25)[0] == 0
     assert_same_run(tmp_path, undisturbed / "1")
 
@@ -245,8 +245,7 @@ def wait_for_the_end(group, seconds=20):
     raise AssertionError(subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True).stdout)
 
 
-def test_ctrl_c_saves_and_names_the_command_that_goes_on(project, tmp_path, monkeypatch):
-    """It would be refused without --resume."""
+def test_ctrl_c_saves(project, tmp_path, monkeypatch):
     def interrupt_in_step_3(original, run, parts):
         if run.progress.step == 2:
             signal.raise_signal(signal.SIGINT)
@@ -255,7 +254,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(project, tmp_path, monk
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
         seams.wrap(monkeypatch, seams.STEP, interrupt_in_step_3)
-        with pytest.raises(Preempted, match=f"saved after step 3; the same command with --resume {tmp_path} goes on .exit status 130.") as ended:
+        with pytest.raises(Preempted, match="saved after step 3 .exit status 130.") as ended:
             train(project, tmp_path)
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
@@ -300,8 +299,6 @@ write_file = checkpoint.write_file
 
 def slowly(content, path):
     time.sleep(3)
-    if {full}:
-        raise checkpoint.FlowARError(f"{{path}}: cannot be written")
     write_file(content, path)
 
 def fail(run, *args):
@@ -314,18 +311,15 @@ cluster.run_main(main_flowar.main)
 """
 
 
-@pytest.mark.parametrize("failing,processes,full", [pytest.param(0, 0, True, marks=pytest.mark.slow),
-                                                    pytest.param(0, 2, False, marks=pytest.mark.slow), (1, 2, False)])
-def test_a_checkpoint_that_is_being_written_outlives_an_error(project, tmp_path, failing, processes, full):
-    """Whoever has the error; what fails meanwhile is said after it."""
-    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT), failing=failing, full=full))
+@pytest.mark.parametrize("failing,processes", [pytest.param(0, 0, marks=pytest.mark.slow), pytest.param(0, 2, marks=pytest.mark.slow), (1, 2)])
+def test_a_checkpoint_that_is_being_written_outlives_an_error(project, tmp_path, failing, processes):
+    """Whoever has the error."""
+    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT), failing=failing))
     command = training_command(project, tmp_path / "out", f"--epochs 1 --batch_size {16 // max(processes, 1)}")
     done = run(command.replace("main_flowar.py", f"{tmp_path}/failing.py"), processes, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    written = tmp_path / "out" / "checkpoint-000000005.pth"
-    assert errors[0] == ("error: no report" if not processes else f"error (rank {failing}): no report"), done.stderr
-    assert errors[1:] == ([f"error: {written}: cannot be written"] if full else [])
-    assert done.returncode == (1 if processes else 2) and written.is_file() == (not full)
+    assert errors == ["error: no report" if not processes else f"error (rank {failing}): no report"], done.stderr
+    assert done.returncode == (1 if processes else 2) and (tmp_path / "out" / "checkpoint-000000005.pth").is_file()
 
 
 def test_data_that_vanishes_ends_in_one_line_on_all_ranks(tmp_path):
@@ -336,7 +330,6 @@ def test_data_that_vanishes_ends_in_one_line_on_all_ranks(tmp_path):
     (tmp_path / "project" / "images").rename(tmp_path / "gone")
     status, output = finish(process)
     assert status != 0 and "No such file or directory" in output
-    assert output.count("\nerror (rank") == 1, output
     checkpoint.open_newest(tmp_path / "out")
 
 

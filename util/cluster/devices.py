@@ -3,7 +3,6 @@ import contextlib
 import ctypes
 import os
 import resource
-import shutil
 
 import torch
 
@@ -34,22 +33,6 @@ def memory_gib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class HostCopy:
-    """A small tensor on its way to the host. tolist() waits for what came before it on the device, and for no more."""
-
-    def __init__(self, tensor):
-        self.values, self.copied = tensor, None
-        if tensor.device.type == "cuda":
-            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.values = pinned.copy_(tensor, non_blocking=True)
-            self.copied = torch.cuda.current_stream().record_event()
-
-    def tolist(self):
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.values.tolist()
 
 
 def set_precision(precision, device):
@@ -83,21 +66,3 @@ def set_deterministic():
 def autocast(device, precision):
     """Context in which the network runs: autocast for bf16 and fp16, nothing for fp32 and tf32."""
     return torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else contextlib.nullcontext()
-
-
-def check_compiler(device):
-    """FlowARError unless --compile can make a small kernel: on a CPU with a C++ compiler, which launches CUDA's too."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if not any(map(shutil.which, names)):
-        raise FlowARError(f"--compile needs a C++ compiler on {device.type}, and {' or '.join(names)} is not on PATH")
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever the compiler, its cache or its libraries raise
-        raise FlowARError(f"--compile: nothing can be compiled on {device.type} ({compiler_line(error)}): mend that (a "
-                          "compiler, Python's headers, room in TMPDIR), or leave out --compile") from error
-
-
-def compiler_line(error):
-    """The line of a compiler's error that says most: its first error, else the first line that is no heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
-    return next((line for line in lines if " error: " in line), (lines or [type(error).__name__])[0])

@@ -6,10 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
+
+from util.cluster import STOP_SIGNALS
 
 MOST_WORKERS = 10
 
@@ -61,8 +64,14 @@ def with_workers(dataset, num_workers, timeout=0, **options):
 
 def ignore_signals(worker):
     """A signal to all processes of a job must not end the workers of a rank that is about to save. They end with it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+    def end_with_the_rank():  # which is not the parent where a fork server is
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=end_with_the_rank, daemon=True).start()
 
 
 @atexit.register

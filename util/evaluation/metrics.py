@@ -6,7 +6,7 @@ import torch
 
 from models import FlowARError
 from models.weights import tensors_hash
-from util.cluster import check_compiler, exact_products, log
+from util.cluster import exact_products, log
 from util.data.pixels import WHITE
 from util.evaluation.extractors import Joint, build_extractors
 from util.evaluation.labels import warn_of_mix
@@ -141,7 +141,6 @@ def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is refused before anything is sampled or trained."""
     extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
     if args.compile and not getattr(args, "dry_run", False):
-        check_compiler(device)
         prepare.compile_features(extractor)
     references = find_references(args.fid_stats, args.ref_images, extractor, img_size, device, args.background or WHITE)
     if any(references) and len(labels.values) < 2:

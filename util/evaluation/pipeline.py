@@ -20,8 +20,8 @@ from models.variants.ablated import describe
 from models.vaes import DEFAULT_PATH, find_vae, read_latent_scale
 from models.weights import file_hash, find_model, recognise_geometry, saved_options, tensors_hash
 from util import manifest
-from util.cluster import (AUTOCAST, PRECISIONS, autocast, check_compiler, fetch, from_main, is_main, log, select_device,
-                          set_precision, set_way_on)
+from util.cluster import (AUTOCAST, PRECISIONS, autocast, fetch, from_main, is_main, log, select_device,
+                          set_precision)
 from util.data import center_crop, open_image, to_tensor
 from util.data.pixels import WHITE, over
 from util.evaluation.labels import Classes, choose_labels, class_names, classes_of, find_label
@@ -91,8 +91,6 @@ def open_for_sampling(args, device, identify=False):
     guide = open_guide(args, model, description, origin)
     model, vae = model.to(device), vae.to(device)
     networks = [model] if guide is None else [model, guide.to(device)]
-    if args.compile:
-        check_compiler(device)
     prepare.for_evaluation(networks, vae, AUTOCAST.get(precision), args.compile)
     log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
     return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
@@ -185,7 +183,6 @@ def plan_reports(args, data):
 
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
-    set_way_on("the same command goes on", "with the batches that are missing")
     opened = open_for_sampling(args, device, identify=True)
     shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
     samplers = {name: build_sampler(point, *shared) for name, point in sweep_points(args).items()}

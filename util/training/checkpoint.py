@@ -22,7 +22,7 @@ from models.errors import first_line
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, find_model, read_weights, recognise_geometry, saved_options, write_file
-from util.cluster import before_leaving, fetch, from_main, log
+from util.cluster import fetch, from_main, log
 from util.files import check_place, make_directory, read_json, write_json
 from util.training.parallel import cut, spread
 from util.training.progress import Progress
@@ -133,7 +133,16 @@ class CheckpointWriter:
         for path in [*later, *(path for path in numbered(self.folder, "posthoc") if step_of(path) > step)]:
             path.replace(f"{path}.later")
             log(f"{path}: is later than step {step}, where this run begins; renamed to {path.name}.later")
-        before_leaving(self.wait)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Whatever ends a training, what is being written gets finished."""
+        if self.thread is not None:
+            self.thread.join()
+        if kind is None:
+            self.check()
 
     def __enter__(self):
         return self

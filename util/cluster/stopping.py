@@ -1,0 +1,91 @@
+"""How a program ends: when a signal asks it to, or with an error that its user can put right."""
+import contextlib
+import os
+import signal
+import sys
+
+from models import FlowARError
+from util.cluster.processes import is_main, log, rank, shutdown, world_size
+
+# Asked to leave: by torchrun, a terminal, SLURM (--signal, a preemption, a limit), a batch system.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+RESTART = 75  # exit status of a run that was asked to leave and has saved: start it again (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 128 + signal.SIGINT  # of one that was left with Ctrl-C, as shells have it
+
+
+class Preempted(BaseException):  # no `except Exception` on the way means it
+    """The run was asked to leave, and has saved. status: of the process."""
+
+    def __init__(self, message, status=RESTART):
+        super().__init__(f"{message} (exit status {status})")
+        self.status = status
+
+
+class StopSignals:
+    """asked: whether one of STOP_SIGNALS came; status: the exit status to leave with. Inside at_once() a signal raises
+    Preempted where the process is.
+    """
+
+    def __init__(self):
+        self.asked, self.status, self.message = False, RESTART, None
+
+    def handle(self, number, frame):
+        self.asked = True
+        if number == signal.SIGINT:
+            self.status = INTERRUPTED
+            os.write(2, b"\ninterrupted: saves first; Ctrl-C again leaves at once\n" * is_main())
+            for second in (signal.SIGINT, signal.SIGTERM):  # torchrun makes a SIGTERM of the second Ctrl-C
+                signal.signal(second, signal.SIG_DFL)
+        if self.message:
+            raise Preempted(self.message, self.status)
+
+    @contextlib.contextmanager
+    def at_once(self, message):
+        self.message = message
+        try:
+            if self.asked:
+                raise Preempted(message, self.status)
+            yield
+        finally:
+            self.message = None
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, STOP_SIGNALS do not end the process but are noted in the StopSignals that this yields. Those that were
+    ignored at the start (SIGHUP by nohup, SIGINT in the background of a shell) stay so.
+    """
+    signals = StopSignals()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signals.handle)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_main(main):
+    """Run a program. Exit status 2: a FlowARError, in one line; RESTART or 130: it was asked to leave."""
+    try:
+        main()
+        shutdown()
+        return
+    except FlowARError as error:
+        status = 2
+        if is_main() or not getattr(error, "on_all_ranks", False):
+            who = f" (rank {rank()})" if world_size() > 1 else ""
+            message = str(error).rpartition("FlowARError: ")[2]  # a data worker's has its traceback before it
+            print(f"\nerror{who}: {message}", file=sys.stderr)
+    except Preempted as preempted:
+        status = preempted.status
+        log(preempted)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        if is_main():
+            print("\ninterrupted", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # at once: the usual way out joins threads of collectives in which other ranks may wait
