@@ -14,7 +14,7 @@ import reprlib
 import time
 from pathlib import Path
 
-import project_root  # noqa: F401  first: it names what is too old
+import project_root  # noqa: F401
 
 import numpy as np
 import torch

@@ -114,25 +114,6 @@ def from_main(function):
     return result
 
 
-def together(function):
-    """What function() returns on this rank, or on all ranks the FlowARError that one of them met; no collective is in
-    it that a rank with an error would leave out.
-    """
-    value = error = None
-    try:
-        value = function()
-    except FlowARError as found:
-        error = found
-    errors = [error]
-    if dist.is_initialized():
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, error)
-    if first := next(filter(None, errors), None):
-        first.on_all_ranks = True
-        raise first
-    return value
-
-
 def agree(what, value):
     """FlowARError unless `value` is the same on all ranks: they may see different disks."""
     if not dist.is_initialized():
