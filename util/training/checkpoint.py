@@ -144,16 +144,6 @@ class CheckpointWriter:
         if kind is None:
             self.check()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Whatever ends a training, what is being written gets finished."""
-        if self.thread is not None:
-            self.thread.join()
-        if kind is None:
-            self.check()
-
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
         return self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
