@@ -20,7 +20,7 @@ from util.data import to_uint8
 from util.data.source import open_if_there
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
-from util.evaluation.references import FolderFeatures, folder_features
+from util.evaluation.references import folder_features
 from util.evaluation.sampler import decoded_at_once
 from util.options import add_extractor_options, color, pixels, seed, some_path
 
@@ -39,9 +39,7 @@ def parse_args():
     parser.add_argument("--seed", type=seed, default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_intermixed_args()  # folders may stand after options
-    if len(args.folders) > 2:
-        raise FlowARError(f"{len(args.folders)} folders, expected one or two: {' '.join(args.folders)}")
-    if (len(args.folders) == 2) + args.halves + bool(args.vae or args.vae_path) > 1:
+    if len(args.folders) - 1 + args.halves + bool(args.vae or args.vae_path) > 1:
         raise FlowARError("two folders, or one and --vae or --vae_path, or one and --halves: give one of these")
     return args
 
@@ -50,21 +48,14 @@ def through_vae(vae):
     """A function: images (B, 3, H, W) uint8 -> those encoded (the posterior's mode) and decoded again."""
     @torch.no_grad()
     def reconstruct(images):
-        if any(side % vae.stride for side in images.shape[2:]):
-            raise FlowARError(f"images of {images.shape[3]}x{images.shape[2]} pixels, but the VAE's stride is "
-                              f"{vae.stride}: give --img_size a multiple of it")
         parts = (images.float() / 127.5 - 1).split(decoded_at_once(images[0, 0].numel()))
         return torch.cat([to_uint8(vae.decode(vae.encode(part).mode())) for part in parts])
     return reconstruct
 
 
 def distance(a, b):
-    """Frechet distance of two of: features (n, dim), FolderFeatures, References."""
-    def of(x):
-        if isinstance(x, torch.Tensor):
-            return statistics(x)
-        return x.statistics if isinstance(x, FolderFeatures) else {"mu": x.mu, "sigma": x.sigma}
-    return frechet_distance(of(a), of(b))
+    """Frechet distance of two of: features (n, dim), or what has statistics mu and sigma."""
+    return frechet_distance(*({"mu": x.mu, "sigma": x.sigma} if hasattr(x, "mu") else statistics(x) for x in (a, b)))
 
 
 def halves(features, count, seed):
@@ -83,22 +74,20 @@ def main():
         through.append(through_vae(open_if_there(named, device, needed=True)))
     folders = (args.folders * 2)[:len(through)]
     crop = args.img_size is not None
-    found = [folder_features(folder, joint, device, args.img_size, crop, through=way, background=args.background)
+    measured = [folder_features(folder, joint, device, args.img_size, crop, through=way, background=args.background)
              for folder, way in zip(folders, through)]
-    if found[0] is None:  # rank 0 has them
+    if measured[0] is None:  # rank 0 has them
         return
-    if len({part.img_size for part in found}) > 1:
-        raise FlowARError(f"images of {found[0].img_size} pixels in {folders[0]}, of {found[1].img_size} in {folders[1]}: "
+    if len({part.img_size for part in measured}) > 1:
+        raise FlowARError(f"images of {measured[0].img_size} pixels in {folders[0]}, of {measured[1].img_size} in {folders[1]}: "
                           "give --img_size")
-    half = min(LARGEST_HALF, *(part.count // 2 for part in found))
-    if half < 2:
-        raise FlowARError(f"{folders[-1]}: too few images for two halves, expected at least 4")
-    for extractor, *mine in zip(joint.parts, *(part.split(joint) for part in found)):
+    half = min(LARGEST_HALF, *(part.count // 2 for part in measured))
+    for extractor, *mine in zip(joint.parts, *(part.split(joint) for part in measured)):
         warn_of_few(half, extractor)
         parts, name = [halves(part.features, half, args.seed) for part in mine], extractor.distance
-        if len(found) == 2:
+        if len(measured) == 2:
             what = f"{args.folders[0]} to {args.folders[1] if not through[1] else f'itself through the VAE {named.name}'}"
-            print(f"{name} of {what}: {distance(*mine):.4f} ({found[0].count} and {found[1].count} images)")
+            print(f"{name} of {what}: {frechet_distance(*(part.statistics for part in mine)):.4f} ({measured[0].count} and {measured[1].count} images)")
             print(f"{name} of {what}: {distance(parts[0][0], parts[1][1]):.4f} ({half} and {half} images)")
         for folder, part in zip(args.folders, parts):
             print(f"{name} of two halves of {folder}, the floor: {distance(*part):.4f} ({half} and {half} images)")

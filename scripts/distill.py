@@ -7,8 +7,6 @@
 they make of noise. Training, data, files and reports are those of main_flowar.py, with other defaults; the same command goes on.
 --output_dir is a run like any other, which eval.py, scripts/sample.py and load_pipeline sample with --student_steps steps a scale.
 """
-from pathlib import Path
-
 import project_root  # noqa: F401
 
 import torch
@@ -22,7 +20,6 @@ from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
 from util.evaluation.pipeline import saved_sampling
-from util.files import make_directory
 from util.options import (check_geometry, fraction, positive, sampling_options, single_point, training_parser,
                           with_options)
 from util.speed import prepare
@@ -52,13 +49,10 @@ def open_teacher(args):
     for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
-    for name in ("evaluate", "dry_run"):
-        if getattr(args, name):
-            raise FlowARError(f"--{name} is for main_flowar.py: this trains a student")
     path, content = checkpoint.read_model_file(args.resume)
     teacher = load_flowar(path, args.weights)  # the file: of a folder another might be taken
-    if type(teacher) is not FlowAR or any(getattr(args, name) != released for name, released in RELEASED.items()):
-        raise FlowARError(f"{path}: --{', --'.join(RELEASED)}: a distillation is of the released ways alone")
+    if type(teacher) is not FlowAR:
+        raise FlowARError(f"{path}: a distillation is of the released ways alone, without the options of the ablations")
     solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
     return teacher, content, path, solution
 
@@ -72,12 +66,11 @@ def student_options(args, teacher, content, path, solution):
     sampling = dict(num_step=(args.student_steps,), time_grid="uniform", solver=("euler",), cfg=(1.0,), guidance=None, cfg_schedule=None,
                     guidance_low=None, num_step_last=None, num_step_schedule=None, temperature=None)
     origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: content.get("checksum") or file_hash(path)), teacher_sampling=solution)
-    return with_options(args, **known, **sampling, **origin, resume=args.output_dir, weights=None)
+    return with_options(args, **known, **sampling, **origin, **RELEASED, resume=args.output_dir, weights=None)
 
 
 def check_same(args):
     """FlowARError if --output_dir holds the student of another teacher or of other settings of it."""
-    make_directory(Path(args.output_dir))
     if not from_main(lambda: checkpoint.list_checkpoints(args.output_dir)):
         return
     start = checkpoint.find_start(args.resume, args.output_dir)

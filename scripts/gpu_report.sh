@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in ten minutes: checks, speed beside the counted limits, memory -> docs/gpu/<the GPU's name>.md and .json
-# The same command goes on where the last one ended. Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 30
+# What only a GPU can show: checks, speed, memory -> docs/gpu/<the GPU's name>.md and .json. The same command goes on where the last one ended.
+# Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 30
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-exec python scripts/gpu_report.py --checks tests/test_cuda.py --beside tests/plain.py "$@"
+exec python scripts/gpu_report.py "$@"

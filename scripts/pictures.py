@@ -1,4 +1,4 @@
-"""Labelled tables of images."""
+"""Labelled tables of images, and PNGs that carry the settings they were made with."""
 import json
 from pathlib import Path
 
@@ -6,7 +6,6 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from models import FlowARError
-from models.errors import reading
 from util.files import check_output
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
@@ -44,14 +43,14 @@ def stack(*pictures):
 
 
 def check_picture(path):
-    """FlowARError unless a picture can be written at `path`: said before the work, not after it."""
+    """FlowARError unless a picture can be written at `path`, before the work."""
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise FlowARError(f"{path}: no kind of picture ends so, expected .png or the like")
     check_output(path)
 
 
 def png_text(settings):
-    """What Image.save takes as pnginfo: how a picture was made, as JSON in a text chunk."""
+    """What Image.save takes as pnginfo: settings as JSON in a text chunk."""
     info = PngInfo()
     info.add_itxt(SETTINGS, json.dumps(settings))
     return info
@@ -59,19 +58,15 @@ def png_text(settings):
 
 def read_settings(path):
     """What png_text wrote into a PNG, or FlowARError."""
-    with reading(path), Image.open(path, formats=["PNG"]) as image:
-        image.load()
-        found = json.loads(image.info.get(SETTINGS, "null"))
-    if not isinstance(found, dict):
+    with Image.open(path) as image:
+        image.load()  # the chunk may lie behind the pixels
+        settings = image.info.get(SETTINGS)
+    if settings is None:
         raise FlowARError(f"{path}: holds no settings of scripts/sample.py")
-    return found
+    return json.loads(settings)
 
 
 def save(picture, path, settings=None):
     """Write a picture; a PNG carries the settings that it was made with."""
-    text = {"pnginfo": png_text(settings)} if settings and Path(path).suffix.lower() == ".png" else {}
-    try:
-        picture.save(path, **text)
-    except (OSError, ValueError) as error:
-        raise FlowARError(f"{path}: cannot be written ({error})") from error
+    picture.save(path, **({"pnginfo": png_text(settings)} if settings and Path(path).suffix.lower() == ".png" else {}))
     print(path)

@@ -37,7 +37,7 @@ LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsi
 
 
 class Run(NamedTuple):
-    """What is drawn of a run; metric: of the distances (step, value, of MEASURED), None without any."""
+    """What is drawn of a run; metric: name of the distances (step, value, one of MEASURED), None without any."""
     name: str
     groups: dict  # {group of the log: [line]}, by step
     metric: str | None
@@ -58,32 +58,28 @@ def read_run(path):
     """The Run of a folder or a log; FlowARError without a line of training."""
     path = Path(path)
     file = path / "log.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise FlowARError(f"{path}: no log.jsonl there: expected the output folder of a training (its --log_dir, if one was given)")
     groups = {}
-    for line in read_lines(file):  # of a step that is there twice the later line counts
+    for line in read_lines(file):  # of two lines of a step the later one counts
         groups.setdefault(line["group"], {})[line["step"]] = line
     if not groups.get("train"):
         raise FlowARError(f"{file}: no line of training in it: expected a log of main_flowar.py, after --log_freq steps")
     groups = {group: [lines[step] for step in sorted(lines)] for group, lines in groups.items()}
-    metric, distances = distances_of(file.parent, groups.get("eval", ())) if file.name == "log.jsonl" else (None, [])
+    metric, distances = read_distances(file.parent, groups.get("eval", ())) if file.name == "log.jsonl" else (None, [])
     return Run(file.parent.name if file.name == "log.jsonl" else f"{file.parent.name}/{file.name}", groups, metric, distances)
 
 
-def distances_of(folder, logged):
-    """(name, [(step, value, of MEASURED)]) of --online_eval and of eval.py's results.json: the distance that is there most often."""
-    found = {}
+def read_distances(folder, logged):
+    """(name, [(step, value, one of MEASURED)]) of --online_eval and of eval.py's results.json: the distance that is there most often."""
+    distances = {}
     for line in logged:
         for name in filter(is_distance, line):
-            found.setdefault(name, []).append((line["step"], line[name], "in training, EMA"))
+            distances.setdefault(name, []).append((line["step"], line[name], "in training, EMA"))
     for report in reports_of(folder):
         step = STEP.fullmatch(Path(report["checkpoint"]).name)
         for name in filter(is_distance, report["metrics"] if step else ()):
-            found.setdefault(name, []).append((int(step[1]), report[name], f"eval.py, {'raw' if report.get('weights') == 'raw' else 'EMA'}"))
-    if not found:
-        return None, []
-    metric = max(found, key=lambda name: len(found[name]))
-    return metric, sorted(found[metric])
+            distances.setdefault(name, []).append((int(step[1]), report[name], f"eval.py, {'raw' if report.get('weights') == 'raw' else 'EMA'}"))
+    metric = max(distances, key=lambda name: len(distances[name]), default=None)
+    return metric, sorted(distances.get(metric, []))
 
 
 def is_distance(name):
@@ -97,17 +93,12 @@ def thin(steps, values):
     return [sum(steps[part]) / len(steps[part]) for part in parts], [sum(values[part]) / len(values[part]) for part in parts]
 
 
-def label_of(run, runs):
-    """A run's name in a legend, None where it is the only one."""
-    return run.name.replace("$", r"\$") if len(runs) > 1 else None
-
-
-# ---- the panels: each draws on an axis, and says whether there was anything to draw ---------------------------------
+# ---- the panels: each draws on an axis, and returns whether there was anything to draw ------------------------------
 
 
 def draw_loss(axis, runs):
     for run, color in zip(runs, COLORS):
-        axis.plot(*thin(*run.points("train", "loss")), color=color, label=label_of(run, runs))
+        axis.plot(*thin(*run.points("train", "loss")), color=color)
     axis.set(title="Training loss", ylabel="loss")
     logarithmic(axis)
     return True
@@ -115,32 +106,29 @@ def draw_loss(axis, runs):
 
 def draw_scales(axis, runs):
     """One run: a colour for each scale; several: the runs' colours, a style for each scale."""
-    every = sorted({scale for run in runs for scale in run.scales()})
-    shades = matplotlib.colormaps["viridis"].resampled(256)
-    for run, color in zip(runs, COLORS):
-        for scale in run.scales():
-            number = every.index(scale)
-            shade = color if len(runs) > 1 else shades(0.9 * number / max(len(every) - 1, 1))
-            axis.plot(*thin(*run.points("train", f"{SCALE}{scale}")), color=shade, lw=1,
-                      ls=STYLES[number % len(STYLES)] if len(runs) > 1 else "-", label=f"{scale}×{scale}" if len(runs) == 1 else None)
-    handles = [Line2D([], [], color="0.3", ls=STYLES[i % len(STYLES)], label=f"{s}×{s}") for i, s in enumerate(every)] if len(runs) > 1 else None
+    scales = sorted({scale for run in runs for scale in run.scales()})
+    shades, handles = matplotlib.colormaps["viridis"].resampled(256), []
+    for number, scale in enumerate(scales):
+        style = STYLES[number % len(STYLES)] if len(runs) > 1 else "-"
+        for run, color in zip(runs, COLORS):
+            shade = color if len(runs) > 1 else shades(0.9 * number / max(len(scales) - 1, 1))
+            axis.plot(*thin(*run.points("train", f"{SCALE}{scale}")), color=shade, lw=1, ls=style)
+        handles.append(Line2D([], [], color="0.3" if len(runs) > 1 else shade, ls=style, label=f"{scale}×{scale}"))
     axis.set(title="Training loss of each scale", ylabel="loss, unweighted")
     logarithmic(axis)
-    if every:
-        axis.legend(handles=handles, ncols=2 if len(every) > 3 else 1, handlelength=2.4)
-    return bool(every)
+    axis.legend(handles=handles, ncols=2 if len(scales) > 3 else 1, handlelength=2.4)
+    return bool(scales)
 
 
 def draw_validation(axis, runs):
+    styles = {"val": dict(ls="--", marker="o", mfc="white", ms=3.5), "val_ema": dict(ls="-", marker="s", ms=3.5)}
     for run, color in zip(runs, COLORS):
-        for group, style in (("val", dict(ls="--", marker="o", mfc="white")), ("val_ema", dict(ls="-", marker="s"))):
-            axis.plot(*run.points(group, "loss"), color=color, ms=3.5, **style)
-    handles = [Line2D([], [], color=COLORS[0] if len(runs) == 1 else "0.3", ms=3.5, label=label, **style) for label, style in (
-        ("raw", dict(ls="--", marker="o", mfc="white")), ("EMA", dict(ls="-", marker="s")))]
+        for group, style in styles.items():
+            axis.plot(*run.points(group, "loss"), color=color, **style)
     axis.set(title="Validation loss", ylabel="loss")
-    axis.legend(handles=handles)
+    axis.legend(handles=[Line2D([], [], color="0.3", label=label, **style) for label, style in zip(("raw", "EMA"), styles.values())])
     logarithmic(axis)
-    return any(run.groups.get(group) for run in runs for group in ("val", "val_ema"))
+    return any(run.groups.get(group) for run in runs for group in styles)
 
 
 def draw_rate(axis, runs):
@@ -170,17 +158,11 @@ def draw_distance(axis, runs):
             if points:
                 kinds.add(kind)
                 axis.plot(*zip(*points), color=color, ms=4, **style)
-    axis.set(title=distance_title(metric), ylabel="FID" if metric == "fid" else "distance", ylim=(0, None))
+    axis.set(title=str(metric).replace("_distance_", " distance\n").replace("_", " "), ylabel="distance", ylim=(0, None))
     if len(kinds) > 1:
         shown = [(kind, style) for kind, style in MEASURED.items() if kind in kinds]
         axis.legend(handles=[Line2D([], [], color="0.3", ms=4, label=kind, **style) for kind, style in shown])
     return bool(kinds)
-
-
-def distance_title(metric):
-    """'frechet_distance_efficientnet_lite0' -> two lines of words."""
-    name, _, features = (metric or "").partition("_distance_")
-    return f"Fréchet distance\nin {features.replace('_', '-')} features" if name == "frechet" and features else "FID" if metric == "fid" else metric
 
 
 def logarithmic(axis):
@@ -199,7 +181,7 @@ PANELS = draw_loss, draw_scales, draw_validation, draw_rate, draw_speed, draw_di
 def draw(runs):
     """A Figure 7 inches wide, of the panels for which there is something; runs: of read_run."""
     if len(runs) > len(COLORS):
-        raise FlowARError(f"{len(runs)} runs: expected at most {len(COLORS)}, more colours cannot be told apart")
+        raise FlowARError(f"{len(runs)} runs: expected at most {len(COLORS)}, the number of colours")
     with matplotlib.rc_context(LOOK):
         trial = Figure().subplots(1, len(PANELS))
         panels = [panel for panel, axis in zip(PANELS, trial) if panel(axis, runs)]
@@ -215,45 +197,34 @@ def draw(runs):
             axis.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
             axis.set_xlim(0, None)
         if len(runs) > 1:
-            handles = [Line2D([], [], color=color, label=label_of(run, runs)) for run, color in zip(runs, COLORS)]
+            handles = [Line2D([], [], color=color, label=run.name.replace("$", r"\$")) for run, color in zip(runs, COLORS)]
             figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4))
     return figure
 
 
 def save(figure, path):
     """A picture of the kind that the file's name ends with."""
-    try:
-        with matplotlib.rc_context(LOOK):
-            figure.savefig(path, dpi=200)
-    except (OSError, ValueError) as error:
-        raise FlowARError(f"{path}: cannot be written ({error})") from error
-
-
-def picture(text):
-    if Path(some_path(text)).suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a file that ends with .png, .pdf or .svg")
-    return text
+    with matplotlib.rc_context(LOOK):
+        figure.savefig(path, dpi=200)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=some_path, help="output folders of trainings, or their log.jsonl")
-    parser.add_argument("--output", type=picture, help="PNG, PDF or SVG; default: plot_run.png in the first run's folder")
+    parser.add_argument("--output", type=some_path, help="PNG, PDF or SVG; default: plot_run.png in the first run's folder")
     return parser.parse_args()
-
-
-def name_apart(runs, paths):
-    """The runs, with their folders' paths for names where two are called the same."""
-    names = [run.name for run in runs]
-    return [run if names.count(run.name) == 1 else run._replace(name=str(path)) for run, path in zip(runs, paths)]
 
 
 def main():
     args = parse_args()
     first = Path(args.runs[0])
     output = args.output or (first if first.is_dir() else first.parent) / "plot_run.png"
+    runs = list(map(read_run, args.runs))
+    names = [run.name for run in runs]
+    for i, path in enumerate(args.runs):  # folders of one name by their paths
+        runs[i] = runs[i] if names.count(names[i]) == 1 else runs[i]._replace(name=path)
     check_output(output)
-    save(draw(name_apart(list(map(read_run, args.runs)), args.runs)), output)
+    save(draw(runs), output)
     print(output)
 
 

@@ -4,7 +4,7 @@
     python scripts/posthoc_ema.py --resume output/run --width 0.03,0.05,0.1 --output output/widths
 
 The width is relative: an EMA of 0.07 averages over 7 % of the training, by a power of the step. Those of 0.05 and 0.10 were tracked; any other
-is made of their snapshots in the run's folder, by least squares over the profiles, and the error of its profile is said. eval.py,
+is made of their snapshots in the run's folder, by least squares over the profiles; a line has the error of its profile. eval.py,
 scripts/sample.py, load_flowar and load_pipeline take the file as any weights, with the run's settings of sampling, class names and VAE.
 """
 import argparse
@@ -36,34 +36,21 @@ def parse_args():
     return parser.parse_args()
 
 
-def read_averages(path, content, wanted):
-    """{(step, width): {name: tensor}} of a checkpoint and of the snapshots beside it, up to the step that is wanted; memory-mapped."""
-    step = content.get("progress", {}).get("step")
-    if type(step) is not int or "posthoc" not in content:
-        raise FlowARError(f"{path}: it has no averages to rebuild others from: expected a checkpoint of a training with --posthoc_ema")
-    if wanted > step:
-        raise FlowARError(f"--step {wanted}: {path} is of step {step}")
-    found = averages_of({"step": step, "posthoc": content["posthoc"]}, path)  # float32: of one step they are taken
-    shapes = shapes_of(next(iter(found.values())))
+def read_averages(path, content, step):
+    """{(step, width): {name: tensor}} of a checkpoint and of the snapshots beside it, up to a step; memory-mapped."""
+    averages = averages_of({"step": content["progress"]["step"], "posthoc": content["posthoc"]})  # float32: they come first
+    shapes = shapes_of(next(iter(averages.values())))
     for file in numbered(path.parent, "posthoc"):
-        if step_of(file) <= wanted:
-            said = read_file(file, mmap=True)
-            averages = averages_of(said, file)
-            if any(shapes_of(tensors) != shapes for tensors in averages.values()):
+        if step_of(file) <= step:
+            snapshot = read_file(file, mmap=True)
+            if any(shapes_of(tensors) != shapes for tensors in averages_of(snapshot).values()):
                 raise FlowARError(f"{file}: its tensors are not those of {path}, as if of another model: move it away")
-            found = {**averages, **found}
-    return {key: tensors for key, tensors in found.items() if key[0] <= wanted}
+            averages = {**averages_of(snapshot), **averages}
+    return {key: tensors for key, tensors in averages.items() if key[0] <= step}
 
 
-def averages_of(said, file):
-    """Those of a snapshot, or of what a checkpoint says in its place."""
-    try:
-        found = {(said["step"], width): said["posthoc"][f"{width:g}"] for width in POWER_WIDTHS}
-        if type(said["step"]) is int and all(map(shapes_of, found.values())):
-            return found
-    except (KeyError, TypeError, AttributeError, IndexError):
-        pass
-    raise FlowARError(f"{file}: it is no snapshot of --posthoc_ema, with a step and averages of widths {POWER_WIDTHS}: move it away")
+def averages_of(snapshot):
+    return {(snapshot["step"], width): snapshot["posthoc"][f"{width:g}"] for width in POWER_WIDTHS}
 
 
 def combine(averages, factors):
@@ -75,19 +62,25 @@ def combine(averages, factors):
 def rebuild(path, content, averages, step, width, limit):
     """Content of a file with the EMA of a width: with what the checkpoint knows besides its weights."""
     factors, error = rebuild_power(list(averages), (step, width))
-    made = "tracked" if error == 0 else f"of {len(averages)} averages, error of its profile {error:.2%}"
+    source = "tracked" if error == 0 else f"of {len(averages)} averages, error of its profile {error:.2%}"
     if error > limit:
-        raise FlowARError(f"--width {width} at step {step}: {made}, more than {limit:.0%}: give another (those between 0.05 and 0.1 are "
-                          "made best), train with more snapshots (a smaller --posthoc_ema), or accept it with --largest_error")
-    log(f"{path}: width {width} at step {step}: {made}")
-    tensors = find_model(content, path, "raw first").tensors
-    said = {name: content[name] for name in ("args", "images", "data", "vae") if name in content}
-    return {**said, "model_ema": {**tensors, **combine(averages.values(), factors)}, "profile": {"width": width, "step": step, "error": error}}
+        raise FlowARError(f"--width {width} at step {step}: {source}, more than {limit:.0%}: give another (between 0.05 and 0.1 the error is "
+                          "smallest), train with more snapshots (a smaller --posthoc_ema), or accept it with --largest_error")
+    log(f"{path}: width {width} at step {step}: {source}")
+    known = {name: content[name] for name in ("args", "images", "data", "vae") if name in content}
+    tensors = {**find_model(content, path, "raw first").tensors, **combine(averages.values(), factors)}
+    return {**known, "model_ema": tensors, "profile": {"width": width, "step": step, "error": error}}
 
 
 def main():
     args = parse_args()
     path, content = read_model_file(args.resume)
+    last = content.get("progress", {}).get("step")
+    if last is None or "posthoc" not in content:
+        raise FlowARError(f"{path}: it has no averages to rebuild others from: expected a checkpoint of a training with --posthoc_ema")
+    step = args.step or last
+    if step > last:
+        raise FlowARError(f"--step {step}: {path} is of step {last}")
     folder = Path(args.output or path.parent)
     files = {width: folder / f"ema_width{width}.pth" for width in args.width}
     if args.output and len(files) == 1:
@@ -96,7 +89,6 @@ def main():
         check_output(file)
         if file.exists():
             raise FlowARError(f"{file}: is there already: give another --output, or remove it")
-    step = args.step or content.get("progress", {}).get("step") or 0
     averages = read_averages(path, content, step)
     with torch.no_grad():
         for width, file in files.items():

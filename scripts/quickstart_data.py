@@ -11,13 +11,8 @@ import gzip
 import shutil
 from pathlib import Path
 
-import project_root  # noqa: F401
-
 import numpy as np
 from PIL import Image
-
-from models import FlowARError
-from util.cluster import run_main
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -76,7 +71,7 @@ def write_images(folder, classes, images, labels, limit):
     """The first `limit` images of each class; returns how many there are."""
     written = [0] * len(classes)
     for label, name in enumerate(classes):
-        (folder / f"{label}_{name}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{label}_{name}").mkdir(parents=True)
     for i, (image, label) in enumerate(zip(images, labels)):
         if written[label] < limit:
             to_rgb(image).save(folder / f"{label}_{classes[label]}" / f"{i:05d}.png", compress_level=1)
@@ -86,25 +81,18 @@ def write_images(folder, classes, images, labels, limit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", required=True, help="folder to make")
-    output = Path(parser.parse_args().output)
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    output = parser.parse_args().output
     if output.is_dir():
         print(f"{output} is there already")
         return
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     name, classes, splits = load_images(output.parent / "download")
-    counts = {}
-    try:
-        for split, (images, labels) in splits.items():
-            counts[split] = write_images(temporary / split, classes, images, labels, LIMITS[split])
-        temporary.rename(output)
-    except OSError as error:
-        raise FlowARError(f"{output}: cannot be written ({error})") from error
+    counts = {split: write_images(temporary / split, classes, *arrays, LIMITS[split]) for split, arrays in splits.items()}
+    temporary.rename(output)
     print(f"{name}: {counts['train']} training and {counts['val']} test images in {output}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

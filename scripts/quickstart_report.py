@@ -1,8 +1,8 @@
-"""The quickstart's last stage: is it any good? Classifier accuracy, distances with their floor, loss curve, table.
+"""The quickstart's last stage, how good it is: classifier accuracy, distances with their floor, loss curve, table.
 
-A small convolutional classifier is trained on the real training images. On the generated ones it must find the label
-that was asked for. Distances to the test split have a floor, that of as many real training images, and a limit of the
-VAE, that of the test images encoded and decoded.
+A small convolutional classifier is trained on the real training images. On the generated ones it must find the label they were drawn for.
+Distances to the test split have a floor, that of as many real training images, and a limit of the VAE, that of the test images encoded and
+decoded.
 """
 import argparse
 from pathlib import Path
@@ -16,8 +16,6 @@ from torch import nn
 
 from scripts import plot_run
 from scripts.distance import distance, through_vae
-from models import FlowARError
-from models.errors import reading
 from models.vaes import load_vae
 from models.weights import read_file, write_file
 from util.data import list_images
@@ -86,8 +84,7 @@ def get_classifier(root, device):
     classes = len(list_images(root / "images" / "train").classes)
     network = classifier(classes)
     if path.is_file():
-        with reading(path):
-            network.load_state_dict(read_file(path))
+        network.load_state_dict(read_file(path))
         return network.to(device).eval()
     log(f"training the classifier that looks for the labels: {STEPS} steps of {BATCH} images")
     images, labels, _ = real_images(root / "images" / "train")
@@ -99,10 +96,7 @@ def get_classifier(root, device):
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
-    results_path = root / "eval" / "results.json"
-    if not results_path.is_file():
-        raise FlowARError(f"{results_path}: no such file; run eval.py first (scripts/quickstart.sh does)")
-    results = read_report(results_path)
+    results = read_report(root / "eval" / "results.json")
     plot_run.save(plot_run.draw([plot_run.read_run(root / "run")]), root / "loss.png")
     network = get_classifier(root, device)
     extractor = build_extractor(results["feature_extractor"].split(",")[0], None, device)
@@ -111,11 +105,11 @@ def main():
     test, test_labels, classes = real_images(root / "images" / "val", count)
     train, train_labels, _ = real_images(root / "images" / "train", count)
     files = [root / "eval" / "images" / f"{i:06d}.png" for i in range(count)]
-    asked = torch.tensor([image_label(i, count, classes) for i in range(count)])
+    labels_drawn = torch.tensor([image_label(i, count, classes) for i in range(count)])
     # what a perfect generator of latents could reach
     decoded = through_vae(load_vae(root / "vae.pth").to(device))(test.to(device)).cpu()
     rows = {
-        "generated": (load_uint8(files), asked),
+        "generated": (load_uint8(files), labels_drawn),
         "test images through the VAE": (decoded, test_labels),
         "training images (the floor)": (train, train_labels),
     }
@@ -124,8 +118,8 @@ def main():
     summary["test images"] = {"classifier_accuracy": accuracy(network, gray(test), test_labels, device)}
     write_json({"images": count, **summary}, root / "summary.json")
     table = [f"| {count} images | classifier finds the label | {name} to the test split |", "|---|---|---|"]
-    table += [f"| {row} | {found['classifier_accuracy']:.1%} | {format(found[name], '.1f') if name in found else ''} |"
-              for row, found in summary.items()]
+    table += [f"| {row} | {values['classifier_accuracy']:.1%} | {format(values[name], '.1f') if name in values else ''} |"
+              for row, values in summary.items()]
     write_bytes(("\n".join(table) + "\n").encode(), root / "results.md")
     print("\n".join(table))
 

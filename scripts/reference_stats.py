@@ -1,7 +1,7 @@
-"""Statistics of a folder of images for --fid_stats: mu and sigma in one feature extractor or several, in an .npz that says what it is.
+"""Statistics of a folder of images for --fid_stats: mu and sigma in one feature extractor or several, in an .npz that names them.
 
 With --keep_features also the features, which KID, precision and recall need. Of class folders also how many images each
-has: an evaluation says if its own are of another mix. With --held_out also the distance of those images, which FDr needs:
+has: an evaluation warns if its own are of another mix. With --held_out also the distance of those images, which FDr needs:
 
     torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
     torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/train --held_out imagenet/val \
@@ -37,28 +37,28 @@ def parse_args():
     return parser.parse_args()
 
 
-def describe(found, extractor, held_out):
+def describe(reference, extractor, held_out):
     """What a file holds of one extractor, of FolderFeatures in it; held_out: those of the held-out images, or None."""
-    content = {**found.statistics, "feature_extractor": extractor.name,
+    content = {**reference.statistics, "feature_extractor": extractor.name,
                "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize}
-    if found.features is not None:
-        content["features"] = np.asarray(found.features, dtype=np.float32)
+    if reference.features is not None:
+        content["features"] = np.asarray(reference.features, dtype=np.float32)
     if held_out is not None:
-        warn_of_few(min(found.count, held_out.count), extractor)
-        content["held_out"] = np.array([frechet_distance(held_out.statistics, found.statistics), held_out.count], dtype=np.float64)
+        warn_of_few(min(reference.count, held_out.count), extractor)
+        content["held_out"] = np.array([frechet_distance(held_out.statistics, reference.statistics), held_out.count], dtype=np.float64)
     return content
 
 
-def save_statistics(path, found, joint, held_out=None):
+def save_statistics(path, reference, joint, held_out=None):
     """Write FolderFeatures of a Joint of extractors, with the features if they were kept, and their description to an
     .npz; see OWN of util.evaluation.references. held_out: those of other images, or None.
     """
-    content = {"feature_extractor": joint.name, "num_images": found.count, "img_size": found.img_size,
-               "left_out": sum(found.listing.left_out.values())}
-    if found.classes:
-        content.update(classes=np.array(list(found.classes)), class_counts=np.array(list(found.classes.values())))
+    content = {"feature_extractor": joint.name, "num_images": reference.count, "img_size": reference.img_size,
+               "left_out": sum(reference.listing.left_out.values())}
+    if reference.classes:
+        content.update(classes=np.array(list(reference.classes)), class_counts=np.array(list(reference.classes.values())))
     others = held_out.split(joint) if held_out else [None] * len(joint.parts)
-    for extractor, part, other in zip(joint.parts, found.split(joint), others):
+    for extractor, part, other in zip(joint.parts, reference.split(joint), others):
         suffix = extractor.suffix if len(joint.parts) > 1 else ""
         content.update({name + suffix: value for name, value in describe(part, extractor, other).items()})
     with writing(path) as file:
@@ -79,11 +79,11 @@ def main():
     options = dict(crop=args.img_size is not None, background=args.background)
     held_out = others and folder_features(others, joint, device, args.img_size, keep=False, **options)  # first: they are fewer
     size = args.img_size or cluster.from_main(lambda: held_out and held_out.img_size)
-    found = folder_features(listing, joint, device, size, keep=args.keep_features, **options)
-    if found is None:
+    reference = folder_features(listing, joint, device, size, keep=args.keep_features, **options)
+    if reference is None:
         return
-    save_statistics(args.output, found, joint, held_out)
-    print(f"{args.output}: {found.count} images of {args.ref_images}, {found.img_size} pixels, in {joint.name} features")
+    save_statistics(args.output, reference, joint, held_out)
+    print(f"{args.output}: {reference.count} images of {args.ref_images}, {reference.img_size} pixels, in {joint.name} features")
 
 
 if __name__ == "__main__":

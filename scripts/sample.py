@@ -4,7 +4,7 @@
     python scripts/sample.py --resume released:flowar_small --labels "golden retriever,207" --seeds 0-7 --grid --strip
     python scripts/sample.py --resume output/quickstart/run --labels 7_sneaker --variations --keep_scales 2
 
-A PNG holds the settings that it was made with: --again PICTURE makes it once more.
+A PNG holds its settings: --again PICTURE draws it again.
 """
 import argparse
 import re
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import project_root  # noqa: F401
 
-from scripts.pictures import check_picture, draw_table, read_settings, save
 from models import FlowARError
+from scripts.pictures import check_picture, draw_table, read_settings, save
 from util.cluster import run_main, select_device
 from util.data import center_crop, list_images, open_image
 from util.evaluation.pipeline import open_pipeline
@@ -32,22 +32,12 @@ KINDS = {  # option: what it draws
 FILES = (*KINDS, "inpaint", "folder")
 
 
-def names_or_numbers(text):
-    parts = tuple(part.strip() for part in text.split(","))
-    if not all(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: nothing between two commas, expected names or numbers")
-    return parts
-
-
 def seed_list(text):
     """'0-15' or '1,4,9-11' -> (0, 1, ..., 15)."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 0-15, or 1,4,9")
     parts = [part.partition("-") for part in text.split(",")]
-    found = tuple(value for first, _, last in parts for value in range(seed(first), seed(last or first) + 1))
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} holds no number: expected 0-15, or 1,4,9")
-    return found
+    return tuple(value for first, _, last in parts for value in range(seed(first), seed(last or first) + 1))
 
 
 def make_parser():
@@ -57,7 +47,7 @@ def make_parser():
     parser.add_argument("--inpaint", nargs="+", metavar=("IMAGE MASK", "FILE"),
                         help="--per_class images with the white parts of MASK drawn anew, to FILE (inpaint.png)")
     parser.add_argument("--folder", help="folder for single pictures of the grid, <label>-<seed or number>.png")
-    parser.add_argument("--labels", type=names_or_numbers, help="classes, by number or name; default: the first 10 that had training images")
+    parser.add_argument("--labels", type=lambda text: text.split(","), help="classes, by number or name; default: the first 10 that had training images")
     parser.add_argument("--seeds", type=seed_list, help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
     parser.add_argument("--per_class", type=positive, default=8, help="samples of each class")
     parser.add_argument("--keep_scales", type=count, help="scales that --variations and --edit keep; default: 3, or all but one of fewer")
@@ -70,36 +60,32 @@ def parse_args():
     """(options, the words that ask for them). Of --again: those of one picture, then the words that are given."""
     again = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     again.add_argument("--again")
-    (picture, words), args = again.parse_known_args(), None
+    (picture, words), before, args = again.parse_known_args(), [], None
     if picture.again:
-        said = read_settings(picture.again)
-        before, commit = list(map(str, said.get("command", []))), code_version()
-        if said.get("commit") != commit:
-            print(f"{picture.again}: drawn by commit {said.get('commit')}, this is {commit}")
+        settings = read_settings(picture.again)
+        before, kind = settings["command"], settings["picture"]
+        if settings.get("commit") != (commit := code_version()):
+            print(f"{picture.again}: drawn by commit {settings.get('commit')}, this is {commit}")
         args = make_parser().parse_args(before)
-        for kind in {*FILES} - {said.get("picture")}:
-            setattr(args, kind, None)
-        if said.get("picture") == "folder" and "seed" in said:  # that picture alone
-            args.labels, args.seeds = (str(said["label"]),), (said["seed"],)
-        words, args = before + words, make_parser().parse_args(words, args)
-    args = args or make_parser().parse_args(words)
+        for other in {*FILES} - {kind}:
+            setattr(args, other, None)
+        if kind == "folder" and "seed" in settings:  # that picture alone
+            args.labels, args.seeds = [str(settings["label"])], (settings["seed"],)
+    args = make_parser().parse_args(words, args)
     if not any(getattr(args, kind) for kind in FILES):
         args.grid = "grid.png"
     if args.inpaint and len(args.inpaint) not in (2, 3):
         raise FlowARError(f"--inpaint has {len(args.inpaint)} values: expected IMAGE MASK, or IMAGE MASK FILE")
-    return single_point(args), words
+    return single_point(args), before + words
 
 
 def outputs(args):
-    """{kind: file to write}; FlowARError for what cannot be written, or two of one name."""
+    """{kind: file to write}; FlowARError for what cannot be written, before the work."""
     files = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
     if args.inpaint:
         files["inpaint"] = [*args.inpaint, "inpaint.png"][2]
-    for kind, file in files.items():
+    for file in files.values():
         check_picture(file)
-        same = [other for other in files if Path(files[other]).resolve() == Path(file).resolve()]
-        if len(same) > 1:
-            raise FlowARError(f"--{same[0]} and --{same[1]} are one file, {file}: give two")
     if args.folder:
         make_directory(Path(args.folder))
     return files
@@ -111,14 +97,6 @@ def name_the_classes(pipe, folder):
     if len(names) > len(pipe.names):
         raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {len(pipe.names)} classes")
     pipe.names[:len(names)] = names
-
-
-def find_labels(pipe, asked):
-    """Labels of --labels, by default the first 10 that had training images."""
-    try:
-        return [pipe.label(one) for one in asked or pipe.classes.sampled()[:10].tolist()]
-    except FlowARError as error:
-        raise FlowARError(f"--labels: {error}") from error
 
 
 def samples(pipe, labels, args):
@@ -148,8 +126,6 @@ def draw(kind, pipe, labels, args):
         return [pipe.interpolate(first, start, args.seeds[-1], args.per_class)], names[:1], []
     if kind == "edit":
         edited = [pipe.edit(first, label, args.keep_scales, seed=start)[0] for label in labels[1:]]
-        if not edited:
-            raise FlowARError("--edit needs two classes or more: --labels FROM,TO")
         return [[pipe(first, seed=start)[0], *edited]], [""], names
     image, mask = map(open_image, args.inpaint[:2])
     size = pipe.sampler.model.img_size
@@ -163,18 +139,18 @@ def main():
     pipe = open_pipeline(args, select_device(args.device), identify=True)
     if args.class_names:
         name_the_classes(pipe, args.class_names)
-    labels = find_labels(pipe, args.labels)
-    made = {**pipe.settings(), "commit": code_version(), "command": words}
+    labels = [pipe.label(label.strip()) for label in args.labels or map(str, pipe.classes.sampled()[:10])]
+    settings = {**pipe.settings(), "commit": code_version(), "command": words}
     for kind, file in files.items():
         rows, names, titles = draw(kind, pipe, labels, args)
-        save(draw_table(rows, names, titles), file, {**made, "picture": kind})
+        save(draw_table(rows, names, titles), file, {**settings, "picture": kind})
     if args.folder:
         rows, _ = samples(pipe, labels, args)
-        numbers = args.seeds or range(args.per_class)
+        kind, numbers = ("seed", args.seeds) if args.seeds else ("number", range(args.per_class))
         for label, row in zip(labels, rows):
             for number, image in zip(numbers, row):
-                one = {"picture": "folder", "label": label, "class_name": pipe.names[label], **({"seed": number} if args.seeds else {"number": number})}
-                save(image, Path(args.folder) / f"{label:04d}-{number:04d}.png", {**made, **one})
+                one = {"picture": "folder", "label": label, "class_name": pipe.names[label], kind: number}
+                save(image, Path(args.folder) / f"{label:04d}-{number:04d}.png", {**settings, **one})
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 The loss is L1 + MSE reconstruction plus a weighted KL term; there is no adversarial or perceptual part, so this is
 for small images and demonstrations, not a replacement for KL-16. The latent scale and shift are measured at the end
-and stored in the file. A run that was killed goes on from its last snapshot (`<output>.training`); a finished one is
-trained further, with a new schedule, by --resume.
+and stored in the file. The same command resumes a run that was killed at its last snapshot (`<output>.training`); --resume trains a finished
+VAE further, with a new schedule.
 
     python scripts/train_vae.py --data_path images --output vae.pth --img_size 32 --ch_mult 1,2,2 --embed_dim 4
 """
 import argparse
 import itertools
 import math
-import reprlib
 import time
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import AutoencoderKL, FlowARError
-from models.errors import first_line, name_some
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from models.weights import load_state, read_file, write_file
@@ -31,7 +29,7 @@ from util.data import Images, build_loader, find_split, to_uint8
 from util.cluster import autocast, run_main, select_device, set_precision
 from util.evaluation.store import write_png
 from util.files import check_output
-from util.options import between, color, integer_list, pixels, positive, real, seed, some_path, workers
+from util.options import color, count, integer_list, pixels, positive, real, seed, some_path, workers
 
 LEARNING = ("resume", "img_size", "crop", "flip", "steps", "batch_size", "lr", "kl_weight", "seed", "background")
 SNAPSHOT_STEPS = 200
@@ -52,7 +50,7 @@ def parse_args():
     parser.add_argument("--embed_dim", type=positive, default=4, help="latent channels")
     parser.add_argument("--ch", type=positive, default=32, help="base width, a multiple of 4")
     parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
-    parser.add_argument("--num_res_blocks", type=between(int, 0, 32), default=1, help="residual blocks a level")
+    parser.add_argument("--num_res_blocks", type=count, default=1, help="residual blocks a level")
     parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
     parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
     parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps")
@@ -106,29 +104,19 @@ def train(vae, data, args, device, precision):
 
 
 def resume(vae, optimizer, snapshot, record):
-    """Load a snapshot if there is one; the number of steps done. What is learned otherwise than before is said."""
+    """Load a snapshot if there is one; the number of steps done. A line names the options that differ from before."""
     if not snapshot.is_file():
         return 0
     content = read_file(snapshot)
-    try:
-        load_state(vae, content["model"], snapshot)
-        own = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": own})
-        for parameter, state in optimizer.state.items():
-            if any(state[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")) or state["step"].ndim:
-                raise ValueError("moments of other shapes than the parameters")
-        step = content["step"]
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step is {reprlib.repr(step)}")
-        before = dict(content.get("record", {}))
-        if before.get("resume", record.get("resume")) != record.get("resume"):
-            raise ValueError(f"it began with --resume {before['resume']}, now it is {record.get('resume')}")
-        changed = [f"{name} {before[name]} -> {value}" for name, value in record.items()
-                   if name in before and repr(before[name]) != repr(value)]
-    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise FlowARError(f"{snapshot}: snapshot of another configuration ({first_line(error)}); remove it to start again") from error
-    print(f"going on from {snapshot}, step {step}" + (f", with other options or data than before: {', '.join(changed)}" if changed else ""))
-    return step
+    before = content["record"]
+    if before["resume"] != record["resume"]:
+        raise FlowARError(f"{snapshot}: it began with --resume {before['resume']}, now it is {record['resume']}: remove it to start again")
+    load_state(vae, content["model"], snapshot)
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": own})
+    changed = [f"{name} {before[name]} -> {value}" for name, value in record.items() if before.get(name) != value]
+    print(f"resumes {snapshot} at step {content['step']}" + (f", with other options or data than before: {', '.join(changed)}" if changed else ""))
+    return content["step"]
 
 
 def batches(loader, first):
@@ -169,62 +157,34 @@ def evaluate(vae, data, args, device):
     return torch.cat(psnr).mean().item()
 
 
-def open_images(args):
-    """(training images, held-out images or None)."""
-    train = find_split(args.data_path, "train")
-    data = Images(train, args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
+def main():
+    args = parse_args()
+    device, output, start = select_device(args.device), Path(args.output), time.time()
+    precision = set_precision(args.precision, device)
+    check_output(output)
+    same = args.resume and Path(args.resume).is_file() and output.is_file() and Path(args.resume).samefile(output)
+    if output.is_file() and not same and not Path(f"{output}.training").is_file():
+        raise FlowARError(f"{output}: a file is there already: train it further with --resume {output}, choose another --output, or remove it")
+    data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
                   background=args.background)
     print(data.summary())
-    try:
-        return data, None if args.no_val else Images(find_split(args.data_path, "val"), args.img_size,
-                                                          background=args.background)
-    except FlowARError as error:
-        print(f"warning: no PSNR on held-out images: {error}; mend it, or leave it out with --no_val", flush=True)
-        return data, None
-
-
-def build_vae(args):
-    """A new VAE of the options, or that of --resume."""
+    val = None if args.no_val else find_split(args.data_path, "val", needed=False)
+    held_out = val and Images(val, args.img_size, background=args.background)
     if args.resume:
         vae = load_vae(args.resume).train().requires_grad_(True)
         print(f"training {args.resume} further: {vae.embed_dim} channels, stride {vae.stride}; its sizes replace the options'")
-        return vae
-    torch.manual_seed(args.seed)
-    return AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
-
-
-def refuse_overwriting(output, resume):
-    """FlowARError if a finished VAE would be lost."""
-    same = resume and Path(resume).is_file() and output.is_file() and Path(resume).samefile(output)
-    if output.is_file() and not same and not Path(f"{output}.training").is_file():
-        raise FlowARError(f"{output}: a file is there already, which this run would overwrite: train it further with --resume "
-                          f"{output}, choose another --output, or remove it")
-
-
-def main():
-    args = parse_args()
-    device = select_device(args.device)
-    precision = set_precision(args.precision, device)
-    output = Path(args.output)
-    check_output(output)
-    refuse_overwriting(output, args.resume)
-    data, held_out = open_images(args)
-    vae = build_vae(args)
+    else:
+        torch.manual_seed(args.seed)
+        vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
     if args.img_size % vae.stride:
-        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} "
-                          f"({len(args.ch_mult)} levels)")
-    vae.to(device)
-    start = time.time()
-    train(vae, data, args, device, precision)
+        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} ({len(args.ch_mult)} levels)")
+    train(vae.to(device), data, args, device, precision)
     vae.eval()
-    bad = [name for name, value in vae.state_dict().items() if not value.isfinite().all()]
-    if bad:
-        raise FlowARError(f"the VAE's weights are not finite ({name_some(bad, 2)}): lower --lr, or use --precision fp32; nothing was "
-                          "written")
+    if not all(value.isfinite().all() for value in vae.state_dict().values()):
+        raise FlowARError("the VAE's weights are not finite: lower --lr, or use --precision fp32; nothing was written")
     vae.latent_scale = measure_latent_scale(vae, data, args, device)
     psnr = evaluate(vae, held_out or data, args, device)
     save_vae(vae, output)
-    load_vae(output)
     Path(f"{output}.training").unlink(missing_ok=True)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{output}: {parameters:,} parameters, stride {vae.stride}, {vae.embed_dim} channels, latent scale "

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import threading
 import time
 import urllib.request
@@ -81,25 +80,20 @@ def test_steps_of_ones_own_are_not_annealed_to_the_checkpoints(pipe):
 
 @pytest.mark.parametrize("change,message", [
     (dict(label="zebra"), "'zebra': no class of this name"), (dict(label="10"), "label 10: the model has classes 0..9"),
-    (dict(label=None), "Class is empty"), (dict(label=[3]), "no class of this name"),
-    (dict(first_seed=-1), "Seed: -1 is out of range"), (dict(first_seed=None), "Seed is empty"),
-    (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
-    (dict(count=17), "Images: 17 is out of range"),
-    (dict(cfg=0.5), "Guidance scale: 0.5 is out of range"),
-    (dict(cfg=float("nan")), "Guidance scale: nan is not finite"),
+    (dict(first_seed=-1), "Seed: -1 is out of range"), (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
+    (dict(count=17), "Images: 17 is out of range"), (dict(cfg=0.5), "Guidance scale: 0.5 is out of range"),
     (dict(guidance="all"), "Guidance interval: 'all' is not a number"), (dict(steps=0), "Steps: 0 is out of range"),
-    (dict(solver="rk9"), "Solver: 'rk9' is unknown"),
-    (dict(precision="tf32"), "Precision is 'tf32': expected one of fp32, bf16, fp16")])
+    (dict(solver="rk9"), "Solver: 'rk9' is unknown")])
 def test_bad_values_are_named(pipe, change, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         asked(pipe, **change)
 
 
-@pytest.mark.parametrize("drawn,keep,message", [(None, 1, "no image to vary"),
-                                                (True, 4, "Scales to keep: 4 is out of range")])
-def test_bad_variations_are_named(pipe, drawn, keep, message):
-    with pytest.raises(FlowARError, match=message):
-        app.vary(pipe, drawn and app.draw(pipe, asked(pipe, count=1), ignore), keep, 3, ignore)
+def test_bad_variations_are_named(pipe):
+    with pytest.raises(FlowARError, match="no image to vary"):
+        app.vary(pipe, None, 1, 3, ignore)
+    with pytest.raises(FlowARError, match="Scales to keep: 4 is out of range"):
+        app.vary(pipe, app.draw(pipe, asked(pipe, count=1), ignore), 4, 3, ignore)
 
 
 def test_progress_rises_over_scales_and_images(pipe):
@@ -111,7 +105,7 @@ def test_progress_rises_over_scales_and_images(pipe):
 
 def test_a_downloaded_picture_can_be_made_again(pipe, words, tmp_path, monkeypatch):
     drawn = app.draw(pipe, asked(pipe), ignore)._replace(chosen=1)
-    file = app.write_picture(tmp_path, drawn.pictures[1], app.settings_of(pipe, drawn.asked, 6, words), "0003-0006")
+    file = app.write_picture(tmp_path, drawn.pictures[1], app.settings_of(pipe, drawn.request, 6, words), "0003-0006")
     said = read_settings(file)
     expected = dict(label=3, seed=6, cfg=3.0, guidance=0.8, num_step=6, solver="heun", precision="bf16")
     assert {name: said[name] for name in expected} == expected
@@ -121,7 +115,7 @@ def test_a_downloaded_picture_can_be_made_again(pipe, words, tmp_path, monkeypat
     assert same([Image.open("samples/0003-0006.png")], drawn.pictures[1:])
     assert same([Image.open(file)], drawn.pictures[1:])
     varied, _ = app.vary(pipe, drawn, 1, 3, ignore)
-    file = app.write_picture(tmp_path, varied[2], app.settings_of(pipe, drawn.asked, 6, words, (2, 1, 3)), "v")
+    file = app.write_picture(tmp_path, varied[2], app.settings_of(pipe, drawn.request, 6, words, (2, 1, 3)), "v")
     monkeypatch.setattr("sys.argv", ["sample.py", "--again", file])
     sample.main()
     third = Image.open("variations.png").crop((11 + 132, 2, 11 + 132 + 64, 66))
@@ -149,23 +143,7 @@ def test_which_model_is_opened(monkeypatch, tmp_path):
     args, words = app.parse_args()
     assert (args.resume, args.host, args.port) == (app.QUICKSTART, "0.0.0.0", 7000)
     assert words == ["--resume", app.QUICKSTART, "--device", "cpu"]
-    assert app.make_parser().parse_args([]).host == "127.0.0.1"
-
-
-def test_a_port_in_use_is_said(page):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(FlowARError, match="--host 127.0.0.1 --port [0-9]+: cannot be listened on"):
-            app.launch(page, "127.0.0.1", taken.getsockname()[1], 16)
-
-
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(FlowARError, match="needs gradio.*pip install gradio"):
-        app.import_gradio()
-    with pytest.raises(FlowARError, match="--precision tf32 needs CUDA"):
-        app.open_for_page(app.make_parser().parse_args(["--device", "cpu", "--precision", "tf32"]))
+    assert app.make_parser().parse_args([]).host == "127.0.0.1"  # for nobody else
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------

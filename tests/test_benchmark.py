@@ -1,37 +1,14 @@
-"""scripts/benchmark.py: what a GPU would need, counted; the VAE, and what is used of it."""
+"""scripts/benchmark.py: each benchmark, small."""
 import copy
 import json
 
-from scripts import flops
 import pytest
 import torch
-from helpers import GEOMETRY, call, small_vae
-from scripts.measure import count_work
+from helpers import GEOMETRY, ROOT, call, run, small_vae
 
 from util.speed import prepare
 
 SMALL = f"{GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --device cpu"
-
-
-def test_an_operation_that_returns_nothing_moves_what_it_writes_too():
-    """EMA's lerp reads both and writes one; AdamW reads weight, gradient and two moments, and writes three of them."""
-    a, b = [torch.zeros(10)], [torch.ones(10)]
-    assert count_work(lambda: torch._foreach_lerp_(a, b, 0.5)) == (1, 3 * 40)
-    assert count_work(lambda: torch.add(a[0], b[0])) == (1, 3 * 40)
-
-
-def test_roofline(monkeypatch, capsys, tmp_path):
-    call(monkeypatch, f"scripts/benchmark.py roofline {SMALL} --batch_size 2 --eval_bsz 4 --num_step 3 --cfg 2 --precision bf16 --json {tmp_path}/r.json")
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert [row["what"] for row in found["rows"]] == ["training step", "sampling", "decoding"]
-    for row in found["rows"]:
-        assert row["operations"] > 0 and row["teraflop"] >= row["least_teraflop"] > 0 and row["gigabytes"] > row["least_gigabytes"]
-        for name, gpu in flops.GPUS.items():
-            limits = row["ms_per_image"][name]
-            assert limits["eager"] > limits["floor"] > 0
-            floor = max(row["least_teraflop"] * 1e12 / gpu.reached, row["least_gigabytes"] * 1e9 / gpu.bandwidth)
-            assert limits["floor"] == pytest.approx(1000 * floor / row["images"])
-    assert "| flowar_tiny, sampling | 4 |" in capsys.readouterr().out
 
 
 def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
@@ -42,21 +19,34 @@ def test_benchmark_of_the_vae(monkeypatch, capsys, tmp_path):
     assert rows[0]["ratio"] == rows[4]["ratio"] == 1
 
 
-def test_an_evaluation_is_timed_as_it_is_run(monkeypatch, tmp_path):
-    prepared = []
-    monkeypatch.setattr(prepare, "for_evaluation", lambda models, vae, dtype, what: prepared.append((dtype, what)))
-    monkeypatch.setattr(prepare, "compile_features", lambda extractor: prepared.append(extractor.name))
-    call(monkeypatch, f"scripts/benchmark.py evaluate {SMALL} --num_images 2 --eval_bsz 2 --num_step 2 --feature_extractor efficientnet-lite0 --precision bf16 "
-                      f"--compile --json {tmp_path}/e.json")
-    assert prepared == [(torch.bfloat16, "blocks"), "efficientnet-lite0"] and json.loads((tmp_path / "e.json").read_text())["compile"] == "blocks"
+def test_an_evaluation_beside_the_releases_way(monkeypatch, tmp_path):
+    call(monkeypatch, f"scripts/benchmark.py evaluate {SMALL} --num_images 3 --eval_bsz 2 --num_step 2 --feature_extractor efficientnet-lite0 --json {tmp_path}/e.json")
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["ratio"] == pytest.approx(found["seconds_through_files"] / found["seconds_in_memory"])
 
 
 def test_ways_of_a_feature_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "compile_features", lambda extractor: None)
-    call(monkeypatch, f"scripts/benchmark.py features {SMALL} --feature_extractor efficientnet-lite0 --batch_size 2 --repeats 1 --compile --json {tmp_path}/f.json")
+    call(monkeypatch, f"scripts/benchmark.py features {SMALL} --feature_extractor efficientnet-lite0 --batch_size 2 --repeats 1 --json {tmp_path}/f.json")
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
-    assert [row["way"] for row in rows] == ["contiguous", "channels_last", "contiguous, compiled", "channels_last, compiled"]
+    assert [row["way"] for row in rows] == ["contiguous", "channels_last"]
     assert all(row["what"] == "efficientnet-lite0" and row["difference"] < 1e-5 and row["ms_per_image"] > 0 for row in rows)
+
+
+def test_training_beside_the_plain_way(monkeypatch, tmp_path):
+    monkeypatch.setattr("scripts.benchmark.MATRIX_SIZE", {"cpu": 256})
+    for what in ("train --attn_dropout 0 --proj_dropout 0", "sample --eval_bsz 2 --num_step 3 --cfg 2"):
+        call(monkeypatch, f"scripts/benchmark.py {what} {SMALL} --batch_size 2 --repeats 1 --beside tests/plain.py --json {tmp_path}/t.json")
+        found = json.loads((tmp_path / "t.json").read_text())
+        assert found["ratio"] == pytest.approx(found["seconds"]["plain"] / found["seconds"]["fast"])
+        assert found["share_of_peak"] == pytest.approx(found["gigaflops"] / found["matmul_gigaflops"])
+    assert found["difference"] < 1e-4
+
+
+@pytest.mark.slow  # it starts each checkout
+def test_another_checkout(tmp_path):
+    run(f"scripts/benchmark.py sample {SMALL} --eval_bsz 1 --num_step 2 --repeats 1 --against {ROOT} --turns 1 --json {tmp_path}/a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["times_as_fast"] == pytest.approx(found["turns"]["other"][0] / found["turns"]["this"][0])
 
 
 @pytest.mark.slow  # code is generated for it

@@ -4,15 +4,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts.benchmark import make_shards
 from helpers import ROOT, call, make_project, small_model, train, training_command
+from safetensors.torch import save
 
 from models import AutoencoderKL, FlowARError, MODELS
 from models.vaes import save_vae
+from models.weights import file_hash
 from util import cluster, dry_run
+from util.data import latents
+from util.files import write_bytes, write_json
 from util.speed import memory
 
 IMAGES = 4200
+
+
+def make_shards(folder, count, shape, stride, shard_size=10000):
+    """Synthetic float16 moments in shards with an index, as cache_latents.py writes them."""
+    shards = []
+    for number, first in enumerate(range(0, count, shard_size)):
+        size = min(shard_size, count - first)
+        file = folder / f"shard-{number:05d}.safetensors"
+        write_bytes(save({"moments": torch.randn(size, 2, *shape).half(), "labels": torch.randint(1000, (size,)),
+                          "names": torch.zeros(1, dtype=torch.uint8)}), file, sync=False)
+        shards.append({"file": file.name, "images": size, "bytes": file.stat().st_size, "sha256": file_hash(file)})
+    unknown = {"seed": 0, "skipped": [], "vae_sha256": None, "measured": {"scale": 1, "shift": 0, "channel_mean": [], "channel_std": []}}
+    write_json({"format": latents.FORMAT, "images": count, "classes": [str(i) for i in range(1000)], "variants": 2, "crops": "center",
+                "img_size": shape[2] * stride, "stride": stride, "channels": shape[0] // 2, "dtype": "float16",
+                "latent_scale": [0.2325, 0.0], "shards": shards, **unknown}, folder / latents.INDEX)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from helpers import GEOMETRY, ROOT, call, evaluate, evaluation_command, make_project, run, train, training_command
+from helpers import call, evaluate, evaluation_command, make_project, run, train, training_command
 
 from models import AutoencoderKL, FlowARError
 from models.vae import LatentScale
@@ -31,10 +31,6 @@ def command_of(program, p, out):
                                       "--feature_extractor efficientnet-lite0",
         "scripts/distance.py": f"scripts/distance.py {p}/images/val --feature_extractor efficientnet-lite0",
         "scripts/inspect_latents.py": f"scripts/inspect_latents.py --cached_path {p}/shards {vae} --images 2 --output {out}/latents.png",
-        "scripts/gpu_report.py": "scripts/gpu_report.py",
-        "scripts/plot_results.py": f"scripts/plot_results.py {p}/table.csv --output {out}/plot.png",
-        "scripts/benchmark.py": f"scripts/benchmark.py {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 "
-                                f"--feature_extractor efficientnet-lite0 --json {out}/figures.json",
     }[program]
 
 
@@ -44,8 +40,6 @@ def project(tmp_path_factory):
     p = make_project(tmp_path_factory.mktemp("project"))
     train(p, p / "run", "--epochs 1")
     evaluate(p, p / "run", p / "eval")
-    (p / "other" / "scripts").mkdir(parents=True)
-    (p / "other" / "scripts" / "benchmark.py").write_text("raise SystemExit('no such benchmark')")
     with pytest.MonkeyPatch.context() as patch:
         for form in ("shards", "npz"):
             call(patch, f"{command_of('scripts/cache_latents.py', p, p / form)} --format {form}")
@@ -53,7 +47,6 @@ def project(tmp_path_factory):
     save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 2), num_res_blocks=1), p / "stride2.pth")
     save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, latent_scale=LatentScale(3.0, 0.1)), p / "other.pth")
     np.savez(p / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    (p / "table.csv").write_text("cfg,nfe,solver,fid\n1.0,9,euler,3.5\n")
     (p / "file").write_text("nothing\n")
     (p / "empty").mkdir()
     return p
@@ -74,9 +67,9 @@ def message_of(monkeypatch, capsys, command):
     return str(ended.value)
 
 
-TRAIN, EVAL, CACHE, VAE, SAMPLE, STATS, DISTANCE, INSPECT, PLOT, BENCH = (
+TRAIN, EVAL, CACHE, VAE, SAMPLE, STATS, DISTANCE, INSPECT = (
     "main_flowar.py", "eval.py", *(f"scripts/{name}.py" for name in (
-        "cache_latents", "train_vae", "sample", "reference_stats", "distance", "inspect_latents", "plot_results", "benchmark")))
+        "cache_latents", "train_vae", "sample", "reference_stats", "distance", "inspect_latents")))
 
 # Program, options, the essential part of the message. {p} is the fixture `project`, {out} the output folder.
 TABLE = [
@@ -202,12 +195,11 @@ TABLE = [
     (VAE, "--img_size 17", "--img_size 17 is not a multiple of the VAE's stride 2 (2 levels)"),
     (VAE, "--batch_size 1000", "{p}/images/train: 80 images are fewer than --batch_size 1000"),
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),
-    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already, which this run would overwrite"),
+    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already: train it further with --resume"),
     (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
     (SAMPLE, "--num_step 4,8", "--num_step has 2 values: only an evaluation takes several"),
     (SAMPLE, "--grid ''", "argument --grid: it is empty: expected a path"),
-    (SAMPLE, "--strip {out}/grid.png", "--grid and --strip are one file, {out}/grid.png: give two"),
     (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
     (SAMPLE, "--class_names {p}/file", "{p}/file: no such folder (expected class folders)"),
     (STATS, "--ref_images {p}/file", "{p}/file: no such folder of images (a file is there: unpack it)"),
@@ -216,35 +208,13 @@ TABLE = [
     (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae or --vae_path, or one and --halves: give one of these"),
     (DISTANCE, "nowhere", "nowhere: no such folder of images"),
     (DISTANCE, "--vae nothing", "--vae nothing: expected one of kl16, diffusers"),
-    (DISTANCE, "--vae_path {p}/vae.pth --img_size 18", "images of 18x18 pixels, but the VAE's stride is 4: give --img_size a multiple of it"),
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: 4 channels, but the VAE has 2"),
     (INSPECT, "--vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (tensors "),
     (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
     (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (tensors "),
     (INSPECT, "--data_path {p}/empty", "--data_path {p}/empty: there is no train/ in it"),
-    (PLOT, "--x steps", "{p}/table.csv: no column 'steps'; it has cfg, nfe, solver, fid"),
-    (PLOT, "--x solver", "{p}/table.csv: solver 'euler' and fid '3.5' are not numbers"),
-    (PLOT, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
-    (BENCH, "train --compile graphs", "--compile graphs is for sampling: for train use --compile"),
-    (BENCH, f"sample --beside {ROOT}/tests/plain.py --solver heun", "--beside compares with a plain Euler sampler: leave out --solver"),
-    (BENCH, "roofline --precision fp32", "--precision fp32: roofline counts for tensor cores: bf16 or fp16"),
-    (BENCH, "parts", "parts needs --beside"),
-    (BENCH, "train --beside nowhere.py", "--beside nowhere.py: no such file"),
-    (BENCH, "train --against nowhere", "--against nowhere: expected a checkout of this project"),
-    (BENCH, f"train --against {ROOT} --beside {ROOT}/tests/plain.py", "expected a checkout of this project, without --beside"),
-    (BENCH, f"vae --beside {ROOT}/tests/plain.py", "--beside is for train, sample, parts: vae does nothing with it"),
-    (BENCH, "sample --use_checkpoint", "--use_checkpoint is for train, memory, roofline: sample does nothing with it"),
-    (BENCH, f"parts --num_step 5:4:3 --beside {ROOT}/tests/plain.py", "give one --num_step for all scales"),
-    (BENCH, f"sample --guidance_low 0.5 --cfg 2 --beside {ROOT}/tests/plain.py", "leave out --solver, --time_grid, --num_step_last, --temperature, --guidance_low"),
-    (BENCH, "sample --guide weak.pth --guide_strength 2", "--guide is for an evaluation: the weights of a benchmark are random"),
-    (BENCH, "evaluate --num_images 2 --save_images", "unrecognized arguments: --save_images"),
-    (BENCH, f"memory --against {ROOT}", "--against is for train, sample: memory does nothing with it"),
-    (BENCH, f"train --beside {ROOT}/tests/golden.py", "golden.py: has no loss, sample, velocity, mlp"),
-    (BENCH, f"train --beside {ROOT}/README.md", "README.md: "),
-    (BENCH, "train --batch_size 2 --repeats 1 --against {p}/other --turns 1", "benchmark.py: status 1 with the same options: no such benchmark"),
     ("main_flowar.py", "--pyramid image --latent_norm channel --data_path {p}/images --vae_path {p}/vae.pth", "cached latents, which --pyramid image cannot take"),
-    (BENCH, "evaluate --vae_ch_mult 1,1", "--vae_stride is 4, but the 2 levels of --vae_ch_mult make 2"),
 ]
 
 
@@ -253,7 +223,7 @@ def test_one_line_names_what_is_wrong(project, tmp_path, monkeypatch, capsys, pr
     out, before = tmp_path / "out", files(project)
     monkeypatch.chdir(tmp_path)  # "nowhere" is not there, and what is written into the working directory is seen
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    command = f"{command_of(program, project, out)} --device cpu" if program != PLOT else command_of(program, project, out)
+    command = f"{command_of(program, project, out)} --device cpu"
     command = f"{command} {options.format(p=project, out=out)}"
     found = message_of(monkeypatch, capsys, command)
     assert message.format(p=project, out=out) in found

@@ -14,7 +14,7 @@ from models import flow_matching as fm
 def test_the_rate_is_that_of_the_path_and_its_integral_eulers_error():
     """dx/dt = t^2: |dv/dt| = 2 t, and Euler's error is what it is."""
     times = fm.time_grid(1000, "uniform")
-    _, rate = step_plan.measured(lambda x, t: torch.full_like(x, t * t), torch.zeros(2, 3, dtype=torch.float64), times.tolist())
+    _, rate = step_plan.integrate(lambda x, t: torch.full_like(x, t * t), torch.zeros(2, 3, dtype=torch.float64), times.tolist())
     torch.testing.assert_close(rate[:-1], (times[:-2] + times[1:-1]), atol=1e-9, rtol=0)
     for kind, steps in (("uniform", 1), ("uniform", 5), ("release", 9), ("release", 25)):
         grid = fm.time_grid(steps, kind)

@@ -24,7 +24,6 @@ import torch
 from matplotlib.figure import Figure
 
 from models import FlowARError, flow_matching as fm
-from models.errors import name_some
 from models.flowar import to_grid, to_tokens
 from models.vae import DiagonalGaussian
 from models.variants.ablated import CHOICES
@@ -37,7 +36,7 @@ from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS, read_report
 from util.files import write_bytes, write_json
 from util.manifest import describe_machine
-from util.options import count, positive, several, some_path
+from util.options import count, one_of, positive, several, some_path
 from util.training.logging import read_lines
 
 TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny "
@@ -69,17 +68,13 @@ COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f",
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--root", type=some_path, default="output/quickstart", help="the quickstart's folder")
-    parser.add_argument("--variants", type=several(str), default=tuple(VARIANTS), help=f"groups: {', '.join(VARIANTS)}")
+    parser.add_argument("--variants", type=several(one_of(VARIANTS)), default=tuple(VARIANTS), help=f"groups: {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=several(count), default=(0, 1, 2), help="of training and sampling")
     parser.add_argument("--images", type=positive, default=80000, help="training images that each sees, in whole epochs")
     parser.add_argument("--samples", type=positive, default=2000, help="images of each evaluation")
     parser.add_argument("--at_once", type=positive, default=2, help="programs that run side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    args = parser.parse_args()
-    unknown = [name for name in args.variants if name not in VARIANTS]
-    if unknown:
-        raise FlowARError(f"--variants: no group {name_some(unknown)}: expected some of {', '.join(VARIANTS)}")
-    return args
+    return parser.parse_args()
 
 
 def folder_of(options):
@@ -153,14 +148,12 @@ def start(args, command, output):
         status = subprocess.run([sys.executable, *shlex.split(command)], cwd=Path.cwd(), stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(project_root.ROOT)}).returncode
     if status:
-        raise FlowARError(f"{output}.txt: the last lines say why this ended with status {status}: {command}")
+        raise FlowARError(f"{output}.txt: this ended with status {status}: {command}")
 
 
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
-    if not (root / "val_stats.npz").is_file():
-        raise FlowARError(f"{root}: no val_stats.npz: run scripts/quickstart.sh first")
     epochs = max(1, round(args.images / sum(1 for _ in (root / "images" / "train").glob("*/*"))))
     rows = {(group, name): [Point(args, *options, seed) for seed in args.seeds] for group in args.variants for name, options in VARIANTS[group].items()}
     points = [point for seed in range(len(args.seeds)) for row in rows.values() for point in [row[seed]]]  # the first seed of all comes first
@@ -168,23 +161,23 @@ def main():
         list(pool.map(lambda point: point.train(args, epochs), {point.run: point for point in points}.values()))
         list(pool.map(lambda point: point.evaluate(args), {point.output: point for point in points}.values()))
     network = get_classifier(root, device)
-    found = {key: [point.figures(network, root, device) for point in row] for key, row in rows.items()}
+    results = {key: [point.figures(network, root, device) for point in row] for key, row in rows.items()}
     groups = "" if args.variants == tuple(VARIANTS) else f"-{','.join(args.variants)}"
-    report(args, found, device, root / "ablations" / f"ablations{groups}")
+    report(args, results, device, root / "ablations" / f"ablations{groups}")
 
 
-def report(args, found, device, path):
+def report(args, results, device, path):
     """Write the table, its figures and their picture: path without its suffix."""
     lines = [f"| | {' | '.join(COLUMNS)} | parameters | paper's FID |", "|---" * (len(COLUMNS) + 3) + "|"]
-    for (group, name), row in found.items():
+    for (group, name), row in results.items():
         cells = [spread([figures[column] for figures, _ in row], form) for column, form in enumerate(COLUMNS.values())]
         lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} | {PAPER.get((group, name), '')} |")
     print("\n".join(lines))
     write_bytes(("\n".join(lines) + "\n").encode(), Path(f"{path}.md"))
     write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **describe_machine(device),
-                "rows": {f"{group}: {name}": [dict(zip(COLUMNS, figures)) for figures, _ in row] for (group, name), row in found.items()}},
+                "rows": {f"{group}: {name}": [dict(zip(COLUMNS, figures)) for figures, _ in row] for (group, name), row in results.items()}},
                Path(f"{path}.json"))
-    draw(found, Path(f"{path}.png"))
+    draw(results, Path(f"{path}.png"))
 
 
 def spread(values, form):
@@ -194,18 +187,18 @@ def spread(values, form):
     return format(mean(values), form) + (f" ± {format(stdev(values), form).rstrip('%')}" if len(values) > 1 else "")
 
 
-def draw(found, path):
+def draw(results, path):
     """The distance of every seed, a line for each variant; the shade spans the released way's seeds."""
-    figure = Figure(figsize=(9, 1 + 0.3 * len(found)), dpi=100)
+    figure = Figure(figsize=(9, 1 + 0.3 * len(results)), dpi=100)
     axis = figure.subplots()
-    for line, ((group, name), row) in enumerate(found.items()):
+    for line, ((group, name), row) in enumerate(results.items()):
         values = [figures[0] for figures, _ in row]
         axis.plot(values, [line] * len(values), "o", color="tab:gray" if name == BASE else "tab:blue", alpha=0.6)
         axis.plot(mean(values), line, "|", color="black", markersize=14)
         if name == BASE:
             axis.axvspan(min(values), max(values), color="tab:gray", alpha=0.1)
-    axis.set(xlabel="distance to the test split (dots: seeds; bar: their mean)", yticks=range(len(found)),
-             yticklabels=[f"{group}: {name}" for group, name in found])
+    axis.set(xlabel="distance to the test split (dots: seeds; bar: their mean)", yticks=range(len(results)),
+             yticklabels=[f"{group}: {name}" for group, name in results])
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()

@@ -14,8 +14,7 @@ import project_root  # noqa: F401
 
 import torch
 
-from scripts.measure import alternate
-from models import FlowARError
+from scripts.benchmark import alternate
 from scripts.pictures import draw_table, save
 from scripts.quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device, set_precision
@@ -26,7 +25,7 @@ from util.evaluation.pipeline import change_settings, load_pipeline
 from util.evaluation.references import load_statistics
 from util.files import write_bytes, write_json
 from util.manifest import describe_machine
-from util.options import between, count, positive, some_path
+from util.options import some_path
 
 STEPS = (8, 4, 2, 1)
 PUBLISHED = {"num_steps": 25, "time_grid": "release", "solver": "euler"}
@@ -37,10 +36,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--root", type=some_path, default="output/quickstart", help="the quickstart's folder, with run/, the teacher")
     parser.add_argument("--student", type=some_path, required=True, help="folder of the student's run")
-    parser.add_argument("--images", type=count, default=2000, help="of each row; 0: only times and picture")
-    parser.add_argument("--batch", type=positive, default=250, help="images at once")
-    parser.add_argument("--repeats", type=positive, default=3, help="timings, in turns, whose median counts")
-    parser.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0, help="of the noise")
+    parser.add_argument("--images", type=int, default=2000, help="of each row; 0: only times and picture")
+    parser.add_argument("--batch", type=int, default=250, help="images at once")
+    parser.add_argument("--repeats", type=int, default=3, help="timings, in turns, whose median counts")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 
@@ -63,10 +62,10 @@ class Quality:
 
     def __call__(self, images, labels):
         features, logits = extract(self.extractor, images.to(self.device))
-        found = compute_metrics(features, logits, self.reference, self.extractor, self.device)
+        figures = compute_metrics(features, logits, self.reference, self.extractor, self.device)
         suffix = self.extractor.suffix
         names = self.extractor.distance, f"kid_mean{suffix}", f"precision_k3{suffix}", f"recall_k3{suffix}"
-        return [*map(found.get, names), accuracy(self.classifier, gray(images), torch.tensor(labels), self.device)]
+        return [*map(figures.get, names), accuracy(self.classifier, gray(images), torch.tensor(labels), self.device)]
 
 
 def time_rows(samplers, batch, device, repeats):
@@ -75,36 +74,34 @@ def time_rows(samplers, batch, device, repeats):
         labels = [image_label(i, batch, sampler.model.class_num) for i in range(batch)]
         return lambda: sampler.pyramid(labels, noise)
     noise = next(iter(samplers.values())).noise(range(batch))
-    taken = alternate({name: draw(sampler) for name, sampler in samplers.items()}, device, repeats)
-    return {name: 1000 * seconds / batch for name, seconds in taken.items()}
+    timings = alternate({name: draw(sampler) for name, sampler in samplers.items()}, device, repeats)
+    return {name: 1000 * seconds / batch for name, seconds in timings.items()}
 
 
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
     set_precision(None, device)  # as an evaluation does
-    if not (root / "val_stats.npz").is_file():
-        raise FlowARError(f"{root}: no val_stats.npz: run scripts/quickstart.sh first")
     pipes = {name: load_pipeline(path, vae=root / "vae.pth", device=device.type) for name, path in
              (("teacher", root / "run"), ("student", args.student))}
     samplers = {name: change_settings(pipes[whose].sampler, settings)._replace(batch=args.batch, seed=args.seed)
                 for name, (whose, settings) in rows_of().items()}
-    classes, quality, found = pipes["teacher"].sampler.model.class_num, {}, {}
+    classes, quality, figures = pipes["teacher"].sampler.model.class_num, {}, {}
     if args.images:
         quality, labels = Quality(root, device), [image_label(i, args.images, classes) for i in range(args.images)]
         for name, sampler in samplers.items():
-            found[name] = quality(sampler.images(labels), labels)
-            print(name, *(f"{value:.4g}" for value in found[name]), flush=True)
+            figures[name] = quality(sampler.images(labels), labels)
+            print(name, *(f"{value:.4g}" for value in figures[name]), flush=True)
     times = time_rows(samplers, args.batch, device, args.repeats)
     lines = [f"| who, solver, steps a scale | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name in samplers:
-        cells = [format(value, form) for value, form in zip(found.get(name, []), (".1f", ".3f", ".3f", ".3f", ".1%"))]
+        cells = [format(value, form) for value, form in zip(figures.get(name, []), (".1f", ".3f", ".3f", ".3f", ".1%"))]
         lines.append("| " + " | ".join([name, *(cells or [""] * 5), f"{times[name]:.2f}"]) + " |")
     print("\n".join(lines))
     output = Path(args.student)
     name = "few_step" if args.images else "few_step_times"  # what was measured stays
     write_bytes(("\n".join(lines) + "\n").encode(), output / f"{name}.md")
-    write_json({"images": args.images, "rows": found, "milliseconds": times, "batch": args.batch, **describe_machine(device)}, output / f"{name}.json")
+    write_json({"images": args.images, "rows": figures, "milliseconds": times, "batch": args.batch, **describe_machine(device)}, output / f"{name}.json")
     shown = [name for name in samplers if "euler" in name and name.split(", ")[2][:2].strip("( ") in ("24", "2", "1")]
     pictures = [pipes["teacher"].pictures(samplers[name].pyramid(range(classes), samplers[name].noise(range(classes)))[-1]) for name in shown]
     save(draw_table(pictures, shown), output / "few_step.png")

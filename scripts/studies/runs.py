@@ -1,4 +1,4 @@
-"""Small runs on real images (scikit-learn's digits): made, started, watched, killed and compared. For soak.py and the tests."""
+"""Small runs on real images (scikit-learn's digits): start, watch, kill and compare them. For soak.py and the tests."""
 import contextlib
 import json
 import os
@@ -55,23 +55,23 @@ def training_command(project, output, extra=""):
             f"--num_step 4 --num_images 4 {extra}")
 
 
-def words_of(command):
-    """Words of a program's command; RUN_UNDER: of another that starts it."""
-    under = shlex.split(os.environ.get("RUN_UNDER", ""))
-    return (under if not under or under[0] not in command else []) + shlex.split(command)
-
-
-def surroundings(command):
-    """Of a program: one thread, and no GPU unless it asks for one."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **({} if "--device cuda" in command else {"CUDA_VISIBLE_DEVICES": ""})}
+def started(command, processes, restarts=0, **options):
+    """Arguments of subprocess for a program of the project: under torchrun for processes > 0, one thread each, no GPU unless it asks for one.
+    RUN_UNDER: of another program that starts it.
+    """
+    under, environment = shlex.split(os.environ.get("RUN_UNDER", "")), {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ([] if under and under[0] in command else under) + shlex.split(command)
+    if processes:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
+                 "--monitor_interval=0.1", *words]
+    if "--device cuda" not in command:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return {"args": [sys.executable, *words], "cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True, **options}
 
 
 def run(command, processes=0, check=True, timeout=300):
-    """Run a program of the project, under torchrun for processes > 0, one thread each. Returns the process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = surroundings(command)
-    command = (launcher if processes else [sys.executable]) + words_of(command)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    """Run a program of the project. Returns the process."""
+    done = subprocess.run(**started(command, processes, stderr=subprocess.PIPE, timeout=timeout))
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -80,12 +80,8 @@ def run(command, processes=0, check=True, timeout=300):
 
 
 def start(command, processes=0, restarts=0):
-    """run() in the background; its output goes on to stop(). In a process group of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
-                "--monitor_interval=0.1"]
-    environment = surroundings(command)
-    command = (launcher if processes else [sys.executable]) + words_of(command)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    """run() in the background; its output goes on to finish(). In a process group of its own."""
+    return subprocess.Popen(**started(command, processes, restarts, stderr=subprocess.STDOUT, start_new_session=True))
 
 
 def finish(process, timeout=240):
@@ -129,11 +125,11 @@ def snapshots(folder):
     return {path.name: content_hash(torch.load(path, weights_only=True)) for path in Path(folder).glob("posthoc-*.pth")}
 
 
-def assert_same_run(found, expected):
+def assert_same_run(output, expected):
     """Two output folders hold the same weights, averages, optimizer, progress and logged losses, bit by bit."""
-    a, b = read_checkpoint(found), read_checkpoint(expected)
+    a, b = read_checkpoint(output), read_checkpoint(expected)
     assert content_hash(a.get("posthoc")) == content_hash(b.get("posthoc")), "power averages"
-    assert snapshots(found) == snapshots(expected)
+    assert snapshots(output) == snapshots(expected)
     for key in ("model", "model_ema", "optimizer", "scaler", "epoch", "progress"):
         assert content_hash(a[key]) == content_hash(b[key]), key
-    assert read_log(found) == read_log(expected)
+    assert read_log(output) == read_log(expected)

@@ -30,15 +30,10 @@ def parse_args():
     add("--evaluations", type=several(positive), required=True, help="Euler steps of all scales together; several: a list for each")
     add("--reference", type=at_least_two, default=200, help="uniform steps of the paths that are measured")
     add("--images", type=positive, default=64, help="paths, of classes spread over all")
-    args = parser.parse_args()
-    if args.solver and args.solver != ("euler",):
-        raise FlowARError(f"--solver {','.join(args.solver)}: the errors are of Euler's method: leave it out")
-    if args.num_step or args.num_step_last or args.num_step_schedule:
-        raise FlowARError("--num_step, --num_step_last and --num_step_schedule: the numbers of steps are what is looked for: leave them out")
-    return single_point(args)
+    return single_point(parser.parse_args())
 
 
-def measured(velocity, x, times):
+def integrate(velocity, x, times):
     """(x at the end, |dv/dt| at every step): root mean squares over paths and tokens along Euler steps."""
     rates = []
     for t, t_next in zip(times, times[1:]):
@@ -55,7 +50,7 @@ def straightness(sampler, labels, noise, steps):
     rates, times = [], fm.time_grid(steps, "uniform").tolist()
 
     def solver(velocity, x, _, generator=None):
-        x, rate = measured(velocity, x.double(), times)
+        x, rate = integrate(velocity, x.double(), times)
         rates.append(rate)
         return x
 
@@ -79,12 +74,12 @@ def gains(sampler, labels, noise, pyramid):
     """What an error of each scale's latent becomes in the last scale's: a ratio of root mean squares; the last's is 1."""
     reference, few = (change_settings(sampler, {"num_steps": n, "num_steps_last": None, "time_grid": "uniform", "solver": "euler"})
                       for n in (3 * OFF, OFF))
-    found, rms = [], lambda a, b: (a.double() - b.double()).square().mean().sqrt().item()
+    ratios, rms = [], lambda a, b: (a.double() - b.double()).square().mean().sqrt().item()
     for k in range(len(pyramid) - 1):
         off = few.pyramid(labels, noise, given=pyramid[:k])[k]
         ends = [reference.pyramid(labels, noise, given=[*pyramid[:k], latent])[-1] for latent in (pyramid[k], off)]
-        found.append(rms(*ends) / max(rms(pyramid[k], off), 1e-12))
-    return [*found, 1.0]
+        ratios.append(rms(*ends) / max(rms(pyramid[k], off), 1e-12))
+    return [*ratios, 1.0]
 
 
 def plan(errors, evaluations):

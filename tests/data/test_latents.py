@@ -1,6 +1,4 @@
 """Caches of latents: what they hold, what they say of themselves, how they go on, and what is refused."""
-import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -15,10 +13,9 @@ import torch
 from helpers import ROOT, call, make_project, run, train, write_digits
 from latent_caches import cache_command, make
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from models import FlowARError
-from scripts import benchmark  # as call() imports it
 from models.vae import LatentScale
 from models.vaes import load_vae, save_vae
 from util.data import EpochSampler, Images, build_loader, latents
@@ -332,13 +329,3 @@ def test_inspection(project, shards, tmp_path, capsys):
     assert picture.size[0] > 8 * 64 and picture.size[1] > 3 * 64
 
 
-def test_benchmark_of_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "make_jpegs", functools.partial(benchmark.make_jpegs, count=80, size=(100, 75)))
-    command = (f"scripts/benchmark.py data --latents 600 --scratch {tmp_path}/scratch --workers 1 --seconds 1 --vae_ch 16 --vae_ch_mult 1,1,2 "
-               "--vae_embed_dim 4 --vae_stride 4 --img_size 16 --device cpu")
-    call(monkeypatch, command)
-    said = capsys.readouterr().out
-    result = json.loads(said[said.index("{"):])
-    assert [row["kind"] for row in result["rows"]] == ["shards", "npz", "jpeg", "zip", "tar", *["parquet"] * bool(importlib.util.find_spec("datasets"))] and result["ratio_shards_npz"]["1"] > 0
-    with pytest.raises(FlowARError, match="--scratch .*: holds {'latents': 600, .*}, asked for is {'latents': 700, "):
-        call(monkeypatch, command.replace("600", "700"))

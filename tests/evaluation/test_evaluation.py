@@ -413,11 +413,3 @@ def test_sample_script(project, checkpoint, tmp_path, monkeypatch):
                       f"--class_names {project}/images/train --grid {tmp_path}/grid.png --strip {tmp_path}/strip.png --device cpu")
     assert Image.open(tmp_path / "grid.png").size[1] > 2 * 64
     assert Image.open(tmp_path / "strip.png").size[0] > 3 * 64
-
-
-def test_benchmark(tmp_path, monkeypatch, capsys):
-    call(monkeypatch, f"scripts/benchmark.py evaluate {GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --num_images 6 --eval_bsz 3 --num_step 4 "
-                      f"--feature_extractor efficientnet-lite0 --device cpu --json {tmp_path}/b.json")
-    result = json.loads((tmp_path / "b.json").read_text())
-    assert json.loads((said := capsys.readouterr().out)[said.index("{\n"):]) == result
-    assert result["ratio"] == pytest.approx(result["seconds_through_files"] / result["seconds_in_memory"])
