@@ -40,6 +40,7 @@ def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
     check_data({"images": 10}, "run.pth", DATA, 3)
     assert "run.pth: does not say what it was trained on" in capsys.readouterr().out
     assert saved_origin({}) == saved_origin({"vae": "of another program"}) == LatentOrigin()
+    assert saved_origin({"vae": {"name": "mine"}}) == LatentOrigin("mine")  # MAR's cache
     check_origin("run.pth", saved_origin({}), LatentOrigin("mine", "abc", (1, 0)))
 
 

@@ -66,6 +66,8 @@ def saved_origin(content):
     if not isinstance(saved, dict):
         return LatentOrigin()
     origin = LatentOrigin(**{name: saved.get(name) for name in LatentOrigin._fields})
+    if origin.latent_scale is None:  # of a cache that does not tell it
+        return origin
     return origin._replace(latent_scale=read_latent_scale(origin.latent_scale, "checkpoint"))
 
 
