@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 
 from models import FlowARError
-from util.data.folders import (HIDDEN, IMAGE_SUFFIXES, LABELS_FILE, Listing, assign_labels, is_hidden, suffix_of,
-                               take_labels, without_image)
+from util.data.folders import (HIDDEN, IMAGE_SUFFIXES, LABELS_FILE, OUTSIDE, Listing, assign_labels, is_hidden,
+                               suffix_of, take_labels, without_image)
 
 SUFFIXES = (".zip", ".tar")
 FOLDER, AS_IT_IS, STORED, DEFLATED = -2, -1, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # members; AS_IT_IS: of a tar
@@ -41,10 +41,11 @@ class Archive(Listing):
                 labels = number
             if is_folder:
                 continue
-            if suffix_of(name) in IMAGE_SUFFIXES:
-                files.append((name, int(members[number, 1]), 0, number))
-            else:
+            if suffix_of(name) not in IMAGE_SUFFIXES:
                 left_out[without_image(name)] += 1
+                continue
+            files.append((name, int(members[number, 1]), 0, number))
+            left_out[OUTSIDE] += "/" not in name
         left_out[HIDDEN] += len(hidden)
         classes, rows = assign_labels(files, classes, left_out)
         super().__init__(root, classes, rows, left_out)
@@ -57,8 +58,8 @@ class Archive(Listing):
 
     @staticmethod
     def is_at(path):
-        inside = find_archive(path)
-        return inside is not None and (not inside[1] or bool(below(read_index(inside[0])[0], inside[1])))
+        archive, top = find_archive(path) or (None, "")
+        return archive is not None and (not top or b"\0%b/" % os.fsencode(top) in b"\0" + read_index(archive)[0])
 
     def __getstate__(self):
         return {**self.__dict__, "file": None}  # an open file does not travel to another process

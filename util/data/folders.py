@@ -71,9 +71,6 @@ class Listing:
     def path(self, index):
         return os.path.join(self.root, self.name(index))
 
-    def read(self, index):
-        raise NotImplementedError
-
     @property
     def counts(self):
         """Images of every class."""
@@ -150,6 +147,7 @@ def scan(root, folder, suffixes, left_out):
             elif suffix_of(entry.name) not in suffixes:
                 left_out[without_image(entry.name)] += 1
             else:
+                left_out[OUTSIDE] += not folder
                 status = entry.stat()
                 files.append((name, status.st_size, status.st_mtime_ns, 0))
     return files, folders
@@ -179,10 +177,9 @@ def inode(path):
 def assign_labels(files, classes, left_out):
     """(classes, rows of a Listing in torchvision's order) of files (name, size, time, place), by the rule above."""
     inside = [file for file in files if "/" in file[0]]
-    if inside:
-        left_out[OUTSIDE] += len(files) - len(inside)
-    else:
+    if not inside:
         classes = []
+        del left_out[OUTSIDE]
     labels = {name: label for label, name in enumerate(sorted(classes))}
     rows = [(labels.get(file[0].partition("/")[0], 0), *file) for file in inside or files]
     rows.sort(key=lambda row: (row[0], *os.path.split(row[1])))
