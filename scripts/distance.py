@@ -3,7 +3,7 @@
 A distance falls as the images become more. So it is given for all images, and for as many as the floor has, which is
 the distance of two random halves of one folder: what is left between images of one source.
 
-    python scripts/distance.py samples/images imagenet/val --img_size 256        # two folders, of any depth
+    python scripts/distance.py samples/images imagenet/val --img_size 256        # two folders
     python scripts/distance.py imagenet/val --img_size 256 --vae_path kl16.ckpt  # a folder and itself through a VAE
     python scripts/distance.py --halves imagenet/val --img_size 256              # the floor alone
 """
@@ -29,7 +29,7 @@ LARGEST_HALF = 50000  # images; more than the distances of the literature have
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folders", type=some_path, nargs="+", help="one or two folders of images, searched recursively")
+    parser.add_argument("folders", type=some_path, nargs="+", help="one or two folders of images, in class folders or not")
     parser.add_argument("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
     parser.add_argument("--vae", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     parser.add_argument("--vae_path", type=some_path, help="VAE: kl16.ckpt or a file of scripts/train_vae.py")

@@ -26,7 +26,7 @@ from util.options import add_extractor_options, color, pixels, some_path
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ref_images", type=some_path, required=True, help="folder of images, searched recursively")
+    parser.add_argument("--ref_images", type=some_path, required=True, help="folder of images, in class folders or not")
     parser.add_argument("--held_out", type=some_path, help="folder of other real images, for FDr: validation where --ref_images are training images")
     parser.add_argument("--output", type=some_path, required=True, help=".npz to write")
     parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")

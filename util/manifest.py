@@ -24,7 +24,7 @@ from util.training.record import shorten
 
 RUN = "run.json"
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "torchvision", "numpy", "torch_fidelity", "timm", "safetensors", "huggingface_hub", "diffusers")
+PACKAGES = ("torchvision", "numpy", "torch_fidelity", "timm", "safetensors", "huggingface_hub", "diffusers")
 
 
 def describe_start(record, device, **more):
@@ -58,7 +58,8 @@ def describe_machine(device):
     """{world_size, device, versions}: where figures come from."""
     return {"world_size": world_size(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-            "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         **{name: package_version(name) for name in PACKAGES}}}
 
 
 def package_version(name):
