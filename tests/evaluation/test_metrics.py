@@ -215,8 +215,8 @@ class Flat(extractors.Extractor):
 
 
 @pytest.mark.parametrize("changed,message", [
-    ({"mu": np.zeros(3)}, r"its mu has shape \(3,\), expected \(4,\)"), ({"sigma": np.eye(3)}, r"its sigma has shape \(3, 3\), expected \(4, 4\)"),
-    ({"mu": np.full(4, np.nan)}, "its numbers are not finite"), ({"features": np.zeros((9, 5), np.float32)}, r"its features has shape \(9, 5\), expected \(9, 4\)"),
+    ({"mu": np.zeros(3)}, r"mu is \(3,\) and sigma \(4, 4\), expected \(4,\)"), ({"sigma": np.eye(3)}, r"mu is \(4,\) and sigma \(3, 3\), expected \(4,\) and \(4, 4\)"),
+    ({"mu": np.full(4, np.nan)}, "mu is not finite"), ({"features": np.zeros((9, 5), np.float32)}, r"features are \(9, 5\), expected \(images, 4\)"),
     ({"feature_extractor": "other"}, "its feature_extractor is other, here it is flat"), ({"img_size": 32}, "its img_size is 32, here it is 16"),
     ({"resize": "bicubic"}, "its resize is bicubic, here it is none"), ({"weights_sha256": "x"}, "its weights_sha256 is x")])
 def test_statistics_of_something_else_are_refused(tmp_path, changed, message):
@@ -259,7 +259,7 @@ def test_statistics_of_others_are_taken_for_inceptions(tmp_path):
         np.savez(path, mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32), **more)
         for size in (32, 256, 512):
             assert references.load_statistics(path, inception, size).mu.shape == (4,)
-    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .one that says nothing"):
+    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .a file that does not say it"):
         references.load_statistics(path, Flat(), 256)
 
 
@@ -306,7 +306,7 @@ def test_what_a_file_of_several_lacks_is_refused(tmp_path):
     listing = references.Listing("nowhere", [], [(0, f"{i}.png", 0, 0, 0) for i in range(20)], {})
     reference_stats.save_statistics(path, references.FolderFeatures(metrics.statistics(features), features, 16, listing), joint)
     assert references.load_statistics(path, joint.parts[1], 16).held_out is None
-    with pytest.raises(FlowARError, match="its feature_extractor is flat,.*, here it is inception; make statistics with"):
+    with pytest.raises(FlowARError, match="its feature_extractor is flat,.*, here it is inception"):
         references.load_statistics(path, Alike(), 16)
     with pytest.raises(FlowARError, match="its weights_sha256 is"):
         references.load_statistics(path, Flat(seed=1), 16)

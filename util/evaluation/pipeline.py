@@ -50,6 +50,9 @@ class Opened(NamedTuple):
     data: dict  # that it was trained on, {} if it does not say it
     origin: LatentOrigin  # the VAE
 
+    def build_sampler(self, args):
+        return build_sampler(args, self.model, self.vae, self.precision, stored=self.sampling, guide=self.guide)
+
 
 def open_for_sampling(args, device, identify=False):
     """The Opened of --resume and --vae_path, as the other options want them.
@@ -184,8 +187,7 @@ def plan_reports(args, data):
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     opened = open_for_sampling(args, device, identify=True)
-    shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
-    samplers = {name: build_sampler(point, *shared) for name, point in sweep_points(args).items()}
+    samplers = {name: opened.build_sampler(point) for name, point in sweep_points(args).items()}
     labels = build_labels(args, args.num_images, opened.classes)
     if args.background and not args.ref_images:
         raise FlowARError("--background is of transparent images in --ref_images: leave it out")
@@ -205,27 +207,25 @@ def load_pipeline(resume, vae=None, device=None, precision=None, **options):
     vae: by default that of the run, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one. precision,
     options (weights="raw", cfg=3.0, ...): see docs/options.md. Raises FlowARError.
     """
-    kind = {"vae": vae} if str(vae or "").startswith("diffusers:") else {"vae_path": vae}
-    parser = sampling_parser("")
-    known, given = {action.dest: action for action in parser._actions}, {**options, "precision": precision,
-                                                                         "device": str(device or "auto")}
-    for name, value in given.items():
-        if name not in known:
+    vae_options = {"vae": vae} if str(vae or "").startswith("diffusers:") else {"vae_path": vae}
+    options, parser = {**options, "precision": precision, "device": str(device or "auto")}, sampling_parser("")
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in options.items():
+        if name not in actions:
             raise FlowARError(f"{name}: no option of this name (see docs/options.md)")
-        if known[name].choices and value not in (None, *known[name].choices):
-            raise FlowARError(f"{name} is {value!r}: expected one of {', '.join(known[name].choices)}")
-        if known[name].type and value is not None:
-            given[name] = checked(name, known[name].type, value)
-    args = single_point(with_options(parser.parse_args([]), resume=str(resume), **kind, **given))
+        choices, kind = actions[name].choices, actions[name].type
+        if choices and value not in (None, *choices):
+            raise FlowARError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+        if kind and value is not None:
+            options[name] = checked(name, kind, value)
+    args = single_point(with_options(parser.parse_args([]), resume=str(resume), **vae_options, **options))
     return open_pipeline(args, select_device(args.device))
 
 
 def open_pipeline(args, device, identify=False):
     """The Pipeline of a sampling_parser's options, one value each. identify: see open_for_sampling."""
     opened = open_for_sampling(args, device, identify)
-    shared = opened.model, opened.vae, opened.precision, None, opened.sampling, opened.guide
-    return Pipeline(build_sampler(args, *shared),
-                    class_names(opened.classes), opened.classes, opened.description)
+    return Pipeline(opened.build_sampler(args), class_names(opened.classes), opened.classes, opened.description)
 
 
 class Pipeline:

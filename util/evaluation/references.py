@@ -93,42 +93,47 @@ def load_statistics(path, extractor, img_size):
     """
     if not Path(path).is_file():
         raise FlowARError(f"--fid_stats {path}: no such file")
+    arrays = {}
     with np.load(path) as file:
         suffix = extractor.suffix if f"feature_extractor{extractor.suffix}" in file else ""
-        names = {**{name: name + suffix for name in OWN}, **{name: name for name in SHARED}}
-        if not is_main():  # which computes the metrics
-            del names["features"]
-        arrays = {name: file[in_file] for name, in_file in names.items() if in_file in file}
+        for name in (*OWN, *SHARED):
+            in_file = name + suffix if name in OWN else name
+            if in_file in file and (name != "features" or is_main()):  # rank 0 computes the metrics
+                arrays[name] = file[in_file]
     here = {"feature_extractor": extractor.name, "img_size": img_size, "resize": extractor.resize}
     if "weights_sha256" in arrays:
         here["weights_sha256"] = tensors_hash(extractor.network.state_dict())
-    there = {"feature_extractor": Inception.name, **{name: arrays[name].item() for name in here if name in arrays}}
-    for name, value in there.items():
-        if value != here[name]:
-            unsaid = "" if name in arrays else " (one that says nothing of itself is taken as Inception's)"
-            raise FlowARError(f"--fid_stats {path}: its {name} is {value}, here it is {here[name]}{unsaid}; "
-                              "make statistics with scripts/reference_stats.py")
+    for name, value in here.items():
+        unsaid = Inception.name if name == "feature_extractor" else value
+        there = arrays[name].item() if name in arrays else unsaid
+        if there != value:
+            raise FlowARError(f"--fid_stats {path}: its {name} is {there}, here it is {value} (a file that does not "
+                              "say it is taken as Inception's); make statistics with scripts/reference_stats.py")
     return make_reference(path, arrays, extractor.dim)
 
 
 def make_reference(path, arrays, dim):
     """Reference of a statistics file's arrays; FlowARError unless they are finite and of `dim` features."""
-    numbers = {name: arrays[name] for name in ("mu", "sigma", "features", "held_out") if name in arrays}
-    numbers = {name: array.astype(np.float32 if name == "features" else np.float64) for name, array in numbers.items()}
-    shapes = {"mu": (dim,), "sigma": (dim, dim), "features": (len(numbers.get("features", ())), dim)}
-    for name in ("mu", "sigma", "features"):
-        shape = numbers[name].shape if name in numbers else None
-        if shape != shapes[name] and not (shape is None and name == "features"):
-            raise FlowARError(f"--fid_stats {path}: its {name} has shape {shape}, expected {shapes[name]}")
-    if not all(np.isfinite(array).all() for array in numbers.values()):
-        raise FlowARError(f"--fid_stats {path}: its numbers are not finite")
-    tensors = {name: torch.from_numpy(array) for name, array in numbers.items()}
-    classes = None
+    mu, sigma = np.shape(arrays.get("mu")), np.shape(arrays.get("sigma"))
+    if mu != (dim,) or sigma != (dim, dim):
+        raise FlowARError(f"--fid_stats {path}: mu is {mu} and sigma {sigma}, expected ({dim},) and ({dim}, {dim})")
+    tensors = {}
+    for name, kind in {"mu": np.float64, "sigma": np.float64, "features": np.float32, "held_out": np.float64}.items():
+        if name in arrays:
+            tensors[name] = torch.from_numpy(arrays[name].astype(kind))
+            if not tensors[name].isfinite().all():
+                raise FlowARError(f"--fid_stats {path}: {name} is not finite")
+    reference = Reference(str(path), tensors["mu"].numpy(), tensors["sigma"].numpy(), tensors.get("features"))
+    if reference.features is not None and reference.features.shape[1:] != (dim,):
+        raise FlowARError(f"--fid_stats {path}: features are {tuple(reference.features.shape)}, "
+                          f"expected (images, {dim})")
     if "class_counts" in arrays:
-        classes = dict(zip(arrays["classes"].tolist(), arrays["class_counts"].tolist()))
-    return Reference(str(path), numbers["mu"], numbers["sigma"], tensors.get("features"), classes,
-                     sha256=tensors_hash(tensors) if is_main() else None,
-                     held_out=tuple(numbers["held_out"].tolist()) if "held_out" in numbers else None)
+        reference.classes = dict(zip(arrays["classes"].tolist(), arrays["class_counts"].tolist()))
+    if "held_out" in tensors:
+        reference.held_out = tuple(tensors["held_out"].tolist())
+    if is_main():
+        reference.sha256 = tensors_hash(tensors)
+    return reference
 
 
 def list_images(folder):
