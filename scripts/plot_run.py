@@ -6,6 +6,7 @@
 A run is a folder with log.jsonl, or such a file itself (log.1.jsonl: of a run before in the same folder).
 """
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from models import FlowARError
 from util.cluster import log, run_main
 from util.evaluation.reports import reports_of
-from util.files import check_output, is_number
+from util.files import check_output
 from util.options import some_path
 from util.training.logging import read_lines
 
@@ -45,7 +46,7 @@ class Run(NamedTuple):
 
     def points(self, group, key):
         """(steps, values) of what a group of lines holds."""
-        lines = [line for line in self.groups.get(group, ()) if is_number(line.get(key)) and line[key] == line[key]]
+        lines = [line for line in self.groups.get(group, ()) if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
         return [line["step"] for line in lines], [line[key] for line in lines]
 
     def scales(self):

@@ -1,8 +1,6 @@
 """Directories and small files, with this project's one-line errors."""
 import json
-import math
 import os
-import reprlib
 from pathlib import Path
 
 from models import FlowARError
@@ -40,29 +38,6 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except ValueError as error:
         raise FlowARError(f"{path}: damaged, expected JSON ({error})") from error
-
-
-def check_fields(content, fields, path):
-    """FlowARError unless `content` is a dict with all `fields`: {name: (function: whether a value is good, words)}."""
-    for name, (good, expected) in fields.items():
-        if not isinstance(content, dict) or name not in content:
-            raise FlowARError(f"{path}: {name} is missing")
-        if not good(content[name]):
-            raise FlowARError(f"{path}: {name} is {reprlib.repr(content[name])}, expected {expected}")
-
-
-def is_count(value, low=0):
-    """Whether a value of a JSON file is a whole number that fits 32 or 64 bits and a float."""
-    return type(value) is int and low <= value < 2**53
-
-
-def is_number(value):
-    """Whether a value of a JSON file is a number that can be computed with; NaN and infinity are."""
-    return type(value) in (int, float) and not 1e30 < abs(value) < math.inf
-
-
-def is_strings(value):
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def holds_bytes(path):
