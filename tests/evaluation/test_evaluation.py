@@ -17,7 +17,7 @@ from PIL import Image
 import seams
 from models import FlowARError
 from util import manifest
-from util.evaluation import extractors, metrics, pipeline, references, reports, store
+from util.evaluation import extractors, metrics, references, reports, store
 from util.evaluation.pipeline import open_for_sampling
 from util.options import evaluation_parser
 from util.training.checkpoint import lock
@@ -209,10 +209,10 @@ def test_a_moved_run_is_known_again(project, checkpoint, tmp_path, monkeypatch, 
     first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"--ref_images {tmp_path}/a/images")
     assert len(first["labels_sha256"]) == len(first["reference_sha256"]) == 64
     (tmp_path / "a").rename(tmp_path / "b")
-    calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (references, "folder_features"), (pipeline, "file_hash"))]
+    calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (references, "folder_features"))]
     again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
     assert again == first and "evaluated already" in capsys.readouterr().out
-    assert calls == [[], [], []]  # no image, no feature, and the checksum that was verified already
+    assert calls == [[], []]  # no image, no feature
     (tmp_path / "b" / "images" / "3" / "000.png").unlink()
     with pytest.raises(FlowARError, match="has reference_sha256 .*; choose another"):
         evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")

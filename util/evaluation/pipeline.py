@@ -56,7 +56,7 @@ class Opened(NamedTuple):
 
 def open_for_sampling(args, device, identify=False):
     """The Opened of --resume and --vae_path, as the other options want them.
-    identify: with the weights' hash, for which those without a checksum are read once more, by rank 0."""
+    identify: with the file's hash, for which rank 0 reads it once more."""
     if not args.resume:
         raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
                           ".safetensors, or a name such as released:flowar_small")
@@ -64,7 +64,7 @@ def open_for_sampling(args, device, identify=False):
     precision = set_precision(args.precision or release, device)
     path, content = read_model_file(args.resume)
     weights = find_model(content, path, args.weights)
-    checksum = content.get("checksum")  # of its content, and verified when it was read
+    checksum = content.get("checksum")  # of earlier versions, in the hash's place
     trained_with = saved_origin(content)
     is_run = "optimizer" in content  # not weights alone
     sampling, data = saved_sampling(content, args.resume), content.get("data")
