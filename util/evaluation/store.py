@@ -121,6 +121,7 @@ class Store:
 
     def finish(self, report):
         """Write the results, and let batches and folder go."""
+        make_directory(self.folder)
         write_json(report, self.folder / RESULTS)
         self.close()
 
