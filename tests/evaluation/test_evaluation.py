@@ -361,7 +361,7 @@ def test_what_is_missing_in_a_vae_is_said_before_it_is_refused(project, checkpoi
     ("--model flowar_small", "tensors do not fit the model"),
     ("--vae_stride 8", "--vae_stride is 8, but the VAE"),
     ("--fid_stats nowhere.npz", "nowhere.npz: no such file"),
-    ("--ref_images nowhere", "nowhere: no such folder"),
+    ("--ref_images nowhere", "nowhere: no folder, archive"),
     ("--ref_images nowhere --fid_stats nowhere.npz", "two references"),
 ])
 def test_wrong_options_are_refused(project, checkpoint, tmp_path, extra, message):

@@ -174,7 +174,7 @@ def test_distance_script(project, monkeypatch, capsys):
 @pytest.mark.parametrize("options,message", [
     ("{p}/images/val {p}/images/train {p}/images", "3 folders, expected one or two"), ("{p}/images/val {p}/images/train --halves", "give one of these"),
     ("{p}/images/val {p}/images/train --vae_path x.pth", "give one of these"), ("{p}/images/val --vae_path x.pth", "x.pth: no such file"),
-    ("{p}/images/val {p}/nowhere", "nowhere: no such folder of images"), ("{p}/images/val --vae_path {p}/vae.pth --img_size 15", "VAE's stride is 4"),
+    ("{p}/images/val {p}/nowhere", "nowhere: no folder, archive"), ("{p}/images/val --vae_path {p}/vae.pth --img_size 15", "VAE's stride is 4"),
     ("{p}/pair", "pair: too few images for two halves"), ("{p}/images/val {p}/large", "images of 16 pixels in .*, of 20 in .*: give --img_size")])
 def test_what_has_no_distance_is_named(project, monkeypatch, capsys, options, message):
     from PIL import Image
