@@ -32,6 +32,7 @@ import project_root  # noqa: F401
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from engine_flowar import evaluate
@@ -58,6 +59,13 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 LOW_PRECISIONS = {"cpu": ("bf16",), "cuda": ("bf16", "fp16")}  # of `vae`, besides the full one
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0, "guidance_low": 0.0}  # of tests/plain.py's sampler
+
+
+def attention_kernel(model, dtype=None):
+    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend. No public call says what torch chooses."""
+    attn = model.blocks[0].attn
+    q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype, device=model.class_emb.weight.device)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name
 
 
 def parse_args():
@@ -166,7 +174,7 @@ def benchmark_train(args, device):
     if args.compile:
         prepare.compile_training(model)
     return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout,
-            "attention_kernel": prepare.attention_kernel(model, AUTOCAST.get(args.precision)),
+            "attention_kernel": attention_kernel(model, AUTOCAST.get(args.precision)),
             **compare(ways, args.batch_size, flops.training_flops(model), args, device)}
 
 
@@ -194,7 +202,7 @@ def benchmark_sample(args, device):
     result = compare(ways, args.eval_bsz, flops.sampling_flops(slow, args.eval_bsz, **options), args, device)
     if plain:
         result["difference"] = ((latents["fast"] - latents["plain"]).norm() / latents["plain"].norm()).item()
-    return {"eval_bsz": args.eval_bsz, **counted, "attention_kernel": prepare.attention_kernel(model, AUTOCAST.get(args.precision)), **result}
+    return {"eval_bsz": args.eval_bsz, **counted, "attention_kernel": attention_kernel(model, AUTOCAST.get(args.precision)), **result}
 
 
 def compare(ways, images, operations, args, device):

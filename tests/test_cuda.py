@@ -12,9 +12,11 @@ from helpers import (assert_same_run, evaluation_command, finish, inputs, make_p
                      training_command, wait_for)
 from PIL import Image
 from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
-from test_reliability import bad_steps, check_a_bad_step, poison, stopping_before, with_nan  # noqa: F401: a fixture
+from test_reliability import stopping_before
+from test_steps import bad_states, poison, saved_state, with_nan  # noqa: F401
 
 from models import build_model
+from scripts.benchmark import attention_kernel
 from util.speed import prepare
 from util.cluster import set_deterministic
 from util.training.optimization import EMA, build_optimizer
@@ -38,7 +40,7 @@ def test_goldens_in_float32(name):
 @pytest.mark.parametrize("precision,kernel", [(torch.bfloat16, "FLASH_ATTENTION"), (None, "EFFICIENT_ATTENTION")])
 def test_training_attention_runs_in_a_fused_kernel(precision, kernel):
     model = build_model("flowar_tiny", attn_dropout=0.1).to(CUDA).train()
-    assert prepare.attention_kernel(model, precision) in (kernel, "CUDNN_ATTENTION")
+    assert attention_kernel(model, precision) in (kernel, "CUDNN_ATTENTION")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -109,10 +111,10 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(tmp_path, precision):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_bad_step_changes_nothing(tmp_path, monkeypatch, bad_steps):
-    poison(monkeypatch, 3, with_nan)
+def test_a_bad_step_changes_nothing(tmp_path, monkeypatch, bad_states):  # noqa: F811
+    poison(monkeypatch, [3], with_nan)
     train(make_project(tmp_path), tmp_path / "out", "--save_every 1 --keep 20", CUDA)
-    check_a_bad_step(tmp_path / "out", bad_steps)
+    assert bad_states == [saved_state(tmp_path / "out", 3)]
 
 
 def test_a_compiled_training_runs_under_torchrun(tmp_path):

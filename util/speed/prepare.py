@@ -1,7 +1,6 @@
 """A whole model made faster, in place: its results stay the same."""
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 
 from models import FlowARError
 from models.kernels import Linear
@@ -74,13 +73,3 @@ def for_evaluation(models, vae, dtype=None, what=None):
         if what:
             compile_sampling(model, what)
     for_decoding(vae, what)
-
-
-def attention_kernel(model, dtype=None):
-    """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend. No
-    public call says what torch chooses; without this one benchmarks would not name it.
-    """
-    attn = model.blocks[0].attn
-    q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype,
-                    device=model.class_emb.weight.device)
-    return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name
