@@ -20,8 +20,8 @@ def project(tmp_path_factory):
     project = make_project(tmp_path_factory.mktemp("project"))
     update = optimization.EMA.update
 
-    def track(ema, model, skip=None, step=None):
-        update(ema, model, skip, step)
+    def track(ema, model, step=None):
+        update(ema, model, step)
         for width in TRACKED:
             if step == 1:
                 TRACKED[width] = optimization.PowerEMA(model, width)

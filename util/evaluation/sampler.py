@@ -25,14 +25,14 @@ def decoded_at_once(pixels):
 
 
 def count_passes(model, settings):
-    """For each scale a list of the evaluations of the flow head (their number is its NFE): how many passes an image takes
-    in each, 2 where guidance acts, else 1. Solvers ask for the same times whatever the velocity is.
+    """For each scale a list of the evaluations of the flow head (their number is its NFE): how many passes an image
+    takes in each, 2 where guidance acts, else 1. Solvers ask for the same times whatever the velocity is.
     """
     settings, scales, passes = fm.Sampling(**settings), len(model.scale), []
     for times, weight in zip(settings.times(scales), settings.weights(scales)):
         counts = []
-        velocity = fm.guided_velocity(lambda x, t: counts.append(1) or x, lambda x, t: counts.append(2) or (x, x), weight,
-                                      settings.guidance_low, settings.guidance)
+        velocity = fm.guided_velocity(lambda x, t: counts.append(1) or x, lambda x, t: counts.append(2) or (x, x),
+                                      weight, settings.guidance_low, settings.guidance)
         model.path.SOLVERS[settings.solver](velocity, torch.zeros(1), times, torch.Generator())
         passes.append(counts)
     return passes
