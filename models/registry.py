@@ -6,8 +6,8 @@ import torch
 from models.errors import FlowARError
 from models.flowar import FlowAR
 from models.hub import weights_file
-from models.weights import (check_fits, find_model, read_weights, recognise_body, recognise_geometry,
-                            saved_vae)
+from models.variants.ablated import RELEASED, AblatedFlowAR
+from models.weights import check_fits, find_model, read_weights, recognise_body, recognise_geometry, saved_vae
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
 HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
@@ -28,22 +28,13 @@ MODELS = {
 }
 
 
-# What the paper's ablations change, as released. models.variants.ablated makes the others, once it is imported.
-RELEASED = {"head": "scale", "objective": "flow", "condition": "spatial_adaln", "pyramid": "latent"}
-ABLATED = []  # its class
-
-
 def build_model(name, **overrides):
     """A FlowAR of the size `name`; overrides: its arguments, or choices of RELEASED, None meaning the size's own."""
     if name not in MODELS:
         raise FlowARError(f"model {name!r} is unknown: expected one of {', '.join(MODELS)}")
     config = {**MODELS[name], **{key: value for key, value in overrides.items() if value is not None}}
     choices = {key: config.pop(key, value) for key, value in RELEASED.items()}
-    if choices == RELEASED:
-        return FlowAR(**config)
-    if not ABLATED:
-        raise FlowARError(f"{choices}: of the paper's ablations; import models.variants.ablated first")
-    return ABLATED[0](**choices, **config)
+    return FlowAR(**config) if choices == RELEASED else AblatedFlowAR(**choices, **config)
 
 
 def read_variant(state, path):

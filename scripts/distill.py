@@ -15,7 +15,8 @@ from main_flowar import train
 from models import FlowAR, load_flowar
 from models.errors import FlowARError
 from models.variants.rectified import RectifiedFlowAR
-from models.registry import RELEASED, recognise_size
+from models.registry import recognise_size
+from models.variants.ablated import RELEASED
 from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log

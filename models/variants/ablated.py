@@ -4,12 +4,12 @@ import torch.nn.functional as F
 
 from models.errors import FlowARError
 from models.flowar import FlowAR
-from models.registry import ABLATED, RELEASED
 from models.variants import diffusion
 from models.variants.conditioning import HEADS, TokenAttention
 
 CHOICES = {"head": ("scale", "token"), "objective": ("flow", "diffusion"), "condition": tuple(HEADS),
            "pyramid": ("latent", "image")}  # the first: released
+RELEASED = {name: values[0] for name, values in CHOICES.items()}
 TOGETHER = "sequence_concat", "cross_attention"  # ways in which tokens read the condition of others
 
 
@@ -70,6 +70,3 @@ def describe(model):
     """', head token, objective diffusion': a FlowAR's choices that are not the released ones, '' of a released one."""
     choices = {name: model.config.get(name, value) for name, value in RELEASED.items()}
     return "".join(f", {name} {value}" for name, value in choices.items() if value != RELEASED[name])
-
-
-ABLATED.append(AblatedFlowAR)  # for build_model

@@ -7,7 +7,7 @@ from helpers import call, evaluate, inputs, make_project, small_model, train
 
 from models import FlowAR, FlowARError, build_model, load_flowar
 from models import flow_matching as fm
-from models.registry import RELEASED, recognise_size
+from models.registry import recognise_size
 from models.variants import ablated, diffusion
 
 GEOMETRY = dict(img_size=16, vae_stride=4, vae_embed_dim=4, scale=(1, 2, 4), class_num=10)
@@ -21,7 +21,7 @@ def variant(**chosen):
 
 
 def test_the_released_choices_are_the_released_model():
-    assert type(variant()) is FlowAR and type(variant(**RELEASED)) is FlowAR and "variant" not in variant().state_dict()
+    assert type(variant()) is FlowAR and type(variant(**ablated.RELEASED)) is FlowAR and "variant" not in variant().state_dict()
 
 
 @pytest.mark.parametrize("chosen", SWITCHES, ids=lambda chosen: "-".join(*chosen.items()))
@@ -42,7 +42,7 @@ def test_every_switch(chosen):
         with torch.device("meta"):
             mine, released = (sum(p.numel() for p in build_model(size, **GEOMETRY, **options).flownet.parameters()) for options in (chosen, {}))
         assert abs(mine / released - 1) < 0.05
-    assert recognise_size(model.state_dict(), "x") == {"model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128, **RELEASED, **chosen}
+    assert recognise_size(model.state_dict(), "x") == {"model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128, **ablated.RELEASED, **chosen}
     assert model.sample_tokens(labels, num_steps=5, cfg=2.0).isfinite().all()
 
 
