@@ -5,7 +5,6 @@ import pytest
 import torch
 from helpers import inputs, small_model
 
-from models import FlowARError
 from models.flow_head import TIME_STEPS, TimeEmbedder
 
 
@@ -65,8 +64,3 @@ def test_gradients_reach_every_parameter():
         model, noise, t, z = head_and_inputs(cross)
         model.flownet(torch.cat(noise, dim=1), t, z.requires_grad_(), model.scale).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in model.flownet.parameters()) and z.grad.any()
-
-
-def test_a_width_that_is_no_multiple_of_the_head_size_is_refused():
-    with pytest.raises(FlowARError, match="diffloss_w is 96: expected a multiple of .* 64"):
-        small_model(diffloss_w=96)

@@ -34,11 +34,10 @@ def test_uniform_time_grid(n, expected):
     assert grid.dtype == torch.float64 and grid.tolist() == expected
 
 
-@pytest.mark.parametrize("n,kind,message", [(1, "release", "num_steps is 1: the release time grid needs at least 2"), (0, "uniform", "at least 1"),
-                                            (4, "cosine", "time_grid is 'cosine': expected one of release, uniform")])
-def test_what_is_no_time_grid_is_refused(n, kind, message):
-    with pytest.raises(FlowARError, match=message):
-        fm.time_grid(n, kind)
+def test_what_is_no_time_grid_is_refused():
+    for n, kind, message in ((1, "release", "num_steps is 1: the release time grid needs at least 2"), (4, "cosine", "expected one of release, uniform")):
+        with pytest.raises(FlowARError, match=message):
+            fm.time_grid(n, kind)
 
 
 @pytest.mark.parametrize("first,last,expected", [
@@ -55,16 +54,14 @@ def test_ways_from_the_first_scales_steps_to_the_lasts(schedule, expected):
 
 def test_a_list_has_a_value_for_each_scale():
     assert fm.guidance_scales([1, 2, 4], 3) == fm.guidance_scales((1, 2, 4), 3, "constant") == [1, 2, 4]
-    for call, message in ((lambda: fm.guidance_scales([1, 2], 3), r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"),
-                          (lambda: fm.guidance_scales([2, 0.5, 1], 3), "expected 1"), (lambda: fm.scale_steps((4, 4), None, 3), "num_steps has 2 values"),
-                          (lambda: fm.scale_steps(4, 2, 3, "cubic"), "num_step_schedule is 'cubic': expected one of linear, cosine, two_stage")):
+    for cfg, message in (([1, 2], r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"), ([2, 0.5, 1], "expected 1")):
         with pytest.raises(FlowARError, match=message):
-            call()
+            fm.guidance_scales(cfg, 3)
 
 
 @pytest.mark.parametrize("text,message", [
-    *((text, "expected one of uniform, logit_normal:MEAN,STD, shift:K") for text in ("normal", "shift", "shift:x", "shift:2,3", "logit_normal:0", "uniform:1")),
-    ("shift:0", "K is 0, expected above 0"), ("shift:-2", "K is -2"), ("logit_normal:0,-1", "STD is -1, expected above 0"), ("logit_normal:nan,1", "its times")])
+    ("shift:2,3", "expected one of uniform, logit_normal:MEAN,STD, shift:K"), ("shift:0", "K is 0, expected above 0"),
+    ("logit_normal:0,-1", "STD is -1, expected above 0"), ("logit_normal:nan,1", "its times")])
 def test_what_is_no_distribution_of_times_is_refused(text, message):
     with pytest.raises(FlowARError, match=message):
         fm.read_time_distribution(text)
@@ -90,8 +87,6 @@ def test_guidance_scales():
     assert fm.guidance_scales(3, 1) == [3]
     with pytest.raises(FlowARError, match="cfg is 0.5"):
         fm.guidance_scales(0.5, 5)
-    with pytest.raises(FlowARError, match="cosine"):
-        fm.guidance_scales(2, 5, "cosine")
 
 
 @pytest.mark.parametrize("low,high,doubled", [(0.0, 0.7, 35), (0.0, 1.0, 50), (0.0, 0.0, 0), (0.3, 0.7, 20)])

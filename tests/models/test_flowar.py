@@ -1,6 +1,4 @@
 """FlowAR: names, geometry, causality, caching, guidance, random draws."""
-import copy
-
 import golden
 import plain
 import pytest
@@ -83,20 +81,12 @@ def test_patchify_inverts():
 
 @pytest.mark.parametrize("options,message", [
     (dict(scale=(1, 2, 8)), "scale ends with 8: expected 4"),
-    (dict(scale=(2, 4)), "starts with 1"),
-    (dict(scale=(1, 4, 2, 4)), "increasing"),
     (dict(img_size=18), "img_size 18 is not a multiple"),
-    (dict(buffer_size=4), "buffer_size is 4"),
     (dict(diffloss_w=100), "diffloss_w is 100"),
 ])
 def test_what_cannot_work_is_refused_by_name(options, message):
     with pytest.raises(FlowARError, match=message):
         small_model(**options)
-
-
-def test_unknown_model():
-    with pytest.raises(FlowARError, match="'flowar_xl' is unknown.*flowar_huge"):
-        build_model("flowar_xl")
 
 
 @pytest.mark.parametrize("labels", [[0, 10], [-1, 3]])
@@ -173,14 +163,6 @@ def test_batch_size_invariance():
     golden.assert_close(alone, together)
 
 
-def test_draws_from_outside():
-    model = small_model()
-    labels = torch.tensor([1, 2])
-    first, second = (model.sample_tokens(labels, num_steps=2, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    other = model.sample_tokens(labels, num_steps=2, generator=torch.Generator().manual_seed(6))
-    assert torch.equal(first, second) and not torch.allclose(first, other)
-
-
 def test_temperature_scales_the_starting_noise():
     model = small_model()
     _, labels, _, noise = inputs(model)
@@ -205,14 +187,6 @@ def test_eval_mode_teacher_forcing_is_deterministic_and_training_mode_drops():
     assert not torch.allclose(losses(), losses())
     sample = lambda: model.sample_tokens(labels, num_steps=2, generator=torch.Generator().manual_seed(0))  # noqa: E731
     assert torch.equal(sample(), sample()) and model.training
-
-
-def test_sampling_keeps_no_state():
-    model = small_model()
-    before = set(vars(model.encoder_blocks[0].attn))
-    model.sample_tokens(torch.tensor([0]), num_steps=2)
-    assert set(vars(model.encoder_blocks[0].attn)) == before
-    copy.deepcopy(model)
 
 
 def test_loss_weights():

@@ -2,18 +2,15 @@
 import contextlib
 import hashlib
 import http.server
-import shutil
 import threading
 
 import pytest
-import torch
 from huggingface_hub import constants
 
-from helpers import make_project, run, small_model, training_command
+from helpers import make_project, small_model
 from models import FlowARError, load_flowar, load_vae
 from models import hub
 from models.weights import write_file, write_safetensors
-from util.files import read_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,21 +19,14 @@ class Hub:
     """files: {(repository, revision, file): bytes}; gets: paths of what was downloaded; cut: bytes after which it hangs up."""
 
     def __init__(self):
-        self.files, self.gets, self.cut, self.status = {}, [], None, {}
+        self.files, self.gets, self.cut = {}, [], None
 
     def find(self, path):
         """(status, error code, content) of /OWNER/REPO/resolve/REVISION/FILE."""
         if "/resolve/" not in path:
             return 404, None, b""
         owner, repo, _, revision, file = path.lstrip("/").split("/", 4)
-        name = f"{owner}/{repo}"
-        if name in self.status:
-            return *self.status[name], b""
-        if not any(known[0] == name for known in self.files):
-            return 404, "RepoNotFound", b""
-        if not any(known[:2] == (name, revision) for known in self.files):
-            return 404, "RevisionNotFound", b""
-        content = self.files.get((name, revision, file))
+        content = self.files.get((f"{owner}/{repo}", revision, file))
         return (200, None, content) if content is not None else (404, "EntryNotFound", b"")
 
     def handler(hub):
@@ -67,7 +57,7 @@ class Hub:
 def server(monkeypatch, tmp_path):
     served = Hub()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), served.handler()) as http_server:
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
         served.address = f"http://127.0.0.1:{http_server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", served.address)  # as HF_ENDPOINT does before the client is imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.address + "/{repo_id}/resolve/{revision}/{filename}")
@@ -132,20 +122,3 @@ def test_our_own_safetensors_say_what_they_are(server, tmp_path):
     assert hub.weights_file("hf:me/it", "checkpoint-last.pth").name == hub.EXPORTED
 
 
-@pytest.mark.slow  # a launch of two processes
-def test_the_ranks_of_a_host_download_once(server, tmp_path, monkeypatch):
-    """By the environment alone, as a user would: model and VAE by name, sampled as the run says."""
-    project = make_project(tmp_path / "p", 2)
-    run(training_command(project, project / "run", "--cfg 2 --ema_rate 0.5"))
-    server.files[("me/it", "main", "run.pth")] = (project / "run" / "checkpoint-last.pth").read_bytes()
-    server.files[("me/vae", "main", "vae.pth")] = (project / "vae.pth").read_bytes()
-    for name, value in dict(HF_ENDPOINT=server.address, HF_HOME=str(tmp_path / "home")).items():
-        monkeypatch.setenv(name, value)
-    evaluate = "eval.py --num_images 4 --eval_bsz 2 --device cpu --feature_extractor efficientnet-lite0 --resume"
-    done = run(f"{evaluate} hf:me/it/run.pth --vae_path hf:me/vae/vae.pth --output_dir {tmp_path}/eval", processes=2)
-    assert sorted(server.gets) == ["/me/it/resolve/main/run.pth", "/me/vae/resolve/main/vae.pth"]
-    assert "hf:me/it/run.pth: sampled with --num_step 4, --cfg 2.0 where no option says otherwise" in done.stdout
-    report = read_json(tmp_path / "eval" / "results.json")
-    assert (report["checkpoint"], report["vae"], report["cfg"]) == ("hf:me/it/run.pth", "hf:me/vae/vae.pth", 2.0)
-    shutil.rmtree(tmp_path / "home")
-    assert torch.is_tensor(load_flowar(project / "run").class_emb.weight)

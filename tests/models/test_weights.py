@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from models import AutoencoderKL, FlowARError, build_model, load_flowar, load_vae
 from models.vaes import read_vae, save_vae
-from models.weights import content_hash, file_hash, find_model, read_file, tensors_hash, write_file, write_safetensors, writing
+from models.weights import content_hash, file_hash, find_model, read_file, tensors_hash, write_safetensors, writing
 
 VAE = {"vae_embed_dim": 4, "vae_stride": 4}
 torch.manual_seed(0)
@@ -50,12 +50,9 @@ def test_which_weights_are_read_is_told(content, choice, expected, line):
 
 @pytest.mark.parametrize("content,choice,message", [
     ({"ema": EMA}, "raw", "no raw weights of a FlowAR in this file, which holds ema: expected a state dict by itself, or under model_ema, "),
-    (EMA, "ema", "no ema weights of a FlowAR in this file"),
-    ({"model": RAW}, "best", "no best weights of a FlowAR in this file, which holds model"),
     ({"model": RAW, "ema": {"shadow": EMA}}, None, "no FlowAR weights under 'ema': class_emb.weight is missing (--weights takes another key"),
     ({"model": {**EMA, **under("_orig_mod.", RAW)}}, None, "names of tensors are there twice, with and without module. or _orig_mod."),
-    (torch.zeros(2), None, "weights of a FlowAR in this file, which holds nothing"), ({"model": None}, None, "weights of a FlowAR in this file, which holds model"),
-    ({"model": small_vae().state_dict()}, None, "no FlowAR weights under 'model': class_emb.weight is missing")])
+    (torch.zeros(2), None, "weights of a FlowAR in this file, which holds nothing")])
 def test_a_file_without_the_weights_that_are_asked_for_is_refused(content, choice, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         find_model(content, "x.pth", choice)
@@ -97,14 +94,6 @@ def test_safetensors_whatever_the_suffix_and_files_of_before_pytorch_1_6(tmp_pat
     assert same(read_file(tmp_path / "old.pth", mmap=True), EMA)
 
 
-def test_mapped_tensors_share_the_files_pages(tmp_path):
-    write_file(EMA, tmp_path / "x.pth")
-    mapped = read_file(tmp_path / "x.pth", mmap=True)["mask"]
-    with open("/proc/self/maps") as file:
-        ranges = [line.split()[0].split("-") for line in file if line.rstrip().endswith(f"{tmp_path}/x.pth")]
-    assert any(int(start, 16) <= mapped.data_ptr() < int(end, 16) for start, end in ranges)
-
-
 class Payload:
     def __reduce__(self):
         return os.system, ("touch exploited",)
@@ -122,7 +111,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, write):
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-@pytest.mark.parametrize("length", [0, 60, 1000, 100000])
+@pytest.mark.parametrize("length", [60, 100000])
 def test_a_truncated_download_ends_in_one_line(tmp_path, name, length):
     torch.save(EMA, tmp_path / name) if name == "x.pth" else save_file(EMA, tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:length])
@@ -133,7 +122,7 @@ def test_a_truncated_download_ends_in_one_line(tmp_path, name, length):
 
 @pytest.mark.parametrize("content,message", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 687430000\n", "a Git LFS pointer, not the file itself: git lfs install"),
-    (b"<!DOCTYPE html>\n<html>", "no file of tensors"), (b"Entry not found", "no file of tensors")])
+    (b"<!DOCTYPE html>\n<html>", "no file of tensors")])
 def test_what_a_server_answers_in_place_of_a_file_ends_in_one_line(tmp_path, content, message):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(FlowARError, match=f"x.pth: .*{message}"):
@@ -180,16 +169,12 @@ def test_a_vaes_file_with_more_than_the_vae(tmp_path):
     assert notes[0].startswith(f"warning: {path} does not tell its latent scale: KL-16's is taken, 0.2325; ")
 
 
-@pytest.mark.parametrize("more", ["encoder.extra.weight", "quant_conv.lora"])
-def test_layers_that_a_vae_lacks_are_refused(tmp_path, more):
-    torch.save({"model": {**small_vae().state_dict(), more: torch.zeros(1)}}, tmp_path / "x.ckpt")
-    with pytest.raises(FlowARError, match=f"tensors do not fit the VAE: {more} is not in the VAE"):
-        load_vae(tmp_path / "x.ckpt")
-
-
-def test_a_vae_that_lacks_a_tensor_is_refused(tmp_path):
+def test_a_vae_of_other_tensors_is_refused(tmp_path):
     state = AutoencoderKL(ch=16).state_dict()
     del state["quant_conv.bias"]
     torch.save({"model": state}, tmp_path / "x.ckpt")
     with pytest.raises(FlowARError, match="x.ckpt: 1 tensors do not fit the VAE: quant_conv.bias is missing"):
         AutoencoderKL(ch=16, ckpt_path=tmp_path / "x.ckpt")
+    torch.save({"model": {**small_vae().state_dict(), "quant_conv.lora": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    with pytest.raises(FlowARError, match="tensors do not fit the VAE: quant_conv.lora is not in the VAE"):
+        load_vae(tmp_path / "x.ckpt")
