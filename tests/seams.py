@@ -6,7 +6,6 @@ from util.data import images
 from util.evaluation import metrics, sampler, store
 from util.training import progress
 
-NETWORK = main_flowar, "build_model"
 STEP = engine_flowar, "forward_and_backward"  # (run, parts) of a step of training -> losses
 PREPARED = engine_flowar, "prepare_batch"  # (run, batch, draws, part) -> (latents, labels, draws)
 BAD_STEP = engine_flowar, "report_bad_step"

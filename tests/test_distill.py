@@ -1,12 +1,10 @@
 """scripts/distill.py: an ordinary run of the project's loop, whose settings of sampling are used wherever it is sampled."""
 import shutil
-import signal
 
 import pytest
 import seams
 import torch
-from helpers import (assert_same_run, call, evaluate, evaluation_command, finish, make_project, read_checkpoint, read_log, run, start, train,
-                     wait_for)
+from helpers import call, evaluate, evaluation_command, make_project, read_checkpoint, read_log, train
 from PIL import Image
 
 from models import FlowARError, load_flowar
@@ -78,26 +76,6 @@ def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkey
     assert Image.open(student / "few_step.png").size[0] > Image.open(student / "few_step.png").size[1]
 
 
-@pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always
-def test_killed_it_ends_with_the_same_bits(project, student, tmp_path):
-    words = command(project, tmp_path, "--save_every 4")
-    process = start(words)
-    wait_for(tmp_path / "checkpoint-000000004.pth", process)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    status, output = finish(start(words))
-    assert status == 0 and "resumes at step" in output, output
-    assert_same_run(tmp_path, student)
-
-
-@pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always
-def test_two_processes_distil_as_one(project, student, tmp_path):
-    run(command(project, tmp_path / "two", "--save_every 4 --epochs 1").replace("--batch_size 8", "--batch_size 4"), processes=2)
-    run(command(project, tmp_path / "one", "--save_every 4 --epochs 1"))
-    a, b = ([line["loss"] for line in read_log(tmp_path / name) if line["group"] == "train"] for name in ("one", "two"))
-    assert a == pytest.approx(b, rel=1e-3)
-
-
 def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
     with pytest.raises(FlowARError, match=r"its teacher_sampling is .*, now .*: give the same, or another --output_dir"):
         call(monkeypatch, command(project, student, "--cfg 3"))
@@ -105,10 +83,6 @@ def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
         call(monkeypatch, command(project, student).replace("--reuse 2", "--reuse 3"))
     with pytest.raises(FlowARError, match="--proj_dropout is not for a distillation"):
         call(monkeypatch, command(project, student, "--proj_dropout 0.1"))
-    with pytest.raises(FlowARError, match="--num_step 4:4 has 2 values: expected one for each of 3 scales"):
-        call(monkeypatch, command(project, student, "--num_step 4:4"))
-    with pytest.raises(FlowARError, match="--resume is missing: give the teacher's checkpoint"):
-        call(monkeypatch, f"scripts/distill.py --output_dir {project}/none --device cpu")
 
 
 @pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always

@@ -74,8 +74,7 @@ def published(size, cache, output):
 
 
 @pytest.mark.parametrize("size,world,batch,sharded,blocks", [
-    ("s", 32, 2048, 3.0, 29.6), ("s", 64, 4096, 3.0, 29.5), ("l", 32, 2048, None, None), ("l", 64, 4096, None, None), ("h", 32, 1024, None, None),
-    ("h", 64, 2048, None, None)])
+    ("s", 32, 2048, 3.0, 29.6), ("l", 64, 4096, None, None), ("h", 32, 1024, None, None)])
 def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, world, batch, sharded, blocks):
     monkeypatch.setattr(dry_run, "image_bytes", count_once)
     monkeypatch.chdir(tmp_path)
@@ -110,20 +109,13 @@ def test_it_goes_on_from_a_run(project, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("options,message", [
-    ("--dry_run", "--dry_run is of a training, needs --world"),
-    ("--world 4", "--world is for --dry_run"), ("--images_per_second 10", "--images_per_second is for --dry_run"),
-    ("--dry_run --world 4 --evaluate", "leave out --evaluate"),
+    ("--dry_run", "--dry_run is of a training, needs --world"), ("--world 4", "--world is for --dry_run"),
     ("--dry_run --world 8", "80 training images are fewer than one global batch of 128"),
     ("--dry_run --world 2 --global_batch 15", "a global batch of 15 cannot be dealt to 2 processes"),
-    ("--dry_run --world 2 --scales 1,3,5", "scale"),
     ("--dry_run --world 2 --class_num 5", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 5"),
-    ("--dry_run --world 2 --vae_path nowhere.pth", "--vae_path nowhere.pth: no such file"),
-    ("--dry_run --world 2 --vae_stride 8", "--vae_stride is 8, but the VAE"),
     ("--dry_run --world 2 --cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is"),
     ("--dry_run --world 2 --output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite"),
     ("--dry_run --world 2 --output_dir {p}/vae.pth/out", "{p}/vae.pth/out: cannot be made ({p}/vae.pth is a file)"),
-    ("--dry_run --world 2 --log_dir {p}/vae.pth/out", "{p}/vae.pth/out: cannot be made"),
-    ("--dry_run --world 2 --resume nowhere", "nowhere: no such checkpoint file or directory"),
     ("--dry_run --world 2 --resume {p}/run --diffloss_d 4", "do not fit the model")])
 def test_it_refuses_what_would_fail_later(project, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

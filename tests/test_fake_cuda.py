@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from models import MODELS, AutoencoderKL, build_model, kernels
+from models import AutoencoderKL, build_model, kernels
 from models import flow_matching as fm
 
 BATCH = 2
@@ -34,7 +34,7 @@ def on_cuda(build):
     return module
 
 
-SIZES = [name for name in MODELS if name != "flowar_tiny"]
+SIZES = ["flowar_small", "flowar_large"]  # without and with cross-attention
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def batch(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size,training", [(size, True) for size in SIZES] + [("flowar_large", False)])
+@pytest.mark.parametrize("size,training", [(size, True) for size in SIZES] + [("flowar_small", False)])
 def test_no_step_waits_for_the_device(size, training):
     """The loss, and what draws for it; it is on the device, and nobody looked at it."""
     model = model_of(size)
@@ -63,11 +63,10 @@ def test_no_step_waits_for_the_device(size, training):
             loss.item()
 
 
-@pytest.mark.parametrize("size", ["flowar_small", "flowar_large", "flowar_huge"])
-def test_no_step_of_the_backward_pass_waits(size):
+def test_no_step_of_the_backward_pass_waits():
     """There is none on a fake CUDA; on meta, which has no numbers either, every parameter gets its gradient."""
     with torch.device("meta"):
-        model = build_model(size, attn_dropout=0.1, proj_dropout=0.1).train()
+        model = build_model("flowar_small", attn_dropout=0.1, proj_dropout=0.1).train()
     latents, labels = (x.to("meta") for x in (torch.empty(BATCH, 16, 16, 16), torch.empty(BATCH, dtype=torch.long)))
     model(latents, labels).backward()
     for name, parameter in model.named_parameters():

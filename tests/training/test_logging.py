@@ -1,6 +1,5 @@
 """--wandb: TensorBoard's scalars and grids by the same names, and no training that ends because of it; a log that was torn."""
 import importlib.machinery
-import json
 import sys
 import types
 
@@ -11,7 +10,6 @@ from helpers import make_project, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import FlowARError
-from util.options import training_parser
 from util.training import logging
 from util.training.logging import TrainingLog
 
@@ -74,18 +72,6 @@ def test_it_gets_what_tensorboard_gets(project, tmp_path, stub):
     assert images == told.keys() - scalars.keys() >= {("samples/ema", 1), ("samples/ema", 2)}
 
 
-@pytest.mark.slow
-def test_the_real_package_takes_it_offline(project, tmp_path, monkeypatch):
-    """A second start goes on in the same run."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for extra in ("--epochs 1", f"--epochs 2 --resume {tmp_path}"):
-        train(project, tmp_path, f"--eval_freq 1 --wandb of-mine --log_freq 1 {extra}")
-    identity = json.loads((tmp_path / "wandb.json").read_text())["id"]
-    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2 and {path.name for path in files} == {f"run-{identity}.wandb"}
-
-
 def write(folder, step=0, project="p"):
     log = TrainingLog(folder, torch.device("cpu"), step, project, {"scales": (1, 2)})
     log.scalars("val", step + 1, 1, {"loss": 0.5})
@@ -128,13 +114,6 @@ def test_without_the_package_one_line_says_so(project, tmp_path, monkeypatch):
     with pytest.raises(FlowARError, match="--wandb needs the package wandb, which is not installed: pip install wandb"):
         train(project, tmp_path / "out", "--wandb")
     assert not (tmp_path / "out").exists()
-
-
-def test_names_of_projects(capsys):
-    assert training_parser().parse_args(["--wandb"]).wandb == "flowar" and training_parser().parse_args([]).wandb is None
-    with pytest.raises(SystemExit):
-        training_parser().parse_args(["--wandb", "a/b"])
-    assert "'a/b' is no name of a project" in capsys.readouterr().err
 
 
 def test_a_log_is_mended(tmp_path):
