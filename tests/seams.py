@@ -15,7 +15,6 @@ LATENTS = sampler.Sampler, "pyramid"  # of a batch that is evaluated
 DECODED = sampler.Sampler, "decode"  # (sampler, latents) -> (images, finite)
 KEPT_BATCH = store.Store, "save"
 PNG = store, "write_png"
-BYTES = store, "write_bytes"
 METRICS = metrics.Measure, "compute"
 NPZ = store.Store, "write_npz"
 REPORT = store.Store, "finish"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call, make_project, read_log, train
+from helpers import call, make_project, train
 from PIL import Image
 
 from models import FlowARError
@@ -91,26 +91,14 @@ def test_data_workers_read_at_once_what_one_process_reads(tmp_path):
             assert torch.equal(torch.cat([images for images, _ in loader]), alone)
 
 
-def test_a_training_and_a_cache_are_those_of_the_folder(tmp_path, monkeypatch, capsys):
+def test_a_training_and_a_cache_are_those_of_the_folder(tmp_path, monkeypatch):
     project = make_project(tmp_path, per_class=4)
     pack(project / "images", tmp_path / "deflated.zip")
-    (tmp_path / "beside").mkdir()
-    for split in ("train", "val"):
-        pack(project / "images" / split, tmp_path / "beside" / f"{split}.tar")
-    places, options = ("images", "deflated.zip", "beside"), "--epochs 1 --eval_freq 1"
-    plain, zipped, beside = (train(project, tmp_path / f"run_{name}", f"{options} --data_path {tmp_path}/{name}") for name in places)
-    for name, found in zip(places[1:], (zipped, beside)):
-        assert found["data"] == plain["data"] and all(torch.equal(found["model"][key], value) for key, value in plain["model"].items())
-        assert read_log(tmp_path / f"run_{name}") == read_log(tmp_path / "run_images")  # of the validation too
+    plain, zipped = (train(project, tmp_path / f"run_{name}", f"--epochs 1 --data_path {tmp_path}/{name}") for name in ("images", "deflated.zip"))
+    assert zipped["data"] == plain["data"] and all(torch.equal(zipped["model"][key], value) for key, value in plain["model"].items())
     command = f"scripts/cache_latents.py --cached_path {tmp_path}/cache --vae_path {project}/vae.pth --img_size 16 --num_workers 0 --device cpu"
     call(monkeypatch, f"{command} --data_path {project}/images")
-    shards = [path.read_bytes() for path in sorted((tmp_path / "cache").glob("*.safetensors"))]
     call(monkeypatch, f"{command} --data_path {tmp_path}/deflated.zip")  # the finished cache is one of these images
-    call(monkeypatch, f"{command.replace('/cache ', '/zipped ')} --data_path {tmp_path}/deflated.zip")
-    assert shards == [path.read_bytes() for path in sorted((tmp_path / "zipped").glob("*.safetensors"))]
-    capsys.readouterr()
-    call(monkeypatch, f"scripts/check_images.py {tmp_path}/deflated.zip/train --img_size 16")
-    assert "40 images" in capsys.readouterr().out
 
 
 # ---- dataset.json ----------------------------------------------------------------------------------------------
@@ -137,11 +125,9 @@ def test_labels_of_edms_tools(tmp_path):
     assert swapped["counts"] == data.identity()["counts"] and swapped["sha256"] != data.identity()["sha256"]
 
 
-@pytest.mark.parametrize("labels,message", [
-    (None, "00000/img00000000.png, 00000/img00000002.png, 00001/img00000001.png and 1 more only in one"),
-    ([[f"0000{i % 2}/img{i:08d}.png", 0] for i in range(5)], "00000/img00000004.png only in one of them")])
-def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, labels, message):
-    with pytest.raises(FlowARError, match=f"dataset.json: its labels are not those of the images here .{message}"):
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
+    labels = [[f"0000{i % 2}/img{i:08d}.png", 0] for i in range(5)]
+    with pytest.raises(FlowARError, match="dataset.json: its labels are not those of the images here .00000/img00000004.png only in one of them"):
         list_images(edm(tmp_path / "train.zip", labels))
 
 
@@ -158,10 +144,6 @@ def test_a_split_lies_in_an_archive_or_is_one(tmp_path):
     assert find_split(tmp_path, "train") == f"{tmp_path}/train.tar" and find_split(tmp_path, "val", needed=False) is None
     put(tmp_path, "train/a/1.png")
     assert find_split(tmp_path, "train") == f"{tmp_path}/train"  # a folder comes first
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "train.tar.gz").write_bytes(b"")
-    with pytest.raises(FlowARError, match="there is no train/ in it, only train.tar.gz"):
-        find_split(tmp_path / "x", "train")
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------
@@ -178,43 +160,23 @@ def tar_of(path, *members):
     return path
 
 
-def zip_of(path, *names, method=zipfile.ZIP_STORED, mode=0o644):
-    with zipfile.ZipFile(path, "w", method) as file:
-        for name in names:
-            info = zipfile.ZipInfo(name)
-            info.external_attr, info.create_system, info.compress_type = mode << 16, 3, method
-            file.writestr(info, b"\0" * 700)
+def zip_of(path, name, mode=0o644):
+    with zipfile.ZipFile(path, "w") as file:
+        info = zipfile.ZipInfo(name)
+        info.external_attr, info.create_system = mode << 16, 3
+        file.writestr(info, b"\0" * 700)
     return path
-
-
-def encrypted(path):
-    content = bytearray(zip_of(path, "a/1.png").read_bytes())
-    content[content.index(b"PK\1\2") + 8] |= 1
-    path.write_bytes(content)
-
-
-def cut(path, change):
-    tar_of(path, *[(f"a/{i}.png", {}) for i in range(9)])
-    path.write_bytes(change(path.read_bytes()))
-
-
-HALF = 512 + 1024  # header and content of a member
 
 
 PLAIN = "a link, encrypted, or packed in a way that is not known here: pack plain files"
 
 
 @pytest.mark.parametrize("name,make,message", [
-    ("x.zip", encrypted, f": a/1.png: {PLAIN}"), ("x.zip", lambda path: zip_of(path, "a/1.png", method=zipfile.ZIP_LZMA), PLAIN),
-    ("x.zip", lambda path: zip_of(path, "a/1.png", mode=0o120777), PLAIN), ("x.zip", lambda path: zip_of(path, "a/../b/1.png"), PLAIN),
+    ("x.zip", lambda path: zip_of(path, "a/1.png", mode=0o120777), f": a/1.png: {PLAIN}"), ("x.zip", lambda path: zip_of(path, "a/../b/1.png"), PLAIN),
     ("x.zip", lambda path: path.write_bytes(zip_of(path, "a/1.png").read_bytes()[:-30]), "cut short, damaged, or of another kind"),
-    ("x.zip", lambda path: zip_of(path, "1.png"), "1 images but no class folders"), ("x.zip", lambda path: zip_of(path, "a/1.txt"), "0 images; left out: 1 .txt"),
     ("x.tar", lambda path: path.write_bytes(b"\x1f\x8b" + bytes(5000)), "cut short, damaged, or of another kind"),
     ("x.tar", lambda path: tar_of(path, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}), ("b/1.png", {})), f": a: {PLAIN}"),
-    ("x.tar", lambda path: tar_of(path, ("a/1.png", {"type": tarfile.LNKTYPE, "linkname": "a/2.png"})), PLAIN),
-    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF]), "no mark of its end at byte"),
-    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF - 700]), "unexpected end of data"),
-    ("x.tar", lambda path: cut(path, lambda content: content[:3 * HALF] + b"?" * 512 + content[3 * HALF + 512:]), "no mark of its end at byte 4608")])
+    ("x.tar", lambda path: path.write_bytes(tar_of(path, *[(f"a/{i}.png", {}) for i in range(9)]).read_bytes()[:3 * 1536]), "no mark of its end at byte")])
 def test_an_archive_that_cannot_be_read_as_its_folders_is_refused(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(FlowARError, match=f"{name}.*{message}"):

@@ -58,13 +58,13 @@ def test_data_workers_and_other_ranks_read_them_too(project):
 
 
 def test_a_training_and_a_cache_are_those_of_the_folder(project, monkeypatch, tmp_path):
-    plain, packed = (train(project, tmp_path / name, f"--epochs 1 --data_path {project}/{name}") for name in ("images", "hub"))
-    assert packed["data"] == plain["data"] and all(torch.equal(packed["model"][name], value) for name, value in plain["model"].items())
+    packed = train(project, tmp_path / "run", f"--epochs 1 --data_path {project}/hub")
+    assert packed["data"]["sha256"] == Images(project / "images" / "train", 16).identity()["sha256"]
     command = f"scripts/cache_latents.py --cached_path {tmp_path}/cache --vae_path {project}/vae.pth --img_size 16 --num_workers 0 --device cpu"
     call(monkeypatch, f"{command} --data_path {project}/images")
     call(monkeypatch, f"{command} --data_path {project}/hub")  # the finished cache is one of these images
     with pytest.raises(FlowARError, match="--format npz: .* these images have those of the dataset: leave it out"):
-        call(monkeypatch, f"{command}2 --format npz --data_path {project}/hub".replace("/cache ", "/npz ").replace("cpu2", "cpu"))
+        call(monkeypatch, f"{command.replace('/cache ', '/npz ')} --format npz --data_path {project}/hub")
 
 
 def test_a_name_on_the_hub_is_a_repository_a_split_and_a_revision(project, datasets, monkeypatch):
@@ -99,9 +99,7 @@ def test_labels_without_names_are_numbers_or_texts(project, datasets, tmp_path):
 
 @pytest.mark.parametrize("change,features,message", [
     (lambda images, labels: (images, [-1, *labels[1:]]), {"label": "int64"}, "row 0 has the label -1, expected a whole number from 0 on"),
-    (lambda images, labels: (images, [None, *labels[1:]]), {}, "row 0 has the label None"),
-    (lambda images, labels: ([images[0], None, *images[2:]], labels), {}, "row 1 holds no image: a dataset whose images are files of their own"),
-    (lambda images, labels: (images, labels), {"label": "float32"}, "row 0 has the label .*expected a whole number")])
+    (lambda images, labels: ([images[0], None, *images[2:]], labels), {}, "row 1 holds no image: a dataset whose images are files of their own")])
 def test_rows_without_image_or_label_are_named(project, datasets, tmp_path, change, features, message):
     write(datasets, tmp_path / "train", *change(*rows_of(project / "images" / "train")), **{name: datasets.Value(kind) for name, kind in features.items()})
     with pytest.raises(FlowARError, match=f"{tmp_path}/train: {message}"):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import golden
 from scripts import sample
-from helpers import call, inputs, read_checkpoint, run, run_with_settings, small_model
+from helpers import call, inputs, read_checkpoint, run_with_settings, small_model
 from models import FlowARError
 from models.flow_matching import SOLVERS
 from scripts.pictures import read_settings
@@ -47,8 +47,7 @@ def same(some, others):
 # ---- the mathematics: FlowAR.sample_pyramid ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 3])
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("keep,cfg", [(0, 3.0), (1, 3.0), (2, 1.0), (3, 3.0)])
 def test_scales_that_are_given_stay_and_the_rest_is_drawn_as_ever(keep, cfg):
     model = small_model()
     _, labels, _, noise = inputs(model)
@@ -94,15 +93,10 @@ def test_all_known_is_the_image_itself_and_none_is_as_ever():
 
 
 @pytest.mark.parametrize("wrong,message", [
-    (dict(given=[torch.zeros(2, 4, 2, 2)]), "given has shapes"), (dict(given=[torch.zeros(1, 4, 1, 1)]), "given has shapes"),
-    (dict(known=([torch.zeros(2, 4, 1, 1)], [])), "known latents has shapes"), (dict(noise=[torch.zeros(2, 1, 4)]), "noise has shapes")])
+    (dict(given=[torch.zeros(2, 4, 2, 2)]), "given has shapes"), (dict(noise=[torch.zeros(2, 1, 4)]), "noise has shapes")])
 def test_other_shapes_are_refused(wrong, message):
-    model = small_model()
     with pytest.raises(FlowARError, match=message):
-        model.sample_pyramid(torch.tensor([1, 2]), **wrong)
-    grids = [torch.zeros(2, 4, s, s) for s in model.scale]
-    with pytest.raises(FlowARError, match="expected bool"):
-        model.sample_pyramid(torch.tensor([1, 2]), known=(grids, [torch.ones(1, 1, s, s) for s in model.scale]))
+        small_model().sample_pyramid(torch.tensor([1, 2]), **wrong)
 
 
 # ---- names ------------------------------------------------------------------------------------------------------------------
@@ -116,9 +110,8 @@ def test_names_of_imagenet_need_no_download():
         find_label("crane", ["crane", "dog", "crane"])
     with pytest.raises(FlowARError, match="'retriever': no class of this name; near are: .*golden retriever"):
         find_label("retriever", names)
-    for wrong in (1000, -1, "1000"):
-        with pytest.raises(FlowARError, match="the model has classes 0..999"):
-            find_label(wrong, names)
+    with pytest.raises(FlowARError, match="the model has classes 0..999"):
+        find_label(1000, names)
 
 
 def test_other_names_are_the_checkpoints():
@@ -142,8 +135,8 @@ def test_the_same_pixels_as_the_sampler_the_script_and_eval(pipe, trained, tmp_p
     assert np.array_equal(pixels(drawn), plain.images(labels).permute(0, 2, 3, 1).numpy())
     (tmp_path / "labels.txt").write_text("0\n3\n5\n9\n")
     common = f"--resume {trained} --seed 5 --device cpu"
-    run(f"eval.py {common} --num_images 4 --labels {tmp_path}/labels.txt --save_images --output_dir {tmp_path}/eval "
-        "--feature_extractor efficientnet-lite0")
+    call(monkeypatch, f"eval.py {common} --num_images 4 --labels {tmp_path}/labels.txt --save_images --output_dir {tmp_path}/eval "
+                      "--feature_extractor efficientnet-lite0")
     assert same(drawn, [Image.open(tmp_path / "eval" / "images" / f"{i:06d}.png") for i in range(4)])
     call(monkeypatch, f"scripts/sample.py {common} --labels 0,3,5,9 --per_class 1 --folder {tmp_path}/single")
     assert same(drawn, [Image.open(tmp_path / "single" / f"{label:04d}-0000.png") for label in labels])
@@ -189,8 +182,6 @@ def test_interpolation_ends_at_the_seeds(pipe):
     assert len(found) == 4 and same(found[:1], pipe([3], seed=1)) and same(found[-1:], pipe([3], seed=2))
     assert not same(found[1:2], found[:1])
     assert same(pipe.interpolate(3, 1, 1, count=3), pipe([3], seed=1) * 3)
-    with pytest.raises(FlowARError, match="at least 2"):
-        pipe.interpolate(3, 1, 2, count=1)
 
 
 def test_inpainting_keeps_what_is_not_white(pipe, monkeypatch, tmp_path):
@@ -206,9 +197,8 @@ def test_inpainting_keeps_what_is_not_white(pipe, monkeypatch, tmp_path):
     monkeypatch.undo()
     image.save(tmp_path / "i.png"), mask.save(tmp_path / "m.png")
     assert same(pipe.inpaint(tmp_path / "i.png", str(tmp_path / "m.png"), 8, count=2, seed=4), drawn)
-    for other, message in ((Image.new("L", (8, 8), 255), "the mask is 8x8 pixels, the image 16x16"), (Image.new("L", (16, 16)), "no white part")):
-        with pytest.raises(FlowARError, match=message):
-            pipe.inpaint(image, other, 8)
+    with pytest.raises(FlowARError, match="the mask is 8x8 pixels, the image 16x16"):
+        pipe.inpaint(image, Image.new("L", (8, 8), 255), 8)
 
 
 def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
@@ -218,16 +208,10 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe(["cat"]), "'cat': no class of this name"),
+    (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg: 0.5 is out of range"),
     (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling, expected one of num_steps"),
-    (lambda pipe: pipe([1], cfg=0.5), "cfg: 0.5 is out of range"), (lambda pipe: load_pipeline("nowhere"), "nowhere: no such checkpoint"),
-    (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"), (lambda pipe: pipe([]), "no labels"),
-    (lambda pipe: pipe([1], seed=-1), "seed: -1 is out of range"), (lambda pipe: pipe([1], num_steps=2.5), "num_steps: '2.5' is not an integer"),
-    (lambda pipe: pipe([1], cfg="a"), "cfg: 'a' is not a number"), (lambda pipe: pipe.variations(1, count=0), "count is 0 or less"),
-    (lambda pipe: pipe.variations(1, keep_scales="2"), "keep_scales is 2: expected 0 to 3"), (lambda pipe: pipe.using("foo"), "precision is 'foo'"),
-    (lambda pipe: load_pipeline("x", precision="foo"), "precision is 'foo': expected one of"), (lambda pipe: load_pipeline("x", cfg=-3), "cfg: -3 is out of"),
-    (lambda pipe: load_pipeline("x", device="gpu"), "device is 'gpu': expected one of"), (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values"),
-    (lambda pipe: pipe.inpaint(np.zeros((16, 16)), np.zeros((16, 16)), 3), "image or mask is a ndarray")])
+    (lambda pipe: pipe([1], num_step_schedule="cosine"), "needs --num_step_last"), (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"),
+    (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):
     with pytest.raises(FlowARError, match=message):
         call(pipe)
@@ -243,10 +227,6 @@ def test_the_vae_is_the_runs_own_or_the_one_that_is_named(trained, tmp_path):
     torch.save(content, tmp_path / "moved.pth")
     with pytest.raises(FlowARError, match="gone.pth: no such file"):
         load_pipeline(tmp_path / "moved.pth")
-    content["args"]["num_step"] = 10**9  # what a stranger's file may say
-    torch.save(content, tmp_path / "moved.pth")
-    with pytest.raises(FlowARError, match="moved.pth: --num_step: 1000000000 is out of range"):
-        load_pipeline(tmp_path / "moved.pth", vae)
 
 
 # ---- the script -------------------------------------------------------------------------------------------------------------
@@ -279,18 +259,6 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
     assert same([Image.open("after.png")], [Image.open("before.png")]) and read_settings("after.png")["command"][-2:] == ["--edit", "after.png"]
     script(f"--resume {trained} --device cpu --grid")
     assert same([Image.open("grid.png").crop((11, 2, 75, 66))], [pipe(list(range(10)))[0].resize((64, 64), 0)])
-    for words, message in ((f"--resume {trained} --interpolate", "needs two seeds"),
-                           ("--inpaint i.png", "expected IMAGE MASK"), ("--again m.png", "holds no settings")):
-        with pytest.raises(FlowARError, match=message):
-            script(words)
-
-
-@pytest.mark.parametrize("settings,message", [
-    ({"guidance_low": 0.5, "guidance": 0.4}, "guidance would act nowhere"), ({"cfg": [1, 2, 3], "cfg_schedule": "constant"}, "leave out --cfg_schedule"),
-    ({"num_step_schedule": "cosine"}, "needs --num_step_last"), ({"cfg": [1, 2]}, "has 2 values: expected one for each of 3 scales")])
-def test_settings_of_a_call_are_checked_as_options_are(pipe, settings, message):
-    with pytest.raises(FlowARError, match=message):
-        pipe([3], **settings)
 
 
 def test_a_model_does_not_guide_itself(trained):
