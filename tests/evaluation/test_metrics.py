@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch_fidelity import registry
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import seams
@@ -67,24 +66,6 @@ class PlainDINOv2(nn.Module):
         return norm("norm", x)[:, 0]
 
 
-class Registered(FeatureExtractorBase):
-    """Our stand-in, for torch-fidelity."""
-    def __init__(self, name, features, **options):
-        super().__init__(name, features)
-        self.extractor = build("efficientnet-lite0")
-
-    def forward(self, images):
-        return (self.extractor.forward(images)[0],)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("features",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "features"
-
-
 @pytest.fixture
 def random_transformers(tmp_path, monkeypatch):
     """{name: weights file} of small random DINOv2 and CLIP, of which torch-fidelity's have the same."""
@@ -114,7 +95,7 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
         for i, file in enumerate(sorted((tmp_path / split).rglob("*.png"))[:10]):
             Image.open(file).convert("RGB").save(tmp_path / f"flat_{split}" / f"{i:03d}.png")
     files, cpu = {"inception": random_inception, **random_transformers}, torch.device("cpu")
-    joint = extractors.build_extractors(["dinov2-vit-b-14", "efficientnet-lite0", "inception", "clip-vit-b-32"], files, cpu)
+    joint = extractors.build_extractors(["dinov2-vit-b-14", "inception", "clip-vit-b-32"], files, cpu)
     read = seams.count(monkeypatch, (references, "read_image"))
     found = references.find_references(None, str(tmp_path / "flat_val"), joint, 16, cpu)
     measure = metrics.Measure(joint, found)
@@ -124,7 +105,6 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     ours = measure.compute([dict(zip(("features", "logits"), extractors.extract(joint, images)))], cpu)
     names = {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std", "precision_k3": "precision", "recall_k3": "recall"}
     scores = {name: name for name in ("inception_score_mean", "inception_score_std")}
-    monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "efficientnet-lite0", Registered)
     for extractor in joint.parts:
         inception = extractor.name == "inception"
         options = dict(feature_extractor_weights_path=random_inception, feature_layer_isc="logits_unbiased", feature_layer_prc="2048", isc=True)
