@@ -40,6 +40,25 @@ def whole(project, checkpoint):
     return report, output
 
 
+class Colors(extractors.Extractor):
+    """A feature network of an image's mean red, green and blue."""
+    name, dim, resize = "colors", 3, "none"
+    network = torch.nn.Identity()
+
+    def __init__(self, device, file=None):
+        pass
+
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3)), None
+
+
+@pytest.fixture
+def colors(monkeypatch):
+    """The option of a feature network that costs no time."""
+    monkeypatch.setitem(extractors.EXTRACTORS, "colors", Colors)
+    return "--feature_extractor colors"
+
+
 def pictures(folder, count=10):
     return np.stack([np.asarray(Image.open(folder / "images" / f"{i:06d}.png")) for i in range(count)])
 
@@ -85,22 +104,9 @@ def test_without_a_reference_nothing_is_written_but_the_report(project, checkpoi
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json", "run.json", ".lock"}
 
 
-class Colors(extractors.Extractor):
-    """A feature network of an image's mean red, green and blue."""
-    name, dim, resize = "colors", 3, "none"
-    network = torch.nn.Identity()
-
-    def __init__(self, device, file=None):
-        pass
-
-    def forward(self, images):
-        return images.float().mean(dim=(2, 3)), None
-
-
-def test_several_extractors(project, checkpoint, whole, tmp_path, monkeypatch):
+def test_several_extractors(project, checkpoint, whole, colors, tmp_path, monkeypatch):
     """Each as alone, from the same images; interrupted too; with FDr of a file that can give it."""
-    monkeypatch.setitem(extractors.EXTRACTORS, "colors", Colors)
-    both = "--feature_extractor colors,efficientnet-lite0"
+    both = f"{colors},efficientnet-lite0"
     call(monkeypatch, f"scripts/reference_stats.py --ref_images {project}/images/val --held_out {project}/images/train "
                       f"--keep_features --output {tmp_path}/stats.npz {both} --device cpu")
     options = f"--eval_bsz 4 {both} --fid_stats {tmp_path}/stats.npz"
@@ -185,24 +191,24 @@ def test_other_settings_in_the_same_place_are_refused(project, checkpoint, tmp_p
 # ---- bound to content, not to places and code ----------------------------------------------------------------------
 
 
-def test_a_moved_run_is_known_again(project, checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_moved_run_is_known_again(project, checkpoint, colors, tmp_path, monkeypatch, capsys):
     """Checkpoint, VAE, reference and output elsewhere: the same evaluation, at once."""
     for name, source in {"run": checkpoint, "images": project / "images" / "val"}.items():
         shutil.copytree(source, tmp_path / "a" / name)
     shutil.copy(project / "vae.pth", tmp_path / "a" / "vae.pth")
-    first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"--ref_images {tmp_path}/a/images")
+    first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"{colors} --ref_images {tmp_path}/a/images")
     assert len(first["labels_sha256"]) == len(first["reference_sha256"]) == 64
     (tmp_path / "a").rename(tmp_path / "b")
     calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (references, "folder_features"))]
-    again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
+    again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --ref_images {tmp_path}/b/images")
     assert again == first and "evaluated already" in capsys.readouterr().out
     assert calls == [[], []]  # no image, no feature
     (tmp_path / "b" / "images" / "3" / "000.png").unlink()
     with pytest.raises(FlowARError, match="has reference_sha256 .*; choose another"):
-        evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"--ref_images {tmp_path}/b/images")
+        evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --ref_images {tmp_path}/b/images")
     torch.save({**torch.load(checkpoint / "checkpoint-last.pth", weights_only=True), "more": 1}, tmp_path / "other.pth")
     with pytest.raises(FlowARError, match="has checkpoint_sha256 "):
-        evaluate(tmp_path / "b", tmp_path / "other.pth", tmp_path / "b" / "out")
+        evaluate(tmp_path / "b", tmp_path / "other.pth", tmp_path / "b" / "out", colors)
 
 
 def test_pictures_of_another_evaluation_are_not_mixed_with_these(tmp_path):
@@ -224,13 +230,14 @@ def test_a_sweeps_table_has_rows_of_other_settings_alike(project, checkpoint, tm
 # ---- sweeps and solvers ------------------------------------------------------------------------------------------
 
 
-def test_sweep(project, checkpoint, tmp_path):
-    evaluate(project, checkpoint, tmp_path, f"--cfg 1,2.5 --guidance 0.5,1 --num_step 4 --ref_images {project}/images/val")
+def test_sweep(project, checkpoint, colors, tmp_path):
+    evaluate(project, checkpoint, tmp_path, f"--cfg 1,2.5 --guidance 0.5,1 --num_step 4 {colors} --ref_images {project}/images/val")
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [(row["cfg"], row["guidance"]) for row in rows] == [("1.0", "0.5"), ("1.0", "1.0"), ("2.5", "0.5"), ("2.5", "1.0")]
-    assert rows[0][METRIC] == rows[1][METRIC] != rows[3][METRIC]  # without guidance its interval changes nothing
+    metric = "frechet_distance_colors"
+    assert rows[0][metric] == rows[1][metric] != rows[3][metric]  # without guidance its interval changes nothing
     single = json.loads((tmp_path / "cfg2.5_guidance0.5" / "results.json").read_text())
-    assert float(rows[2][METRIC]) == single[METRIC] and float(rows[2]["nfe"]) == 12
+    assert float(rows[2][metric]) == single[metric] and float(rows[2]["nfe"]) == 12
     assert Image.open(tmp_path / "sweep.png").size == (1200, 400)
 
 
@@ -244,16 +251,16 @@ def test_evaluations_of_the_network_are_reported(project, checkpoint, tmp_path):
 # ---- during training ---------------------------------------------------------------------------------------------
 
 
-def test_online_evaluation_leaves_training_alone(project, tmp_path):
-    common, online = "--eval_freq 1 --attn_dropout 0.2", "--online_eval --feature_extractor efficientnet-lite0"
+def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
+    common, online = "--eval_freq 1 --attn_dropout 0.2", f"--online_eval {colors}"
     plain = train(project, tmp_path / "plain", common)
     watched = train(project, tmp_path / "watched", f"{common} {online} --eval_num_images 6 --ref_images {project}/images/val")
     assert all(torch.equal(plain[key][name], watched[key][name]) for key in ("model", "model_ema") for name in plain[key])
     for epoch in (1, 2):
         result = json.loads((tmp_path / "watched" / f"eval_epoch000{epoch}" / "results.json").read_text())
-        assert result[METRIC] > 0 and result["num_images"] == 6 and result["epoch"] == epoch
+        assert result["frechet_distance_colors"] > 0 and result["num_images"] == 6 and result["epoch"] == epoch
     lines = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
-    assert METRIC in [line for line in lines if line["group"] == "eval"][0]
+    assert "frechet_distance_colors" in [line for line in lines if line["group"] == "eval"][0]
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
