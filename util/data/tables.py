@@ -7,7 +7,6 @@ import glob
 import os
 from collections import Counter
 
-import numpy as np
 
 from models import FlowARError
 from models.hub import HUB, parse
