@@ -283,6 +283,11 @@ def test_a_base_rate_that_is_not_used_is_said(capsys):
     assert "warning: --blr 0.0001 is not used: --lr is given" in capsys.readouterr().out
 
 
+def test_a_minimum_above_the_peak_rate_is_said(capsys):
+    resolved("--min_lr 5 --batch_size 16 --blr 1e-2", 1)
+    assert "--min_lr 5 is above the peak learning rate 0.000625" in capsys.readouterr().out
+
+
 def test_a_warm_up_that_does_not_end_is_said(capsys):
     resolved("--epochs 50", 1)
     assert "--warmup_epochs 100 is more than --epochs 50: the peak learning rate will not be reached" in capsys.readouterr().out
