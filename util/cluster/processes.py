@@ -142,7 +142,7 @@ def first_on_host():
 
 
 def fetch(*names):
-    """Download files of the hub, see models.files.hub, once on every host."""
+    """Download files of the hub, see models.hub, once on every host."""
     if any(map(is_remote, names)):
         with first_on_host():
             for name in names:
