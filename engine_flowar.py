@@ -74,7 +74,7 @@ def train_one_epoch(run):
     recipe, progress, network = run.recipe, run.progress, run.network
     run.model.train()
     run.source.loader.sampler.set_epoch(progress.epoch, start=progress.done * recipe.global_batch)
-    batches, epoch = iter(run.source.loader), progress.epoch
+    batches, epoch, save = iter(run.source.loader), progress.epoch, False
     run.logger.start_epoch(epoch, recipe.epochs, run.steps * recipe.global_batch, progress.done * recipe.global_batch)
     for index in range(progress.done, run.steps):
         # The step's rate, images and draws; the mean gradient of its forward passes.
@@ -118,9 +118,10 @@ def train_one_epoch(run):
             log_period(run, epoch + (index + 1) / run.steps, lr)
         if run.writer is not None:
             run.writer.check()  # of the checkpoint before
-        save = result.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
+        save = save or result.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
         if result.stop or save and result.finite:  # bad steps do not push good checkpoints out
             save_checkpoint(run)
+            save = False
         if result.stop:
             if run.writer is not None:
                 run.writer.wait()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
-from models import build_model
+from models import FlowARError, build_model
 from models.variants.ablated import describe
 from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
@@ -138,7 +138,12 @@ def report(run, args, validation, plan, measure):
             if run.ema.share_of_start(step) > 0.01:  # the average is partly the random start, and its pictures noise
                 samplers["raw"] = sampler._replace(model=run.network.eval(), weights="the model")
             for name, sampled in samplers.items():
-                run.logger.image(f"samples/{name}", grid := sampled.grid(), step)
+                try:
+                    grid = sampled.grid()
+                except FlowARError as error:  # such as a VAE that overflows in fp16: no reason to end a training
+                    log(f"warning: no samples: {error}")
+                    continue
+                run.logger.image(f"samples/{name}", grid, step)
                 write_png(grid.movedim(0, 2).numpy(), out / f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png")
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}

@@ -1,20 +1,8 @@
 """The one exception type for what a user can put right, and what its lines are made of."""
-import contextlib
 
 
 class FlowARError(ValueError):
     """Bad input: one line that names the file, option or tensor, what it is, what was expected. Exit status 2."""
-
-
-@contextlib.contextmanager
-def reading(path):
-    """What a damaged file makes a library raise in this block becomes a FlowARError that names the file."""
-    try:
-        yield
-    except FlowARError:
-        raise
-    except Exception as error:
-        raise FlowARError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def first_line(error):

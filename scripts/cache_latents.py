@@ -134,9 +134,10 @@ def encoded(data, groups, vae, args, device, progress):
                 rows += some
                 parts.append(encode(vae, torch.stack(crops), device, args.batch_size))
             progress.update(len(items))
-        if not parts:
+        if parts:
+            yield rows, torch.cat(parts), bad
+        elif args.format == "shards":
             raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]})")
-        yield rows, torch.cat(parts), bad
 
 
 # ---- shards --------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def cache_npz(data, vae, args, device, folder, settings):
     if cluster.is_main():
         files = len(Folder(folder, {".npz"}))  # unreadable images have none
         write_json({**info, "files": files, "complete": True}, folder / NPZ_INFO)
-    cluster.log(f"{folder}: {len(listing)} latents ({len(missing)} new on rank 0)")
+        print(f"{folder}: {files} latents of {len(listing)} images")
 
 
 def progress_bar(args, total):

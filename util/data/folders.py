@@ -189,10 +189,10 @@ def assign_labels(files, classes, left_out):
 def take_labels(listing, content):
     """Give a Listing the labels of EDM's dataset.json: beside it folders are no classes, only thousands of images."""
     try:
-        pairs = json.loads(content)["labels"]
-    except (ValueError, TypeError, KeyError):  # another file of that name
+        labels = dict(json.loads(content)["labels"])
+    except (ValueError, TypeError, KeyError):  # another file of that name, or EDM's without labels
         return
-    labels, names = dict(pairs or ()), [listing.name(index) for index in range(len(listing))]
+    names = [listing.name(index) for index in range(len(listing))]
     if labels.keys() != set(names):
         raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are not those of the images here ("
                           f"{name_some(sorted(labels.keys() ^ set(names)), 3)} only in one of them): put the right "

@@ -14,7 +14,7 @@ from models.weights import tensors_hash
 from util.cluster import all_reduce_sum, from_main, gather_to_main, is_main, log, rank, world_size
 from util import data
 from util.data import center_crop
-from util.data.folders import Listing
+from util.data.folders import LABELS_FILE, Listing
 from util.data.pixels import WHITE, describe_conversions, read_image
 from util.evaluation.extractors import Inception, extract
 
@@ -149,7 +149,9 @@ def list_images(folder):
 
 
 def class_counts(listing):
-    """{class folder: images} in the order of the names, None where images do not lie in two or more folders."""
+    """{class folder: images} in the order of the names, None where the folders are not two or more classes."""
+    if listing.labels_from == LABELS_FILE:
+        return None
     counts = Counter(listing.name(i).rpartition("/")[0].partition("/")[0] for i in range(len(listing)))
     return dict(sorted(counts.items())) if len(counts) > 1 and "" not in counts else None
 

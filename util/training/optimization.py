@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedule and EMA of the release's recipe (METHOD: paper section 4 and release).
+"""Parameter groups, learning-rate schedule and EMA of the release's recipe.
 
 And the averages from which an EMA of any width is rebuilt after a training (EDM2, arXiv 2312.02696).
 """
