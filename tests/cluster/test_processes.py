@@ -1,10 +1,8 @@
 """Ranks: what they share, an error of one or of all, a restart, a rank or a launcher that dies."""
 import os
 import re
-import signal
 import time
 
-import pytest
 from helpers import ROOT, finish, make_project, ranks_of, start, training_command, wait_for
 
 # Under torchrun --max_restarts=2: first rank 1 has an error of its own, then rank 0 one for all, then all is well.
@@ -57,21 +55,10 @@ def test_ranks_share_errors_and_a_restart_meets_no_stale_store(tmp_path):
     assert output.count("the end\n") == 1
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    """A function that starts a training of 1,000 epochs and waits until it has saved."""
-    project = make_project(tmp_path_factory.mktemp("project"))
-
-    def begin(output, processes, extra=""):
-        options = f"--epochs 1000 --save_every 5 --batch_size {16 // processes} {extra}"
-        process = start(training_command(project, output, options), processes)
-        wait_for(output / "checkpoint-000000005.pth", process)
-        return process
-    return begin
-
-
-def test_a_rank_does_not_outlive_its_launcher(training, tmp_path):
-    process = training(tmp_path, processes=1)
+def test_a_rank_does_not_outlive_its_launcher(tmp_path):
+    project = make_project(tmp_path / "project")
+    process = start(training_command(project, tmp_path, "--epochs 1000 --save_every 5"), processes=1)
+    wait_for(tmp_path / "checkpoint-000000005.pth", process)
     rank, = ranks_of(process)
     process.kill()
     process.wait()
@@ -79,11 +66,3 @@ def test_a_rank_does_not_outlive_its_launcher(training, tmp_path):
     while os.path.exists(f"/proc/{rank}") and time.monotonic() < end:
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{rank}")
-
-
-@pytest.mark.slow  # torchrun waits 30 s for the rank that does not answer
-def test_a_frozen_rank_ends_the_job_after_the_timeout(training, tmp_path):
-    process = training(tmp_path, processes=2, extra="--timeout 5")
-    os.kill(ranks_of(process)[1], signal.SIGSTOP)
-    status, output = finish(process)
-    assert status != 0 and "Traceback" in output, output

@@ -134,9 +134,11 @@ def test_without_hard_links_the_last_is_a_symbolic_one(tmp_path, monkeypatch):
     assert (tmp_path / checkpoint.LAST).is_symlink() and checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000002.pth"
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_what_a_killed_one_left_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-000000007.pth.tmp").write_bytes(b"half")
     write(tmp_path, 1)
     before = names(tmp_path)
+    assert before == ["checkpoint-000000001.pth", checkpoint.LAST]
 
     def full(content, file):
         file.write(b"half")
@@ -149,12 +151,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         with pytest.raises((FlowARError, OSError), match="No space left"):
             call()
     assert names(tmp_path) == before and torch.load(tmp_path / checkpoint.LAST, weights_only=True)["epoch"] == 1
-
-
-def test_what_a_killed_write_left_is_removed(tmp_path):
-    (tmp_path / "checkpoint-000000007.pth.tmp").write_bytes(b"half")
-    write(tmp_path, 8)
-    assert names(tmp_path) == ["checkpoint-000000008.pth", checkpoint.LAST]
 
 
 def test_a_resume_opens_the_newest_file_once_and_no_other(tmp_path, monkeypatch):

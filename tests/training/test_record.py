@@ -67,20 +67,20 @@ def test_a_run_remembers_and_compares(tmp_path, capsys):
     (images / "5" / "000.png").rename(images / "5" / "0 0\n0.png")
     for file in (images / "7").iterdir():
         file.unlink()
-    content = train(project, tmp_path / "run", "--batch_size 6")
+    content = train(project, tmp_path / "run", "--batch_size 6 --epochs 1")
     printed = capsys.readouterr().out
     assert "36 images in " in printed
     assert content["data"]["classes"] == [str(i) for i in range(10)] and content["data"]["counts"] == [4] * 7 + [0] + [4] * 2
     assert content["vae"]["name"] == f"--vae_path {project}/vae.pth" and content["vae"]["latent_scale"] == (2.0, pytest.approx(0.1))
-    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"samples_epoch0002.png", "samples_epoch0002_raw.png"}
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"samples_epoch0001.png", "samples_epoch0001_raw.png"}
     shutil.copy(images / "1" / "000.png", images / "2" / "more.png")
     more = f"--resume {tmp_path}/run --batch_size 6 --epochs"
-    train(project, tmp_path / "run", f"{more} 3")
+    train(project, tmp_path / "run", f"{more} 2")
     assert "other data than before: 36 images of 10 classes, now 37 of 10" in capsys.readouterr().out
     (images / "55").mkdir()
     shutil.copy(images / "1" / "000.png", images / "55")
     with pytest.raises(FlowARError, match="label 6 was class 6, now it is 55"):
-        train(project, tmp_path / "run", f"{more} 4")
+        train(project, tmp_path / "run", f"{more} 3")
 
 
 def test_the_number_of_classes_follows_from_the_folders(tmp_path):
@@ -88,7 +88,7 @@ def test_the_number_of_classes_follows_from_the_folders(tmp_path):
     project = make_project(tmp_path, per_class=2)
     for label in range(7, 10):
         shutil.rmtree(project / "images" / "train" / str(label))
-    for extra in ("", f"--resume {tmp_path}/run --epochs 3"):
+    for extra in ("--epochs 1", f"--epochs 2 --resume {tmp_path}/run"):
         words = training_command(project, tmp_path / "run", f"--batch_size 4 {extra}").replace(GEOMETRY, GEOMETRY.replace("--class_num 10", ""))
         main_flowar.train(training_parser().parse_args(words.split()[1:]), torch.device("cpu"))
         content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
