@@ -1,6 +1,4 @@
 """--latent_norm channel: what training does to the latents, sampling undoes, wherever the checkpoint goes."""
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -86,17 +84,8 @@ def test_another_norm_or_a_guide_of_another_is_refused_on_the_way_on(project, tm
         load_pipeline(project / "run", device="cpu", guide=str(tmp_path / "plain"))
 
 
-def test_a_checkpoint_or_cache_without_its_statistics_is_refused(project, tmp_path):
+def test_a_checkpoint_without_its_statistics_is_refused(project, tmp_path):
     content = read_file(project / "run" / "checkpoint-last.pth")
-    del content["checksum"]
     write_file({**content, "vae": {**content["vae"], "latent_scale": None}}, tmp_path / "bare.pth")
     with pytest.raises(FlowARError, match="bare.pth: was trained with --latent_norm channel, but does not hold the mean and std"):
         load_pipeline(tmp_path / "bare.pth", device="cpu", vae=str(project / "vae.pth"))
-    index = project / "shards" / "index.json"
-    before = index.read_text()
-    said = json.loads(before)
-    said["measured"]["channel_std"][2] = 0.0
-    index.write_text(json.dumps(said))
-    with pytest.raises(FlowARError, match="index.json: of its channels' mean and std: latent_scale is .* expected .* the scale above 0"):
-        train(project, tmp_path / "zero", options(project))
-    index.write_text(before)
