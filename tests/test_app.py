@@ -1,13 +1,12 @@
-"""The page of scripts/app.py: what it does, without a browser and in a real one."""
-import io
-import json
+"""The page of scripts/app.py: what it draws, what its buttons show, and that visitors wait for each other."""
 import os
 import re
-import shutil
 import socket
 import threading
 import time
 import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,11 +78,8 @@ def test_steps_of_ones_own_are_not_annealed_to_the_checkpoints(pipe):
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(label="zebra"), "'zebra': no class of this name"), (dict(label="10"), "label 10: the model has classes 0..9"),
-    (dict(first_seed=-1), "Seed: -1 is out of range"), (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
-    (dict(count=17), "Images: 17 is out of range"), (dict(cfg=0.5), "Guidance scale: 0.5 is out of range"),
-    (dict(guidance="all"), "Guidance interval: 'all' is not a number"), (dict(steps=0), "Steps: 0 is out of range"),
-    (dict(solver="rk9"), "Solver: 'rk9' is unknown")])
+    (dict(label="zebra"), "'zebra': no class of this name"), (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
+    (dict(guidance="all"), "Guidance interval: 'all' is not a number")])
 def test_bad_values_are_named(pipe, change, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         asked(pipe, **change)
@@ -188,23 +184,32 @@ def test_visitors_wait_for_each_other(page, monkeypatch):
     assert all(job.result(60) for job in jobs) and together == [1, 1, 1]
 
 
-# ---- in a browser --------------------------------------------------------------------------------------------------
+def test_what_the_buttons_show(pipe, words, trained, tmp_path):
+    """Draw, choose the third, vary it, pick a variation: pictures, strips and downloads are the pipeline's."""
+    show = SimpleNamespace(Gallery=lambda items, **options: [item[0] for item in items], DownloadButton=lambda text, value, **options: Path(value))
+    events, expected = app.Events(show, pipe, words, tmp_path), load_pipeline(trained, device="cpu")
+    drawing, gallery, status, strip, *_ = events.draw((8, 5, 3, 2.0, 1.0, 4, "euler", "fp32"), ignore)
+    assert same(map(Image.open, gallery), [expected([8], seed=number)[0] for number in (5, 6, 7)]) and "3 images in" in status
+    assert same(strip, expected.grow(8, seed=5))
+    drawing, strip, title, *_, file = events.choose(drawing, 2)
+    assert same(strip, expected.grow(8, seed=7)) and "seed 7" in title
+    assert file.name == "0008-0007.png" and file.read_bytes() == Path(gallery[2]).read_bytes() and read_settings(file)["seed"] == 7
+    drawing, varied, _ = events.vary(drawing, 2, 4, ignore)
+    assert same(map(Image.open, varied), expected.variations(8, keep_scales=2, count=4, seed=7))
+    file = events.pick(drawing, 3)
+    assert file.name == "0008-0007-keep2-03.png" and read_settings(file)["keep_scales"] == 2
 
 
-@pytest.fixture(scope="module")
-def address(words, tmp_path_factory):
-    """Of the program, started as a user starts it."""
-    folder = tmp_path_factory.mktemp("pictures")
-    pytest.importorskip("gradio", reason="gradio is not installed")
+def test_the_program(words, tmp_path, monkeypatch):
+    """Started as a user starts it: draws, shows what is wrong, goes on, and takes its pictures with it."""
+    client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "pictures")), monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder)), patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        process = start(f"scripts/app.py {' '.join(words)} --port {port}")
-    url = f"http://127.0.0.1:{port}/"
+    process, url, end = start(f"scripts/app.py {' '.join(words)} --port {port}"), f"http://127.0.0.1:{port}/", time.monotonic() + 120
     try:
-        end = time.monotonic() + 120
         while True:
             try:
                 urllib.request.urlopen(url).read()
@@ -212,122 +217,12 @@ def address(words, tmp_path_factory):
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
                 time.sleep(0.1)
-        yield url
+        visitor = client.Client(url, verbose=False)
+        with pytest.raises(Exception, match="zebra.*no class of this name"):
+            visitor.predict("zebra", 5, 1, 2.0, 1.0, 4, "euler", "fp32", api_name="/draw")
+        assert "1 image in" in str(visitor.predict(8, 5, 1, 2.0, 1.0, 4, "euler", "fp32", api_name="/draw"))
     finally:
         process.terminate()
         status, output = finish(process, 30)
     assert status == 0 and f"the page is at {url}" in output and "Traceback" not in output
-    assert not list(folder.iterdir())  # its pictures went with it
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory):
-    """Where the browser puts what is downloaded."""
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium and chromedriver (chromium-driver) are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1900"):
-        options.add_argument(word)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
-class Visitor:
-    """What a person does on the page."""
-
-    def __init__(self, browser, url):
-        self.browser = browser
-        browser.get(url)
-        self.until(lambda: self.all("#draw"))
-
-    def all(self, selector):
-        return self.browser.find_elements("css selector", selector)
-
-    def until(self, condition):
-        from selenium.common.exceptions import StaleElementReferenceException
-        from selenium.webdriver.support.ui import WebDriverWait
-        return WebDriverWait(self.browser, 60, 0.1, [StaleElementReferenceException]).until(lambda _: condition())
-
-    def type(self, selector, text):
-        from selenium.webdriver.common.keys import Keys
-        field = self.all(selector)[0]
-        field.click()
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text, Keys.ENTER)
-
-    def click(self, selector, number=0):
-        self.all(selector)[number].click()
-
-    def text(self, selector):
-        return "".join(element.text for element in self.all(selector))
-
-    def pictures(self, selector, count):
-        """The files of the images that are shown there, once there are `count`."""
-        self.until(lambda: len(self.all(f"{selector} img")) == count)
-        return [urllib.request.urlopen(image.get_attribute("src")).read() for image in self.all(f"{selector} img")]
-
-    def requests(self):
-        messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        return {message["params"]["request"]["url"] for message in messages
-                if message["method"] == "Network.requestWillBeSent"}
-
-
-def opened(files):
-    return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
-
-
-def test_a_click_makes_the_pipelines_picture(address, browser, trained, downloads):
-    visitor, expected = Visitor(browser, address), load_pipeline(trained, device="cpu")
-    visitor.type("#class input", "8"), visitor.type("#seed input", "5"), visitor.type("#images input[type=number]", "3")
-    visitor.click("#draw")
-    files = visitor.pictures("#gallery", 3)
-    assert same(opened(files), [expected([8], seed=number)[0] for number in (5, 6, 7)])
-    visitor.until(lambda: "3 images in" in visitor.text("#status"))
-    assert same(opened(visitor.pictures("#strip", 3)), expected.grow(8, seed=5))
-
-    visitor.click("#gallery img", 2)  # chosen: its strip, its download
-    visitor.until(lambda: "seed 7" in visitor.text("#download"))
-    assert same(opened(visitor.pictures("#strip", 3)), expected.grow(8, seed=7))
-    visitor.type("#keep input[type=number]", "2"), visitor.type("#variation_count input[type=number]", "4")
-    visitor.click("#vary")
-    assert same(opened(visitor.pictures("#variations", 4)), expected.variations(8, keep_scales=2, count=4, seed=7))
-    visitor.click("#download")
-    visitor.until((downloads / "0008-0007.png").is_file)
-    said = read_settings(downloads / "0008-0007.png")
-    assert (said["label"], said["seed"], said["cfg"]) == (8, 7, 2.0)
-    assert (downloads / "0008-0007.png").read_bytes() == files[2]
-
-    visitor.click("#variations img", 3)
-    visitor.until(lambda: "variation 3" in visitor.text("#download"))
-    visitor.click("#download")
-    visitor.until((downloads / "0008-0007-keep2-03.png").is_file)
-    assert read_settings(downloads / "0008-0007-keep2-03.png")["keep_scales"] == 2
-    elsewhere = [url for url in visitor.requests() if not url.startswith((address, "data:", "blob:"))]
-    assert not elsewhere
-
-
-def test_bad_input_is_said_on_the_page_which_goes_on(address, browser):
-    visitor = Visitor(browser, address)
-    visitor.click("#vary")
-    visitor.until(lambda: "There is no image to vary: draw some first" in visitor.text("body"))
-    visitor.type("#class input", "zebra")
-    visitor.click("#draw")
-    visitor.until(lambda: "label 'zebra': no class of this name" in visitor.text("body"))
-    assert "Traceback" not in visitor.text("body") and not visitor.all("#gallery img")
-    visitor.type("#class input", "4"), visitor.type("#seed input", "-3")
-    visitor.click("#draw")
-    visitor.until(lambda: "Seed: -3 is out of range: expected between 0 and" in visitor.text("body"))
-    visitor.type("#seed input", "3")
-    visitor.click("#draw")
-    visitor.pictures("#gallery", 4)
+    assert not list((tmp_path / "pictures").glob("flowar-page-*"))
