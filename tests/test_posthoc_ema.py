@@ -82,24 +82,24 @@ def test_the_file_is_taken_as_any_weights(project, script, tmp_path):
     assert report["weights"] == "ema" and report["checkpoint_sha256"] == file_hash(file)
 
 
-@pytest.mark.parametrize("options,damage,message", [
-    ("--width 0.01", None, "--width 0.01 at step 20: of 20 averages, error of its profile "),
-    ("--width 0.07 --step 40", None, "--step 40: {run}/checkpoint-000000020.pth is of step 20"),
-    ("--width 0.07", "other", "{run}/posthoc-000000008.pth: its tensors are not those of {run}/checkpoint-000000020.pth"),
-    ("--width 0.07", "file", "ema.pth: is there already: give another --output, or remove it"),
-    ("--width 0.07", "without", "{run}/checkpoint-last.pth: it has no averages to rebuild others from"),
-])
-def test_what_cannot_be_rebuilt_is_refused(project, script, tmp_path, options, damage, message):
+def test_what_cannot_be_rebuilt_is_refused(project, script, tmp_path):
     run = shutil.copytree(project / "run", tmp_path / "run", copy_function=os.link)
     snapshot, last = run / "posthoc-000000008.pth", run / "checkpoint-last.pth"
-    if damage == "other":
-        powers = {width: {**power, "z_proj.bias": torch.zeros(3)} for width, power in read_file(snapshot)["posthoc"].items()}
-        write_file({"step": 8, "posthoc": powers}, snapshot)
-    elif damage == "file":
-        (tmp_path / "ema.pth").write_text("mine")
-    elif damage == "without":
-        write_file({name: value for name, value in read_file(last).items() if name not in ("posthoc", "checksum")}, last)
-    with pytest.raises(FlowARError) as error:
-        script(options, resume=run)
-    assert message.format(run=run) in str(error.value) and "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == ["ema.pth"] * (damage == "file")
+
+    def refuse(options, message):
+        with pytest.raises(FlowARError) as error:
+            script(options, resume=run)
+        assert message.format(run=run) in str(error.value) and "\n" not in str(error.value)
+
+    refuse("--width 0.01", "--width 0.01 at step 20: of 20 averages, error of its profile ")
+    refuse("--width 0.07 --step 40", "--step 40: {run}/checkpoint-000000020.pth is of step 20")
+    (tmp_path / "ema.pth").write_text("mine")
+    refuse("--width 0.07", "ema.pth: is there already: give another --output, or remove it")
+    assert (tmp_path / "ema.pth").read_text() == "mine"
+    (tmp_path / "ema.pth").unlink()
+    powers = {width: {**power, "z_proj.bias": torch.zeros(3)} for width, power in read_file(snapshot)["posthoc"].items()}
+    write_file({"step": 8, "posthoc": powers}, snapshot)
+    refuse("--width 0.07", "{run}/posthoc-000000008.pth: its tensors are not those of {run}/checkpoint-000000020.pth")
+    write_file({name: value for name, value in read_file(last).items() if name != "posthoc"}, last)
+    refuse("--width 0.07", "{run}/checkpoint-last.pth: it has no averages to rebuild others from")
+    assert not (tmp_path / "ema.pth").exists()
