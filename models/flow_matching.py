@@ -3,6 +3,7 @@
 Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
 Nothing here knows a network, a device or a file.
 """
+import functools
 import inspect
 import itertools
 import math
@@ -50,6 +51,11 @@ def shift(u, k):
 TIME_DISTRIBUTIONS = {"uniform": uniform, "logit_normal": logit_normal, "shift": shift}
 
 
+def draw_times(function, values, u):
+    """Times of u, uniform in [0, 1), by a function of TIME_DISTRIBUTIONS and its numbers."""
+    return function(u, *values)
+
+
 def read_time_distribution(text):
     """u -> t of "uniform", "logit_normal:MEAN,STD", "shift:K", ...; FlowARError for another text, and for numbers with
     which some of the times are not in [0, 1].
@@ -65,7 +71,7 @@ def read_time_distribution(text):
     times = function(torch.linspace(0, 1, 1025, device="cpu")[:-1], *values)
     if not ((times >= 0) & (times <= 1)).all():
         raise FlowARError(f"t_dist is {text!r}: its times go from {times.min():g} to {times.max():g}, expected [0, 1]")
-    return lambda u: function(u, *values)
+    return functools.partial(draw_times, function, values)  # unlike a lambda it can be pickled, with its model
 
 
 def time_grid(num_steps, kind="release"):
