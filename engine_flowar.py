@@ -16,7 +16,6 @@ from util.evaluation import reports
 from util.evaluation.reports import Stopwatch
 from util.evaluation.sampler import SideStream, decode_and_measure
 from util.evaluation.store import PngWriter, Store
-from util.options import SWEPT
 from util.training.checkpoint import CheckpointWriter, content_of
 from util.training.health import report_bad_step, report_spike
 from util.training.logging import TrainingLog
@@ -232,7 +231,7 @@ def evaluate_sweep(samplers, plan, measure, description, output):
             rows = reports.sweep_rows(output, report)  # with those of earlier sweeps into the same folder
             reports.write_table(rows, output / "results.csv")
             if report["metrics"] and all(report["metrics"][0] in row for row in rows):
-                reports.plot_sweep(rows, report["metrics"][0], SWEPT, output / "sweep.png")
+                reports.plot_sweep(rows, report["metrics"][0], sampler.sampling.by_option(), output / "sweep.png")
 
 
 def evaluate(sampler, plan, measure, description, output):

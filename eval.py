@@ -8,12 +8,13 @@ The size and the geometry are recognised from the checkpoint and the VAE where t
 """
 from engine_flowar import evaluate_sweep
 from util import cluster
+from util.command_line import parse_options
 from util.evaluation.pipeline import open_evaluation
-from util.options import evaluation_parser
+from util.options import EvaluationOptions
 
 
 def main():
-    args = evaluation_parser().parse_args()
+    args = parse_options(EvaluationOptions, description=__doc__.splitlines()[0])
     evaluate_sweep(*open_evaluation(args, cluster.init(args.device, args.timeout)))
 
 

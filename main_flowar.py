@@ -5,26 +5,30 @@
         --model flowar_small --diffloss_d 2 --diffloss_w 1024 --epochs 400 --warmup_epochs 100 --batch_size 64 \\
         --blr 5e-5 --output_dir output --resume output --data_path imagenet --cached_path imagenet_feature
 
-Run the same command again to resume. All options are in util/options.py.
+Run the same command again to resume. --help lists the options, which are in util/options.py.
 """
 import contextlib
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine_flowar import Recipe, Run, evaluate, evaluate_sweep, save_checkpoint, train_one_epoch, validate
 from models import FlowARError, build_model
+from models.settings import Sampling
 from models.variants.ablated import describe
 from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
+from util.command_line import parse_options
 from util.data.source import check_classes, open_sources
 from util.evaluation.metrics import build_measure
 from util.evaluation.pipeline import build_sampler, open_evaluation, plan_reports
 from util.evaluation.store import write_png
+from util.geometry import check_geometry
 from util.speed import prepare
-from util.options import (check_geometry, check_training, model_options, resolve_training, single_point,
-                          training_parser, with_options)
+from util.options import (TrainingOptions, beyond_release, check_training, evaluation_options, given_settings,
+                          model_options, resolve_training)
 from util.training import checkpoint
 from util.training.initial import begin_with
 from util.training.logging import TrainingLog
@@ -36,9 +40,9 @@ from util.training.record import make_record
 def train(args, device, build=lambda args, record: build_model(args.model, **model_options(args))):
     """build(options, what checkpoints will say of the data) -> the network."""
     # ---- 1. options, and what to resume
-    args = single_point(args)
     check_training(args)
-    args = with_options(args, precision=cluster.set_precision(args.precision, dry_run.device_of(args, device)))
+    beyond = beyond_release(args)
+    args = replace(args, precision=cluster.set_precision(args.precision, dry_run.device_of(args, device)))
     lock = is_main() and checkpoint.claim_folder(args.output_dir, args.resume, args.dry_run)
     start = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), start and start.global_batch)
@@ -60,6 +64,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     # ---- 3. model, average, optimizer
     torch.manual_seed(args.seed)
     network, device = dry_run.place(lambda: build(args, record), device, args.dry_run, args.fsdp)
+    network.plan_sampling(Sampling.of({}, given_settings(args)))  # of the reports: refuses now what does not fit
     if args.init_from and start is None:
         begin_with(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
@@ -87,7 +92,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     manifest.add_start(args.output_dir, manifest.describe_start(record, device, step=progress.step))
     log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "
         f"{network.scale}, {world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr "
-        f"{args.lr:.2e}")
+        f"{args.lr:.2e}; beyond the release: {beyond or 'nothing'}")
 
     # ---- 5. epochs, and reports between them
     gc.collect()
@@ -131,7 +136,7 @@ def report(run, args, validation, plan, measure):
             run.logger.scalars(name, step, epoch, {"loss": loss, **{f"loss_scale_{s}": v for s, v in scales.items()}})
             log(f"epoch {epoch}: {name} loss {loss:.4f}")
     if run.source.vae is not None:
-        sampler = build_sampler(with_options(args, resume=""), run.ema.module, run.source.vae, args.precision,
+        sampler = build_sampler(replace(args, resume=""), run.ema.module, run.source.vae, args.precision,
                                 plan.labels.allowed)
         if is_main():
             samplers = {"ema": sampler}
@@ -156,14 +161,14 @@ def report(run, args, validation, plan, measure):
 
 
 def main():
-    args = training_parser().parse_args()
+    args = parse_options(TrainingOptions, description=__doc__.splitlines()[0])
     if args.deterministic:
         cluster.set_deterministic()
     if args.dry_run:
         return dry_run.run(args, train)
     device = cluster.init(args.device, args.timeout)
     if args.evaluate:
-        return evaluate_sweep(*open_evaluation(args, device))
+        return evaluate_sweep(*open_evaluation(evaluation_options(args), device))
     train(args, device)
 
 

@@ -7,7 +7,6 @@ import functools
 import inspect
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -205,35 +204,3 @@ def adams_bashforth2(velocity, x, times, generator=None):
 
 
 SOLVERS = {"euler": euler, "heun": second_order(1), "ab2": adams_bashforth2, "midpoint": second_order(0.5), "rk4": rk4}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of sampling; the defaults are the release's.
-
-    num_steps, time_grid: see time_grid ("release": 25 makes 24 Euler steps).
-    num_steps_last, num_step_schedule: steps a scale, see scale_steps; num_steps may be a list.
-    cfg: guidance scale of the last scale, 1 is no guidance, with cfg_schedule "linear" ramp or "constant"; or a list,
-        one of each scale.
-    guidance, guidance_low: guidance acts only where guidance_low < t <= guidance.
-    temperature: factor of the starting noise. solver: one of SOLVERS; "euler" is the release's.
-    """
-    num_steps: int | list = 25
-    cfg: float | list = 1.0
-    guidance: float = 0.9
-    guidance_low: float = 0.0
-    num_steps_last: int | None = None
-    num_step_schedule: str = "linear"
-    cfg_schedule: str = "linear"
-    temperature: float = 1.0
-    solver: str = "euler"
-    time_grid: str = "release"
-
-    def times(self, num_scales):
-        """The time grid of each scale."""
-        steps = scale_steps(self.num_steps, self.num_steps_last, num_scales, self.num_step_schedule)
-        return [time_grid(n, self.time_grid) for n in steps]
-
-    def weights(self, num_scales):
-        """The guidance scale of each scale."""
-        return guidance_scales(self.cfg, num_scales, self.cfg_schedule)

@@ -21,6 +21,7 @@ from models.errors import FlowARError
 from models.flow_head import FlowHead, per_token
 from models.kernels import Linear, run_block
 from models.layers import GatedMLP, KVCache, Pattern, RMSNorm, SelfAttention, modulate, spans
+from models.settings import Sampling
 
 
 def visible_scales(k):
@@ -278,6 +279,15 @@ class FlowAR(nn.Module):
         """Latents (B, C, H, W), still scaled, of the given labels (B,). Options: see sample_pyramid."""
         return self.unpatchify(self.sample_pyramid(labels, **options)[-1])
 
+    def plan_sampling(self, settings):
+        """(solver, time grid of every scale, guidance weight of every scale) of a Sampling; FlowARError for settings
+        that are not of this model.
+        """
+        if settings.solver not in self.path.SOLVERS:
+            raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.path.SOLVERS)}")
+        scales = len(self.scale)
+        return self.path.SOLVERS[settings.solver], settings.times(scales), settings.weights(scales)
+
     @torch.no_grad()
     def sample_pyramid(self, labels, *, noise=None, generator=None, guide=None, given=(), known=None, forced=None,
                        **settings):
@@ -291,13 +301,11 @@ class FlowAR(nn.Module):
             known: (latents of every scale like what is returned, a bool (B or 1, 1, s, s) for every scale: which cells
                 are kept as they are). The others are drawn to fit.
             forced: a pyramid that the transformer reads in place of what is drawn, as in training.
-            settings: of flow_matching.Sampling: num_steps, cfg, guidance, solver, ...
+            settings: of models.settings.Sampling: num_steps, cfg, guidance, solver, ...
         """
         check_labels(labels, self.class_num)
-        settings = fm.Sampling(**settings)
-        if settings.solver not in self.path.SOLVERS:
-            raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.path.SOLVERS)}")
-        times, weights = settings.times(len(self.scale)), settings.weights(len(self.scale))
+        settings = Sampling.of({}, settings)
+        solver, times, weights = self.plan_sampling(settings)
         noise = self.draw_noise(len(labels), generator) if noise is None else noise
         check_grids(self, len(labels), noise, given, known)
         check_guide(self, guide)
@@ -316,7 +324,6 @@ class FlowAR(nn.Module):
                         z, len(labels), (weights[k], settings.guidance_low, settings.guidance),
                         guide and (guide.flownet, z_guide))
                     start = noise[k].to(z.device) * settings.temperature
-                    solver = self.path.SOLVERS[settings.solver]
                     x = self._integrate(solver, velocity, start, times[k], generator, known, k)
                 latents.append(to_grid(x.to(reader.c), s))
             return latents

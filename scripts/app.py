@@ -7,7 +7,6 @@
 Visitors wait for each other. The page loads nothing from elsewhere. A downloaded PNG holds its settings: scripts/sample.py --again PICTURE
 draws it again.
 """
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -18,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +27,13 @@ import torch
 
 from models import FlowARError
 from models.flow_matching import TIME_GRIDS
+from models.settings import Sampling, as_text, check_value, number
 from scripts.pictures import png_text
 from util.cluster import PRECISIONS, run_main, select_device
+from util.command_line import SEED, Parser, make_parser, take_options
 from util.evaluation.pipeline import open_pipeline
 from util.manifest import code_version
-from util.options import SAMPLING, as_text, between, checked, sampling_parser, seed, single_point, with_options
+from util.options import SamplingOptions
 
 QUICKSTART = "output/quickstart/run"
 MOST_IMAGES, MOST_STEPS, MOST_CFG = 16, 100, 10.0
@@ -46,7 +48,7 @@ class Request(NamedTuple):
     label: int
     seeds: range
     precision: str
-    settings: dict  # FlowAR.sample_tokens' arguments
+    settings: dict  # of models.settings.Sampling
 
 
 class Drawing(NamedTuple):
@@ -65,16 +67,16 @@ class Drawing(NamedTuple):
 
 def read_form(pipe, label, first_seed, count, cfg, guidance, steps, solver, precision):
     """The Request of the page's values, which may be anything; FlowARError names the first that is wrong."""
-    label, first_seed = pipe.label(label), checked("Seed", seed, first_seed)
-    count = checked("Images", between(int, 1, MOST_IMAGES), count)
-    checked("Last seed", seed, first_seed + count - 1)
+    label, first_seed = pipe.label(label), check_value("Seed", SEED, first_seed)
+    count = check_value("Images", number(int, 1, MOST_IMAGES), count)
+    check_value("Last seed", SEED, first_seed + count - 1)
     values = {"cfg": ("Guidance scale", cfg), "guidance": ("Guidance interval", guidance), "num_steps": ("Steps", steps),
               "solver": ("Solver", solver)}
-    now, settings = pipe.sampler.options, {}
-    for name, (title, value) in values.items():  # a list with a value for each scale stays while the page's value is left alone
-        settings[name] = now[name] if value == last_scale(now[name]) else checked(title, SAMPLING[name].kind, value)
-    if settings["num_steps"] != now["num_steps"]:
-        settings["num_steps_last"] = None  # the checkpoint's, which goes with its steps
+    kinds = {field.name: field.metadata["kind"] for field in fields(Sampling)}
+    settings = {}
+    for name, (title, value) in values.items():
+        if value != last_scale(getattr(pipe.sampler.sampling, name)):  # else a list with a value for each scale stays
+            settings[name] = check_value(title, kinds[name], value)
     return Request(label, range(first_seed, first_seed + count), precision, settings)
 
 
@@ -131,8 +133,8 @@ def vary(pipe, drawing, keep, count, report):
     """(`count` images that share the chosen image's first `keep` scales, the first is that image itself; seconds)."""
     if drawing is None:
         raise FlowARError("There is no image to vary: draw some first")
-    keep = checked("Scales to keep", between(int, 0, len(pipe.sampler.model.scale)), keep)
-    count = checked("Variations", between(int, 1, MOST_IMAGES), count)
+    keep = check_value("Scales to keep", number(int, 0, len(pipe.sampler.model.scale)), keep)
+    count = check_value("Variations", number(int, 1, MOST_IMAGES), count)
     pipe, start = pipe.using(drawing.request.precision, **drawing.request.settings), time.perf_counter()
     with reporting(pipe.sampler.model, report):
         pictures = pipe.variations(drawing.request.label, keep_scales=keep, count=count, seed=drawing.seed)
@@ -145,9 +147,9 @@ def settings_of(pipe, request, number, words, variation=None):
     """
     tuned = pipe.using(request.precision, **request.settings)
     command = [*words, "--labels", request.label, "--seeds", number, "--precision", request.precision]
-    for name, setting in SAMPLING.items():
-        if (value := tuned.sampler.options[name]) is not None:
-            command += [f"--{setting.option}", as_text(value)]
+    for option, value in tuned.sampler.sampling.by_option().items():
+        if value is not None:
+            command += [f"--{option}", as_text(value)]
     settings = {**tuned.settings(), "commit": code_version(), "seed": number, "label": request.label, "class_name": pipe.names[request.label]}
     if variation is None:
         return {**settings, "picture": "folder", "command": list(map(str, [*command, "--folder", "samples"]))}
@@ -259,7 +261,7 @@ class Events:
 
 def add_fields(gr, pipe):
     """The fields of read_form, in its order, with the checkpoint's settings in them."""
-    names, now = pipe.names, {name: last_scale(value) for name, value in pipe.sampler.options.items()}
+    names, now = pipe.names, {name: last_scale(value) for name, value in vars(pipe.sampler.sampling).items()}
     classes = [(name if name == str(label) else f"{name} ({label})", label) for label, name in enumerate(names)]  # two may have one name
     precisions = [name for name in PRECISIONS if name != "tf32" or pipe.sampler.device.type == "cuda"]
     with gr.Group():
@@ -356,8 +358,8 @@ def build_page(pipe, name, words, folder):
 # ---- the program ---------------------------------------------------------------------------------------------
 
 
-def make_parser():
-    parser = sampling_parser(__doc__.splitlines()[0])
+def page_parser():
+    parser = make_parser(SamplingOptions, __doc__.splitlines()[0])
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: whoever can reach this machine may draw")
     add("--port", type=int, help="default: the first free one from 7860 on")
@@ -366,8 +368,8 @@ def make_parser():
 
 def parse_args():
     """(options, those words of the command line that scripts/sample.py takes too)."""
-    args = single_point(make_parser().parse_args())
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    args = page_parser().parse_args()
+    own = Parser(None)
     own.add_argument("--host"), own.add_argument("--port")
     _, words = own.parse_known_args()
     if args.resume:
@@ -375,14 +377,15 @@ def parse_args():
     if not Path(QUICKSTART).exists():
         raise FlowARError(f"--resume is missing, and {QUICKSTART} is not there: make it with bash scripts/quickstart.sh, or give a checkpoint, "
                           "or a name such as released:flowar_small")
-    return with_options(args, resume=QUICKSTART), ["--resume", QUICKSTART, *words]
+    args.resume = QUICKSTART
+    return args, ["--resume", QUICKSTART, *words]
 
 
 def open_for_page(args):
     """The Pipeline in the precision of the options, with weights that are not rounded: any other can be chosen."""
     device = select_device(args.device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")  # as in open_for_sampling
-    return open_pipeline(with_options(args, precision="fp32"), device, identify=True).using(precision)
+    return open_pipeline(replace(take_options(SamplingOptions, args), precision="fp32"), device, identify=True).using(precision)
 
 
 def main():

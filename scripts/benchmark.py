@@ -13,7 +13,7 @@ on the same weights: a Python file with loss and sample, such as tests/plain.py.
 checkout, such as the commit before, in turns. `evaluate` times sampling, decoding and features of N images in memory, against writing PNGs
 and reading them again for the features, as the release does. `vae` and `features` time encoding, decoding and feature networks with weights
 contiguous or channels_last, in float32 or autocast, eager or compiled. `memory` counts the bytes that a training step holds, on any machine.
-Weights are random: time does not depend on them. An option that a benchmark has no use for is ignored.
+Weights are random: time does not depend on them.
 """
 import argparse
 import copy
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from unittest import mock
 
@@ -37,8 +38,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from engine_flowar import evaluate
 from models import AutoencoderKL, FlowARError, build_model
+from models.settings import Sampling, setting
 from scripts import flops
 from util.cluster import AUTOCAST, autocast, memory_gib, run_main, select_device, set_precision
+from util.command_line import BELOW_ONE, POSITIVE, flag, list_of, make_parser, path, take_options
 from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.metrics import Measure
@@ -46,9 +49,9 @@ from util.evaluation.pipeline import build_sampler
 from util.evaluation.references import folder_features
 from util.evaluation.store import Plan
 from util.files import check_output, read_json, write_json
+from util.geometry import resolve_geometry
 from util.manifest import describe_machine
-from util.options import (add_extractor_options, below_one, integer_list, model_options, positive, resolve_geometry, sampling_options,
-                          sampling_parser, single_point)
+from util.options import SETTINGS, Extractors, Model, Run, SamplingSettings, check_single, given_settings, model_options
 from util.speed import prepare
 from util.speed.memory import FLOAT, STATES, image_bytes
 from util.training.optimization import EMA, build_optimizer
@@ -68,24 +71,42 @@ def attention_kernel(model, dtype=None):
     return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name
 
 
+@dataclass
+class BenchmarkOptions(Model, SamplingSettings, Extractors, Run):
+    """benchmark"""
+    batch_size: int = setting(16, "train, vae, features, memory: images", POSITIVE, of=("train", "vae", "features", "memory"))
+    eval_bsz: int = setting(64, "sample, evaluate: images of a batch", POSITIVE, of=("sample", "evaluate"))
+    num_images: int = setting(50000, "evaluate: images", POSITIVE, of=("evaluate",))
+    use_checkpoint: bool = flag("train, memory: recompute activations", of=("train", "memory"))
+    attn_dropout: float = setting(0.1, "train, memory: as in training", BELOW_ONE, of=("train", "memory"))
+    proj_dropout: float = setting(0.1, "train, memory: as in training", BELOW_ONE, of=("train", "memory"))
+    vae_ch: int = setting(128, "base width of the VAE (KL-16 has 128)", POSITIVE)
+    vae_ch_mult: tuple = setting((1, 1, 2, 2, 4), "its levels", list_of(POSITIVE))
+    repeats: int = setting(5, "timings, whose median counts", POSITIVE)
+    beside: str = setting(None, "train, sample: Python file with another way to compute the same", path, of=("train", "sample"))
+    against: str = setting(None, "train, sample: folder of another checkout of this project, timed in turns with this one", path,
+                           of=("train", "sample"))
+    turns: int = setting(3, "--against: how often each is started", POSITIVE, of=("train", "sample"))
+    json: str = setting(None, "file to write the figures to", path)
+    resume = guide = ""  # build_sampler asks for them
+
+
+READ_BY = {"vae": (), "vae_path": (), **dict.fromkeys(SETTINGS, ("sample", "evaluate"))}  # options of all programs
+
+
 def parse_args():
-    parser = sampling_parser(__doc__.splitlines()[0])
-    add_extractor_options(parser.add_argument)
-    add = parser.add_argument_group("benchmark").add_argument
-    add("what", choices=BENCHMARKS, help="what to measure")
-    add("--batch_size", type=positive, default=16, help="images of train, vae, features and memory; of sample and evaluate: --eval_bsz")
-    add("--use_checkpoint", action="store_true", help="train, memory: recompute activations")
-    add("--attn_dropout", type=below_one, default=0.1, help="train, memory: as in training")
-    add("--proj_dropout", type=below_one, default=0.1, help="train, memory: as in training")
-    add("--vae_ch", type=positive, default=128, help="base width of the VAE (KL-16 has 128)")
-    add("--vae_ch_mult", type=integer_list, default=(1, 1, 2, 2, 4), help="its levels")
-    add("--json", help="file to write the figures to")
-    add("--num_images", type=positive, default=50000, help="evaluate: images")
-    add("--repeats", type=positive, default=5, help="timings, whose median counts")
-    add("--beside", help="train, sample: Python file with another way to compute the same")
-    add("--against", help="train, sample: folder of another checkout of this project, timed in turns with this one")
-    add("--turns", type=positive, default=3, help="--against: how often each is started")
-    return parser.parse_args()
+    """(what, BenchmarkOptions); FlowARError for an option that this benchmark does not read. Those of the networks' sizes are for all."""
+    parser = make_parser(BenchmarkOptions, __doc__.splitlines()[0])
+    parser.usage = "%(prog)s WHAT [options]"
+    parser.add_argument("what", choices=BENCHMARKS, help="what to measure")
+    parsed = parser.parse_args()
+    args = take_options(BenchmarkOptions, parsed)
+    for field in fields(args):
+        readers = field.metadata.get("of", READ_BY.get(field.name))
+        if readers is not None and parsed.what not in readers and getattr(args, field.name) != field.default:
+            raise FlowARError(f"--{field.name} is not for {parsed.what}: leave it out")
+    check_single(args)
+    return parsed.what, args
 
 
 def load_plain(path):
@@ -175,7 +196,7 @@ def benchmark_train(args, device):
         prepare.compile_training(model)
     return {"batch_size": args.batch_size, "use_checkpoint": args.use_checkpoint, "attn_dropout": args.attn_dropout,
             "attention_kernel": attention_kernel(model, AUTOCAST.get(args.precision)),
-            **compare(ways, args.batch_size, flops.training_flops(model), args, device)}
+            **compare("train", ways, args.batch_size, flops.training_flops(model), args, device)}
 
 
 @torch.no_grad()
@@ -185,7 +206,7 @@ def benchmark_sample(args, device):
     model = prepare.for_sampling(copy.deepcopy(slow), AUTOCAST.get(args.precision))
     labels = torch.arange(args.eval_bsz, device=device) % model.class_num
     noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
-    options, latents = sampling_options(args), {}
+    options, latents = vars(Sampling.of({}, given_settings(args))), {}
     counted = {name: options[name] for name in ("cfg", "guidance", "num_steps", "cfg_schedule")}
 
     def sample(name, function):
@@ -199,13 +220,13 @@ def benchmark_sample(args, device):
         ways["plain"] = lambda: sample("plain", lambda: plain.sample(slow, labels, noise, **counted))
     if args.compile:
         prepare.compile_sampling(model, args.compile)
-    result = compare(ways, args.eval_bsz, flops.sampling_flops(slow, args.eval_bsz, **options), args, device)
+    result = compare("sample", ways, args.eval_bsz, flops.sampling_flops(slow, args.eval_bsz, **options), args, device)
     if plain:
         result["difference"] = ((latents["fast"] - latents["plain"]).norm() / latents["plain"].norm()).item()
     return {"eval_bsz": args.eval_bsz, **counted, "attention_kernel": attention_kernel(model, AUTOCAST.get(args.precision)), **result}
 
 
-def compare(ways, images, operations, args, device):
+def compare(what, ways, images, operations, args, device):
     """Timings of the ways and of a large matrix product in turns. operations: floating-point, of an image."""
     product = MatrixProduct(device, AUTOCAST.get(args.precision, torch.float32))
     timings = alternate({**ways, "product": product}, device, args.repeats)
@@ -217,7 +238,7 @@ def compare(ways, images, operations, args, device):
     if "plain" in timings:
         result["ratio"] = timings["plain"] / timings["fast"]
         beside = f"; plain {1000 * timings['plain']:.0f} ms, ratio {result['ratio']:.2f}"
-    print(f"{args.what} {args.model}, {images} images of {args.img_size}, {args.precision}, compile {args.compile}: "
+    print(f"{what} {args.model}, {images} images of {args.img_size}, {args.precision}, compile {args.compile}: "
           f"{1000 * timings['fast']:.0f} ms, {result['images_per_second']:.3f} images/s, {reached / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
           f"{100 * result['share_of_peak']:.0f} %{beside}", flush=True)
     return result
@@ -388,13 +409,13 @@ def benchmark_against(args, device):
 
 
 def main():
-    args = resolve_geometry(single_point(parse_args()))
+    what, args = parse_args()
     device = select_device(args.device)
-    args.precision = set_precision(args.precision, device)
+    args = replace(resolve_geometry(args), precision=set_precision(args.precision, device))
     if args.json:
         check_output(args.json)
-    measured = (benchmark_against if args.against else BENCHMARKS[args.what])(args, device)
-    result = {"what": args.what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **describe_machine(device)}
+    measured = (benchmark_against if args.against else BENCHMARKS[what])(args, device)
+    result = {"what": what, "model": args.model, "precision": args.precision, "compile": args.compile, **measured, **describe_machine(device)}
     print(json.dumps(result, indent=2))
     if args.json:
         write_json(result, args.json)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models import FlowARError
+from models import FlowARError, settings
 from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae, read_latent_scale
 from models.weights import file_hash, writing
@@ -36,7 +36,7 @@ from util.data.pixels import CONVERSIONS, read_image
 from util.data.source import open_if_there
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 from util.training.record import origin_of, shorten
-from util.options import between, color, pixels, positive, seed, some_path, utf8, workers
+from util.command_line import PIXELS, POSITIVE, SEED, WORKERS, Parser, as_type, color, path
 
 MOST_CROPS = 1000
 DIGEST_BYTES = 16  # of an image's file
@@ -47,33 +47,32 @@ SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VA
 
 
 def crops_option(text):
-    return text if text == "center" else between(int, 1, MOST_CROPS)(text)
+    return text if text == "center" else settings.number(int, 1, MOST_CROPS)(text)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=some_path, required=True,
+    parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_path", type=as_type(path), required=True,
                         help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
-    parser.add_argument("--cached_path", type=lambda text: utf8(some_path(text)), required=True, help="folder to write")
+    parser.add_argument("--cached_path", type=as_type(path), required=True, help="folder to write")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
-    parser.add_argument("--vae_path", type=some_path,
+    parser.add_argument("--vae_path", type=as_type(path),
                         help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
-    parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side of a crop")
-    parser.add_argument("--crops", type=crops_option, default="center",
+    parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
+    parser.add_argument("--crops", type=as_type(crops_option), default="center",
                         help="center, or a number of random crops an image")
     parser.add_argument("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
     parser.add_argument("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
-    parser.add_argument("--shard_size", type=positive, default=10000, help="images a shard")
+    parser.add_argument("--shard_size", type=as_type(POSITIVE), default=10000, help="images a shard")
     parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"),
                         help="what to do with unreadable images")
-    parser.add_argument("--background", type=color, default="white",
+    parser.add_argument("--background", type=as_type(color), default="white",
                         help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--batch_size", type=positive, default=128, help="crops a process")
-    parser.add_argument("--num_workers", type=workers,
+    parser.add_argument("--batch_size", type=as_type(POSITIVE), default=128, help="crops a process")
+    parser.add_argument("--num_workers", type=as_type(WORKERS),
                         help="data loading processes of every rank; default: as in training")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the crops and of the images' order")
+    parser.add_argument("--seed", type=as_type(SEED), default=0, help="seed of the crops and of the images' order")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
 

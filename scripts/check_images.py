@@ -2,7 +2,6 @@
 
     python scripts/check_images.py imagenet/train            # or an archive, a dataset, a folder of reference images
 """
-import argparse
 from itertools import compress
 
 import project_root  # noqa: F401
@@ -17,7 +16,7 @@ from util.cluster import run_main
 from util.data import list_images
 from util.data.loaders import with_workers
 from util.data.pixels import read_image
-from util.options import pixels, some_path, workers
+from util.command_line import PIXELS, WORKERS, Parser, as_type, path
 
 BATCH = 64
 
@@ -58,11 +57,11 @@ def advice(listing, sides, img_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folder", type=some_path,
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("folder", type=as_type(path),
                         help="class folders of images, an archive or a dataset, see docs/data.md, or a flat set")
-    parser.add_argument("--img_size", type=pixels, default=256, help="pixels of training, to name smaller images")
-    parser.add_argument("--num_workers", type=workers, help="processes that read; default: the CPUs, at most 10")
+    parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels of training, to name smaller images")
+    parser.add_argument("--num_workers", type=as_type(WORKERS), help="processes that read; default: the CPUs, at most 10")
     args = parser.parse_args()
     listing = list_images(args.folder, flat=True)
     print(f"{args.folder}: {listing.summary()}")

@@ -7,8 +7,8 @@ the distance of two random halves of one folder: what is left between images of 
     python scripts/distance.py imagenet/val --img_size 256 --vae_path kl16.ckpt  # a folder and itself through a VAE
     python scripts/distance.py --halves imagenet/val --img_size 256              # the floor alone
 """
-import argparse
 
+from dataclasses import fields
 import project_root  # noqa: F401
 
 import torch
@@ -22,21 +22,22 @@ from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
 from util.evaluation.references import folder_features
 from util.evaluation.sampler import decoded_at_once
-from util.options import add_extractor_options, color, pixels, seed, some_path
+from util.command_line import PIXELS, SEED, Parser, add_options, as_type, color, path
+from util.options import Extractors
 
 LARGEST_HALF = 50000  # images; more than the distances of the literature have
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folders", type=some_path, nargs="+", help="one or two folders of images, in class folders or not")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("folders", type=as_type(path), nargs="+", help="one or two folders of images, in class folders or not")
     parser.add_argument("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
     parser.add_argument("--vae", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    parser.add_argument("--vae_path", type=some_path, help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
-    parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
-    add_extractor_options(parser.add_argument, "--extractor")
-    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--seed", type=seed, default=0, help="of the halves")
+    parser.add_argument("--vae_path", type=as_type(path), help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
+    add_options(parser, fields(Extractors))
+    parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+    parser.add_argument("--seed", type=as_type(SEED), default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_intermixed_args()  # folders may stand after options
     if len(args.folders) - 1 + args.halves + bool(args.vae or args.vae_path) > 1:

@@ -7,6 +7,8 @@
 they make of noise. Training, data, files and reports are those of main_flowar.py, with other defaults; the same command goes on.
 --output_dir is a run like any other, which eval.py, scripts/sample.py and load_pipeline sample with --student_steps steps a scale.
 """
+from dataclasses import dataclass, replace
+
 import project_root  # noqa: F401
 
 import torch
@@ -15,14 +17,16 @@ from main_flowar import train
 from models import FlowAR, load_flowar
 from models.errors import FlowARError
 from models.variants.rectified import RectifiedFlowAR
+from models.settings import FRACTION, Sampling, one_of, setting
 from models.registry import recognise_size
 from models.variants.ablated import RELEASED
 from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
+from util.command_line import POSITIVE, parse_options
 from util.evaluation.pipeline import saved_sampling
-from util.options import (check_geometry, fraction, positive, sampling_options, single_point, training_parser,
-                          with_options)
+from util.geometry import check_geometry
+from util.options import TrainingOptions, check_single, given_settings
 from util.speed import prepare
 from util.training import checkpoint
 
@@ -30,21 +34,21 @@ DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99
                 attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0)
 
 
-def make_parser():
-    parser = training_parser()
-    parser.description = __doc__.splitlines()[0]
-    add = parser.add_argument_group("distillation").add_argument
-    add("--student_steps", type=positive, default=2, help="steps a scale that the student samples with where no option says otherwise")
-    add("--reuse", type=positive, default=4, help="times drawn for every pair of noise and the teacher's solution, in one pass")
-    add("--at_noise", type=fraction, default=0.25, help="part of the times that are exactly 1, where sampling begins; 1: for one step alone")
-    add("--condition_on", choices=("own", "latents"), default="own", help="coarser scales that the condition is of: what the teacher draws, as in "
-        "sampling, or the training images'")
-    parser.set_defaults(**DEFAULTS)
-    return parser
+@dataclass
+class DistillationOptions(TrainingOptions):
+    """distillation"""
+    student_steps: int = setting(2, "steps a scale that the student samples with where no option says otherwise", POSITIVE, beyond=True)
+    reuse: int = setting(4, "times drawn for every pair of noise and the teacher's solution, in one pass", POSITIVE, beyond=True)
+    at_noise: float = setting(0.25, "part of the times that are exactly 1, where sampling begins; 1: for one step alone", FRACTION, beyond=True)
+    condition_on: str = setting("own", "coarser scales that the condition is of: what the teacher draws, as in sampling, or the training images'",
+                                one_of("own", "latents"), beyond=True)
+    teacher: str | None = None  # these three are no options: checkpoints remember them
+    teacher_sha256: str | None = None
+    teacher_sampling: dict | None = None
 
 
 def open_teacher(args):
-    """(FlowAR on the CPU, its content and path, its settings of sampling) of --resume."""
+    """(FlowAR on the CPU, its content and path, its Sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
     for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
@@ -54,7 +58,8 @@ def open_teacher(args):
     teacher = load_flowar(path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR:
         raise FlowARError(f"{path}: a distillation is of the released ways alone, without the options of the ablations")
-    solution = sampling_options(with_options(args, scales=teacher.scale), saved_sampling(content, args.resume))
+    solution = Sampling.of(saved_sampling(content, args.resume), given_settings(args))
+    teacher.plan_sampling(solution)
     return teacher, content, path, solution
 
 
@@ -64,10 +69,9 @@ def student_options(args, teacher, content, path, solution):
     names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num")
     known = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale, **{name: config[name] for name in names}}
     check_geometry(args, known, path)
-    sampling = dict(num_step=(args.student_steps,), time_grid="uniform", solver=("euler",), cfg=(1.0,), guidance=None, cfg_schedule=None,
-                    guidance_low=None, num_step_last=None, num_step_schedule=None, temperature=None)
-    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: content.get("checksum") or file_hash(path)), teacher_sampling=solution)
-    return with_options(args, **known, **sampling, **origin, **RELEASED, resume=args.output_dir, weights=None)
+    own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform", "solver": "euler", "cfg": 1.0}
+    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: content.get("checksum") or file_hash(path)), teacher_sampling=vars(solution))
+    return replace(args, **known, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
 
 
 def check_same(args):
@@ -81,19 +85,19 @@ def check_same(args):
 
 
 def main():
-    args = make_parser().parse_args()
+    args = parse_options(DistillationOptions, description=__doc__.splitlines()[0], defaults=DEFAULTS)
     if args.deterministic:
         cluster.set_deterministic()
     device = cluster.init(args.device, args.timeout)
-    args = single_point(args)
+    check_single(args)
     teacher, content, path, solution = open_teacher(args)
     args = student_options(args, teacher, content, path, solution)
     check_same(args)
-    log(f"teacher: {path}, {', '.join(f'{name} {value}' for name, value in solution.items())}")
+    log(f"teacher: {path}, {', '.join(f'{name} {value}' for name, value in vars(solution).items())}")
 
     def build(args, record):
         checkpoint.Checkpoint(path, content).check_trained_on(record)
-        student = RectifiedFlowAR(teacher, solution, args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
+        student = RectifiedFlowAR(teacher, vars(solution), args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
         student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:

@@ -6,15 +6,16 @@
 load_flowar, load_pipeline, eval.py --resume and scripts/sample.py --resume take the folder, or hf:OWNER/REPO. What names a place on this
 machine is left out of it.
 """
-import argparse
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import project_root  # noqa: F401
 
 from models import FlowARError, load_flowar
 from models.hub import EXPORTED, is_remote
+from models.settings import Sampling, option_name
 from models.vaes import DEFAULT_PATH
 from models.weights import BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file, write_safetensors
 from util.cluster import log, run_main
@@ -23,7 +24,7 @@ from util.evaluation.pipeline import saved_sampling
 from util.evaluation.reports import reports_of
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.manifest import RUN
-from util.options import SAMPLING, some_path
+from util.command_line import Parser, as_type, path
 from util.training.checkpoint import read_model_file
 from util.training.record import saved_data, saved_origin
 
@@ -39,13 +40,13 @@ LISTED = 100  # classes: more are in config.json alone
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=some_path, required=True, help="run: a folder with checkpoint-last.pth, a checkpoint, or a name (hf:, released:)")
+    add("--resume", type=as_type(path), required=True, help="run: a folder with checkpoint-last.pth, a checkpoint, or a name (hf:, released:)")
     add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
     add("--output", type=Path, required=True, help="folder to write, new or empty")
     add("--format", choices=("safetensors", "pth"), default="safetensors", help="safetensors: model.safetensors; pth: model.pth, a bare state dict as released")
-    add("--vae_path", type=some_path, help="the run's VAE, where it is not any more where the run had it")
+    add("--vae_path", type=as_type(path), help="the run's VAE, where it is not any more where the run had it")
     add("--no_vae", action="store_true", help="do not put the run's own VAE into the folder (kl16.ckpt never is: it is released:kl16)")
     add("--license", default="unknown", help="license of the weights, as the Hugging Face hub names it: apache-2.0, mit, cc-by-4.0")
     add("--push", metavar="OWNER/REPO", help="upload the folder to the Hugging Face hub")
@@ -94,7 +95,7 @@ def describe(args, path, content, model, copied):
     vae, vae_path = public_vae(options, copied)
     sampling, kind = saved_sampling(content, args.resume), find_model(content, path, args.weights).kind
     given = {"vae": vae, "vae_path": vae_path, "vae_embed_dim": model.config["vae_embed_dim"], "vae_stride": model.config["vae_stride"],
-             **{SAMPLING[name].option: value for name, value in sampling.items()}}
+             **{option_name(field): sampling[field.name] for field in fields(Sampling) if field.name in sampling}}
     file = vae_path or Path(str(options.get("vae_path") or "")).name
     name = f"--vae_path {file}" if vae == "kl16" and file else f"--vae {vae}" if vae and vae != "kl16" else None
     learning = {name: options[name] for name in ("label_drop_prob", "attn_dropout", "proj_dropout", "use_checkpoint") if name in options}

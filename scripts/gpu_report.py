@@ -5,7 +5,6 @@
 Each stage is a command of its own with a time limit. Its result lies in --store, and the same command goes on with the stages that have none:
 remove a stage's file to measure it again. A stage that fails is in the report with its last lines, and the next one follows.
 """
-import argparse
 import re
 import shlex
 import subprocess
@@ -19,10 +18,11 @@ from project_root import ROOT
 
 import torch
 
+from models.settings import one_of
 from util.cluster import run_main, select_device
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.manifest import code_version, describe_machine
-from util.options import one_of, positive, real, several
+from util.command_line import POSITIVE, REAL, Parser, as_type, list_of
 
 LAST_LINES = 12
 PUBLISHED = {  # options of the published commands: of training, of sampling
@@ -43,13 +43,13 @@ class Stage(NamedTuple):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cpu: a rehearsal, with small sizes")
-    add("--minutes", type=real, default=10, help="stages that do not begin within are left to the next command")
-    add("--sizes", type=several(one_of(PUBLISHED)), default=("flowar_small", "flowar_large", "flowar_huge"), help="models")
-    add("--batches", type=several(positive), default=(64, 256, 1), help="images at once, the most important first")
-    add("--repeats", type=positive, default=3, help="timings of each benchmark")
+    add("--minutes", type=as_type(REAL), default=10, help="stages that do not begin within are left to the next command")
+    add("--sizes", type=as_type(list_of(one_of(*PUBLISHED))), default=("flowar_small", "flowar_large", "flowar_huge"), help="models")
+    add("--batches", type=as_type(list_of(POSITIVE)), default=(64, 256, 1), help="images at once, the most important first")
+    add("--repeats", type=as_type(POSITIVE), default=3, help="timings of each benchmark")
     add("--extra", type=shlex.split, default=[], help="options for every benchmark, such as a small geometry")
     add("--store", type=Path, default="output/gpu_report", help="folder for what each stage measured")
     add("--output", type=Path, default="docs/gpu", help="folder for the report")

@@ -6,7 +6,6 @@ scale, enlarged and decoded: what scale-wise generation goes through.
 
     python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
 """
-import argparse
 
 import project_root  # noqa: F401
 
@@ -24,20 +23,21 @@ from util.cluster import run_main, select_device
 from util.data.pixels import WHITE
 from util.data.latents import ShardedMoments, is_shards, read_texts
 from util.data.source import open_if_there
-from util.options import default_scales, integer_list, positive, some_path
+from util.command_line import POSITIVE, Parser, as_type, list_of, path
+from util.geometry import default_scales
 from util.training.record import check_origin, origin_of, shorten
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--cached_path", type=some_path, required=True, help="cache of shards")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--cached_path", type=as_type(path), required=True, help="cache of shards")
     parser.add_argument("--data_path", help="the images it was made of; without them only decoded ones are drawn")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    parser.add_argument("--vae_path", type=some_path, help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
-    parser.add_argument("--scales", type=integer_list, help="scales of the pyramid; default: doubling up to the latent's size")
-    parser.add_argument("--images", type=positive, default=8, help="images to draw")
-    parser.add_argument("--output", type=some_path, required=True, help="PNG to write")
+    parser.add_argument("--vae_path", type=as_type(path), help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
+    parser.add_argument("--scales", type=as_type(list_of(POSITIVE)), help="scales of the pyramid; default: doubling up to the latent's size")
+    parser.add_argument("--images", type=as_type(POSITIVE), default=8, help="images to draw")
+    parser.add_argument("--output", type=as_type(path), required=True, help="PNG to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
     return parser.parse_args()
 

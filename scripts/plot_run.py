@@ -5,7 +5,6 @@
 
 A run is a folder with log.jsonl, or such a file itself (log.1.jsonl: of a run before in the same folder).
 """
-import argparse
 import math
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from models import FlowARError
 from util.cluster import log, run_main
 from util.evaluation.reports import reports_of
 from util.files import check_output
-from util.options import some_path
+from util.command_line import Parser, as_type, path
 from util.training.logging import read_lines
 
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # told apart by the colour-blind
@@ -210,9 +209,9 @@ def save(figure, path):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=some_path, help="output folders of trainings, or their log.jsonl")
-    parser.add_argument("--output", type=some_path, help="PNG, PDF or SVG; default: plot_run.png in the first run's folder")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=as_type(path), help="output folders of trainings, or their log.jsonl")
+    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png in the first run's folder")
     return parser.parse_args()
 
 
@@ -222,8 +221,8 @@ def main():
     output = args.output or (first if first.is_dir() else first.parent) / "plot_run.png"
     runs = list(map(read_run, args.runs))
     names = [run.name for run in runs]
-    for i, path in enumerate(args.runs):  # folders of one name by their paths
-        runs[i] = runs[i] if names.count(names[i]) == 1 else runs[i]._replace(name=path)
+    for i, run in enumerate(args.runs):  # folders of one name by their paths
+        runs[i] = runs[i] if names.count(names[i]) == 1 else runs[i]._replace(name=run)
     check_output(output)
     save(draw(runs), output)
     print(output)

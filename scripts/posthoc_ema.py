@@ -7,18 +7,18 @@ The width is relative: an EMA of 0.07 averages over 7 % of the training, by a po
 is made of their snapshots in the run's folder, by least squares over the profiles; a line has the error of its profile. eval.py,
 scripts/sample.py, load_flowar and load_pipeline take the file as any weights, with the run's settings of sampling, class names and VAE.
 """
-import argparse
 from pathlib import Path
 
 import project_root  # noqa: F401
 
 import torch
 
+from models.settings import FRACTION, number
 from models import FlowARError
 from models.weights import find_model, read_file, write_file
 from util.cluster import log, run_main
 from util.files import check_output
-from util.options import between, fraction, positive, several, some_path
+from util.command_line import POSITIVE, Parser, as_type, list_of, path
 from util.training.checkpoint import numbered, read_model_file, shapes_of, step_of
 from util.training.optimization import POWER_WIDTHS, rebuild_power
 
@@ -26,13 +26,13 @@ LARGEST_ERROR = 0.05  # of a profile, relative
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=some_path, required=True, help="run: a folder with checkpoint-last.pth, or a checkpoint, beside its snapshots posthoc-*.pth")
-    add("--width", type=several(between(float, 0.001, 0.28)), required=True, help="relative width of the EMA; of several, separated by commas, a file each")
-    add("--step", type=positive, help="optimizer step that it is the EMA of; default: the checkpoint's")
-    add("--output", type=some_path, help="file to write, of several widths a folder; default: ema_width<WIDTH>.pth in the run's folder")
-    add("--largest_error", type=fraction, default=LARGEST_ERROR, help="relative error of a profile above which a width is refused")
+    add("--resume", type=as_type(path), required=True, help="run: a folder with checkpoint-last.pth, or a checkpoint, beside its snapshots posthoc-*.pth")
+    add("--width", type=as_type(list_of(number(float, 0.001, 0.28))), required=True, help="relative width of the EMA; of several, separated by commas, a file each")
+    add("--step", type=as_type(POSITIVE), help="optimizer step that it is the EMA of; default: the checkpoint's")
+    add("--output", type=as_type(path), help="file to write, of several widths a folder; default: ema_width<WIDTH>.pth in the run's folder")
+    add("--largest_error", type=as_type(FRACTION), default=LARGEST_ERROR, help="relative error of a profile above which a width is refused")
     return parser.parse_args()
 
 

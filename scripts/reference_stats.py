@@ -7,7 +7,7 @@ has: an evaluation warns if its own are of another mix. With --held_out also the
     torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/train --held_out imagenet/val \
         --feature_extractor inception,dinov2-vit-l-14,clip-vit-l-14 --img_size 256 --output train_stats.npz
 """
-import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import project_root  # noqa: F401
@@ -21,18 +21,19 @@ from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, warn_of_few
 from util.evaluation.references import folder_features, list_images
 from util.files import check_output
-from util.options import add_extractor_options, color, pixels, some_path
+from util.command_line import PIXELS, Parser, add_options, as_type, color, path
+from util.options import Extractors
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ref_images", type=some_path, required=True, help="folder of images, in class folders or not")
-    parser.add_argument("--held_out", type=some_path, help="folder of other real images, for FDr: validation where --ref_images are training images")
-    parser.add_argument("--output", type=some_path, required=True, help=".npz to write")
-    parser.add_argument("--img_size", type=pixels, help="centre-crop the images to this size; default: as they are")
-    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--ref_images", type=as_type(path), required=True, help="folder of images, in class folders or not")
+    parser.add_argument("--held_out", type=as_type(path), help="folder of other real images, for FDr: validation where --ref_images are training images")
+    parser.add_argument("--output", type=as_type(path), required=True, help=".npz to write")
+    parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
+    parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--keep_features", action="store_true", help="store the features too")
-    add_extractor_options(parser.add_argument)
+    add_options(parser, fields(Extractors))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 

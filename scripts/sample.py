@@ -15,11 +15,12 @@ import project_root  # noqa: F401
 from models import FlowARError
 from scripts.pictures import check_picture, draw_table, read_settings, save
 from util.cluster import run_main, select_device
+from util.command_line import COUNT, POSITIVE, SEED, as_type, list_of, make_parser, path, take_options
 from util.data import center_crop, list_images, open_image
 from util.evaluation.pipeline import open_pipeline
 from util.files import make_directory
 from util.manifest import code_version
-from util.options import count, positive, sampling_parser, seed, single_point, some_path
+from util.options import SamplingOptions
 
 KINDS = {  # option: what it draws
     "grid": "a row for each class, of --seeds, or of --per_class images",
@@ -35,24 +36,25 @@ FILES = (*KINDS, "inpaint", "folder")
 def seed_list(text):
     """'0-15' or '1,4,9-11' -> (0, 1, ..., 15)."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 0-15, or 1,4,9")
+        raise ValueError("expected 0-15, or 1,4,9")
     parts = [part.partition("-") for part in text.split(",")]
-    return tuple(value for first, _, last in parts for value in range(seed(first), seed(last or first) + 1))
+    return tuple(value for first, _, last in parts for value in range(SEED(first), SEED(last or first) + 1))
 
 
-def make_parser():
-    parser = sampling_parser(__doc__.splitlines()[0])
+def sample_parser():
+    parser = make_parser(SamplingOptions, __doc__.splitlines()[0])
+    add = parser.add_argument_group("pictures").add_argument
     for kind, what in KINDS.items():
-        parser.add_argument(f"--{kind}", type=some_path, nargs="?", const=f"{kind}.png", metavar="FILE", help=f"picture of {what}; default {kind}.png")
-    parser.add_argument("--inpaint", nargs="+", metavar=("IMAGE MASK", "FILE"),
-                        help="--per_class images with the white parts of MASK drawn anew, to FILE (inpaint.png)")
-    parser.add_argument("--folder", help="folder for single pictures of the grid, <label>-<seed or number>.png")
-    parser.add_argument("--labels", type=lambda text: text.split(","), help="classes, by number or name; default: the first 10 that had training images")
-    parser.add_argument("--seeds", type=seed_list, help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
-    parser.add_argument("--per_class", type=positive, default=8, help="samples of each class")
-    parser.add_argument("--keep_scales", type=count, help="scales that --variations and --edit keep; default: 3, or all but one of fewer")
-    parser.add_argument("--class_names", help="folder whose class folders name the classes; default: the checkpoint's names, or ImageNet's")
-    parser.add_argument("--again", metavar="PICTURE", help="take the options that a picture was made with; those given here come first")
+        add(f"--{kind}", type=as_type(path), nargs="?", const=f"{kind}.png", metavar="FILE", help=f"picture of {what}; default {kind}.png")
+    add("--inpaint", nargs="+", metavar=("IMAGE MASK", "FILE"),
+        help="--per_class images with the white parts of MASK drawn anew, to FILE (inpaint.png)")
+    add("--folder", help="folder for single pictures of the grid, <label>-<seed or number>.png")
+    add("--labels", type=as_type(list_of(str)), help="classes, by number or name; default: the first 10 that had training images")
+    add("--seeds", type=as_type(seed_list), help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
+    add("--per_class", type=as_type(POSITIVE), default=8, help="samples of each class")
+    add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: 3, or all but one of fewer")
+    add("--class_names", help="folder whose class folders name the classes; default: the checkpoint's names, or ImageNet's")
+    add("--again", metavar="PICTURE", help="take the options that a picture was made with; those given here come first")
     return parser
 
 
@@ -66,17 +68,17 @@ def parse_args():
         before, kind = settings["command"], settings["picture"]
         if settings.get("commit") != (commit := code_version()):
             print(f"{picture.again}: drawn by commit {settings.get('commit')}, this is {commit}")
-        args = make_parser().parse_args(before)
+        args = sample_parser().parse_args(before)
         for other in {*FILES} - {kind}:
             setattr(args, other, None)
         if kind == "folder" and "seed" in settings:  # that picture alone
             args.labels, args.seeds = [str(settings["label"])], (settings["seed"],)
-    args = make_parser().parse_args(words, args)
+    args = sample_parser().parse_args(words, args)
     if not any(getattr(args, kind) for kind in FILES):
         args.grid = "grid.png"
     if args.inpaint and len(args.inpaint) not in (2, 3):
         raise FlowARError(f"--inpaint has {len(args.inpaint)} values: expected IMAGE MASK, or IMAGE MASK FILE")
-    return single_point(args), before + words
+    return args, before + words
 
 
 def outputs(args):
@@ -136,7 +138,7 @@ def draw(kind, pipe, labels, args):
 def main():
     args, words = parse_args()
     files = outputs(args)
-    pipe = open_pipeline(args, select_device(args.device), identify=True)
+    pipe = open_pipeline(take_options(SamplingOptions, args), select_device(args.device), identify=True)
     if args.class_names:
         name_the_classes(pipe, args.class_names)
     labels = [pipe.label(label.strip()) for label in args.labels or map(str, pipe.classes.sampled()[:10])]

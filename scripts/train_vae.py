@@ -29,7 +29,7 @@ from util.data import Images, build_loader, find_split, to_uint8
 from util.cluster import autocast, run_main, select_device, set_precision
 from util.evaluation.store import write_png
 from util.files import check_output
-from util.options import color, count, integer_list, pixels, positive, real, seed, some_path, workers
+from util.command_line import COUNT, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, as_type, color, list_of, path
 
 LEARNING = ("resume", "img_size", "crop", "flip", "steps", "batch_size", "lr", "kl_weight", "seed", "background")
 SNAPSHOT_STEPS = 200
@@ -39,28 +39,27 @@ PICTURES = 12
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=some_path, required=True, help="folder or archive with train/ and val/, or hf:OWNER/NAME, see docs/data.md")
-    parser.add_argument("--output", type=some_path, required=True, help="file to write; <output>.png shows reconstructions")
+    parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or hf:OWNER/NAME, see docs/data.md")
+    parser.add_argument("--output", type=as_type(path), required=True, help="file to write; <output>.png shows reconstructions")
     parser.add_argument("--resume", help="finished VAE of this script to train further, with its own sizes; may be --output itself")
     parser.add_argument("--no_val", action="store_true", help="no held-out images: no PSNR")
-    parser.add_argument("--background", type=color, default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--img_size", type=pixels, default=256, help="pixels a side")
-    parser.add_argument("--embed_dim", type=positive, default=4, help="latent channels")
-    parser.add_argument("--ch", type=positive, default=32, help="base width, a multiple of 4")
-    parser.add_argument("--ch_mult", type=integer_list, default=(1, 2, 2), help="width multiplier of every level")
-    parser.add_argument("--num_res_blocks", type=count, default=1, help="residual blocks a level")
+    parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
+    parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels a side")
+    parser.add_argument("--embed_dim", type=as_type(POSITIVE), default=4, help="latent channels")
+    parser.add_argument("--ch", type=as_type(POSITIVE), default=32, help="base width, a multiple of 4")
+    parser.add_argument("--ch_mult", type=as_type(list_of(POSITIVE)), default=(1, 2, 2), help="width multiplier of every level")
+    parser.add_argument("--num_res_blocks", type=as_type(COUNT), default=1, help="residual blocks a level")
     parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
     parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
-    parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=positive, default=64, help="images a step")
-    parser.add_argument("--lr", type=real, default=1e-3, help="peak learning rate (cosine to zero)")
-    parser.add_argument("--kl_weight", type=real, default=1e-4, help="weight of the KL term, per latent element")
+    parser.add_argument("--steps", type=as_type(POSITIVE), default=1000, help="optimizer steps")
+    parser.add_argument("--batch_size", type=as_type(POSITIVE), default=64, help="images a step")
+    parser.add_argument("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
+    parser.add_argument("--kl_weight", type=as_type(REAL), default=1e-4, help="weight of the KL term, per latent element")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    parser.add_argument("--num_workers", type=workers, help="data loading processes; default: as in training")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of weights, order, crops and posterior noise")
+    parser.add_argument("--num_workers", type=as_type(WORKERS), help="data loading processes; default: as in training")
+    parser.add_argument("--seed", type=as_type(SEED), default=0, help="seed of weights, order, crops and posterior noise")
     return parser.parse_args()
 
 

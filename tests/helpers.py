@@ -15,7 +15,8 @@ import engine_flowar
 import main_flowar
 from models import FlowAR
 from util.evaluation.pipeline import open_evaluation
-from util.options import evaluation_parser, training_parser
+from util.command_line import parse_options
+from util.options import EvaluationOptions, TrainingOptions
 
 SCALES = (1, 2, 4)
 
@@ -47,7 +48,7 @@ def call(monkeypatch, command):
 
 def train(project, output, extra="", device="cpu"):
     """Run main_flowar's training in this process; returns the checkpoint."""
-    main_flowar.train(training_parser().parse_args(shlex.split(training_command(project, output, extra))[1:]), torch.device(device))
+    main_flowar.train(parse_options(TrainingOptions, shlex.split(training_command(project, output, extra))[1:]), torch.device(device))
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
 
 
@@ -65,7 +66,7 @@ def evaluation_command(project, checkpoint, output, extra=""):
 
 def evaluate(project, checkpoint, output, extra=""):
     """Run eval.py's evaluation in this process; returns the report, None for a sweep."""
-    args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, output, extra))[1:])
+    args = parse_options(EvaluationOptions, shlex.split(evaluation_command(project, checkpoint, output, extra))[1:])
     engine_flowar.evaluate_sweep(*open_evaluation(args, torch.device("cpu")))
     results = Path(output) / "results.json"
     return json.loads(results.read_text()) if results.is_file() else None

@@ -1,6 +1,6 @@
 """What a copy of the code computes: a training, a validation, samples and a report, small. For test_extending.py.
 
-Reads lines of JSON, {tree, output, project, options, evaluate}, and answers each with one line of JSON. Each runs in a process of its own,
+Reads lines of JSON, {tree, output, project, options, settings, evaluate, sweep}, and answers each with one line of JSON. Each runs in a process of its own,
 forked before anything of the project was imported: so the heavy libraries are imported once.
 """
 import hashlib
@@ -37,10 +37,18 @@ def run(task):
     found["scale_losses"] = [value for name, value in first.items() if name.startswith("loss_scale_")]
     model, scales = small_model(), checkpoint["args"]["scales"]
     noise = model.draw_noise(2, torch.Generator().manual_seed(0))
-    found["samples"] = digest([model.sample_tokens(torch.tensor([1, 2]), noise=noise, num_steps=4, cfg=2.0, solver=task["solver"])])
+    found["samples"] = digest([model.sample_tokens(torch.tensor([1, 2]), noise=noise, **{"num_steps": 4, "cfg": 2.0, **task["settings"]})])
     found["scales"] = list(scales)
     if task["evaluate"]:
         found["report"] = evaluate(project, output, output / "eval", f"--num_images 8 --num_step 2 --cfg 1 {options.split('--data_path')[0]}")
+    if task["sweep"]:
+        from util.evaluation import load_pipeline
+        evaluate(project, output, output / "sweep", f"--num_images 4 --num_step 2 {task['sweep']}")
+        found["table"] = (output / "sweep" / "results.csv").read_text()
+        found["stored"] = {name: checkpoint["args"][name] for name in task["settings"]}
+        pipe = load_pipeline(output, device="cpu")
+        found["pipeline"] = pipe.settings()
+        found["called"] = pipe.using(**dict.fromkeys(task["settings"], 3)).settings()
     return found
 
 

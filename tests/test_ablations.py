@@ -1,6 +1,7 @@
 """scripts/studies/ablations.py: every variant's options are real ones, a training is shared by those that differ in sampling, the table is of the reports."""
 import json
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from helpers import call, inputs, small_model
 from PIL import Image
 
 from models import FlowARError, build_model
+from models.settings import Sampling
 from scripts.studies import ablations  # as call() imports it
-from util.options import check_training, evaluation_parser, model_options, sampling_options, single_point, training_parser, with_options
+from util.command_line import parse_options
+from util.options import EvaluationOptions, TrainingOptions, check_training, given_settings, model_options, sweep
 
 
 def test_every_variant_is_a_command():
@@ -18,11 +21,11 @@ def test_every_variant_is_a_command():
         assert ablations.BASE in group
         for training, sampling in group.values():
             words = shlex.split(f"{ablations.TRAINING.format(root='x')} {training} --epochs 1")[1:]
-            args = single_point(training_parser().parse_args(words))
+            args = parse_options(TrainingOptions, words)
             check_training(args)
-            build_model(args.model, **model_options(with_options(args, scales=args.scales or (1, 2, 4), class_num=10)))
-            args = single_point(evaluation_parser().parse_args(shlex.split(f"{ablations.SAMPLING.format(root='x')} {sampling.format(first='x')}")[1:]))
-            sampling_options(with_options(args, scales=(1, 2, 4)))
+            build_model(args.model, **model_options(replace(args, scales=args.scales or (1, 2, 4), class_num=10)))
+            args = parse_options(EvaluationOptions, shlex.split(f"{ablations.SAMPLING.format(root='x')} {sampling.format(first='x')}")[1:])
+            assert len(sweep(args)) == 1 and Sampling.of({}, given_settings(args)).weights(3)
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):

@@ -34,7 +34,7 @@ def words(trained):
 
 @pytest.fixture(scope="module")
 def pipe(words):
-    return app.open_for_page(app.make_parser().parse_args(words))
+    return app.open_for_page(app.page_parser().parse_args(words))
 
 
 def pixels(pictures):
@@ -73,13 +73,13 @@ def test_the_page_draws_what_the_pipeline_draws_and_every_field_acts(pipe, train
 
 def test_steps_of_ones_own_are_not_annealed_to_the_checkpoints(pipe):
     annealed = pipe.using(num_steps=10, num_steps_last=8)
-    assert "num_steps_last" not in asked(annealed, steps=10, precision="fp32").settings
-    assert asked(annealed, steps=6, precision="fp32").settings["num_steps_last"] is None
+    drawn_with = [annealed.using(**asked(annealed, steps=steps, precision="fp32").settings).sampler.sampling for steps in (10, 6)]
+    assert [(sampling.num_steps, sampling.num_steps_last) for sampling in drawn_with] == [(10, 8), (6, None)]
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(label="zebra"), "'zebra': no class of this name"), (dict(first_seed=2**32 - 1), "Last seed: 4294967296 is out of range"),
-    (dict(guidance="all"), "Guidance interval: 'all' is not a number")])
+    (dict(label="zebra"), "'zebra': no class of this name"), (dict(first_seed=2**32 - 1), "Last seed is 4294967296: expected"),
+    (dict(guidance="all"), "Guidance interval is 'all': expected a number"), (dict(solver="rk9"), "Solver is 'rk9': expected one of")])
 def test_bad_values_are_named(pipe, change, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         asked(pipe, **change)
@@ -88,7 +88,7 @@ def test_bad_values_are_named(pipe, change, message):
 def test_bad_variations_are_named(pipe):
     with pytest.raises(FlowARError, match="no image to vary"):
         app.vary(pipe, None, 1, 3, ignore)
-    with pytest.raises(FlowARError, match="Scales to keep: 4 is out of range"):
+    with pytest.raises(FlowARError, match="Scales to keep is 4: expected"):
         app.vary(pipe, app.draw(pipe, asked(pipe, count=1), ignore), 4, 3, ignore)
 
 
@@ -139,7 +139,7 @@ def test_which_model_is_opened(monkeypatch, tmp_path):
     args, words = app.parse_args()
     assert (args.resume, args.host, args.port) == (app.QUICKSTART, "0.0.0.0", 7000)
     assert words == ["--resume", app.QUICKSTART, "--device", "cpu"]
-    assert app.make_parser().parse_args([]).host == "127.0.0.1"  # for nobody else
+    assert app.page_parser().parse_args([]).host == "127.0.0.1"  # for nobody else
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import GEOMETRY, ROOT, call, run, small_vae
 
+from models import FlowARError
 from util.speed import prepare
 
 SMALL = f"{GEOMETRY} --vae_ch 16 --vae_ch_mult 1,1,2 --device cpu"
@@ -34,12 +35,18 @@ def test_ways_of_a_feature_network(monkeypatch, tmp_path):
 
 def test_training_beside_the_plain_way(monkeypatch, tmp_path):
     monkeypatch.setattr("scripts.benchmark.MATRIX_SIZE", {"cpu": 256})
-    for what in ("train --attn_dropout 0 --proj_dropout 0", "sample --eval_bsz 2 --num_step 3 --cfg 2"):
-        call(monkeypatch, f"scripts/benchmark.py {what} {SMALL} --batch_size 2 --repeats 1 --beside tests/plain.py --json {tmp_path}/t.json")
+    for what in ("train --batch_size 2 --attn_dropout 0 --proj_dropout 0", "sample --eval_bsz 2 --num_step 3 --cfg 2"):
+        call(monkeypatch, f"scripts/benchmark.py {what} {SMALL} --repeats 1 --beside tests/plain.py --json {tmp_path}/t.json")
         found = json.loads((tmp_path / "t.json").read_text())
         assert found["ratio"] == pytest.approx(found["seconds"]["plain"] / found["seconds"]["fast"])
         assert found["share_of_peak"] == pytest.approx(found["gigaflops"] / found["matmul_gigaflops"])
     assert found["difference"] < 1e-4
+
+
+def test_options_that_a_benchmark_does_not_read_are_refused(monkeypatch):
+    for words, message in (("vae --cfg 2", "--cfg is not for vae"), ("sample --batch_size 2", "--batch_size is not for sample")):
+        with pytest.raises(FlowARError, match=message):
+            call(monkeypatch, f"scripts/benchmark.py {words} {SMALL}")
 
 
 @pytest.mark.slow  # it starts each checkout

@@ -15,7 +15,8 @@ from models import hub
 from models.weights import read_file, write_file
 from scripts import export
 from util.evaluation import load_pipeline
-from util.options import training_parser
+from util.command_line import parse_options
+from util.options import TrainingOptions
 
 KEYS = {"ema": "model_ema", "raw": "model"}
 
@@ -54,7 +55,7 @@ def test_the_folder_draws_what_the_run_draws(project, folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     ours, theirs = load_pipeline(project / "run", device="cpu"), load_pipeline(tmp_path / "moved", device="cpu")
     assert np.array_equal(pixels(ours), pixels(theirs)) and theirs.names == ours.names == list("0123456789")
-    assert theirs.sampler.options == ours.sampler.options and theirs.sampler.options["cfg"] == 2
+    assert theirs.sampler.sampling == ours.sampler.sampling and theirs.sampler.sampling.cfg == 2
     assert theirs.classes.counts.tolist() == 10 * [2] and theirs.description["vae"] == str(tmp_path / "moved" / "vae.pth")
 
 
@@ -77,7 +78,7 @@ def test_nothing_of_this_machine_is_published(project, monkeypatch, tmp_path):
         for path in (project / folder).iterdir():
             content = path.read_bytes()
             assert str(project).encode() not in content and project.name.encode() not in content and b"checkpoint-last" not in content, path
-    options = vars(training_parser().parse_args(["--data_path", "secret", "--resume", "secret", "--log_dir", "secret", "--wandb", "secret"]))
+    options = vars(parse_options(TrainingOptions, ["--data_path", "secret", "--resume", "secret", "--log_dir", "secret", "--wandb", "secret"]))
     assert "secret" not in export.public_options(options).values() and export.public_options(options)["epochs"] == 400
     assert export.public_vae({"vae": f"diffusers:{tmp_path}"}, None) == (None, None)
     assert export.public_vae({"vae": "diffusers:some/vae:sub"}, None) == ("diffusers:some/vae:sub", None)

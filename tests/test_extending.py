@@ -1,4 +1,6 @@
 """docs/extending.md: its changes, exactly as they are printed, act where they must and nowhere else."""
+import csv
+import io
 import json
 import re
 import shutil
@@ -48,7 +50,7 @@ def probe(project, tmp_path_factory):
     """probe(title, options) -> what the code computes with a section's change; title None: as it is."""
     process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "probe.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(title=None, extra="", solver="euler", evaluate=False):
+    def ask(title=None, extra="", settings=(), evaluate=False, sweep=""):
         folder = tmp_path_factory.mktemp("tree")
         tree = folder / "code"
         for name in CODE:
@@ -61,7 +63,7 @@ def probe(project, tmp_path_factory):
             options = f"{options} {extra}"
             apply(tree, hunks)
         process.stdin.write(json.dumps({"tree": str(tree), "output": str(folder / "run"), "project": str(project), "options": options,
-                                        "solver": solver, "evaluate": evaluate}) + "\n")
+                                        "settings": dict(settings), "evaluate": evaluate, "sweep": sweep}) + "\n")
         process.stdin.flush()
         found = json.loads(process.stdout.readline())
         assert "error" not in found, found["error"] + (folder / "run.txt").read_text()[-2000:]
@@ -104,8 +106,16 @@ def test_weights_of_the_scales_are_those_of_the_page(probe, unchanged):
 
 
 def test_a_solver(probe, unchanged):
-    found, euler = probe("A solver", solver="ralston", extra="--solver ralston"), probe("A solver")
+    found, euler = probe("A solver", settings={"solver": "ralston"}, extra="--solver ralston"), probe("A solver")
     assert moved(euler, unchanged) == set() and moved(found, unchanged) == {"samples"}
+
+
+def test_a_sampling_option(probe, unchanged):
+    """It moves samples alone; that it is stored, offered in Python and swept takes nothing more."""
+    found = probe("A sampling option", settings={"time_shift": 2.0}, sweep="--time_shift 1,2")
+    assert moved(found, unchanged) == {"samples"} and found["stored"] == {"time_shift": 2.0}
+    assert found["pipeline"]["time_shift"] == 2.0 and found["called"]["time_shift"] == 3.0
+    assert [row["time_shift"] for row in csv.DictReader(io.StringIO(found["table"]))] == ["1.0", "2.0"]
 
 
 def test_an_optimizer(probe, unchanged):

@@ -77,7 +77,7 @@ def test_the_file_is_taken_as_any_weights(project, script, tmp_path):
     loaded = load_flowar(file).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in content["model_ema"].items())
     pipe = load_pipeline(file, device="cpu")
-    assert pipe.sampler.options["cfg"] == 2 and pipe.names == list("0123456789") and pipe.description["vae"] == f"{project}/vae.pth"
+    assert pipe.sampler.sampling.cfg == 2 and pipe.names == list("0123456789") and pipe.description["vae"] == f"{project}/vae.pth"
     report = evaluate(project, file, tmp_path / "eval")
     assert report["weights"] == "ema" and report["checkpoint_sha256"] == file_hash(file)
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from models import FlowARError, build_model
-from util.options import (default_scales, evaluation_parser, model_options, resolve_geometry, sampling_parser, single_point,
-                          training_parser)
+from util.command_line import parse_options
+from util.geometry import default_scales, resolve_geometry
+from util.options import SETTINGS, EvaluationOptions, SamplingOptions, TrainingOptions, check_single, model_options
 from util.training.optimization import build_optimizer
 
 PUBLISHED_TRAINING = """--img_size 256 --vae_path x/kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1
@@ -53,7 +55,7 @@ def untrained(project):
     ("flowar_small", 2, 1024, 64, ""), ("flowar_large", 12, 1024, 64, "--use_checkpoint"),
     ("flowar_huge", 12, 1536, 32, "--use_checkpoint")])
 def test_published_training_commands(size, depth, width, batch, flags):
-    args = training_parser().parse_args(shlex.split(PUBLISHED_TRAINING.format(size, depth, width, batch, flags)))
+    args = parse_options(TrainingOptions, shlex.split(PUBLISHED_TRAINING.format(size, depth, width, batch, flags)))
     args = resolve_geometry(args)
     assert args.scales == (1, 2, 4, 8, 16) and args.use_checkpoint == bool(flags) and args.grad_clip == 3.0
     with torch.device("meta"):
@@ -64,8 +66,8 @@ def test_published_training_commands(size, depth, width, batch, flags):
     ("flowar_small", 2, 1024, 25, 4.3, 0.9), ("flowar_large", 12, 1024, 25, 2.4, 0.9),
     ("flowar_huge", 12, 1536, 50, 2.4, 0.7)])
 def test_published_evaluation_commands(size, depth, width, steps, cfg, guidance):
-    args = evaluation_parser().parse_args(shlex.split(PUBLISHED_EVALUATION.format(size, depth, width, steps, cfg, guidance)))
-    args = single_point(args)
+    args = parse_options(EvaluationOptions, shlex.split(PUBLISHED_EVALUATION.format(size, depth, width, steps, cfg, guidance)))
+    check_single(args)
     assert (args.model, args.diffloss_d, args.diffloss_w, args.num_step, args.cfg, args.guidance, args.num_images) == (
         size, depth, width, steps, cfg, guidance, 50000)
 
@@ -75,48 +77,35 @@ def test_published_evaluation_commands(size, depth, width, steps, cfg, guidance)
 def test_scripts_hold_the_commands(kind, size):
     text = (ROOT / "scripts" / f"{kind}_flowar_{size}.sh").read_text()
     program, options = re.search(r"(main_flowar|eval)\.py \\\n(.*)\"\$@\"", text, re.DOTALL).groups()
-    parser = training_parser() if program == "main_flowar" else evaluation_parser()
-    args = parser.parse_args(shlex.split(options.replace("\\\n", " ")))
+    args = parse_options(TrainingOptions if program == "main_flowar" else EvaluationOptions, shlex.split(options.replace("\\\n", " ")))
     assert args.model.startswith(f"flowar_{size}")
 
 
 @pytest.mark.parametrize("vae", ["sd", "dc"])
 def test_commands_of_other_vaes(vae):
     text = (ROOT / "scripts" / f"flowar_s_{vae}vae.sh").read_text().replace("\\\n", " ")
-    for program, parser in (("main_flowar.py", training_parser()), ("eval.py", evaluation_parser())):
-        args = parser.parse_args(shlex.split(re.search(rf"{re.escape(program)} (.*)", text)[1]))
+    for program, options in (("main_flowar.py", TrainingOptions), ("eval.py", EvaluationOptions)):
+        args = parse_options(options, shlex.split(re.search(rf"{re.escape(program)} (.*)", text)[1]))
         assert args.model == "flowar_small" and args.vae == "$VAE"
 
 
 def test_options_of_the_release_and_new_ones():
-    args = training_parser().parse_args(shlex.split(RELEASE_OPTIONS))
+    args = parse_options(TrainingOptions, shlex.split(RELEASE_OPTIONS))
     assert args.scales == (1, 4, 16) and args.start_epoch == 3 and args.lr_schedule == "constant"
 
 
-@pytest.mark.parametrize("parser,unused,files", [
-    (training_parser(), set(), ["main_flowar.py", "util/training/checkpoint.py"]),
-    (evaluation_parser(), {"data_path", "evaluate"}, ["eval.py"]),  # in the published commands, without a meaning there
-    (sampling_parser(""), set(), ["scripts/sample.py"])])
-def test_every_option_is_read(parser, unused, files):
-    """No option is parsed and then ignored: each name is used outside the parser."""
-    sources = "".join((ROOT / file).read_text() for file in [*files, "util/evaluation/pipeline.py", "util/evaluation/metrics.py", "util/data/source.py"])
+@pytest.mark.parametrize("options,unused,files", [
+    (TrainingOptions, set(), ["main_flowar.py", "util/training/checkpoint.py"]),
+    (EvaluationOptions, {"data_path", "evaluate"}, ["eval.py"]),  # in the published commands, without a meaning there
+    (SamplingOptions, set(), ["scripts/sample.py"])])
+def test_every_option_is_read(options, unused, files):
+    """No option is parsed and then ignored: each name is used outside the dataclass."""
+    sources = "".join((ROOT / file).read_text() for file in [
+        *files, "util/evaluation/pipeline.py", "util/evaluation/metrics.py", "util/data/source.py", "util/geometry.py"])
     sources += (ROOT / "util" / "options.py").read_text().split("# ---- what follows")[1]
-    for option in set(vars(parser.parse_args([]))) - unused:
-        assert re.search(rf"args\.{option}\b|\"{option}\"", sources), option
-
-
-def option_rows(parser):
-    """The options page: a row of every option."""
-    for action in parser._actions[1:]:
-        default = "" if action.default is None or isinstance(action.default, bool) else str(action.default)
-        names = ", ".join(f"`{name}`" for name in action.option_strings)
-        yield f"| {names} | {default} | {action.help} |"
-
-
-def test_the_page_lists_every_option():
-    readme = (ROOT / "docs" / "options.md").read_text().splitlines()
-    missing = [row for row in option_rows(training_parser()) if row not in readme]
-    assert not missing, "put these rows into docs/options.md:\n" + "\n".join(missing)
+    for field in fields(options):
+        if field.name not in {*unused, *SETTINGS}:
+            assert re.search(rf"args\.{field.name}\b|\"{field.name}\"", sources), field.name
 
 
 @pytest.mark.parametrize("side,expected", [(16, (1, 2, 4, 8, 16)), (32, (1, 2, 4, 8, 16, 32)), (8, (1, 2, 4, 8)),

@@ -1,4 +1,4 @@
-"""--dry_run: what a training of --world processes would be, told by one, without a GPU, and without writing anything.
+"""--dry_run N: what a training of N processes would be, from one, without a GPU, and without writing anything.
 
 The training's own code checks the options, opens the data and builds everything up to its first step (main_flowar.py),
 with the weights on the meta device; here is the report.
@@ -21,11 +21,10 @@ GIB, MIB = 2**30, 2**20
 
 
 def run(args, train):
-    """train(options, device) as if it were one of --world processes."""
-    if args.evaluate or args.world is None or "RANK" in os.environ:
-        raise FlowARError("--dry_run is of a training, needs --world, the number of processes (GPUs) of the job, and "
-                          "is one process for all: leave out --evaluate and torchrun")
-    with cluster.pretend(args.world), warnings.catch_warnings():
+    """train(options, device) as if it were one of --dry_run processes."""
+    if args.evaluate or "RANK" in os.environ:
+        raise FlowARError("--dry_run is of a training, and one process for all: leave out --evaluate and torchrun")
+    with cluster.pretend(args.dry_run), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # of a checkpoint
         train(args, cluster.select_device("cpu"))
 
@@ -51,7 +50,7 @@ def report(args, source, network, optimizer, progress):
     """Print what the training would be that has come this far. args: resolved; progress: where it begins."""
     check_place(Path(args.log_dir or args.output_dir))
     steps = len(source.loader.dataset) // args.global_batch
-    log(f"dry run of {args.world} processes: nothing was written")
+    log(f"dry run of {args.dry_run} processes: nothing was written")
     describe_recipe(args, network, optimizer)
     describe_data(args, source, network, steps, progress)
     describe_disk(args, network, steps)
@@ -69,8 +68,8 @@ def describe_recipe(args, network, optimizer):
     row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "
         f"{args.patch_size}, {args.class_num} classes; {network.tokens} tokens an image, in scales "
         f"{','.join(map(str, network.scale))}")
-    row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.world} processes x {args.accum_iter} "
-        "forward passes")
+    row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.dry_run} processes x "
+        f"{args.accum_iter} forward passes")
     end = f"cosine to {args.min_lr:g}" if args.lr_schedule == "cosine" else "constant"
     row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; then {end}; gradients "
         f"clipped at {args.grad_clip:g}; EMA {args.ema_rate:g}")
@@ -78,19 +77,10 @@ def describe_recipe(args, network, optimizer):
 
 def describe_data(args, source, network, steps, progress):
     images, kind = len(source.loader.dataset), "cached latents" if source.is_moments else "images, encoded on the fly"
-    size, rate = getattr(source.loader.dataset, "bytes_an_image", None), args.images_per_second
     row("data", f"{images:,} {kind}; the last {images % args.global_batch:,} of each epoch's order are left out")
     row("steps", f"{steps:,} an epoch, {steps * args.epochs:,} in all; {network.tokens * args.global_batch:,} tokens a "
         "step")
     row("start", f"at step {progress.step:,}, in epoch {progress.epoch + 1}" if progress.step else "a new run")
-    if not rate:
-        row("time", "give --images_per_second, of the whole job, for hours, days and bytes a second")
-        return
-    hours, left = steps * args.global_batch / rate / 3600, args.epochs - progress.epoch - progress.done / steps
-    row("time", f"at {rate:,g} images/s: {hours:.2f} hours an epoch, {hours * left / 24:.1f} days left; "
-        f"{3600 * hours / steps:.2f} s a step; {rate * network.tokens:,.0f} tokens/s")
-    if size is not None:
-        row("reading", f"{rate * size / 1e6:,.1f} MB/s from the disk (an image is read as {size / 1000:.1f} kB)")
 
 
 def describe_disk(args, network, steps):
@@ -112,7 +102,7 @@ def describe_memory(args, network):
     fixed, low = one * (STATES + posthoc), 2 * parameters(network) if dtype else 0
     # A GPU's kernels of attention hold no weights, with or without dropout.
     an_image = [image_bytes(network, dtype, attn_dropout=0.0, use_checkpoint=recompute) for recompute in (True, False)]
-    sharded = fixed / args.world + largest_block(network)
+    sharded = fixed / args.dry_run + largest_block(network)
 
     def line(name, values):
         first, second = (f"{value / GIB:.{1 if value > GIB / 10 else 3}f}" for value in values)
@@ -125,7 +115,7 @@ def describe_memory(args, network):
     line(f"activations of {args.batch_size} images ({an_image[0] / MIB:.0f} and {an_image[1] / MIB:.0f} MiB each)",
          [args.batch_size * size for size in an_image])
     line("together", [fixed + low + args.batch_size * size for size in an_image])
-    line(f"together with --fsdp: the first line over {args.world}, one block whole",
+    line(f"together with --fsdp: the first line over {args.dry_run}, one block whole",
          [sharded + low + args.batch_size * size for size in an_image])
     log("  not counted: CUDA and NCCL themselves, fragments, and the VAE where it encodes images")
 

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def describe_start(record, device, **more):
     if not is_main():
         return None
     hardware = {"world_size": machine["world_size"], "devices": dict(Counter(devices)), "cpus": os.cpu_count()}
-    start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "program": Path(sys.argv[0]).name,
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "program": Path(sys.argv[0]).name,
              **more, "options": record["args"], "versions": machine["versions"], "hardware": hardware,
              "git": git_state(), "images": data.get("images"), "data_sha256": data.get("sha256"),
              "vae_sha256": vae.get("sha256")}

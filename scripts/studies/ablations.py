@@ -6,7 +6,6 @@ Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh mak
 many images and with each of the seeds; variants that differ in sampling alone share a training. Each is evaluated as the quickstart is. What
 is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md, .json and .png there; with --variants their names have the groups.
 """
-import argparse
 import functools
 import math
 import os
@@ -23,6 +22,7 @@ import project_root
 import torch
 from matplotlib.figure import Figure
 
+from models.settings import one_of
 from models import FlowARError, flow_matching as fm
 from models.flowar import to_grid, to_tokens
 from models.vae import DiagonalGaussian
@@ -36,7 +36,7 @@ from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS, read_report
 from util.files import write_bytes, write_json
 from util.manifest import describe_machine
-from util.options import count, one_of, positive, several, some_path
+from util.command_line import COUNT, POSITIVE, Parser, as_type, list_of, path
 from util.training.logging import read_lines
 
 TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny "
@@ -56,8 +56,8 @@ VARIANTS = {  # group: {name: (options of training, options of sampling)}
     "pyramid": {BASE: ("", ""), "of the image": ("--pyramid image --cached_path '' --cached_val_path ''", "")},
     "guidance": {"no guidance": ("", "--cfg 1"), BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1"), "t > 0.3": ("", "--guidance_low 0.3"),
                  "t <= 0.7": ("", "--guidance 0.7"), "2 on every scale": ("", "--cfg 2 --cfg_schedule constant"),
-                 "falling, 3:2:1": ("", "--cfg 3:2:1"), "by the first epoch, 2": ("", "--guide {first} --guide_strength 2"),
-                 "by the first epoch, 3": ("", "--guide {first} --guide_strength 3")},
+                 "falling, 3:2:1": ("", "--cfg 3:2:1"), "by the first epoch, 2": ("", "--guide {first} --cfg 2"),
+                 "by the first epoch, 3": ("", "--guide {first} --cfg 3")},
 }
 PAPER = {("scales", BASE): 3.61, ("scales", "1, 4"): 4.88}  # FIDs of the paper's ablation, at 256 pixels with and without the second scale
 OWN = {"loss, half own": 0.5, "loss, own scales": 1.0}  # the time from which coarse scales are the model's own, see own_scales_loss
@@ -66,13 +66,13 @@ COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f",
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--root", type=some_path, default="output/quickstart", help="the quickstart's folder")
-    parser.add_argument("--variants", type=several(one_of(VARIANTS)), default=tuple(VARIANTS), help=f"groups: {', '.join(VARIANTS)}")
-    parser.add_argument("--seeds", type=several(count), default=(0, 1, 2), help="of training and sampling")
-    parser.add_argument("--images", type=positive, default=80000, help="training images that each sees, in whole epochs")
-    parser.add_argument("--samples", type=positive, default=2000, help="images of each evaluation")
-    parser.add_argument("--at_once", type=positive, default=2, help="programs that run side by side")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--root", type=as_type(path), default="output/quickstart", help="the quickstart's folder")
+    parser.add_argument("--variants", type=as_type(list_of(one_of(*VARIANTS))), default=tuple(VARIANTS), help=f"groups: {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
+    parser.add_argument("--images", type=as_type(POSITIVE), default=80000, help="training images that each sees, in whole epochs")
+    parser.add_argument("--samples", type=as_type(POSITIVE), default=2000, help="images of each evaluation")
+    parser.add_argument("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ the same labels from the same noise, with the settings that the two runs store, 
 --images 0 measures the times alone. Writes few_step.md, few_step.json (few_step_times.* without images) and few_step.png into
 the student's folder.
 """
-import argparse
 from pathlib import Path
 
 import project_root  # noqa: F401
@@ -25,7 +24,7 @@ from util.evaluation.pipeline import change_settings, load_pipeline
 from util.evaluation.references import load_statistics
 from util.files import write_bytes, write_json
 from util.manifest import describe_machine
-from util.options import some_path
+from util.command_line import Parser, as_type, path
 
 STEPS = (8, 4, 2, 1)
 PUBLISHED = {"num_steps": 25, "time_grid": "release", "solver": "euler"}
@@ -33,9 +32,9 @@ COLUMNS = ("distance", "KID", "precision", "recall", "label found", "ms an image
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--root", type=some_path, default="output/quickstart", help="the quickstart's folder, with run/, the teacher")
-    parser.add_argument("--student", type=some_path, required=True, help="folder of the student's run")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--root", type=as_type(path), default="output/quickstart", help="the quickstart's folder, with run/, the teacher")
+    parser.add_argument("--student", type=as_type(path), required=True, help="folder of the student's run")
     parser.add_argument("--images", type=int, default=2000, help="of each row; 0: only times and picture")
     parser.add_argument("--batch", type=int, default=250, help="images at once")
     parser.add_argument("--repeats", type=int, default=3, help="timings, in turns, whose median counts")

@@ -8,29 +8,31 @@ latent becomes in the last one, measured by drawing the finer scales again from 
 all, the one is printed whose predicted error, of Euler's method, is the smallest.
 """
 import math
+from dataclasses import dataclass
+from unittest import mock
 
 import project_root  # noqa: F401
 
 import torch
 
 from models import FlowARError
-from models import flow_matching as fm
+from models import flow_matching as fm, settings
 from util.cluster import run_main, select_device
+from util.command_line import POSITIVE, list_of, parse_options
 from util.evaluation.labels import image_label
 from util.evaluation.pipeline import change_settings, open_pipeline
-from util.options import as_text, at_least_two, positive, sampling_parser, several, single_point
+from util.options import SamplingOptions
 
 OFF = 8  # Euler steps of the latents that are off, for gain
 MOST = 256  # length of a scale's time grid
 
 
-def parse_args():
-    parser = sampling_parser(__doc__.splitlines()[0])
-    add = parser.add_argument_group("plan").add_argument
-    add("--evaluations", type=several(positive), required=True, help="Euler steps of all scales together; several: a list for each")
-    add("--reference", type=at_least_two, default=200, help="uniform steps of the paths that are measured")
-    add("--images", type=positive, default=64, help="paths, of classes spread over all")
-    return single_point(parser.parse_args())
+@dataclass
+class PlanOptions(SamplingOptions):
+    """plan"""
+    evaluations: tuple = settings.setting((36,), "Euler steps of all scales together; several: a list for each", list_of(POSITIVE))
+    reference: int = settings.setting(200, "uniform steps of the paths that are measured", settings.number(int, 2))
+    images: int = settings.setting(64, "paths, of classes spread over all", POSITIVE)
 
 
 def integrate(velocity, x, times):
@@ -54,12 +56,8 @@ def straightness(sampler, labels, noise, steps):
         rates.append(rate)
         return x
 
-    fm.SOLVERS["measured"] = solver
-    try:
-        options = {**sampler.options, "solver": "measured"}
-        return sampler._replace(options=options).pyramid(labels, noise), rates
-    finally:
-        del fm.SOLVERS["measured"]
+    with mock.patch.dict(fm.SOLVERS, euler=solver):
+        return change_settings(sampler, {"solver": "euler"}).pyramid(labels, noise), rates
 
 
 def euler_error(rate, grid):
@@ -72,7 +70,7 @@ def euler_error(rate, grid):
 
 def gains(sampler, labels, noise, pyramid):
     """What an error of each scale's latent becomes in the last scale's: a ratio of root mean squares; the last's is 1."""
-    reference, few = (change_settings(sampler, {"num_steps": n, "num_steps_last": None, "time_grid": "uniform", "solver": "euler"})
+    reference, few = (change_settings(sampler, {"num_steps": n, "time_grid": "uniform", "solver": "euler"})
                       for n in (3 * OFF, OFF))
     ratios, rms = [], lambda a, b: (a.double() - b.double()).square().mean().sqrt().item()
     for k in range(len(pyramid) - 1):
@@ -102,12 +100,12 @@ def plan(errors, evaluations):
 
 
 def main():
-    args = parse_args()
+    args = parse_options(PlanOptions, description=__doc__.splitlines()[0])
     device = select_device(args.device)
     sampler = open_pipeline(args, device).sampler
     classes, scales = sampler.model.class_num, sampler.model.scale
     labels, noise = [image_label(i, args.images, classes) for i in range(args.images)], sampler.noise(range(args.images))
-    kind = sampler.options["time_grid"]
+    kind = sampler.sampling.time_grid
     grids = {n: fm.time_grid(n, kind) for n in range(fm.TIME_GRIDS[kind], MOST + 1) if kind == "uniform" or n % 2 or n == fm.UNIFORM_STEPS}
     plan([{n: (len(grid) - 1, 0.0) for n, grid in grids.items()}] * len(scales), min(args.evaluations))  # refuses too few
     pyramid, rates = straightness(sampler, labels, noise, args.reference)
@@ -122,7 +120,7 @@ def main():
         chosen, error = plan(errors, evaluations)
         even = [min(options.items(), key=lambda item: abs(item[1][0] - evaluations / len(scales)))[1][1] for options in errors]
         used = sum(options[n][0] for options, n in zip(errors, chosen))
-        print(f"| {used} | {as_text(chosen)} | {error:.4f} | {math.sqrt(sum(e * e for e in even)):.4f} |")
+        print(f"| {used} | {settings.as_text(chosen)} | {error:.4f} | {math.sqrt(sum(e * e for e in even)):.4f} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from models import FlowARError
 from util import manifest
 from util.evaluation import extractors, metrics, references, reports, store
 from util.evaluation.pipeline import open_for_sampling
-from util.options import evaluation_parser
+from util.command_line import parse_options
+from util.options import EvaluationOptions
 
 METRIC = "frechet_distance_efficientnet_lite0"
 
@@ -254,7 +255,7 @@ def test_evaluations_of_the_network_are_reported(project, checkpoint, tmp_path):
 def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
     common, online = "--eval_freq 1 --attn_dropout 0.2", f"--online_eval {colors}"
     plain = train(project, tmp_path / "plain", common)
-    watched = train(project, tmp_path / "watched", f"{common} {online} --eval_num_images 6 --ref_images {project}/images/val")
+    watched = train(project, tmp_path / "watched", f"{common} {online} --num_images 6 --ref_images {project}/images/val")
     assert all(torch.equal(plain[key][name], watched[key][name]) for key in ("model", "model_ema") for name in plain[key])
     for epoch in (1, 2):
         result = json.loads((tmp_path / "watched" / f"eval_epoch000{epoch}" / "results.json").read_text())
@@ -269,7 +270,7 @@ def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
 def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, checkpoint, tmp_path):
     trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
     for extra in ("", GEOMETRY):
-        args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
+        args = parse_options(EvaluationOptions, shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
         model, vae, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
         assert description["model"] == "flowar_tiny" and model.scale == (1, 2, 4) and vae.stride == 4
     for name, value in model.state_dict().items():
@@ -280,7 +281,7 @@ def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, 
 def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_path, capsys):
     trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
     for extra, kind, key in (("", "ema", "model_ema"), ("--weights raw", "raw", "model")):
-        args = evaluation_parser().parse_args(shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
+        args = parse_options(EvaluationOptions, shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
         model, _, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
         assert torch.equal(model.class_emb.weight, trained[key]["class_emb.weight"])
         assert (description["weights"], description["weights_key"]) == (kind, key)
@@ -293,7 +294,7 @@ def test_what_is_missing_in_a_vae_is_said_before_it_is_refused(project, checkpoi
     torch.save(content, tmp_path / "vae.pth")
     command = evaluation_command(project, checkpoint, tmp_path, f"--vae_path {tmp_path}/vae.pth")
     with pytest.raises(FlowARError, match="checkpoint-.*.pth: its latents have the scale and shift .2.0, 0.1.*, those of --vae_path .*vae.pth"):
-        open_for_sampling(evaluation_parser().parse_args(shlex.split(command)[1:]), torch.device("cpu"))
+        open_for_sampling(parse_options(EvaluationOptions, shlex.split(command)[1:]), torch.device("cpu"))
     assert "vae.pth does not tell its latent scale" in capsys.readouterr().out
 
 

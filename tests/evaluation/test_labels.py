@@ -97,7 +97,7 @@ def test_training_knows_its_own_counts(tmp_path, capsys):
     p = make_project(tmp_path, 8)
     for path in sorted((p / "images" / "train" / "0").iterdir())[2:]:
         path.unlink()
-    train(p, p / "run", f"--epochs 1 --batch_size 8 --eval_freq 1 --online_eval --eval_num_images 6 --labels train --ref_images {p}/images/val "
+    train(p, p / "run", f"--epochs 1 --batch_size 8 --eval_freq 1 --online_eval --num_images 6 --labels train --ref_images {p}/images/val "
           "--class_num 12 --feature_extractor efficientnet-lite0")
     report = read_json(p / "run" / "eval_epoch0001" / "results.json")
     assert (report["labels"], report["classes_sampled"], report["num_images"]) == ("train", 6, 6)

@@ -123,7 +123,7 @@ def test_other_names_are_the_checkpoints():
 
 
 def test_it_samples_as_the_run_was_told(pipe):
-    assert (pipe.sampler.options["cfg"], pipe.sampler.options["guidance"], pipe.sampler.options["num_steps"]) == (2.0, 1.0, 4)
+    assert (pipe.sampler.sampling.cfg, pipe.sampler.sampling.guidance, pipe.sampler.sampling.num_steps) == (2.0, 1.0, 4)
     assert pipe.names == list("0123456789") and pipe.description["weights"] == "ema" and pipe.description["vae"].endswith("vae.pth")
 
 
@@ -131,7 +131,7 @@ def test_the_same_pixels_as_the_sampler_the_script_and_eval(pipe, trained, tmp_p
     labels = [0, 3, 5, 9]
     drawn = pipe(labels, seed=5)
     assert [(image.size, image.mode) for image in drawn] == [((16, 16), "RGB")] * 4
-    plain = Sampler(pipe.sampler.model, pipe.sampler.vae, pipe.sampler.options, "fp32", 5, 64)
+    plain = Sampler(pipe.sampler.model, pipe.sampler.vae, pipe.sampler.sampling, "fp32", 5, 64)
     assert np.array_equal(pixels(drawn), plain.images(labels).permute(0, 2, 3, 1).numpy())
     (tmp_path / "labels.txt").write_text("0\n3\n5\n9\n")
     common = f"--resume {trained} --seed 5 --device cpu"
@@ -169,7 +169,7 @@ def test_other_settings_and_precision_of_one_model(pipe, trained):
 
 def test_a_guide_and_lists_for_the_scales(pipe, trained):
     plain, raw = load_pipeline(trained, device="cpu", cfg=1), load_pipeline(trained, device="cpu", weights="raw", cfg=1)
-    guided = load_pipeline(trained, device="cpu", guide=raw_file(trained), guide_strength=3, cfg_schedule="constant", num_step=[6, 6, 4])
+    guided = load_pipeline(trained, device="cpu", guide=raw_file(trained), cfg=3, cfg_schedule="constant", num_step=[6, 6, 4])
     assert guided.settings()["cfg"] == 3.0 and guided.settings()["steps"] == [6, 6, 4] and guided.settings()["guide"] == raw_file(trained)
     steps = {"num_steps": [6, 6, 4]}
     images = guided([3], seed=5)
@@ -208,9 +208,9 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg: 0.5 is out of range"),
-    (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling, expected one of num_steps"),
-    (lambda pipe: pipe([1], num_step_schedule="cosine"), "needs --num_step_last"), (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"),
+    (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5: expected a number"),
+    (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling; expected one of cfg, guidance"),
+    (lambda pipe: pipe([1], num_step_schedule="cosine"), "needs num_steps_last"), (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"),
     (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):
     with pytest.raises(FlowARError, match=message):
@@ -263,4 +263,4 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
 
 def test_a_model_does_not_guide_itself(trained):
     with pytest.raises(FlowARError, match="it is the model itself, which guides nowhere"):
-        load_pipeline(trained, device="cpu", guide=str(trained), guide_strength=2)
+        load_pipeline(trained, device="cpu", guide=str(trained), cfg=2)

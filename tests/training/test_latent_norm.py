@@ -10,7 +10,8 @@ from models import FlowARError, load_vae
 from models.weights import read_file, write_file
 from util.data.source import open_sources
 from util.evaluation import load_pipeline
-from util.options import training_parser
+from util.command_line import parse_options
+from util.options import TrainingOptions
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def statistics(project):
 
 def test_training_and_validation_see_channels_of_mean_0_and_std_1(project):
     """Of the cache, and of images that are encoded on the fly; both with the training set's statistics."""
-    args = training_parser().parse_args(training_command(project, "out", options(project)).split()[1:])
+    args = parse_options(TrainingOptions, training_command(project, "out", options(project)).split()[1:])
     _, source, validation, vae, origin = open_sources(args, torch.device("cpu"))
     (mean, std), noise = statistics(project), torch.zeros(10, 4, 4, 4)
     batch = next(iter(validation.loader))[0]

@@ -9,7 +9,6 @@ import torch
 from helpers import make_project, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models import FlowARError
 from util.training import logging
 from util.training.logging import TrainingLog
 
@@ -107,13 +106,6 @@ def test_rank_0_alone_tells_it(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "is_main", lambda: False)
     write(tmp_path)
     assert not wandb.inits and not wandb.told and not list(tmp_path.iterdir())
-
-
-def test_without_the_package_one_line_says_so(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FlowARError, match="--wandb needs the package wandb, which is not installed: pip install wandb"):
-        train(project, tmp_path / "out", "--wandb")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_log_is_mended(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from helpers import assert_same_run, make_project, read_checkpoint, read_log, run, training_command
 
 from models import FlowARError
-from util.options import check_training, training_parser
+from util.command_line import parse_options
+from util.options import TrainingOptions, check_training
 from util.training import checkpoint
 
 LONG = "--epochs 2 --log_freq 1 --eval_freq 2 --save_every 3 --keep 20 --posthoc_ema 3 --ema_rate 0.9 --use_checkpoint"
@@ -75,6 +76,6 @@ def test_two_processes_four_and_then_one_go_on(project, sharded, tmp_path):
 
 
 def test_fp16_is_refused():
-    args = training_parser().parse_args(["--fsdp", "--precision", "fp16"])
+    args = parse_options(TrainingOptions, ["--fsdp", "--precision", "fp16"])
     with pytest.raises(FlowARError, match="--fsdp with --precision fp16"):
         check_training(args)

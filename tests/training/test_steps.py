@@ -143,7 +143,8 @@ import torch
 import engine_flowar, main_flowar
 from models.weights import content_hash
 from util import cluster
-from util.options import training_parser
+from util.command_line import parse_options
+from util.options import TrainingOptions
 
 {optimizers}
 runs, original, prepare = [], engine_flowar.forward_and_backward, engine_flowar.prepare_batch
@@ -168,7 +169,7 @@ def main():
     engine_flowar.forward_and_backward, engine_flowar.prepare_batch = spoiled, with_a_bad_image
     for name in {names!r}:
         main_flowar.build_optimizer = globals()[name]
-        main_flowar.train(training_parser().parse_args(shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
+        main_flowar.train(parse_options(TrainingOptions, shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
         cluster.agree("the weights", content_hash(runs[-1].network.state_dict()))
 
 cluster.run_main(main)

@@ -101,10 +101,6 @@ class Images(Dataset):
     def __len__(self):
         return len(self.listing)
 
-    @property
-    def bytes_an_image(self):
-        return self.listing.sizes.mean()
-
     def summary(self):
         return f"{self.listing.summary()} in {self.listing.root}, encoded on the fly"
 

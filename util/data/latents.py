@@ -123,10 +123,6 @@ class ShardedMoments(Dataset):
     def item(self, moments, row, variant):
         return moments[row:row + 1, variant:variant + 1][0, 0]
 
-    @property
-    def bytes_an_image(self):
-        return sum(shard["bytes"] for shard in self.index["shards"]) / len(self) / self.index["variants"]
-
     def summary(self):
         return f"{len(self):,} cached latents in {self.root}"
 

@@ -129,10 +129,6 @@ class NpzMoments(Dataset):
         known = dict(zip(("name", "sha256", "tensors"), map(self.info.get, ("vae", "vae_sha256", "vae_tensors"))))
         return saved_origin({"vae": known})._replace(latent_scale=self.latent_scale)
 
-    @property
-    def bytes_an_image(self):
-        return self.listing.sizes.mean() / 2  # of the two, as they are or flipped
-
     def summary(self):
         return f"{len(self):,} cached latents in {self.root}"
 

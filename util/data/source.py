@@ -3,9 +3,10 @@
 A dataset has `classes` (their names, a label's order), a length, summary(), and items (tensor, label) for a key (epoch,
 index). The tensor is an image (3, img_size, img_size) in [-1, 1] with is_moments = False; with is_moments = True it
 holds posterior moments (2C, h, w), and the dataset has `latent_scale`, None if it does not know it, and `origin`, a
-LatentOrigin. It may have channel_scale() -> LatentScale, see --latent_norm; order(seed, epoch) -> permutation; and
-bytes_an_image, what is read for one on average, for --dry_run. identity(): see Listing.
+LatentOrigin. It may have channel_scale() -> LatentScale, see --latent_norm; and order(seed, epoch) -> permutation.
+identity(): see Listing.
 """
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from util.data.latents import ShardedMoments, is_shards, verify_checksums
 from util.data.loaders import build_loader
 from util.data.other_latents import LightningLatents, NpzMoments
 from util.data.pixels import WHITE
-from util.options import check_vae, resolve_geometry, with_options
+from util.geometry import check_vae, resolve_geometry
 from util.training.record import LatentOrigin, check_origin, origin_of
 
 CACHES = {"shards": ShardedMoments, "lightning": LightningLatents, "npz": NpzMoments}
@@ -121,8 +122,8 @@ def open_sources(args, device, class_num=None):
     log(data.summary())
     if kind == "shards":
         verify_checksums(path, data.index, *sharers())
-    args = with_options(args, class_num=asked or len(data.classes),
-                        background=args.background if kind else settings.background)
+    args = replace(args, class_num=asked or len(data.classes),
+                   background=args.background if kind else settings.background)
     if data.is_moments:
         cached = cache_origin(data, path)
         check_origin(path, cached, origin)

@@ -7,7 +7,6 @@ import glob
 import os
 from collections import Counter
 
-
 from models import FlowARError
 from models.hub import HUB, parse
 from util.data.folders import Listing, is_hidden, number_names

@@ -171,6 +171,9 @@ def build_extractor(name, file, device):
 
 def build_extractors(names, files, device):
     """The Joint of --feature_extractor, names, and --fid_weights, {name: file} or None."""
+    for name in names:
+        if name not in EXTRACTORS:
+            raise FlowARError(f"--feature_extractor {name}: expected one of {', '.join(EXTRACTORS)}")
     for name in files or {}:
         if name not in names:
             raise FlowARError(f"--fid_weights is for {name}, but --feature_extractor is {','.join(names)}")

@@ -88,7 +88,7 @@ def choose_labels(kind, count, classes, all_classes=False):
     values = read_labels(kind, classes)
     if len(values) != count:
         raise FlowARError(f"--labels {kind}: {len(values)} lines, one for each image, but {count} images are asked "
-                          f"for: give --num_images {len(values)} (in training --eval_num_images)")
+                          f"for: give --num_images {len(values)}")
     unseen = np.setdiff1d(values, allowed)
     if len(unseen):
         raise FlowARError(f"--labels {kind}: line {np.flatnonzero(values == unseen[0])[0] + 1} asks for class "

@@ -5,6 +5,7 @@
 
 Of this room, this module alone knows the options.
 """
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from PIL import Image
 from models import FlowARError
 from models.hub import RELEASE, beside, is_remote, release_of
 from models.registry import open_model, read_variant, recognise_size
+from models.settings import Sampling, as_text, check_value
 from models.vae import LatentScale
 from models.variants.ablated import describe
 from models.vaes import DEFAULT_PATH, find_vae, read_latent_scale
@@ -22,15 +24,15 @@ from models.weights import file_hash, find_model, recognise_geometry, saved_opti
 from util import manifest
 from util.cluster import (AUTOCAST, PRECISIONS, autocast, fetch, from_main, is_main, log, select_device,
                           set_precision)
+from util.command_line import SEED
 from util.data import center_crop, open_image, to_tensor
 from util.data.pixels import WHITE, over
 from util.evaluation.labels import Classes, choose_labels, class_names, classes_of, find_label
 from util.evaluation.metrics import build_measure
 from util.evaluation.sampler import Sampler
 from util.evaluation.store import Plan
-from util.options import (GEOMETRY, SAMPLING, as_text, check_geometry, check_sampling, check_vae, checked,
-                          model_options, resolve_geometry, sampling_options, sampling_parser, seed as seed_of,
-                          single_point, sweep_points, with_options)
+from util.geometry import GEOMETRY, check_geometry, check_vae, resolve_geometry
+from util.options import SamplingOptions, check_single, given_settings, model_options, stored_settings, sweep
 from util.speed import prepare
 from util.training.checkpoint import read_model_file
 from util.training.record import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
@@ -45,7 +47,7 @@ class Opened(NamedTuple):
     precision: str
     description: dict  # for a report
     classes: Classes
-    sampling: dict  # settings that the checkpoint asks for, see options.sampling_options
+    sampling: dict  # settings that the checkpoint asks for, see saved_sampling
     guide: torch.nn.Module | None  # of autoguidance
     data: dict  # that it was trained on, {} if it does not say it
     origin: LatentOrigin  # the VAE
@@ -68,10 +70,10 @@ def open_for_sampling(args, device, identify=False):
     trained_with = saved_origin(content)
     is_run = "optimizer" in content  # not weights alone
     sampling, data = saved_sampling(content, args.resume), content.get("data")
-    if "teacher_sampling" in saved_options(content) and args.cfg not in (None, (1.0,)):
+    if "teacher_sampling" in saved_options(content) and args.cfg not in (None, 1.0):
         log(f"warning: {path}: a student, which learned without the null class: --cfg above 1 is nothing it knows")
     vae, vae_path = choose_vae(args, content, path)
-    named, args = find_vae(vae, vae_path), with_options(args, vae=vae, vae_path=vae_path)
+    named, args = find_vae(vae, vae_path), replace(args, vae=vae, vae_path=vae_path)
     fetch(named.path)
     vae, notes = named.open()
     for note in notes:  # which may explain what is refused
@@ -141,18 +143,15 @@ def choose_vae(args, content, path):
 
 def saved_sampling(content, name):
     """Settings of sampling that a checkpoint was published with, or its run was given; {} if there are none."""
-    release, options = release_of(name), saved_options(content)
-    values = release.sampling if release else {argument: options[setting.option]
-                                               for argument, setting in SAMPLING.items()
-                                               if options.get(setting.option) is not None}
-    values = {argument: checked(f"{name}: --{SAMPLING[argument].option}", SAMPLING[argument].kind, value)
-              for argument, value in values.items()}
-    unlike = [f"--{SAMPLING[argument].option} {as_text(value)}"
-              for argument, value in values.items() if value != SAMPLING[argument].default]
+    release = release_of(name)
+    stored = release.sampling if release else stored_settings(saved_options(content))
+    sampling, default = Sampling.of({}, stored), Sampling().by_option()
+    unlike = [f"--{option} {as_text(value)}" for option, value in sampling.by_option().items()
+              if value != default[option]]
     if unlike:
-        together = " (--num_step replaces both)" if values.get("num_steps_last") else ""
+        together = " (--num_step replaces both)" if sampling.num_steps_last else ""
         log(f"{name}: sampled with {', '.join(unlike)} where no option says otherwise{together}")
-    return values
+    return {setting: getattr(sampling, setting) for setting in stored}
 
 
 def recognise(args, state, path, vae):
@@ -167,9 +166,12 @@ def recognise(args, state, path, vae):
 
 
 def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
-    """The Sampler of options with one value each; classes, guide: see Sampler; stored: see sampling_options."""
-    options = sampling_options(with_options(args, scales=model.scale), stored)
-    return Sampler(model, vae, options, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
+    """The Sampler of options with one value each; classes, guide: see Sampler; stored: see saved_sampling."""
+    sampling = Sampling.of(stored or {}, given_settings(args))
+    _, _, weights = model.plan_sampling(sampling)  # refuses now what would fail at the first image
+    if args.guide and max(weights) <= 1:
+        raise FlowARError(f"--guide {args.guide} needs --cfg above 1")
+    return Sampler(model, vae, sampling, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
 
 
 def build_labels(args, count, classes):
@@ -179,15 +181,14 @@ def build_labels(args, count, classes):
 
 def plan_reports(args, data):
     """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.record."""
-    sampling_options(args)  # refuses now what is wrong with them
     classes = classes_of(data, args.class_num, "the training set")
-    return Plan(build_labels(args, args.eval_num_images, classes), persistent=False)
+    return Plan(build_labels(args, args.num_images, classes), persistent=False)
 
 
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     opened = open_for_sampling(args, device, identify=True)
-    samplers = {name: opened.build_sampler(point) for name, point in sweep_points(args).items()}
+    samplers = {name: opened.build_sampler(point) for name, point in sweep(args).items()}
     labels = build_labels(args, args.num_images, opened.classes)
     if args.background and not args.ref_images:
         raise FlowARError("--background is of transparent images in --ref_images: leave it out")
@@ -204,26 +205,23 @@ def open_evaluation(args, device):
 def load_pipeline(resume, vae=None, device=None, precision=None, **options):
     """The Pipeline of weights and a VAE, by path or name as --resume and --vae_path (or --vae diffusers:...) take them.
 
-    vae: by default that of the run, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one. precision,
-    options (weights="raw", cfg=3.0, ...): see docs/options.md. Raises FlowARError.
+    vae: by default that of the run, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one.
+    options: of util.options.SamplingOptions, weights="raw", cfg=3.0, num_step=(25, 25, 12). Raises FlowARError.
     """
+    names = [field.name for field in fields(SamplingOptions)]
+    for name in options:
+        if name not in names:
+            raise FlowARError(f"{name}: no option of this name; expected one of {', '.join(sorted(names))}")
     vae_options = {"vae": vae} if str(vae or "").startswith("diffusers:") else {"vae_path": vae}
-    options, parser = {**options, "precision": precision, "device": str(device or "auto")}, sampling_parser("")
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in options.items():
-        if name not in actions:
-            raise FlowARError(f"{name}: no option of this name (see docs/options.md)")
-        choices, kind = actions[name].choices, actions[name].type
-        if choices and value not in (None, *choices):
-            raise FlowARError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
-        if kind and value is not None:
-            options[name] = checked(name, kind, value)
-    args = single_point(with_options(parser.parse_args([]), resume=str(resume), **vae_options, **options))
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    args = SamplingOptions(resume=str(resume), device=str(device or "auto"), precision=precision, **vae_options,
+                           **options)
     return open_pipeline(args, select_device(args.device))
 
 
 def open_pipeline(args, device, identify=False):
-    """The Pipeline of a sampling_parser's options, one value each. identify: see open_for_sampling."""
+    """The Pipeline of SamplingOptions, one value each. identify: see open_for_sampling."""
+    check_single(args)
     opened = open_for_sampling(args, device, identify)
     return Pipeline(opened.build_sampler(args), class_names(opened.classes), opened.classes, opened.description)
 
@@ -270,7 +268,7 @@ class Pipeline:
         """Starting noise of the images with these indices, see Sampler.noise."""
         if not len(indices):
             raise FlowARError("count is 0 or less: expected 1 image or more")
-        return self.sampler._replace(seed=checked("seed", seed_of, seed)).noise(indices)
+        return self.sampler._replace(seed=check_value("seed", SEED, seed)).noise(indices)
 
     def draw(self, labels, noise, **settings):
         """One image for each label and noise; settings may hold `given` and `known` of FlowAR.sample_pyramid."""
@@ -369,14 +367,10 @@ class Pipeline:
 
 
 def change_settings(sampler, settings):
-    """A Sampler with other arguments of FlowAR.sample_tokens; FlowARError for what is none of them."""
-    unknown = sorted(settings.keys() - sampler.options.keys())
-    if unknown:
-        raise FlowARError(f"{unknown[0]}: no setting of sampling, expected one of {', '.join(sampler.options)}")
-    settings = {name: SAMPLING[name].of(name, value) for name, value in settings.items()}
-    options = {**sampler.options, **settings}
-    check_sampling(options, settings, sampler.model.scale)
-    return sampler._replace(options=options)
+    """A Sampler with other settings of models.settings.Sampling; FlowARError for what is none of them."""
+    sampling = Sampling.of(vars(sampler.sampling), settings)
+    sampler.model.plan_sampling(sampling)  # refuses what does not fit
+    return sampler._replace(sampling=sampling)
 
 
 DARK = 0.5  # of white; darker is kept

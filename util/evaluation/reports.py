@@ -77,7 +77,7 @@ def write_table(rows, path):
 
 # What results have in common that belong into one table.
 SAME = ("checkpoint_sha256", "weights", "vae_sha256", "num_images", "labels_sha256", "reference_sha256",
-        "feature_extractor", "precision", "seed", "temperature", "cfg_schedule", "num_step_schedule", "guide_tensors")
+        "feature_extractor", "precision", "seed", "guide_tensors")
 
 
 def sweep_rows(folder, like):

@@ -9,6 +9,7 @@ import torch
 
 from models import flow_matching as fm
 from models.errors import FlowARError, name_some
+from models.settings import Sampling
 from util.cluster import autocast
 from util.data import to_uint8
 from util.evaluation.extractors import extract
@@ -24,16 +25,16 @@ def decoded_at_once(pixels):
     return max(1, min(DECODED_AT_ONCE, DECODED_AT_ONCE * 256**2 // pixels))
 
 
-def count_passes(model, settings):
+def count_passes(model, sampling):
     """For each scale a list of the evaluations of the flow head (their number is its NFE): how many passes an image
     takes in each, 2 where guidance acts, else 1. Solvers ask for the same times whatever the velocity is.
     """
-    settings, scales, passes = fm.Sampling(**settings), len(model.scale), []
-    for times, weight in zip(settings.times(scales), settings.weights(scales)):
+    (solver, times, weights), passes = model.plan_sampling(sampling), []
+    for grid, weight in zip(times, weights):
         counts = []
         velocity = fm.guided_velocity(lambda x, t: counts.append(1) or x, lambda x, t: counts.append(2) or (x, x),
-                                      weight, settings.guidance_low, settings.guidance)
-        model.path.SOLVERS[settings.solver](velocity, torch.zeros(1), times, torch.Generator())
+                                      weight, sampling.guidance_low, sampling.guidance)
+        solver(velocity, torch.zeros(1), grid, torch.Generator())
         passes.append(counts)
     return passes
 
@@ -42,7 +43,7 @@ class Sampler(NamedTuple):
     """Makes images with a model and a VAE, which lie on one device."""
     model: torch.nn.Module
     vae: torch.nn.Module
-    options: dict  # FlowAR.sample_tokens' arguments
+    sampling: Sampling
     precision: str
     seed: int
     batch: int  # images at once
@@ -65,14 +66,14 @@ class Sampler(NamedTuple):
 
     def passes(self):
         """See count_passes."""
-        return count_passes(self.model, self.options)
+        return count_passes(self.model, self.sampling)
 
     @torch.no_grad()
     def pyramid(self, labels, noise, **known):
         """Latents of every scale for a list of labels and noise(indices); known: see FlowAR.sample_pyramid."""
         labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
-            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **known, **self.options)
+            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **known, **vars(self.sampling))
 
     @torch.no_grad()
     def decode(self, latents):
@@ -112,14 +113,9 @@ class Sampler(NamedTuple):
 
     def settings(self):
         """What a reader needs to make the images again."""
-        options, scales = self.options, self.model.scale
-        steps = fm.scale_steps(options["num_steps"], options["num_steps_last"], len(scales),
-                               options["num_step_schedule"])
-        same = ("cfg", "cfg_schedule", "guidance", "guidance_low", "temperature", "time_grid", "num_step_schedule")
+        scales = self.model.scale
         return {"class_num": self.model.class_num, "img_size": self.model.img_size, "scales": scales,
-                "solver": options["solver"], "num_step": options["num_steps"],
-                "num_step_last": options["num_steps_last"], **{name: options[name] for name in same},
-                "steps": [len(fm.time_grid(n, options["time_grid"])) - 1 for n in steps],
+                **self.sampling.by_option(), "steps": [len(times) - 1 for times in self.sampling.times(len(scales))],
                 "precision": self.precision, "seed": self.seed, "eval_bsz": self.batch}
 
 

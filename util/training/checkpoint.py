@@ -32,7 +32,7 @@ STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
-UNNAMED = ("output_dir", "log_dir", "resume", "dry_run", "world", "images_per_second")  # options that may change freely
+UNNAMED = ("output_dir", "log_dir", "resume", "dry_run")  # options that may change freely
 OPTIONS = "lr", "weight_decay", "fused", "foreach"  # of an optimizer's group: those of now, not of the checkpoint
 
 

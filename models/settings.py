@@ -1,0 +1,171 @@
+"""The settings of sampling, each once: name, default, what it may be, and help.
+
+FlowAR.sample_tokens takes them by these names; the options of the programs, sweeps, pipelines and the records of
+checkpoints and evaluations are made from these fields (util/options.py). A new setting is a field here and the line
+that reads it.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from models import flow_matching as fm
+from models.errors import FlowARError
+
+
+# ---- what a value may be: each takes text of a command line or a value from Python, and raises ValueError ---------
+
+
+def number(kind, low=-math.inf, high=math.inf, below=math.inf):
+    """An int or a float from `low` to `high`, less than `below`."""
+    limits = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+    limits += [f"less than {below}"] * (below < math.inf)
+    expected = f"expected {'a whole number' if kind is int else 'a number'} {' and '.join(limits)}".strip()
+
+    def convert(value):
+        try:
+            converted = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(expected) from None
+        exact = isinstance(value, str) or converted == value
+        if not (exact and low <= converted <= high and converted < below):
+            raise ValueError(expected)
+        return converted
+
+    return convert
+
+
+def one_of(*names):
+    """One of some names, which --help shows."""
+    def convert(value):
+        if value not in names:
+            raise ValueError(f"expected one of {', '.join(names)}")
+        return value
+
+    convert.choices = names
+    return convert
+
+
+def per_scale(kind):
+    """One value for all scales, or one for each: 1:2:3, (1, 2, 3)."""
+    def convert(value):
+        if isinstance(value, str) and ":" in value:
+            value = value.split(":")
+        return tuple(map(kind, value)) if isinstance(value, (list, tuple)) else kind(value)
+
+    return convert
+
+
+def setting(default, help, kind, **more):
+    """A field of a dataclass of options. None as the default means that nothing is chosen. more: `option`, its name on
+    a command line where it is another one than the field's, and what util/options.py reads.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, **more})
+
+
+def option_name(field):
+    """The option of a field, without its dashes."""
+    return field.metadata.get("option", field.name)
+
+
+def check_value(name, kind, value):
+    """A value as a kind converts it, or FlowARError with its name."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise FlowARError(f"{name} is {value!r}: {error}") from error
+
+
+def check_fields(options):
+    """Convert and check every field of a dataclass in place; FlowARError names the first that is wrong."""
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), field.metadata.get("kind")
+        if kind is not None and not (value is None and field.default is None):
+            object.__setattr__(options, field.name, check_value(field.name, kind, value))  # Sampling is frozen
+
+
+# ---- the settings ----------------------------------------------------------------------------------------------
+
+STEPS = number(int, 1, 10_000)
+FRACTION = number(float, 0.0, 1.0)
+SOLVERS = (*fm.SOLVERS, "ancestral")  # the last: of the diffusion objective alone
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn. The defaults are the release's."""
+    cfg: float | tuple = setting(
+        1.0, "classifier-free guidance at the last scale, 1 is none; or one for each scale, 1:1.5:3",
+        per_scale(number(float, 1.0)))
+    guidance: float = setting(0.9, "guidance acts only at times t <= this (t = 1 is noise)", FRACTION)
+    guidance_low: float = setting(0.0, "guidance acts only at times t > this", FRACTION, beyond=True)
+    num_steps: int | tuple = setting(
+        25, "length of the time grid (25 makes 24 Euler steps, 50 makes 50), or one for each scale, 25:25:12",
+        per_scale(STEPS), option="num_step")
+    num_steps_last: int | None = setting(
+        None, "steps at the last scale, annealed from num_step at the first (DiSA)", STEPS, option="num_step_last",
+        beyond=True)
+    solver: str = setting(
+        "euler", "euler or ab2 (one evaluation a step), heun or midpoint (two), rk4 (four); with --objective diffusion "
+        "euler (DDIM) or ancestral", one_of(*SOLVERS), beyond=True)
+    num_step_schedule: str = setting(
+        "linear", "the way to num_step_last", one_of(*fm.STEP_SCHEDULES), beyond=True)
+    cfg_schedule: str = setting(
+        "linear", "guidance over the scales: linear, from 1 to cfg, or constant", one_of(*fm.CFG_SCHEDULES),
+        beyond=True)
+    temperature: float = setting(1.0, "factor of the starting noise", number(float, 0.0, 1e6), beyond=True)
+    time_grid: str = setting(
+        "release", "times of the steps: the release's, or uniform, with exactly num_step Euler steps",
+        one_of(*fm.TIME_GRIDS), beyond=True)
+
+    def __post_init__(self):
+        check_fields(self)
+        steps = self.num_steps if isinstance(self.num_steps, tuple) else (self.num_steps,)
+        last, fewest = self.num_steps_last, fm.TIME_GRIDS[self.time_grid]
+        if last is not None and (len(steps) > 1 or last > steps[0]):
+            raise FlowARError(f"num_steps_last is {last}, num_steps {as_text(self.num_steps)}: steps are annealed down "
+                              "from one number; give one that is not smaller")
+        if min(*steps, last or fewest, fewest) < fewest:
+            raise FlowARError(f"num_steps is {as_text(self.num_steps)}, num_steps_last {last}: the {self.time_grid} "
+                              f"time grid needs at least {fewest}; time_grid uniform takes 1")
+        if self.guidance_low >= self.guidance > 0:
+            raise FlowARError(f"guidance_low is {self.guidance_low}, guidance {self.guidance}: guidance would act "
+                              "nowhere; cfg 1 is no guidance")
+        if last is None and self.num_step_schedule != "linear":
+            raise FlowARError(f"num_step_schedule is {self.num_step_schedule}: it needs num_steps_last")
+        if isinstance(self.cfg, tuple) and self.cfg_schedule != "linear":
+            raise FlowARError(f"cfg is {as_text(self.cfg)}, one for each scale: leave out cfg_schedule "
+                              f"{self.cfg_schedule}")
+
+    @classmethod
+    def of(cls, stored, given):
+        """The Sampling of {name: value} that are stored, as in a checkpoint, and of those given, which come first.
+        Steps, or a guidance for each scale, that are given replace all that is stored of how they change over the
+        scales. FlowARError for a name that is none.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                raise FlowARError(f"{name}: no setting of sampling; expected one of {', '.join(names)}")
+        replaced = {"num_steps_last", "num_step_schedule"} if "num_steps" in given else set()
+        if isinstance(given.get("cfg"), (list, tuple)):
+            replaced.add("cfg_schedule")
+        kept = {name: value for name, value in stored.items() if name not in replaced}
+        return cls(**{**kept, **given})
+
+    def by_option(self):
+        """{option: value}, as checkpoints and results.json have them."""
+        return {option_name(field): getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def times(self, num_scales):
+        """The time grid of every scale."""
+        steps = fm.scale_steps(self.num_steps, self.num_steps_last, num_scales, self.num_step_schedule)
+        return [fm.time_grid(n, self.time_grid) for n in steps]
+
+    def weights(self, num_scales):
+        """The guidance weight of every scale."""
+        return fm.guidance_scales(self.cfg, num_scales, self.cfg_schedule)
+
+
+def as_text(value):
+    """A value as an option takes it."""
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
