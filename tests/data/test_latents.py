@@ -146,7 +146,7 @@ def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards
     for epochs, source in enumerate(("", f"--cached_path {shards}"), start=1):
         train(project, tmp_path, f"--epochs {epochs} --warmup_epochs 0 --batch_size 80 --resume {tmp_path} {source}")
     said = capsys.readouterr().out
-    assert said.count("with other options than before: epochs") == 1 and "background" not in said
+    assert said.count("with other options than before") == 1 and "epochs 1 -> 2" in said and "background" not in said
     train(project, tmp_path, f"--epochs 3 --warmup_epochs 0 --batch_size 80 --resume {tmp_path} --background black")
     assert "background (255, 255, 255) -> (0, 0, 0)" in capsys.readouterr().out
 

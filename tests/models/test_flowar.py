@@ -9,6 +9,7 @@ from helpers import CLASSES, inputs, small_model
 from models import MODELS, AutoencoderKL, FlowARError, build_model
 from models import flow_matching as fm
 from models.flowar import to_grid, to_tokens
+from models.settings import Sampling
 from util.evaluation.sampler import count_passes
 
 PARAMETERS = {"flowar_small": 171_718_072, "flowar_large": 586_862_912, "flowar_huge": 1_913_316_880}
@@ -238,7 +239,7 @@ def test_autoguidance_is_that_of_a_plain_computation():
             return v_guide + weight * (v - v_guide) if 0.1 < t <= 0.8 else v
         expected = fm.euler(velocity, noise[k], fm.time_grid(4)).float()
         torch.testing.assert_close(to_tokens(drawn[k]), expected, atol=1e-4, rtol=1e-4)
-    assert count_passes(model, {name: value for name, value in options.items() if name != "noise"}) == 3 * [[1, 2, 2, 2]]
+    assert count_passes(model, Sampling(num_steps=4, cfg=[1.5, 2.0, 3.0], guidance=0.8, guidance_low=0.1)) == 3 * [[1, 2, 2, 2]]
     own = model.sample_pyramid(labels, guide=small_model(), **options)  # guided by itself
     for found, expected in zip(own, model.sample_pyramid(labels, **{**options, "cfg": 1.0})):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

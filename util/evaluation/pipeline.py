@@ -86,7 +86,8 @@ def open_for_sampling(args, device, identify=False):
     classes, data = from_main(lambda: classes_of(data, args.class_num, path, is_run)), saved_data(content)
     del content
     check_vae(vae, args)
-    model, left_out = open_model(weights.tensors, path, args.model, **model_options(args))
+    choices = {**model_options(args), **read_variant(weights.tensors, path)}  # the file tells which ablation it is
+    model, left_out = open_model(weights.tensors, path, args.model, **choices)
     log(f"{path}: {weights.describe(left_out)}")
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
                    "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
@@ -161,8 +162,8 @@ def recognise(args, state, path, vae):
     known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
     known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
     check_geometry(args, {"img_size": known["img_size"]}, path)
-    size = recognise_size(state, path) if args.model is None else read_variant(state, path)
-    return resolve_geometry(args, {**known, **size})
+    size = recognise_size(state, path) if args.model is None else {}
+    return resolve_geometry(args, {**known, **{name: value for name, value in size.items() if hasattr(args, name)}})
 
 
 def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
