@@ -21,7 +21,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import project_root  # noqa: F401
 
 import torch
 

@@ -29,7 +29,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from unittest import mock
 
-import project_root  # noqa: F401
 
 import torch
 from PIL import Image

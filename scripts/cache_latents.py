@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import project_root  # noqa: F401
 
 import numpy as np
 import torch

@@ -4,7 +4,6 @@
 """
 from itertools import compress
 
-import project_root  # noqa: F401
 
 import numpy as np
 from torch.utils.data import Dataset

@@ -9,7 +9,6 @@ the distance of two random halves of one folder: what is left between images of 
 """
 
 from dataclasses import fields
-import project_root  # noqa: F401
 
 import torch
 

@@ -9,7 +9,6 @@ they make of noise. Training, data, files and reports are those of main_flowar.p
 """
 from dataclasses import dataclass, replace
 
-import project_root  # noqa: F401
 
 import torch
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv with requirements.txt in it, once, and puts it on PATH.
-# FLOWAR_PYTHON=/path/to/python uses an environment of your own as it is.
+# Sourced by the other scripts: makes .venv, once, with this project in editable form and the extra of pyproject.toml
+# that EXTRA names, and puts it on PATH. FLOWAR_PYTHON=/path/to/python uses an environment of your own as it is.
 
 fail() {
     echo "error: $1" >&2
@@ -13,6 +13,7 @@ if [ -n "${FLOWAR_PYTHON:-}" ]; then # seen from where the user is
         fail "FLOWAR_PYTHON=$FLOWAR_PYTHON: no python and torchrun in its folder; name the bin/python of an environment with requirements.txt in it"
     fi
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # this project need not be installed there
 else
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
     bin="$PWD/.venv/bin"
@@ -22,16 +23,16 @@ else
     fi
     if [ ! -x .venv/bin/python ]; then
         python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || fail "Python 3.11 or newer is needed: install one, or name it in FLOWAR_PYTHON"
-        rm -f .venv/installed .venv/bin/python* # of a Python that is gone
+        rm -f .venv/installed* .venv/bin/python* # of a Python that is gone
         python3 -m venv .venv || { rm -rf .venv; fail "python3 could not make .venv (on Debian and Ubuntu it needs: apt install python3-venv); then start again"; }
     fi
-    wanted="$(cat requirements.txt)"
-    if [ ! -f .venv/installed ] || [ "$(cat .venv/installed)" != "$wanted" ]; then
-        echo "== installing requirements.txt into .venv (6 GB with CUDA; a minute or more) =="
-        rm -f .venv/installed # until all of it is there
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
-            fail "requirements.txt is not installed, pip says why: no network, no space on the disk? then start again"
-        printf '%s\n' "$wanted" > .venv/installed || fail ".venv/installed cannot be written"
+    installed=".venv/installed-${EXTRA:-base}" wanted="$PWD $(cat requirements.txt pyproject.toml)" # a folder that was moved is installed anew
+    if [ ! -f "$installed" ] || [ "$(cat "$installed")" != "$wanted" ]; then
+        echo "== installing flowar${EXTRA:+[$EXTRA]} into .venv (6 GB with CUDA; a minute or more) =="
+        rm -f "$installed" # until all of it is there
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${EXTRA:+[$EXTRA]}" ||
+            fail "the packages are not installed, pip says why: no network, no space on the disk? then start again"
+        printf '%s\n' "$wanted" > "$installed" || fail "$installed cannot be written"
     fi
     exec 9>&-
 fi

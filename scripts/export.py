@@ -11,7 +11,6 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 from models import FlowARError, load_flowar
 from models.hub import EXPORTED, is_remote

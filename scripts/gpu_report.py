@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from project_root import ROOT
 
 import torch
 
@@ -23,6 +22,8 @@ from util.cluster import run_main, select_device
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.manifest import code_version, describe_machine
 from util.command_line import POSITIVE, REAL, Parser, as_type, list_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LAST_LINES = 12
 PUBLISHED = {  # options of the published commands: of training, of sampling

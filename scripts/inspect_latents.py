@@ -7,7 +7,6 @@ scale, enlarged and decoded: what scale-wise generation goes through.
     python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
 """
 
-import project_root  # noqa: F401
 
 import numpy as np
 import torch

@@ -6,7 +6,6 @@ import argparse
 import csv
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 from matplotlib.figure import Figure
 

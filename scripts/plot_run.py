@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import project_root  # noqa: F401
 
 import matplotlib
 from matplotlib.figure import Figure

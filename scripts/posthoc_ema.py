@@ -9,7 +9,6 @@ scripts/sample.py, load_flowar and load_pipeline take the file as any weights, w
 """
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 import torch
 

@@ -7,7 +7,6 @@ decoded.
 import argparse
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 import numpy as np
 import torch

@@ -10,7 +10,6 @@ import argparse
 import re
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 from models import FlowARError
 from scripts.pictures import check_picture, draw_table, read_settings, save

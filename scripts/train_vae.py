@@ -13,7 +13,6 @@ import math
 import time
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 import numpy as np
 import torch

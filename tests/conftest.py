@@ -1,12 +1,10 @@
-"""Make the project's packages and the tests' helpers importable from anywhere."""
+"""Options of the tests, and their order."""
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as programs that tests start have: the same bits
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent), *map(str, (TESTS, TESTS / "models", TESTS / "training", TESTS.parent / "scripts"))]
 
 
 def pytest_addoption(parser):

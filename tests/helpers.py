@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from project_root import ROOT  # noqa: F401
-from scripts.studies.runs import (CLASSES, GEOMETRY, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
+from scripts.studies.runs import (CLASSES, GEOMETRY, ROOT, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
                                   read_checkpoint, read_log, run, save_vae,
                                   small_vae, start, training_command, wait_for, write_digits)
 

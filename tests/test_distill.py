@@ -99,6 +99,7 @@ def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
     assert a[0] == pytest.approx(b[0], rel=1e-4)  # before the schedules of one epoch and of two part
 
 
+@pytest.mark.slow
 def test_bf16_leaves_it_its_gradients(project, tmp_path, monkeypatch, capsys):
     recomputed = seams.count(monkeypatch, seams.RECOMPUTED)
     call(monkeypatch, command(project, tmp_path, "--precision bf16 --epochs 1 --use_checkpoint"))

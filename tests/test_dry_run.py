@@ -74,7 +74,8 @@ def published(size, cache, output):
 
 
 @pytest.mark.parametrize("size,world,batch,sharded,blocks", [
-    ("s", 32, 2048, 3.0, 29.6), ("l", 64, 4096, None, None), ("h", 32, 1024, None, None)])
+    ("s", 32, 2048, 3.0, 29.6), pytest.param("l", 64, 4096, None, None, marks=pytest.mark.slow),
+    pytest.param("h", 32, 1024, None, None, marks=pytest.mark.slow)])
 def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, world, batch, sharded, blocks):
     monkeypatch.setattr(dry_run, "image_bytes", count_once)
     monkeypatch.chdir(tmp_path)

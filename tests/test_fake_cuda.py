@@ -75,7 +75,8 @@ def test_no_step_of_the_backward_pass_waits():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size,solver", [(size, "euler") for size in SIZES] + [("flowar_small", solver) for solver in fm.SOLVERS if solver != "euler"])
+@pytest.mark.parametrize("size,solver", [(size, "euler") for size in SIZES] + [
+    pytest.param("flowar_small", solver, marks=pytest.mark.slow) for solver in fm.SOLVERS if solver != "euler"])
 def test_no_step_of_sampling_waits(size, solver, monkeypatch):
     """But for the check of the labels, once, before the first."""
     model = model_of(size)

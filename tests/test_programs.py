@@ -196,6 +196,7 @@ def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch)
     assert distance(trained[0], again) < 1e-5
 
 
+@pytest.mark.slow  # tests/models/test_kernels.py compares the blocks themselves
 def test_compile_changes_nothing(project, tmp_path, monkeypatch):
     """Training and the EMA's sample grid through torch.compile, without code generation (and so without a compiler). Dropout draws otherwise."""
     common = "--attn_dropout 0 --proj_dropout 0 --epochs 1 --diffloss_d 1"

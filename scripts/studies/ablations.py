@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-import project_root
 
 import torch
 from matplotlib.figure import Figure
@@ -38,6 +37,8 @@ from util.files import write_bytes, write_json
 from util.manifest import describe_machine
 from util.command_line import COUNT, POSITIVE, Parser, as_type, list_of, path
 from util.training.logging import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny "
             "--batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --data_path {root}/images "
@@ -146,7 +147,7 @@ def start(args, command, output):
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{output}.txt", "ab") as log:
         status = subprocess.run([sys.executable, *shlex.split(command)], cwd=Path.cwd(), stdout=log, stderr=log,
-                                env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(project_root.ROOT)}).returncode
+                                env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}).returncode
     if status:
         raise FlowARError(f"{output}.txt: this ended with status {status}: {command}")
 

@@ -9,7 +9,6 @@ the student's folder.
 """
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 import torch
 

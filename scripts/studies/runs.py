@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from project_root import ROOT
 from models import AutoencoderKL
 from models.vae import LatentScale
 from models.vaes import save_vae
 from models.weights import content_hash
+
+ROOT = Path(__file__).resolve().parents[2]
 
 GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny"
 CLASSES = 10

@@ -17,7 +17,6 @@ import signal
 import time
 from pathlib import Path
 
-import project_root  # noqa: F401
 
 from models import FlowARError
 from scripts.studies.runs import assert_same_run, finish, make_project, ranks_of, run, start, training_command

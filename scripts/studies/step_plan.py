@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from unittest import mock
 
-import project_root  # noqa: F401
 
 import torch
 

@@ -8,7 +8,6 @@ from helpers import ROOT, finish, make_project, ranks_of, start, training_comman
 # Under torchrun --max_restarts=2: first rank 1 has an error of its own, then rank 0 one for all, then all is well.
 RANKS = """
 import os, sys
-sys.path.insert(0, {root!r})
 import torch
 from models import FlowARError
 from util import cluster

@@ -239,7 +239,6 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_whole(project, 
 
 FAILING = """
 import sys, time
-sys.path.insert(0, {root!r})
 import main_flowar
 from util import cluster
 from util.training import checkpoint

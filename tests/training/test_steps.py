@@ -138,7 +138,6 @@ def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch, p
 
 TWO_RANKS = """
 import shlex, sys
-sys.path.insert(0, {root!r})
 import torch
 import engine_flowar, main_flowar
 from models.weights import content_hash
