@@ -2,6 +2,6 @@
 # What only a GPU can show: checks, speed, memory -> docs/gpu/<the GPU's name>.md and .json. The same command goes on where the last one ended.
 # Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 30
 set -euo pipefail
-EXTRA=quickstart
+EXTRA="quickstart"
 source "$(dirname "$0")/env.sh"
 exec python scripts/gpu_report.py "$@"

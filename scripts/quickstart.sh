@@ -2,7 +2,7 @@
 # From nothing to a FlowAR that has learned real images: environment, data, VAE, latents, training, evaluation.
 # Each stage leaves a file and is skipped, or resumed, when the command is run again. Everything is in output/quickstart.
 set -euo pipefail
-EXTRA=quickstart
+EXTRA="quickstart"
 source "$(dirname "$0")/env.sh"
 
 OUT=output/quickstart
