@@ -20,6 +20,7 @@ import copy
 import functools
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -400,7 +401,9 @@ def benchmark_against(args, device):
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         for name in args.turns * ("other", "this"):  # first the other: it may not know an option
-            subprocess.run([sys.executable, files[name], *words, "--json", figures], cwd=files[name].parents[1], stdout=subprocess.DEVNULL, check=True)
+            root = files[name].parents[1]  # on PYTHONPATH: an editable install is of one of the two
+            subprocess.run([sys.executable, files[name], *words, "--json", figures], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+                           stdout=subprocess.DEVNULL, check=True)
             timings[name].append(read_json(figures)["seconds"]["fast"])
     medians = {name: statistics.median(values) for name, values in timings.items()}
     print(f"this {1000 * medians['this']:.0f} ms, {args.against} {1000 * medians['other']:.0f} ms: {medians['other'] / medians['this']:.3f} times as fast")
