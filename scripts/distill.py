@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from main_flowar import train
+from recipe_flowar import train
 from models import FlowAR, load_flowar
 from models.errors import FlowARError
 from models.variants.rectified import RectifiedFlowAR
