@@ -4,10 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, make_project, training_command
+from packaging.requirements import Requirement
 
 # A python that makes environments of itself, and writes down what it was asked.
 PYTHON = """#!/usr/bin/env bash
@@ -69,6 +72,82 @@ def test_what_did_not_succeed_is_done_again(home, trouble, message):
 def test_an_environment_of_ones_own_that_is_none_is_named(home):
     status, error, log = source(home, FLOWAR_PYTHON="/nowhere/bin/python")
     assert (status, log) == (2, "") and error.startswith("error: FLOWAR_PYTHON=/nowhere/bin/python: no python and torchrun in its folder; "), error
+
+
+# ---- the packages ----------------------------------------------------------------------------------------------
+
+# A program that hides the modules in its first argument, then trains, evaluates a sweep and draws in one process.
+BARE = """
+import importlib, shlex, sys
+from importlib.machinery import PathFinder
+
+hidden, *commands, run = sys.argv[1:]
+hidden = set(hidden.split(","))
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+from torch import nn
+from util.evaluation import extractors, load_pipeline
+
+class Colours(extractors.Extractor):
+    name, dim, resize = "colours", 3, "none"
+
+    def __init__(self, device, file=None):
+        self.network = nn.BatchNorm2d(3).eval()
+
+    def forward(self, images):
+        return self.network(images.float()).mean(dim=(2, 3)), None
+
+extractors.EXTRACTORS["colours"] = Colours
+for command in commands:
+    sys.argv = shlex.split(command)
+    importlib.import_module(sys.argv[0].removesuffix(".py")).main()
+load_pipeline(run, device="cpu")([3])[0].save(f"{run}/picture.png")
+assert not hidden & {name.partition(".")[0] for name in sys.modules}
+"""
+
+
+def normal(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def brought_by(requirements):
+    """Names of the packages that are installed with some requirements, themselves included."""
+    names, waiting = set(), [Requirement(line) for line in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = normal(requirement.name)
+        if name in names or requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        names.add(name)
+        try:
+            waiting += map(Requirement, distribution(name).requires or [])
+        except PackageNotFoundError:
+            pass  # of another platform
+    return names
+
+
+def test_training_and_evaluation_need_no_extra(tmp_path):
+    """All that requirements.txt does not bring is hidden, whatever else is installed here."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    ours = brought_by(line for line in lines if line) | {"flowar"}
+    hidden = {module for module, packages in packages_distributions().items() if not ours & set(map(normal, packages))}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {normal(Requirement(line).name) for extra in extras.values() for line in extra} - {"flowar"}
+    assert not names & ours, "an extra is a requirement too"
+    assert {"gradio", "datasets", "diffusers", "sklearn", "matplotlib", "pytest"} <= hidden
+    p, run = make_project(tmp_path, 2), tmp_path / "run"
+    commands = [training_command(p, run, "--epochs 1 --eval_freq 1 --online_eval --feature_extractor colours --ref_images "
+                                         f"{p}/images/val"),
+                f"eval.py --resume {run} --vae_path {p}/vae.pth --num_images 4 --num_step 2 --cfg 1,2 --device cpu "
+                f"--output_dir {p}/eval --feature_extractor colours --ref_images {p}/images/val"]
+    done = subprocess.run([sys.executable, "-c", BARE, ",".join(hidden), *commands, run], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert (run / "picture.png").is_file() and len((p / "eval" / "results.csv").read_text().splitlines()) == 3
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------

@@ -96,9 +96,12 @@ def sweep_rows(folder, like):
 
 def plot_sweep(rows, metric, swept, path):
     """`metric` against cfg (NFE if cfg was not swept) and seconds per image; a line for every other option of those
-    that were swept."""
-    from matplotlib.figure import Figure
-
+    that were swept. matplotlib is an extra: without it there is no plot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log(f"no {Path(path).name}: it needs pip install matplotlib")
+        return
     varied = [name for name in swept if len({row.get(name) for row in rows}) > 1]
     against_cfg = "cfg" in varied and not any(isinstance(row["cfg"], str) for row in rows)  # no list for the scales
     across, along = ("cfg", ("cfg",)) if against_cfg else ("nfe", ("num_step", "num_step_last"))
