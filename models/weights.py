@@ -238,14 +238,19 @@ def load_state(network, state, path, what="model"):
 KL16 = {"vae_embed_dim": 16, "vae_stride": 16}
 
 
+def count_classes(state):
+    """Classes of the table in a state dict, whose last row is the null class."""
+    return len(state["class_emb.weight"]) - 1
+
+
 def recognise_geometry(state, path, vae_embed_dim):
     """{class_num, scales, patch_size} that a state dict's tensors tell, given the VAE's latent channels."""
-    channels, class_num = state["z_proj.weight"].shape[1], len(state["class_emb.weight"]) - 1
+    channels = state["z_proj.weight"].shape[1]
     patch_size = math.isqrt(channels // vae_embed_dim)
     if patch_size ** 2 * vae_embed_dim != channels:
         raise FlowARError(f"{path}: tokens have {channels} channels, which {vae_embed_dim} latent channels of the VAE "
                           "do not make with any patch size: the VAE is another one than the model was trained with")
-    return {"class_num": class_num, "scales": scales_of(state["mask"]), "patch_size": patch_size}
+    return {"class_num": count_classes(state), "scales": scales_of(state["mask"]), "patch_size": patch_size}
 
 
 def recognise_body(state):

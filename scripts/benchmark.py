@@ -67,7 +67,7 @@ PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "tem
 def attention_kernel(model, dtype=None):
     """Name of the kernel that attention over a FlowAR's finest scale runs with: torch.nn.attention.SDPBackend. No public call says what torch chooses."""
     attn = model.blocks[0].attn
-    q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype, device=model.class_emb.weight.device)
+    q = torch.empty((1, attn.num_heads, model.scale[-1] ** 2, attn.head_dim), dtype=dtype, device=model.z_proj.weight.device)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=attn.attn_dropout if model.training else 0.0)).name
 
 

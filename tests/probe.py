@@ -1,6 +1,6 @@
 """What a copy of the code computes: a training, a validation, samples and a report, small. For test_extending.py.
 
-Reads lines of JSON, {tree, output, project, options, settings, evaluate, sweep}, and answers each with one line of JSON. Each runs in a process of its own,
+Reads lines of JSON, {tree, output, project, options, settings, evaluate, sweep, commands}, and answers each with one line of JSON. Each runs in a process of its own,
 forked before anything of the project was imported: so the heavy libraries are imported once.
 """
 import hashlib
@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import efficientnet_lite_pytorch  # noqa: F401
+import pytest
 import safetensors.torch  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch
@@ -27,7 +28,7 @@ def run(task):
     torch.set_num_threads(1)
     os.chdir(task["tree"])
     sys.path[:0] = [task["tree"], f"{task['tree']}/tests", f"{task['tree']}/scripts"]
-    from helpers import evaluate, small_model, train
+    from helpers import call, evaluate, small_model, train
 
     output, project, options = Path(task["output"]), Path(task["project"]), task["options"]
     checkpoint = train(project, output, f"--epochs 1 --attn_dropout 0 --proj_dropout 0 --log_freq 1 {options}")
@@ -49,6 +50,10 @@ def run(task):
         pipe = load_pipeline(output, device="cpu")
         found["pipeline"] = pipe.settings()
         found["called"] = pipe.using(**dict.fromkeys(task["settings"], 3)).settings()
+    for command in task["commands"]:
+        with pytest.MonkeyPatch.context() as patch:
+            call(patch, command.format(out=output))
+    found["printed"] = Path(f"{output}.txt").read_text()
     return found
 
 

@@ -50,7 +50,7 @@ def probe(project, tmp_path_factory):
     """probe(title, options) -> what the code computes with a section's change; title None: as it is."""
     process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "probe.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(title=None, extra="", settings=(), evaluate=False, sweep=""):
+    def ask(title=None, extra="", settings=(), evaluate=False, sweep="", commands=()):
         folder = tmp_path_factory.mktemp("tree")
         tree = folder / "code"
         for name in CODE:
@@ -63,7 +63,7 @@ def probe(project, tmp_path_factory):
             options = f"{options} {extra}"
             apply(tree, hunks)
         process.stdin.write(json.dumps({"tree": str(tree), "output": str(folder / "run"), "project": str(project), "options": options,
-                                        "settings": dict(settings), "evaluate": evaluate, "sweep": sweep}) + "\n")
+                                        "settings": dict(settings), "evaluate": evaluate, "sweep": sweep, "commands": commands}) + "\n")
         process.stdin.flush()
         found = json.loads(process.stdout.readline())
         assert "error" not in found, found["error"] + (folder / "run.txt").read_text()[-2000:]
@@ -134,7 +134,11 @@ def test_a_dataset(probe, unchanged, project, tmp_path):
         (tmp_path / split).mkdir()
         np.save(tmp_path / split / "images.npy", np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
         np.save(tmp_path / split / "labels.npy", [int(file.parent.name) for file in files])
-    found, still = (probe("Your own dataset", f"{flip} --data_path {tmp_path}") for flip in ("", "--no_flip"))
+    commands = [f"scripts/cache_latents.py --data_path {tmp_path} --vae_path {project}/vae.pth --cached_path {{out}}/cache --img_size 16 "
+                "--num_workers 0 --device cpu", f"scripts/check_images.py {tmp_path}/train --num_workers 0"]
+    found = probe("Your own dataset", f"--data_path {tmp_path}", commands=commands)
+    still = probe("Your own dataset", f"--no_flip --data_path {tmp_path}")
+    assert "80 images" in found["printed"].rpartition("cache")[2]
     assert moved(found, unchanged) == set() and moved(still, unchanged) == {"train", "val"}  # the same images, from another kind of place
 
 

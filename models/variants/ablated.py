@@ -39,7 +39,7 @@ class AblatedFlowAR(FlowAR):
             block.attn = TokenAttention(c["diffloss_w"], block.attn.num_heads, qkv_bias=False)
         self._initialize()
         text = torch.tensor(list(",".join(choices.values()).encode()), dtype=torch.uint8, device="cpu")
-        self.register_buffer("variant", text.to(self.class_emb.weight.device))
+        self.register_buffer("variant", text.to(self.z_proj.weight.device))
 
     @property
     def path(self):

@@ -53,7 +53,7 @@ class Sampler(NamedTuple):
 
     @property
     def device(self):
-        return self.model.class_emb.weight.device
+        return self.model.z_proj.weight.device
 
     @property
     def vae_precision(self):

@@ -21,7 +21,7 @@ from models import FlowARError
 from models.errors import first_line
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
-from models.weights import BARE, find_model, read_weights, recognise_geometry, saved_options, write_file
+from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, write_file
 from util.cluster import fetch, from_main, log
 from util.files import check_place, make_directory, read_json, write_json
 from util.training.parallel import cut, spread
@@ -253,7 +253,7 @@ class Checkpoint:
 
     @property
     def class_num(self):
-        return len(self.raw.tensors["class_emb.weight"]) - 1
+        return count_classes(self.raw.tensors)
 
     @property
     def global_batch(self):

@@ -37,7 +37,7 @@ def begin_with(name, network, record):
     # Classes by name where the file names them, else by number.
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
     other_classes = CLASSES not in fitting or before is not None and before != now
-    if other_classes and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
+    if other_classes and CLASSES in own and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
         fitting[CLASSES], kept = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
         resized.append(f"{CLASSES} ({kept} of {len(now)} classes by name; the others begin as the null class)")
 
