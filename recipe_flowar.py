@@ -23,7 +23,7 @@ from util.geometry import check_geometry
 from util.speed import prepare
 from util.options import beyond_release, check_training, given_settings, model_options, resolve_training
 from util.training import checkpoint
-from util.training.initial import begin_with
+from util.training.initial import load_initial_weights
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, build_optimizer
 from util.training.parallel import distribute, gathered
@@ -49,7 +49,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
         start.check_trained_on(record)
         check_geometry(args, start.geometry(args.vae_embed_dim), start.path)
     check_classes(record["data"]["classes"], args.class_num)
-    plan = plan_reports(args, record["data"])
+    plan = from_main(lambda: plan_reports(args, record["data"]))
     measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
     if measure and not args.dry_run:
         measure.open()
@@ -59,7 +59,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     network, device = dry_run.place(lambda: build(args, record), device, args.dry_run, args.fsdp)
     network.plan_sampling(Sampling.of({}, given_settings(args)))  # of the reports: refuses now what does not fit
     if args.init_from and start is None:
-        begin_with(args.init_from, network, record)
+        load_initial_weights(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
     if args.compile and not args.dry_run:
         prepare.compile_training(network)

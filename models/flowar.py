@@ -77,7 +77,7 @@ class FlowAR(nn.Module):
 
     Raises FlowARError for a geometry that cannot work.
     """
-    path = fm  # from data to noise: a module with its interpolate, velocity_target and SOLVERS
+    objective = fm  # a module with its interpolate, velocity_target and SOLVERS
 
     def __init__(self, img_size=256, vae_stride=16, patch_size=1, vae_embed_dim=16, scale=(1, 2, 4, 8, 16),
                  class_num=1000, encoder_embed_dim=1024, encoder_depth=8, encoder_num_heads=16,
@@ -251,9 +251,9 @@ class FlowAR(nn.Module):
     def velocity_errors(self, pyramid, z, t, noise):
         """The scale_losses of a pyramid's paths from noise, given the condition z."""
         x, noise = torch.cat([to_tokens(grid) for grid in pyramid], dim=1), torch.cat(noise, dim=1)
-        x_t = self.path.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
+        x_t = self.objective.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
         velocity = self.flownet(x_t, t, z, self.scale)
-        error = (velocity - self.path.velocity_target(x, noise).float()).square().mean(dim=2)
+        error = (velocity - self.objective.velocity_target(x, noise).float()).square().mean(dim=2)
         return torch.stack([error[:, span].mean(dim=1) for span in self.spans])
 
     def scale_weights(self):
@@ -283,10 +283,10 @@ class FlowAR(nn.Module):
         """(solver, time grid of every scale, guidance weight of every scale) of a Sampling; FlowARError for settings
         that are not of this model.
         """
-        if settings.solver not in self.path.SOLVERS:
-            raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.path.SOLVERS)}")
+        if settings.solver not in self.objective.SOLVERS:
+            raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.objective.SOLVERS)}")
         scales = len(self.scale)
-        return self.path.SOLVERS[settings.solver], settings.times(scales), settings.weights(scales)
+        return self.objective.SOLVERS[settings.solver], settings.times(scales), settings.weights(scales)
 
     @torch.no_grad()
     def sample_pyramid(self, labels, *, noise=None, generator=None, guide=None, given=(), known=None, forced=None,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from models.errors import FlowARError
 from models.weights import BARE
 
-HUB, RELEASE = "hf:", "released:"
+HUB, RELEASE_PREFIX = "hf:", "released:"
 EXPORTED = "model.safetensors"  # the file of hf:OWNER/REPO, and of a folder of scripts/export.py
 
 
@@ -19,7 +19,7 @@ class Release(NamedTuple):
     sampling: dict = {}
 
 
-RELEASED = {
+RELEASES = {
     "flowar_small": Release("hf:OliverRen/FlowAR/FlowAR-S.pth", dict(num_steps=25, cfg=4.3, guidance=0.9)),
     "flowar_large": Release("hf:OliverRen/FlowAR/FlowAR-L.pth", dict(num_steps=25, cfg=2.4, guidance=0.9)),
     "flowar_huge": Release("hf:OliverRen/FlowAR/FlowAR-H.pth", dict(num_steps=50, cfg=2.4, guidance=0.7)),
@@ -29,24 +29,28 @@ RELEASED = {
 
 def is_remote(name):
     """Whether a name is of a file to download, not a path."""
-    return str(name).startswith((HUB, RELEASE))
+    return str(name).startswith((HUB, RELEASE_PREFIX))
 
 
 def release_of(name):
     """The Release that released:NAME or its hf: name means, None for any other file; FlowARError for an unknown one."""
-    name = str(name)
-    if name.startswith(RELEASE):
-        if name.removeprefix(RELEASE) not in RELEASED:
-            raise FlowARError(f"{name}: expected one of {', '.join(RELEASE + known for known in RELEASED)}")
-        return RELEASED[name.removeprefix(RELEASE)]
-    return next((release for release in RELEASED.values() if release.name == name), None)
+    for known, release in RELEASES.items():
+        if str(name) in (RELEASE_PREFIX + known, release.name):
+            return release
+    if str(name).startswith(RELEASE_PREFIX):
+        raise FlowARError(f"{name}: expected one of {', '.join(RELEASE_PREFIX + known for known in RELEASES)}")
+    return None
 
 
 def weights_file(name, last):
     """Path of a model's weights: a file, by path or name, or that of a folder, a run's (`last`) or an export's."""
     path = local_file(name)
-    in_folder = [path / file for file in (last, EXPORTED, BARE)] if path.is_dir() else [path]
-    return next(filter(Path.is_file, in_folder), in_folder[0])
+    if not path.is_dir():
+        return path
+    for file in (last, EXPORTED, BARE):
+        if (path / file).is_file():
+            return path / file
+    return path / last
 
 
 def local_file(name):
@@ -54,12 +58,11 @@ def local_file(name):
     if not is_remote(name):
         return Path(name)
     from huggingface_hub import hf_hub_download  # here: it is heavy
-    release = release_of(name)
-    repository, file, revision = parse(release.name if release else str(name))
-    return Path(hf_hub_download(repository, file, revision=revision))
+    repository, file, revision = split_hub_name(name)
+    return Path(hf_hub_download(repository, file or EXPORTED, revision=revision))
 
 
-def beside(file, name, path):
+def name_beside(file, name, path):
     """Name of a file that lies beside one that is asked for by `name` and is at `path`; what is more than a file's name
     stays as it is.
     """
@@ -67,15 +70,16 @@ def beside(file, name, path):
         return file
     if not is_remote(name):
         return str(Path(path).with_name(file))
-    release = release_of(name)
-    repository, _, revision = parse(release.name if release else str(name))
+    repository, _, revision = split_hub_name(name)
     return f"{HUB}{repository}/{file}{f'@{revision}' if revision else ''}"
 
 
-def parse(name):
-    """(OWNER/REPO, FILE, REVISION or None) of hf:OWNER/REPO[/FILE][@REVISION]."""
+def split_hub_name(name):
+    """(OWNER/REPO, FILE or None, REVISION or None) of hf:OWNER/REPO[/FILE][@REVISION], or of a released name."""
+    release = release_of(name)
+    name = release.name if release else str(name)
     place, at, revision = name.removeprefix(HUB).partition("@")
     owner, repo, file = [*place.split("/", 2), "", ""][:3]
     if not owner or not repo or at and not revision:
         raise FlowARError(f"{name}: expected hf:OWNER/REPO/FILE, or hf:OWNER/REPO/FILE@REVISION")
-    return f"{owner}/{repo}", file or EXPORTED, revision or None
+    return f"{owner}/{repo}", file or None, revision or None

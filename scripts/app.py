@@ -21,7 +21,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-
 import torch
 
 from models import FlowARError
@@ -276,7 +275,7 @@ def add_fields(gr, pipe):
                gr.Slider(TIME_GRIDS[now["time_grid"]], max(MOST_STEPS, now["num_steps"]), now["num_steps"], step=1, label="Steps of a scale",
                          elem_id="steps")]
         with gr.Row():
-            how += [gr.Dropdown(list(pipe.sampler.model.path.SOLVERS), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
+            how += [gr.Dropdown(list(pipe.sampler.model.objective.SOLVERS), value=now["solver"], label="Solver", elem_id="solver", min_width=120),
                     gr.Dropdown(precisions, value=pipe.sampler.precision, label="Precision", elem_id="precision", min_width=120)]
     return what + how
 

@@ -30,7 +30,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from unittest import mock
 
-
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-
 import numpy as np
 import torch
 from safetensors.torch import save

@@ -4,7 +4,6 @@
 """
 from itertools import compress
 
-
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm

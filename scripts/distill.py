@@ -9,7 +9,6 @@ they make of noise. Training, data, files and reports are those of main_flowar.p
 """
 from dataclasses import dataclass, replace
 
-
 import torch
 
 from recipe_flowar import train
@@ -47,29 +46,29 @@ class DistillationOptions(TrainingOptions):
 
 
 def open_teacher(args):
-    """(FlowAR on the CPU, its content and path, its Sampling) of --resume."""
+    """(FlowAR on the CPU, its Checkpoint, its Sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
     for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
-    path, content = checkpoint.read_model_file(args.resume)
-    teacher = load_flowar(path, args.weights)  # the file: of a folder another might be taken
+    file = checkpoint.open_on_all(args.resume)
+    teacher = load_flowar(file.path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR:
-        raise FlowARError(f"{path}: a distillation is of the released ways alone, without the options of the ablations")
-    solution = Sampling.of(saved_sampling(content, args.resume), given_settings(args))
+        raise FlowARError(f"{file.path}: a distillation is of the released ways alone, without the options of the ablations")
+    solution = Sampling.of(saved_sampling(file.content, args.resume), given_settings(args))
     teacher.plan_sampling(solution)
-    return teacher, content, path, solution
+    return teacher, file, solution
 
 
-def student_options(args, teacher, content, path, solution):
+def student_options(args, teacher, path, solution):
     """The options of the student's run: the teacher's geometry, its own settings of sampling, and where it is from."""
     config = teacher.config
     names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num")
     known = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale, **{name: config[name] for name in names}}
     check_geometry(args, known, path)
     own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform", "solver": "euler", "cfg": 1.0}
-    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: content.get("checksum") or file_hash(path)), teacher_sampling=vars(solution))
+    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(solution))
     return replace(args, **known, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
 
 
@@ -89,13 +88,13 @@ def main():
         cluster.set_deterministic()
     device = cluster.init(args.device, args.timeout)
     check_single(args)
-    teacher, content, path, solution = open_teacher(args)
-    args = student_options(args, teacher, content, path, solution)
+    teacher, file, solution = open_teacher(args)
+    args = student_options(args, teacher, file.path, solution)
     check_same(args)
-    log(f"teacher: {path}, {', '.join(f'{name} {value}' for name, value in vars(solution).items())}")
+    log(f"teacher: {file.path}, {', '.join(f'{name} {value}' for name, value in vars(solution).items())}")
 
     def build(args, record):
-        checkpoint.Checkpoint(path, content).check_trained_on(record)
+        file.check_trained_on(record)
         student = RectifiedFlowAR(teacher, vars(solution), args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
         student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))

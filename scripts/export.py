@@ -11,7 +11,6 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-
 from models import FlowARError, load_flowar
 from models.hub import EXPORTED, is_remote
 from models.settings import Sampling, option_name
@@ -24,7 +23,7 @@ from util.evaluation.reports import reports_of
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.manifest import RUN
 from util.command_line import Parser, as_type, path
-from util.training.checkpoint import read_model_file
+from util.training.checkpoint import open_newest
 from util.training.record import saved_data, saved_origin
 
 CARD, UNKNOWN = "README.md", "not known"
@@ -67,9 +66,10 @@ def public_options(options):
 def public_vae(options, copied):
     """(--vae, --vae_path) as a reader needs them: a name on the hub, or that of the file in the folder."""
     vae, path = (str(options.get(name) or "") for name in ("vae", "vae_path"))
-    if vae.startswith("diffusers:"):
-        spec = vae.removeprefix("diffusers:")
-        return (vae if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not Path(spec.split(":")[0]).exists() else None), None
+    kind, _, spec = vae.partition(":")
+    if kind not in ("", "kl16"):
+        is_public = not spec or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not Path(spec.split(":")[0]).exists()
+        return (vae if is_public else None), (path if is_remote(path) else None)
     is_released = Path(path).name == Path(DEFAULT_PATH).name  # which is found without a name
     return "kl16", copied or (path if is_remote(path) else None if is_released else Path(path).name or None)
 
@@ -172,9 +172,9 @@ def plain(value):
     return "".join(f"\\{char}" if char in "\\|`<>*[]#" else char for char in text if char.isprintable())
 
 
-def find_report(path, content, kind):
+def find_report(path, kind):
     """The newest results.json of these weights in or beside their folder, None without one."""
-    identity = content.get("checksum") or file_hash(path)
+    identity = file_hash(path)
     reports = [report for report in reports_of(path.parent)
                if report.get("checkpoint_sha256") == identity and (report.get("weights") == "raw") == (kind == "raw")]
     return reports[-1] if reports else None
@@ -189,10 +189,11 @@ def main():
     make_directory(folder)
     if any(folder.iterdir()):
         raise FlowARError(f"--output {folder}: is not empty: give a new folder")
-    path, content = read_model_file(args.resume)
+    checkpoint = open_newest(args.resume)
+    path, content = checkpoint.path, checkpoint.content
     model, vae = load_flowar(path, args.weights), find_vae_file(args, content)
     config = describe(args, path, content, model, vae and f"vae{vae.suffix}")
-    report = find_report(path, content, config["weights"])
+    report = find_report(path, config["weights"])
     run = path.with_name(RUN)
     card = write_card(config, report, read_json(run)["starts"][-1] if run.is_file() else None, args.license,
                       f"hf:{args.push}" if args.push and args.format == "safetensors" else "FOLDER")

@@ -6,7 +6,6 @@ import argparse
 import csv
 from pathlib import Path
 
-
 from matplotlib.figure import Figure
 
 from util.cluster import run_main

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

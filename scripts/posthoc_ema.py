@@ -9,7 +9,6 @@ scripts/sample.py, load_flowar and load_pipeline take the file as any weights, w
 """
 from pathlib import Path
 
-
 import torch
 
 from models.settings import FRACTION, number
@@ -18,7 +17,7 @@ from models.weights import find_model, read_file, write_file
 from util.cluster import log, run_main
 from util.files import check_output
 from util.command_line import POSITIVE, Parser, as_type, list_of, path
-from util.training.checkpoint import numbered, read_model_file, shapes_of, step_of
+from util.training.checkpoint import numbered, open_newest, shapes_of, step_of
 from util.training.optimization import POWER_WIDTHS, rebuild_power
 
 LARGEST_ERROR = 0.05  # of a profile, relative
@@ -73,7 +72,8 @@ def rebuild(path, content, averages, step, width, limit):
 
 def main():
     args = parse_args()
-    path, content = read_model_file(args.resume)
+    checkpoint = open_newest(args.resume)
+    path, content = checkpoint.path, checkpoint.content
     last = content.get("progress", {}).get("step")
     if last is None or "posthoc" not in content:
         raise FlowARError(f"{path}: it has no averages to rebuild others from: expected a checkpoint of a training with --posthoc_ema")

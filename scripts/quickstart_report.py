@@ -7,7 +7,6 @@ decoded.
 import argparse
 from pathlib import Path
 
-
 import numpy as np
 import torch
 import torch.nn.functional as F

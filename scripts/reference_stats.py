@@ -10,7 +10,6 @@ has: an evaluation warns if its own are of another mix. With --held_out also the
 from dataclasses import fields
 from pathlib import Path
 
-
 import numpy as np
 
 from models import FlowARError

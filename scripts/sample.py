@@ -10,7 +10,6 @@ import argparse
 import re
 from pathlib import Path
 
-
 from models import FlowARError
 from scripts.pictures import check_picture, draw_table, read_settings, save
 from util.cluster import run_main, select_device

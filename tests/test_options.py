@@ -11,7 +11,7 @@ from models import AutoencoderKL, FlowARError
 from models.settings import Sampling
 from models.vae import LatentScale
 from models.vaes import save_vae
-from util.training.checkpoint import LOCK
+from util.files import LOCK
 from util.command_line import parse_options
 from util.options import EvaluationOptions, SaveEvery, TrainingOptions, beyond_release, resolve_training, save_every, sweep
 

@@ -1,10 +1,15 @@
 """Directories and small files, with this project's one-line errors."""
+import fcntl
 import json
 import os
+import socket
+import time
 from pathlib import Path
 
 from models import FlowARError
 from models.weights import writing
+
+LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 
 
 def make_directory(path):
@@ -22,6 +27,29 @@ def check_place(path):
     if not os.access(there, os.W_OK | os.X_OK):
         raise FlowARError(f"{path}: cannot be made (no permission to write in {there})")
     return there
+
+
+def lock_folder(folder, patience=LOCK_PATIENCE):
+    """Lock a folder for as long as the file that this returns is open; FlowARError if another process still has it
+    after `patience` seconds.
+    """
+    end, file = time.monotonic() + patience, open(Path(folder) / LOCK, "a+")
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > end:
+                file.seek(0)
+                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
+                                  "it or stop it, or choose another --output_dir") from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def check_output(path):

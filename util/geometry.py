@@ -2,7 +2,6 @@
 from dataclasses import replace
 
 from models import FlowARError
-from models.vaes import find_vae
 
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
 
@@ -30,9 +29,8 @@ def check_geometry(args, known, file):
             raise FlowARError(f"--{option} is {getattr(args, option)}, but {file} was trained with {value}{why}")
 
 
-def check_vae(vae, args):
-    """FlowARError unless the VAE has the channels and the stride of the options, where they are given."""
+def check_vae(vae, args, name):
+    """FlowARError unless a VAE, called `name`, has the channels and the stride of the options, where they are given."""
     for option, value in (("vae_embed_dim", vae.embed_dim), ("vae_stride", vae.stride)):
         if getattr(args, option) not in (None, value):
-            name = find_vae(args.vae, args.vae_path).name
             raise FlowARError(f"--{option} is {getattr(args, option)}, but the VAE {name} has {value}")

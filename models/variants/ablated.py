@@ -42,8 +42,8 @@ class AblatedFlowAR(FlowAR):
         self.register_buffer("variant", text.to(self.z_proj.weight.device))
 
     @property
-    def path(self):
-        return diffusion if self.config["objective"] == "diffusion" else super().path
+    def objective(self):
+        return diffusion if self.config["objective"] == "diffusion" else super().objective
 
     def training_pyramid(self, latents):
         if self.config["pyramid"] == "latent":
@@ -53,10 +53,10 @@ class AblatedFlowAR(FlowAR):
         return [F.pixel_unshuffle(part.unflatten(2, (s, s)), self.patch_size) for part, s in zip(parts, sides)]
 
     def velocity_errors(self, pyramid, z, t, noise):
-        return super().velocity_errors(pyramid, z, diffusion.step_of(t) if self.path is diffusion else t, noise)
+        return super().velocity_errors(pyramid, z, diffusion.step_of(t) if self.objective is diffusion else t, noise)
 
     def sample_pyramid(self, labels, *, known=None, **options):
-        if known and self.path is diffusion:
+        if known and self.objective is diffusion:
             raise FlowARError("a model with the diffusion objective keeps no known cells: their paths are not straight")
         return super().sample_pyramid(labels, known=known, **options)
 

@@ -83,6 +83,8 @@ def test_a_name_on_the_hub_is_a_repository_a_split_and_a_revision(project, datas
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, revision=None: ["test"])
     with pytest.raises(FlowARError, match="--data_path hf:somebody/pictures: there is no train/ in it, only test"):
         find_split("hf:somebody/pictures", "train")
+    with pytest.raises(FlowARError, match="hf:somebody/pictures: expected hf:OWNER/NAME/SPLIT, of which there are test"):
+        list_images("hf:somebody/pictures")
 
 
 def test_labels_without_names_are_numbers_or_texts(project, datasets, tmp_path):

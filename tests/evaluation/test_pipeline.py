@@ -10,9 +10,10 @@ from PIL import Image
 
 import golden
 from scripts import sample
-from helpers import call, inputs, read_checkpoint, run_with_settings, small_model
-from models import FlowARError
+from helpers import call, inputs, read_checkpoint, run_with_settings, small_model, train
+from models import FlowARError, vaes
 from models.flow_matching import SOLVERS
+from models.vae import DiagonalGaussian, LatentScale
 from scripts.pictures import read_settings
 from util.evaluation import load_pipeline
 from util.evaluation.labels import Classes, class_names, find_label
@@ -222,11 +223,38 @@ def test_the_vae_is_the_runs_own_or_the_one_that_is_named(trained, tmp_path):
     vae = shutil.copy(trained.parent / "vae.pth", tmp_path / "other.pth")
     assert load_pipeline(project, vae, weights="raw").description["vae"] == str(vae)
     content = torch.load(project / "checkpoint-last.pth", weights_only=True)
-    content.pop("checksum", None)
     content["args"]["vae_path"] = "gone.pth"
     torch.save(content, tmp_path / "moved.pth")
     with pytest.raises(FlowARError, match="gone.pth: no such file"):
         load_pipeline(tmp_path / "moved.pth")
+
+
+class Pixels(torch.nn.Module):
+    """A VAE of one's own, as in docs/extending.md."""
+    embed_dim, stride, latent_scale = 48, 4, LatentScale(2.0)
+
+    def encode(self, images):
+        return DiagonalGaussian.of_mean(torch.nn.functional.pixel_unshuffle(images, self.stride))
+
+    def decode(self, latents):
+        return torch.nn.functional.pixel_shuffle(latents, self.stride)
+
+
+class PixelVAE(vaes.NamedVAE):
+    def open(self):
+        return Pixels(), []
+
+
+def test_a_vae_of_ones_own_kind_is_the_runs_and_can_be_named(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(vaes.VAES, "pixels", PixelVAE)
+    train(trained.parent, tmp_path / "run", "--vae pixels --vae_embed_dim 48 --epochs 1 --no_val")
+    images = [load_pipeline(tmp_path / "run", vae, device="cpu") for vae in (None, "pixels")]
+    assert [pipe.description["vae"] for pipe in images] == ["pixels", "pixels"] and same(*(pipe([3]) for pipe in images))
+    with pytest.raises(FlowARError, match="expected one of kl16, diffusers"):
+        monkeypatch.delitem(vaes.VAES, "pixels")
+        load_pipeline(tmp_path / "run", device="cpu")
+    with pytest.raises(FlowARError, match="its VAE is"):
+        load_pipeline(tmp_path / "run", trained.parent / "vae.pth", device="cpu")
 
 
 # ---- the script -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from helpers import ROOT, SCALES, make_project, train, training_command
 import recipe_flowar
 from models import FlowARError, build_model
 from models.weights import read_file
+from util import files
 from util.command_line import parse_options
 from util.options import TrainingOptions
 from util.training import checkpoint, parallel
@@ -119,12 +120,12 @@ def test_the_file_that_a_run_was_told_to_resume_stays(tmp_path):
 
 
 def test_one_run_writes_to_a_folder(tmp_path):
-    file = checkpoint.lock(tmp_path, patience=0)
-    other = subprocess.run([sys.executable, "-c", f"from util.training import checkpoint; checkpoint.lock({str(tmp_path)!r}, patience=0)"], cwd=ROOT,
+    file = files.lock_folder(tmp_path, patience=0)
+    other = subprocess.run([sys.executable, "-c", f"from util import files; files.lock_folder({str(tmp_path)!r}, patience=0)"], cwd=ROOT,
                            capture_output=True, text=True)
     assert f"{tmp_path}: another run writes here (process {os.getpid()} on " in other.stderr
     file.close()
-    checkpoint.lock(tmp_path, patience=0)
+    files.lock_folder(tmp_path, patience=0)
 
 
 def test_without_hard_links_the_last_is_a_symbolic_one(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 from helpers import call, make_project, read_checkpoint, small_model, train, training_command
 
 from models import FlowARError, load_flowar
-from util.training.initial import begin_with, carry_positions, class_table
+from util.training.initial import load_initial_weights, carry_positions, class_table
 
 RECORD = {"vae": {}, "data": {"classes": [str(n) for n in range(10)]}}
 
@@ -24,7 +24,7 @@ def file_of(model, path, **content):
 def test_what_fits_is_the_average_bit_for_bit(project, capsys):
     old = load_flowar(project / "run")
     network = type(old)(**old.config)
-    begin_with(project / "run", network, RECORD)
+    load_initial_weights(project / "run", network, RECORD)
     assert all(torch.equal(value, old.state_dict()[name]) for name, value in network.state_dict().items())
     printed = capsys.readouterr().out
     assert "EMA weights" in printed and "resized: none; left as drawn: none" in printed
@@ -34,19 +34,19 @@ def test_classes_go_by_name_and_the_others_begin_as_the_null_class(tmp_path, cap
     old = small_model(class_num=3)
     path = file_of(old, tmp_path / "old.pth", data={"classes": ["cat", "dog", "owl"]}, optimizer={})
     new = small_model(class_num=4)
-    begin_with(path, new, {**RECORD, "data": {"classes": ["ant", "dog", "owl"]}})
+    load_initial_weights(path, new, {**RECORD, "data": {"classes": ["ant", "dog", "owl"]}})
     table = old.class_emb.weight
     assert torch.equal(new.class_emb.weight, torch.stack([table[3], table[1], table[2], table[3], table[3]]))
     assert "2 of 3 classes by name" in capsys.readouterr().out
     same_number = small_model(class_num=3)  # as many, but others
-    begin_with(path, same_number, {**RECORD, "data": {"classes": ["dog", "owl", "yak"]}})
+    load_initial_weights(path, same_number, {**RECORD, "data": {"classes": ["dog", "owl", "yak"]}})
     assert torch.equal(same_number.class_emb.weight, torch.stack([table[1], table[2], table[3], table[3]]))
     assert class_table(table, 4, [], ["a", "b", "c"])[1] == 0
 
 
 def test_positions_go_by_scale(tmp_path, capsys):
     old, new = small_model(), small_model(img_size=32, scale=(1, 2, 3, 4, 8))
-    begin_with(file_of(old, tmp_path / "old.pth"), new, RECORD)
+    load_initial_weights(file_of(old, tmp_path / "old.pth"), new, RECORD)
     for name in ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"):
         before, after = getattr(old, name), getattr(new, name)
         assert torch.equal(after[:, :5], before[:, :5]) and torch.equal(after[:, 14:30], before[:, 5:])  # 1, 2, then 4
@@ -63,11 +63,11 @@ def test_what_does_not_fit_is_left_and_said_and_little_is_refused(tmp_path, caps
     old = small_model()
     other_vae = small_model(vae_embed_dim=8)
     drawn = other_vae.z_proj.weight.clone()
-    begin_with(file_of(old, tmp_path / "old.pth"), other_vae, RECORD)
+    load_initial_weights(file_of(old, tmp_path / "old.pth"), other_vae, RECORD)
     assert torch.equal(other_vae.z_proj.weight, drawn) and torch.equal(other_vae.encoder_norm.weight, old.encoder_norm.weight)
     assert "left as drawn: z_proj.weight (32, 8), flownet.input_proj.weight (64, 8)" in capsys.readouterr().out
     with pytest.raises(FlowARError, match=r"only \d+% of the model's weights are there, without .* give --model, --diffloss_d and --diffloss_w"):
-        begin_with(tmp_path / "old.pth", small_model(encoder_embed_dim=64, decoder_embed_dim=64, diffloss_w=128), RECORD)
+        load_initial_weights(tmp_path / "old.pth", small_model(encoder_embed_dim=64, decoder_embed_dim=64, diffloss_w=128), RECORD)
 
 
 def test_a_training_begins_with_it_once(project, tmp_path, monkeypatch, capsys):

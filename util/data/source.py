@@ -114,7 +114,7 @@ def open_sources(args, device, class_num=None):
         "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
     asked, args = args.class_num or class_num, resolve_geometry(args, known)
     if vae is not None:
-        check_vae(vae, args)
+        check_vae(vae, args, named.name)
     origin = LatentOrigin() if vae is None else origin_of(named, vae)
     settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
                             args.on_bad_image, args.background or WHITE)

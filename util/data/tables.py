@@ -8,7 +8,7 @@ import os
 from collections import Counter
 
 from models import FlowARError
-from models.hub import HUB, parse
+from models.hub import HUB, split_hub_name
 from util.data.folders import Listing, is_hidden, number_names
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")  # where a column's type does not tell
@@ -74,7 +74,7 @@ def parquet_files(path):
 def split_names(path):
     """Names of the splits of hf:OWNER/NAME."""
     import datasets
-    repository, _, revision = parse(path)
+    repository, _, revision = split_hub_name(path)
     return datasets.get_dataset_split_names(repository, revision=revision)
 
 
@@ -83,7 +83,9 @@ def load_table(path):
     import datasets
     if files := parquet_files(path):
         return datasets.load_dataset("parquet", data_files={"train": files}, split="train", keep_in_memory=False)
-    repository, split, revision = parse(path)
+    repository, split, revision = split_hub_name(path)
+    if split is None:
+        raise FlowARError(f"{path}: expected hf:OWNER/NAME/SPLIT, of which there are {', '.join(split_names(path))}")
     return datasets.load_dataset(repository, split=split, revision=revision, keep_in_memory=False)
 
 

@@ -5,7 +5,7 @@
 
 Of this room, this module alone knows the options.
 """
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import FlowARError
-from models.hub import RELEASE, beside, is_remote, release_of
+from models.hub import is_remote, name_beside, release_of
 from models.registry import open_model, read_variant, recognise_size
 from models.settings import Sampling, as_text, check_value
 from models.vae import LatentScale
 from models.variants.ablated import describe
-from models.vaes import DEFAULT_PATH, find_vae, read_latent_scale
+from models.vaes import DEFAULT_PATH, VAES, find_vae, read_latent_scale
 from models.weights import file_hash, find_model, recognise_geometry, saved_options, tensors_hash
 from util import manifest
 from util.cluster import (AUTOCAST, PRECISIONS, autocast, fetch, from_main, is_main, log, select_device,
@@ -34,7 +34,7 @@ from util.evaluation.store import Plan
 from util.geometry import GEOMETRY, check_geometry, check_vae, resolve_geometry
 from util.options import SamplingOptions, check_single, given_settings, model_options, stored_settings, sweep
 from util.speed import prepare
-from util.training.checkpoint import read_model_file
+from util.training.checkpoint import open_on_all
 from util.training.record import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
 
 KL16_VAE = "kl16"  # --vae's default
@@ -57,35 +57,23 @@ class Opened(NamedTuple):
 
 
 def open_for_sampling(args, device, identify=False):
-    """The Opened of --resume and --vae_path, as the other options want them.
-    identify: with the file's hash, for which rank 0 reads it once more."""
+    """The Opened of --resume and its VAE, as the other options want them. All ranks call it: rank 0 finds the files.
+    identify: with the file's hash, for which rank 0 reads it once more.
+    """
     if not args.resume:
         raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
                           ".safetensors, or a name such as released:flowar_small")
     release = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
     precision = set_precision(args.precision or release, device)
-    path, content = read_model_file(args.resume)
+    checkpoint = open_on_all(args.resume)
+    path, content = checkpoint.path, checkpoint.content
     weights = find_model(content, path, args.weights)
-    checksum = content.get("checksum")  # of earlier versions, in the hash's place
-    trained_with = saved_origin(content)
-    is_run = "optimizer" in content  # not weights alone
-    sampling, data = saved_sampling(content, args.resume), content.get("data")
-    if "teacher_sampling" in saved_options(content) and args.cfg not in (None, 1.0):
+    sampling = saved_sampling(content, args.resume)
+    if "teacher_sampling" in checkpoint.options and args.cfg not in (None, 1.0):
         log(f"warning: {path}: a student, which learned without the null class: --cfg above 1 is nothing it knows")
-    vae, vae_path = choose_vae(args, content, path)
-    named, args = find_vae(vae, vae_path), replace(args, vae=vae, vae_path=vae_path)
-    fetch(named.path)
-    vae, notes = named.open()
-    for note in notes:  # which may explain what is refused
-        log(note)
-    if saved_options(content).get("latent_norm") == "channel":
-        vae.latent_scale = trained_scale(trained_with, path, vae.embed_dim)
-    origin = origin_of(named, vae)
-    check_origin(path, trained_with, origin)
+    named, vae, origin = open_vae(args, checkpoint)
     args = recognise(args, weights.tensors, path, vae)
-    classes, data = from_main(lambda: classes_of(data, args.class_num, path, is_run)), saved_data(content)
-    del content
-    check_vae(vae, args)
+    check_vae(vae, args, named.name)
     choices = {**model_options(args), **read_variant(weights.tensors, path)}  # the file tells which ablation it is
     model, left_out = open_model(weights.tensors, path, args.model, **choices)
     log(f"{path}: {weights.describe(left_out)}")
@@ -93,53 +81,71 @@ def open_for_sampling(args, device, identify=False):
                    "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
                    "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}
     if identify and is_main():
-        description.update(checkpoint_sha256=checksum or file_hash(path))
-    guide = open_guide(args, model, description, origin)
+        description["checkpoint_sha256"] = file_hash(path)
+    networks, guide = [model], None
+    if args.guide:
+        description["guide"] = args.guide
+        guide, description["guide_tensors"] = open_guide(args.guide, model, origin)
+        networks.append(guide.to(device))
     model, vae = model.to(device), vae.to(device)
-    networks = [model] if guide is None else [model, guide.to(device)]
     prepare.for_evaluation(networks, vae, AUTOCAST.get(precision), args.compile)
     log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
-    return Opened(model, vae, precision, description, classes, sampling, guide, data, origin)
+    classes = classes_of(content.get("data"), args.class_num, path, trained=checkpoint.has_optimizer)
+    return Opened(model, vae, precision, description, classes, sampling, guide, saved_data(content), origin)
 
 
-def trained_scale(trained_with, path, channels):
-    """The LatentScale that a run with --latent_norm channel had in the VAE's place, out of its LatentOrigin."""
-    if trained_with.latent_scale is None:
-        raise FlowARError(f"{path}: was trained with --latent_norm channel, but does not hold the mean and std of its "
-                          "latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded; take the run's "
-                          "own checkpoint")
-    return LatentScale(*read_latent_scale(trained_with.latent_scale, path, channels))
+def open_vae(args, checkpoint):
+    """(NamedVAE, VAE, its LatentOrigin) for the weights of a Checkpoint; FlowARError for another than they were trained
+    with. Rank 0 chooses.
+    """
+    named = find_vae(*from_main(lambda: choose_vae(args, checkpoint)))
+    fetch(named.path)
+    vae, notes = named.open()
+    for note in notes:  # which may explain what is refused
+        log(note)
+    trained_with = saved_origin(checkpoint.content)
+    if checkpoint.options.get("latent_norm") == "channel":
+        if trained_with.latent_scale is None:
+            raise FlowARError(f"{checkpoint.path}: was trained with --latent_norm channel, but does not hold the mean "
+                              "and std of its latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded;"
+                              " take the run's own checkpoint")
+        vae.latent_scale = LatentScale(
+            *read_latent_scale(trained_with.latent_scale, checkpoint.path, vae.embed_dim))
+    origin = origin_of(named, vae)
+    check_origin(checkpoint.path, trained_with, origin)
+    return named, vae, origin
 
 
-def open_guide(args, model, description, origin):
-    """The model of --guide, of the model's geometry and latents, None without one; the description gets what it is."""
-    if not args.guide:
-        return None
-    path, content = read_model_file(args.guide)
-    check_origin(f"--guide {path}", saved_origin(content), origin)
-    weights = find_model(content, path)
+def choose_vae(args, checkpoint):
+    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released."""
+    if args.vae != KL16_VAE or args.vae_path:
+        return args.vae, args.vae_path
+    vae, file = checkpoint.options.get("vae"), checkpoint.options.get("vae_path")
+    if isinstance(vae, str) and vae != KL16_VAE:
+        return vae, file
+    if vae == KL16_VAE and file:  # the release's own checkpoints name a file too, of their machine, but no kind
+        if "weights_key" in checkpoint.content:  # an export, whose VAE may lie beside it
+            file = name_beside(file, args.resume, checkpoint.path)
+        return KL16_VAE, file
+    if Path(DEFAULT_PATH).is_file():
+        return KL16_VAE, DEFAULT_PATH
+    return KL16_VAE, "released:kl16"
+
+
+def open_guide(name, model, origin):
+    """(model of --guide, of another model's geometry and latents, SHA-256 over its tensors)."""
+    checkpoint = open_on_all(name)
+    path = checkpoint.path
+    check_origin(f"--guide {path}", saved_origin(checkpoint.content), origin)
+    weights = find_model(checkpoint.content, path)
     size = recognise_size(weights.tensors, path)
     geometry = {name: model.config[name] for name in GEOMETRY.keys() - {"model"} | {"scale"}}
     guide, left_out = open_model(weights.tensors, path, size.pop("model"), **geometry, **size)
     log(f"--guide {path}: {weights.describe(left_out)}")
-    description.update(guide=args.guide, guide_tensors=tensors_hash(guide.state_dict()))
-    if description["guide_tensors"] == tensors_hash(model.state_dict()):
+    sha256 = tensors_hash(guide.state_dict())
+    if sha256 == tensors_hash(model.state_dict()):
         raise FlowARError(f"--guide {path}: it is the model itself, which guides nowhere: give weaker weights")
-    return guide
-
-
-def choose_vae(args, content, path):
-    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released.
-    content: of the checkpoint at `path`; an export's VAE may lie beside it.
-    """
-    if args.vae != KL16_VAE or args.vae_path:
-        return args.vae, args.vae_path
-    vae, file = (saved_options(content).get(name) for name in ("vae", "vae_path"))
-    if isinstance(vae, str) and vae.startswith("diffusers:"):
-        return vae, None
-    if isinstance(file, str) and file and vae == KL16_VAE:
-        return KL16_VAE, beside(file, args.resume, path) if "weights_key" in content else file
-    return KL16_VAE, DEFAULT_PATH if from_main(Path(DEFAULT_PATH).is_file) else RELEASE + "kl16"
+    return guide, sha256
 
 
 def saved_sampling(content, name):
@@ -175,22 +181,17 @@ def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=
     return Sampler(model, vae, sampling, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
 
 
-def build_labels(args, count, classes):
-    """The Labels of the options for `count` images of a model's Classes."""
-    return from_main(lambda: choose_labels(args.labels, count, classes, args.all_classes))
-
-
 def plan_reports(args, data):
     """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.record."""
     classes = classes_of(data, args.class_num, "the training set")
-    return Plan(build_labels(args, args.num_images, classes), persistent=False)
+    return Plan(choose_labels(args.labels, args.num_images, classes, args.all_classes), persistent=False)
 
 
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     opened = open_for_sampling(args, device, identify=True)
     samplers = {name: opened.build_sampler(point) for name, point in sweep(args).items()}
-    labels = build_labels(args, args.num_images, opened.classes)
+    labels = from_main(lambda: choose_labels(args.labels, args.num_images, opened.classes, args.all_classes))
     if args.background and not args.ref_images:
         raise FlowARError("--background is of transparent images in --ref_images: leave it out")
     measure = build_measure(args, opened.model.img_size, labels, device)
@@ -204,19 +205,20 @@ def open_evaluation(args, device):
 
 
 def load_pipeline(resume, vae=None, device=None, precision=None, **options):
-    """The Pipeline of weights and a VAE, by path or name as --resume and --vae_path (or --vae diffusers:...) take them.
+    """The Pipeline of weights and a VAE, by path or name as --resume and --vae_path or --vae take them.
 
-    vae: by default that of the run, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one.
+    vae: a file, or a kind of models.vaes.VAES ("diffusers:..."); by default the run's, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one.
     options: of util.options.SamplingOptions, weights="raw", cfg=3.0, num_step=(25, 25, 12). Raises FlowARError.
     """
     names = [field.name for field in fields(SamplingOptions)]
     for name in options:
         if name not in names:
             raise FlowARError(f"{name}: no option of this name; expected one of {', '.join(sorted(names))}")
-    vae_options = {"vae": vae} if str(vae or "").startswith("diffusers:") else {"vae_path": vae}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    args = SamplingOptions(resume=str(resume), device=str(device or "auto"), precision=precision, **vae_options,
-                           **options)
+        if isinstance(options[name], list):  # of an option, several values
+            options[name] = tuple(options[name])
+    if vae is not None:
+        options["vae" if str(vae).partition(":")[0] in VAES else "vae_path"] = vae
+    args = SamplingOptions(resume=str(resume), device=str(device or "auto"), precision=precision, **options)
     return open_pipeline(args, select_device(args.device))
 
 

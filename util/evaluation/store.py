@@ -17,8 +17,7 @@ from models.weights import writing
 from util.cluster import log
 from util.evaluation.labels import Labels
 from util.evaluation.reports import RESULTS, read_report
-from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
-from util.training.checkpoint import lock
+from util.files import holds_bytes, lock_folder, make_directory, read_json, write_bytes, write_json
 
 SETTINGS, PARTIAL, IMAGES, NPZ = "settings.json", "partial", "images", "samples.npz"
 # Of the settings, what may differ: places, whose contents are compared, and the code.
@@ -57,7 +56,7 @@ class Store:
         for a folder with an evaluation of other settings, or that another process has.
         """
         make_directory(self.folder)
-        self.lock = lock(self.folder)
+        self.lock = lock_folder(self.folder)
         settings = json.loads(json.dumps(settings))
         self.check_settings(settings)
         if (self.folder / RESULTS).is_file():

@@ -6,11 +6,9 @@ from; a released file is a bare state dict of EMA weights. checkpoint-<step>.jso
 rank). No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
 directory, which is its end.
 """
-import fcntl
 import functools
 import os
 import re
-import socket
 import threading
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, write_file
 from util.cluster import fetch, from_main, log
-from util.files import check_place, make_directory, read_json, write_json
+from util.files import check_place, lock_folder, make_directory, read_json, write_json
 from util.training.parallel import cut, spread
 from util.training.progress import Progress
 from util.training.record import LatentOrigin, check_data, check_origin, saved_origin
@@ -31,7 +29,6 @@ from util.training.record import LatentOrigin, check_data, check_origin, saved_o
 STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
-LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
 UNNAMED = ("output_dir", "log_dir", "resume", "dry_run")  # options that may change freely
 OPTIONS = "lr", "weight_decay", "fused", "foreach"  # of an optimizer's group: those of now, not of the checkpoint
 
@@ -56,31 +53,8 @@ def list_checkpoints(folder):
     return [last, *paths] if alone else paths
 
 
-def lock(folder, patience=LOCK_PATIENCE):
-    """Lock a folder for as long as the file that this returns is open; FlowARError if another process still has it
-    after `patience` seconds.
-    """
-    end, file = time.monotonic() + patience, open(Path(folder) / LOCK, "a+")
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > end:
-                file.seek(0)
-                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
-                                  "it or stop it, or choose another --output_dir") from None
-            time.sleep(0.5)
-        except OSError:  # a file system without locks
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
 def claim_folder(output_dir, resume, dry_run=False):
-    """Make and lock a run's folder, see lock(). FlowARError if it holds checkpoints of a run that this one does not
+    """Make and lock a run's folder, see lock_folder. FlowARError if it holds checkpoints of a run that this one does not
     resume. dry_run: nothing is made.
     """
     folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
@@ -91,7 +65,7 @@ def claim_folder(output_dir, resume, dry_run=False):
     if dry_run:
         return check_place(Path(output_dir))
     make_directory(Path(output_dir))
-    return lock(output_dir)
+    return lock_folder(output_dir)
 
 
 def link(path, name):
@@ -336,12 +310,6 @@ def find_start(resume, output_dir):
     if Path(resume).is_dir() and Path(output_dir).is_dir():
         same = Path(resume).samefile(output_dir)
     return open_on_all(resume, missing_is_fresh=same)
-
-
-def read_model_file(resume):
-    """(path, content) of --resume, memory-mapped; a collective."""
-    opened = open_on_all(resume)
-    return opened.path, opened.content
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from models.layers import spans
 from models.registry import differences
 from models.weights import find_model, scales_of
 from util.cluster import log
-from util.training.checkpoint import read_model_file
+from util.training.checkpoint import open_on_all
 from util.training.record import LatentOrigin, check_origin, saved_data, saved_origin
 
 CLASSES = "class_emb.weight"
@@ -19,11 +19,12 @@ LEAST = 0.5  # of the network's numbers, which have to come from the file
 
 
 @torch.no_grad()
-def begin_with(name, network, record):
+def load_initial_weights(name, network, record):
     """Load what fits of the weights of a path or name (the average where the file has one) into a new network; log what
     was loaded, resized and left. record: of now, see util.training.record. FlowARError if little fits. A collective.
     """
-    path, content = read_model_file(name)
+    checkpoint = open_on_all(name)
+    path, content = checkpoint.path, checkpoint.content
     weights, resized = find_model(content, path), []
     state, own = weights.tensors, dict(network.named_parameters())
     try:
