@@ -5,12 +5,9 @@ class FlowARError(ValueError):
     """Bad input: one line that names the file, option or tensor, what it is, what was expected. Exit status 2."""
 
 
-def first_line(error):
-    """First sentence of an error's message, or its type where there is none. A line that ends with a colon goes on."""
-    lines = str(error).splitlines()
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] += " " + lines[1].strip()
-    return lines[0].split(". ")[0] if lines and not isinstance(error, KeyError) else type(error).__name__
+def first_sentence(error):
+    """First sentence of an error's message, for a line of our own; its type where there is none."""
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def name_some(names, limit=5):

@@ -5,16 +5,17 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from models.errors import FlowARError, first_line, name_some
+from models.errors import FlowARError, first_sentence, name_some
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -44,9 +45,9 @@ def read_file(path, mmap=False):
         with torch.serialization.safe_globals([argparse.Namespace]):
             # PyTorch before 1.6 wrote no zip file, and no other can be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for a file that is cut
+    except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise FlowARError(f"{path}: cannot be read: it is cut short (download it again), or no file of tensors "
-                          f"({first_line(error)})") from error
+                          f"({first_sentence(error)})") from error
 
 
 def read_safetensors(path):
@@ -90,14 +91,13 @@ def writing(path, sync=True):
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
+    except (OSError, RuntimeError) as error:
         # torch.save says less than the system.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise FlowARError(f"{path}: cannot be written ({first_line(cause)})") from error
+        raise FlowARError(f"{path}: cannot be written ({first_sentence(cause)})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # if it is still there
 
 
 def write_file(content, path):

@@ -45,7 +45,7 @@ from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.metrics import Measure
 from util.evaluation.pipeline import build_sampler
-from util.evaluation.references import folder_features
+from util.evaluation.references import extract_folder, list_images
 from util.evaluation.store import Plan
 from util.files import check_output, read_json, write_json
 from util.geometry import resolve_geometry
@@ -339,7 +339,7 @@ def through_files(sampler, plan, extractor, folder):
         indices = range(first, min(first + sampler.batch, plan.num_images))
         for index, image in zip(indices, sampler.images(plan.labels.of(indices), first)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
-    return folder_features(folder, extractor, sampler.device)
+    return extract_folder(list_images(folder), extractor, sampler.device)
 
 
 def random_inception(path):

@@ -19,7 +19,7 @@ from util.data import to_uint8
 from util.data.source import open_if_there
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
-from util.evaluation.references import folder_features
+from util.evaluation.references import extract_folder, list_images
 from util.evaluation.sampler import decoded_at_once
 from util.command_line import PIXELS, SEED, Parser, add_options, as_type, color, path
 from util.options import Extractors
@@ -68,14 +68,17 @@ def main():
     args = parse_args()
     device = cluster.init(args.device)
     cluster.set_precision(None, device)  # as an evaluation does
-    joint, through = build_extractors(args.feature_extractor, args.fid_weights, device), [None] * len(args.folders)
+    with cluster.first_on_host():  # one download
+        joint = build_extractors(args.feature_extractor, args.fid_weights, device)
+    through = [None] * len(args.folders)
     if args.vae or args.vae_path:
         named = find_vae(args.vae or "kl16", args.vae_path)
         through.append(through_vae(open_if_there(named, device, needed=True)))
     folders = (args.folders * 2)[:len(through)]
-    crop = args.img_size is not None
-    measured = [folder_features(folder, joint, device, args.img_size, crop, through=way, background=args.background)
-             for folder, way in zip(folders, through)]
+    crop, measured = args.img_size is not None, []
+    for folder, way in zip(folders, through):
+        listing = cluster.from_main(lambda: list_images(folder))
+        measured.append(extract_folder(listing, joint, device, args.img_size, crop, through=way, background=args.background))
     if measured[0] is None:  # rank 0 has them
         return
     if len({part.img_size for part in measured}) > 1:

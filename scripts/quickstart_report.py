@@ -19,7 +19,7 @@ from models.weights import read_file, write_file
 from util.data import list_images
 from util.cluster import log, run_main, select_device
 from util.evaluation.labels import image_label
-from util.evaluation.extractors import build_extractor, extract
+from util.evaluation.extractors import build_extractors, extract
 from util.evaluation.references import load_statistics, load_uint8
 from util.evaluation.reports import read_report
 from util.files import write_bytes, write_json
@@ -97,7 +97,7 @@ def main():
     results = read_report(root / "eval" / "results.json")
     plot_run.save(plot_run.draw([plot_run.read_run(root / "run")]), root / "loss.png")
     network = get_classifier(root, device)
-    extractor = build_extractor(results["feature_extractor"].split(",")[0], None, device)
+    extractor = build_extractors(results["feature_extractor"].split(",")[:1], None, device).parts[0]
     reference = load_statistics(results["reference"], extractor, results["img_size"])
     count, name = results["num_images"], extractor.distance
     test, test_labels, classes = real_images(root / "images" / "val", count)

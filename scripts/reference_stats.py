@@ -17,7 +17,7 @@ from models.weights import tensors_hash, writing
 from util import cluster
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, warn_of_few
-from util.evaluation.references import folder_features, list_images
+from util.evaluation.references import extract_folder, list_images
 from util.files import check_output
 from util.command_line import PIXELS, Parser, add_options, as_type, color, path
 from util.options import Extractors
@@ -71,14 +71,18 @@ def main():
     check_output(args.output)
     if Path(args.output).exists() or not args.output.endswith(".npz"):
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
-    joint = build_extractors(args.feature_extractor, args.fid_weights, device)
-    listing, others = (folder and list_images(folder) for folder in (args.ref_images, args.held_out))
-    if others and others.identity() == listing.identity():
-        raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
+    with cluster.first_on_host():  # one download
+        joint = build_extractors(args.feature_extractor, args.fid_weights, device)
+    listing = cluster.from_main(lambda: list_images(args.ref_images))
     options = dict(crop=args.img_size is not None, background=args.background)
-    held_out = others and folder_features(others, joint, device, args.img_size, keep=False, **options)  # first: they are fewer
-    size = args.img_size or cluster.from_main(lambda: held_out and held_out.img_size)
-    reference = folder_features(listing, joint, device, size, keep=args.keep_features, **options)
+    size, held_out = args.img_size, None
+    if args.held_out:  # first: they are fewer
+        others = cluster.from_main(lambda: list_images(args.held_out))
+        if others.identity() == listing.identity():
+            raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
+        held_out = extract_folder(others, joint, device, size, keep=False, **options)
+        size = cluster.from_main(lambda: held_out.img_size)
+    reference = extract_folder(listing, joint, device, size, keep=args.keep_features, **options)
     if reference is None:
         return
     save_statistics(args.output, reference, joint, held_out)

@@ -16,7 +16,7 @@ from scripts.benchmark import alternate
 from scripts.pictures import draw_table, save
 from scripts.quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device, set_precision
-from util.evaluation.extractors import build_extractor, extract
+from util.evaluation.extractors import EfficientNetLite0, extract
 from util.evaluation.labels import image_label
 from util.evaluation.metrics import compute_metrics
 from util.evaluation.pipeline import change_settings, load_pipeline
@@ -55,7 +55,7 @@ class Quality:
 
     def __init__(self, root, device):
         self.device, self.classifier = device, get_classifier(root, device)
-        self.extractor = build_extractor("efficientnet-lite0", None, device)
+        self.extractor = EfficientNetLite0(device)
         self.reference = load_statistics(root / "val_stats.npz", self.extractor, 32)
 
     def __call__(self, images, labels):

@@ -87,7 +87,7 @@ def test_report(whole):
 def test_distance_in_memory_equals_that_of_saved_images(project, whole):
     report, output = whole
     extractor = extractors.EfficientNetLite0(torch.device("cpu"))
-    saved, reference = (references.folder_features(folder, extractor, torch.device("cpu")).statistics
+    saved, reference = (references.extract_folder(references.list_images(folder), extractor, torch.device("cpu")).statistics
                         for folder in (output / "images", project / "images" / "val"))
     distance = metrics.frechet_distance(saved, reference)
     assert report[METRIC] == pytest.approx(distance, rel=1e-6)
@@ -200,7 +200,7 @@ def test_a_moved_run_is_known_again(project, checkpoint, colors, tmp_path, monke
     first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"{colors} --ref_images {tmp_path}/a/images")
     assert len(first["labels_sha256"]) == len(first["reference_sha256"]) == 64
     (tmp_path / "a").rename(tmp_path / "b")
-    calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (references, "folder_features"))]
+    calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (metrics, "extract_folder"))]
     again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --ref_images {tmp_path}/b/images")
     assert again == first and "evaluated already" in capsys.readouterr().out
     assert calls == [[], []]  # no image, no feature

@@ -25,7 +25,11 @@ from util.evaluation import extractors, metrics, references
 
 
 def build(feature_extractor="inception", fid_weights=None):
-    return extractors.build_extractor(feature_extractor, fid_weights, torch.device("cpu"))
+    return extractors.EXTRACTORS[feature_extractor](torch.device("cpu"), fid_weights)
+
+
+def extract(folder, *args, **options):
+    return references.extract_folder(references.list_images(folder), *args, **options)
 
 
 def test_distance_and_statistics_are_torch_fidelitys():
@@ -97,8 +101,8 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     files, cpu = {"inception": random_inception, **random_transformers}, torch.device("cpu")
     joint = extractors.build_extractors(["dinov2-vit-b-14", "inception", "clip-vit-b-32"], files, cpu)
     read = seams.count(monkeypatch, (references, "read_image"))
-    found = references.find_references(None, str(tmp_path / "flat_val"), joint, 16, cpu)
-    measure = metrics.Measure(joint, found)
+    measure = metrics.measure_against(references.list_images(tmp_path / "flat_val"), "flat_val", joint, 16, cpu)
+    measure.open()
     measure.open()
     assert len(read) == 10
     images = references.load_uint8(sorted((tmp_path / "flat_train").iterdir()))
@@ -187,9 +191,11 @@ def test_statistics_of_something_else_are_refused(tmp_path, changed, message):
 
 def test_more_images_than_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys):
     write_digits(tmp_path, 1)
-    monkeypatch.setattr(references, "MOST_FEATURES", 9)
-    reference, = references.find_references(None, str(tmp_path / "val"), extractors.Joint([Flat()]), 16, torch.device("cpu"))
-    reference.open()
+    monkeypatch.setattr(metrics, "MOST_FEATURES", 9)
+    listing = references.list_images(tmp_path / "val")
+    measure = metrics.measure_against(listing, "val", extractors.Joint([Flat()]), 16, torch.device("cpu"))
+    measure.open()
+    reference, = measure.references
     assert reference.features is None and reference.sigma.shape == (4, 4)
     assert "KID, precision and recall are left out: they compare every pair of images, and these are more than 9" in capsys.readouterr().out
 
@@ -222,11 +228,11 @@ def test_statistics_of_others_are_taken_for_inceptions(tmp_path):
 def test_statistics_know_their_classes(tmp_path):
     write_digits(tmp_path, 2)
     (tmp_path / "val" / "3" / "000.png").unlink()
-    found = references.folder_features(tmp_path / "val", Flat(), torch.device("cpu"))
+    found = extract(tmp_path / "val", Flat(), torch.device("cpu"))
     assert found.classes == {str(digit): 2 - (digit == 3) for digit in range(10)}
     reference_stats.save_statistics(tmp_path / "stats.npz", found, extractors.Joint([Flat()]))
     assert references.load_statistics(tmp_path / "stats.npz", Flat(), 16).classes == found.classes
-    assert references.folder_features(tmp_path / "val" / "0", Flat(), torch.device("cpu")).classes is None  # flat
+    assert extract(tmp_path / "val" / "0", Flat(), torch.device("cpu")).classes is None  # flat
 
 
 class Alike(Flat):
@@ -237,12 +243,12 @@ class Alike(Flat):
 def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
     write_digits(tmp_path, 3)
     path, cpu, joint = tmp_path / "stats.npz", torch.device("cpu"), extractors.Joint([Flat(), Alike(seed=1)])
-    train, val = (references.folder_features(tmp_path / split, joint, cpu) for split in ("train", "val"))
+    train, val = (extract(tmp_path / split, joint, cpu) for split in ("train", "val"))
     reference_stats.save_statistics(path, train, joint, val)
     with np.load(path) as file:  # where others look for Inception's
         np.testing.assert_allclose(file["mu"], metrics.statistics(joint.split(train.features)[1])["mu"], atol=1e-9)
     assert references.load_statistics(path, Alike(seed=1), 16).held_out[1] == 30
-    measure = metrics.Measure(joint, references.find_references(path, None, joint, 16, cpu))
+    measure = metrics.Measure(joint, [references.load_statistics(path, part, 16) for part in joint.parts])
     assert not capsys.readouterr().out.count("warning")
     generated = val.features + torch.tensor([0.1, 0, 0, 0, 0.3, 0, 0, 0])
     found = measure.compute([{"features": generated}], cpu)
@@ -258,18 +264,18 @@ def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
         references.load_statistics(path, Flat(seed=1), 16)
 
 
-def test_folder_features_crop_and_refuse(tmp_path):
+def test_features_of_a_folder_crop_and_refuse(tmp_path):
     write_digits(tmp_path / "digits", 1)
     folder, flat, cpu = tmp_path / "digits" / "val", Flat(), torch.device("cpu")
-    found = references.folder_features(folder, flat, cpu)
+    found = extract(folder, flat, cpu)
     assert found.features.shape == (10, 4) and found.img_size == 16
-    assert references.folder_features(folder, flat, cpu, 8, crop=True).img_size == 8
-    sums = references.folder_features(folder, flat, cpu, keep=False)
+    assert extract(folder, flat, cpu, 8, crop=True).img_size == 8
+    sums = extract(folder, flat, cpu, keep=False)
     assert sums.features is None
     for key, value in metrics.statistics(found.features).items():
         np.testing.assert_allclose(sums.statistics[key], value, atol=1e-9)
     with pytest.raises(FlowARError, match="16x16 pixels, expected 8x8; scripts/reference_stats.py --img_size"):
-        references.folder_features(folder, flat, cpu, 8)
+        extract(folder, flat, cpu, 8)
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from models import FlowARError
-from models.errors import first_line
+from models.errors import first_sentence
 from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
 from models.vaes import read_latent_scale
 from models.weights import content_hash, read_file
@@ -149,7 +149,7 @@ class NpzMoments(Dataset):
             with np.load(path) as file:
                 moments = file[name]
         except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
-            raise FlowARError(f"{path}: cannot read {name} ({first_line(error)})") from error
+            raise FlowARError(f"{path}: cannot read {name} ({first_sentence(error)})") from error
         if moments.dtype.kind != "f" or moments.shape != self.shape:
             raise FlowARError(f"{path}: {name} is {moments.shape} of {moments.dtype}: expected {self.shape} (2 x "
                               "latent channels, latent height, width), floats; the cache is of another VAE or image "

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from models import FlowARError
-from models.errors import first_line
+from models.errors import first_sentence
 
 # Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
@@ -87,7 +87,7 @@ def read_image(file, background=WHITE, name=None):
         hint = ": pip install pillow-heif" if str(name).lower().endswith((".heic", ".heif")) else ""
         raise FlowARError(f"{name}: cannot be read as an image (it is of no known format{hint})") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
-        raise FlowARError(f"{name}: cannot be read as an image ({first_line(error)})") from error
+        raise FlowARError(f"{name}: cannot be read as an image ({first_sentence(error)})") from error
 
 
 def convert(image, background):

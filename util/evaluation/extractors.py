@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from models import FlowARError
 from models.weights import file_hash, read_file
-from util.cluster import first_on_host
 
 
 class Extractor:
@@ -163,21 +162,19 @@ def published(name, url, sha256=""):
     return path
 
 
-def build_extractor(name, file, device):
-    """The Extractor of a name, with weights of a file or, None, the published ones."""
-    with first_on_host(), redirect_stderr(io.StringIO()):  # one download
-        return EXTRACTORS[name](device, file)
-
-
 def build_extractors(names, files, device):
-    """The Joint of --feature_extractor, names, and --fid_weights, {name: file} or None."""
+    """The Joint of --feature_extractor, names, and --fid_weights, {name: file}; None, the published weights: downloaded
+    if they are not there.
+    """
+    files = files or {}
     for name in names:
         if name not in EXTRACTORS:
             raise FlowARError(f"--feature_extractor {name}: expected one of {', '.join(EXTRACTORS)}")
-    for name in files or {}:
+    for name in files:
         if name not in names:
             raise FlowARError(f"--fid_weights is for {name}, but --feature_extractor is {','.join(names)}")
-    return Joint([build_extractor(name, (files or {}).get(name), device) for name in names])
+    with redirect_stderr(io.StringIO()):
+        return Joint([EXTRACTORS[name](device, files.get(name)) for name in names])
 
 
 @torch.no_grad()

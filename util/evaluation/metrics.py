@@ -1,19 +1,21 @@
 """Metrics and distances, by torch-fidelity's formulas, of features of the networks in extractors.py."""
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from models import FlowARError
 from models.weights import tensors_hash
-from util.cluster import exact_products, log
+from util.cluster import exact_products, first_on_host, from_main, log
 from util.data.pixels import WHITE
 from util.evaluation.extractors import Joint, build_extractors
 from util.evaluation.labels import warn_of_mix
-from util.evaluation.references import Reference, find_references
+from util.evaluation.references import (Reference, describe_folder, extract_folder, find_statistics,
+                                        list_images)
 from util.speed import prepare
 
 IS_SPLITS, NEIGHBOURS = 10, 3
+MOST_FEATURES = 50_000  # real images that are compared in pairs: 10 GB of distances
 KID_SUBSET = 1000  # images; all of them where there are fewer
 
 
@@ -89,15 +91,25 @@ def compute_metrics(features, logits, reference, extractor, device):
                 for metric in METRICS.values() for name, value in metric(features, logits, reference, device).items()}
 
 
-class Measure(NamedTuple):
+@dataclass
+class Measure:
     """What images are measured with."""
     extractor: Joint
     references: list  # a Reference, or None, for each of its parts
+    folder: dict | None = None  # arguments of extract_folder, where the references are of a folder that is not read yet
 
     def open(self):
-        """Extract what of the references is still to be had, all ranks together."""
-        for reference in filter(None, self.references):
-            reference.open()
+        """Extract the features of the references' folder, all ranks together; rank 0, which computes the metrics, then
+        has them.
+        """
+        if self.folder is None:
+            return
+        features, self.folder = extract_folder(**self.folder), None
+        if features is None:
+            return
+        for reference, part in zip(self.references, features.split(self.extractor)):
+            reference.mu, reference.sigma = part.statistics["mu"], part.statistics["sigma"]
+            reference.features = part.features
 
     @property
     def reference(self):
@@ -138,13 +150,32 @@ def one_or_all(values):
 
 
 def build_measure(args, img_size, labels, device):
-    """The Measure of the options: what is missing is refused before anything is sampled or trained."""
-    extractor = build_extractors(args.feature_extractor, args.fid_weights, device)
+    """The Measure of the options: what is missing is refused before anything is sampled or trained. All ranks call it:
+    each host downloads once, rank 0 lists --ref_images.
+    """
+    with first_on_host():
+        joint = build_extractors(args.feature_extractor, args.fid_weights, device)
     if args.compile and not getattr(args, "dry_run", False):
-        prepare.compile_features(extractor)
-    references = find_references(args.fid_stats, args.ref_images, extractor, img_size, device, args.background or WHITE)
-    if any(references) and len(labels.values) < 2:
+        prepare.compile_features(joint)
+    if args.fid_stats and args.ref_images:
+        raise FlowARError("--fid_stats and --ref_images are two references: give one")
+    if args.ref_images:
+        listing = from_main(lambda: list_images(args.ref_images))
+        measure = measure_against(listing, args.ref_images, joint, img_size, device, args.background or WHITE)
+    else:
+        measure = Measure(joint, [find_statistics(args.fid_stats, part, img_size) for part in joint.parts])
+    if any(measure.references) and len(labels.values) < 2:
         raise FlowARError("--num_images 1: a distance needs the covariance of at least 2 images")
-    measure = Measure(extractor, references)
     warn_of_mix(labels, measure.reference)
     return measure
+
+
+def measure_against(listing, folder, joint, img_size, device, background=WHITE):
+    """The Measure against the images of a folder, which open() reads in one pass for all extractors."""
+    keep = len(listing) <= MOST_FEATURES
+    if not keep:
+        log(f"{folder}: KID, precision and recall are left out: they compare every pair of images, and these are more "
+            f"than {MOST_FEATURES:,}")
+    references = [describe_folder(folder, listing, background) for _ in joint.parts]
+    return Measure(joint, references, dict(listing=listing, extractor=joint, device=device, img_size=img_size,
+                                           keep=keep, background=background))

@@ -1,7 +1,5 @@
 """What images are compared with: statistics files, and folders of images."""
-import functools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +10,7 @@ from tqdm import tqdm
 
 from models import FlowARError
 from models.weights import tensors_hash
-from util.cluster import all_reduce_sum, from_main, gather_to_main, is_main, log, rank, world_size
+from util.cluster import all_reduce_sum, gather_to_main, is_main, log, rank, world_size
 from util import data
 from util.data import center_crop
 from util.data.folders import LABELS_FILE, Listing
@@ -24,7 +22,6 @@ ADM_SIZE = 256  # pixels of that file
 # Arrays of an extractor: in a file of several with its suffix, so that Inception's are where everybody expects them.
 OWN = ("mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "held_out")
 SHARED = ("img_size", "classes", "class_counts")
-MOST_FEATURES = 50_000  # real images that are compared in pairs: 10 GB of distances
 
 
 @dataclass
@@ -40,40 +37,12 @@ class Reference:
     images: int | None = None  # in a folder
     left_out: dict | None = None  # {reason: files} of a folder
     held_out: tuple | None = None  # distance of other real images to these, and how many, for FDr
-    extract: Callable | None = None  # -> FolderFeatures: how a folder's features are still to be had
-
-    def open(self):
-        """Extract a folder's features, all ranks together; rank 0, which computes the metrics, then has them."""
-        if self.extract is not None:
-            folder, self.extract = self.extract(), None
-            if folder is not None:
-                self.mu, self.sigma = folder.statistics["mu"], folder.statistics["sigma"]
-                self.features = folder.features
 
 
-def find_references(fid_stats, ref_images, joint, img_size, device, background=WHITE):
-    """A Reference for each extractor of a Joint, None where there is none: of --fid_stats, --ref_images (one pass over
-    the images for all, see Reference.open) or the default statistics file.
-    """
-    if fid_stats and ref_images:
-        raise FlowARError("--fid_stats and --ref_images are two references: give one")
-    if not ref_images:
-        return [find_statistics(fid_stats, extractor, img_size) for extractor in joint.parts]
-    listing = list_images(ref_images)
-    keep = len(listing) <= MOST_FEATURES
-    if not keep:
-        log(f"{ref_images}: KID, precision and recall are left out: they compare every pair of images, and these are "
-            f"more than {MOST_FEATURES:,}")
-
-    @functools.cache
-    def measure():
-        features = folder_features(listing, joint, device, img_size, keep=keep, background=background)
-        return features and features.split(joint)
-
-    return [Reference(ref_images, classes=class_counts(listing), background=list(background), images=len(listing),
-                      left_out=dict(listing.left_out), sha256=listing.identity()["sha256"],
-                      extract=lambda number=number: measure() and measure()[number])
-            for number in range(len(joint.parts))]
+def describe_folder(folder, listing, background):
+    """The Reference of a folder, whose features are not extracted yet."""
+    return Reference(folder, classes=class_counts(listing), background=list(background), images=len(listing),
+                     left_out=dict(listing.left_out), sha256=listing.identity()["sha256"])
 
 
 def find_statistics(fid_stats, extractor, img_size):
@@ -141,7 +110,7 @@ def list_images(folder):
     """Listing of the images of a folder, archive or dataset: in class folders as in training, or a flat set; of one
     image, or none, there is no distance.
     """
-    listing = from_main(lambda: data.list_images(folder, flat=True))
+    listing = data.list_images(folder, flat=True)
     listing.classes = []  # which are no part of a reference's hash
     if len(listing) < 2:
         raise FlowARError(f"{folder}: {len(listing)} images, expected at least 2 ({listing.summary()})")
@@ -161,11 +130,13 @@ def load_uint8(files, img_size=None, background=WHITE, conversions=None, names=N
     """(n, 3, H, W) uint8 of image files, their paths or their contents with names, centre-cropped to img_size if given;
     else all must have one size. conversions: a Counter of what was converted.
     """
-    images, conversions, names = [], Counter() if conversions is None else conversions, names or files
+    images, names = [], names or files
     for path, file in zip(names, files):
         image, converted = read_image(file, background, path)
-        conversions.update(converted)
-        image = center_crop(image, img_size) if img_size else image
+        if conversions is not None:
+            conversions.update(converted)
+        if img_size:
+            image = center_crop(image, img_size)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
             raise FlowARError(f"{path}: {image.width}x{image.height} pixels, but {names[0]} is "
@@ -175,7 +146,7 @@ def load_uint8(files, img_size=None, background=WHITE, conversions=None, names=N
 
 
 class FolderFeatures(NamedTuple):
-    """Of folder_features: statistics {mu, sigma}, features (n, dim) or None, pixels a side, Listing of the
+    """Of extract_folder: statistics {mu, sigma}, features (n, dim) or None, pixels a side, Listing of the
     images, and the images of each class folder (None: there are none)."""
     statistics: dict
     features: torch.Tensor | None
@@ -189,36 +160,42 @@ class FolderFeatures(NamedTuple):
 
     def split(self, joint):
         """Those of each extractor of a Joint, in the order of its parts."""
-        ends = np.cumsum([part.dim for part in joint.parts])
-        places = [slice(end - part.dim, end) for end, part in zip(ends, joint.parts)]
         mu, sigma = self.statistics["mu"], self.statistics["sigma"]
-        return [self._replace(statistics={"mu": mu[place], "sigma": sigma[place, place]},
-                              features=None if self.features is None else self.features[:, place]) for place in places]
+        parts, first = [], 0
+        for extractor in joint.parts:
+            place = slice(first, first + extractor.dim)
+            features = None if self.features is None else self.features[:, place]
+            parts.append(self._replace(statistics={"mu": mu[place], "sigma": sigma[place, place]}, features=features))
+            first = place.stop
+        return parts
 
 
-def folder_features(listing, extractor, device, img_size=None, crop=False, keep=True, through=None, background=WHITE):
-    """FolderFeatures of a folder's images on rank 0, None elsewhere; the ranks share the work.
+def extract_folder(listing, extractor, device, img_size=None, crop=False, keep=True, through=None, background=WHITE):
+    """FolderFeatures of a Listing's images on rank 0, None elsewhere; the ranks share the work.
 
-    listing: the folder, or its Listing. Images must have img_size pixels a side (any one size if
-    None), or are centre-cropped to it with crop=True. Sums are float64; with keep=False features are not held, for
-    folders of a million images. through: what is done to images (B, 3, H, W) uint8 on the device before they are
-    measured.
+    Images must have img_size pixels a side (any one size if None), or are centre-cropped to it with crop=True. Sums are
+    float64; with keep=False features are not held, for folders of a million images. through: what is done to images
+    (B, 3, H, W) uint8 on the device before they are measured.
     """
-    listing = listing if isinstance(listing, Listing) else list_images(listing)
-    folder, dim, conversions = listing.root, extractor.dim, Counter()
-    mine, parts, sizes = range(rank(), len(listing), world_size()), [torch.zeros(0, dim)], set()
-    total, outer = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (dim, (dim, dim)))
+    folder, dim = listing.root, extractor.dim
+    mine = range(rank(), len(listing), world_size())
+    parts, sizes, conversions = [torch.zeros(0, dim)], set(), Counter()
+    total = torch.zeros(dim, dtype=torch.float64, device=device)
+    outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     for first in tqdm(range(0, len(mine), extractor.batch), desc=f"features of {folder}", unit="batch",
                       disable=not is_main(), mininterval=2, leave=False):
         batch = mine[first:first + extractor.batch]
-        some, content = [listing.path(index) for index in batch], [listing.read(index) for index in batch]
-        images = load_uint8(content, img_size if crop else None, background, conversions, some)
+        names = [listing.path(index) for index in batch]
+        images = load_uint8([listing.read(index) for index in batch], img_size if crop else None, background,
+                            conversions, names)
         if img_size and images.shape[2:] != (img_size, img_size):
-            raise FlowARError(f"{some[0]}: {images.shape[3]}x{images.shape[2]} pixels, expected {img_size}x{img_size}; "
-                              "scripts/reference_stats.py --img_size makes statistics of centre crops")
+            raise FlowARError(f"{names[0]}: {images.shape[3]}x{images.shape[2]} pixels, expected {img_size}x{img_size};"
+                              " scripts/reference_stats.py --img_size makes statistics of centre crops")
         sizes.add(tuple(images.shape[2:]))
         images = images.to(device)
-        features = extract(extractor, images if through is None else through(images))[0]
+        if through is not None:
+            images = through(images)
+        features = extract(extractor, images)[0]
         wide = features.to(device, torch.float64)
         total += wide.sum(dim=0)
         outer += wide.T @ wide
@@ -228,15 +205,22 @@ def folder_features(listing, extractor, device, img_size=None, crop=False, keep=
     gathered = gather_to_main((torch.cat(parts), sizes, conversions))
     if gathered is None:
         return None
-    sizes = set.union(*(sizes for _, sizes, _ in gathered))
-    if line := describe_conversions(len(listing), sum((counts for *_, counts in gathered), Counter())):
+
+    # On rank 0: what all ranks saw.
+    n, features = len(listing), None
+    if keep:
+        features = torch.zeros(n, dim)
+    sizes, conversions = set(), Counter()
+    for number, (part, seen, converted) in enumerate(gathered):
+        sizes |= seen
+        conversions += converted
+        if keep:
+            features[number::len(gathered)] = part  # the ranks took the images in turn
+    if line := describe_conversions(n, conversions):
         log(f"{folder}: {line}")
     if len(sizes) > 1:
         some = " and ".join(f"{w}x{h}" for h, w in sorted(sizes)[:2])
         raise FlowARError(f"{folder}: images of several sizes, {some}; give --img_size to centre-crop them")
-    n, mean = len(listing), total / len(listing)
+    mean = total / n
     statistics = {"mu": mean.cpu().numpy(), "sigma": ((outer - n * torch.outer(mean, mean)) / (n - 1)).cpu().numpy()}
-    features = torch.zeros(n, dim) if keep else None
-    for place, (part, *_) in enumerate(gathered if keep else []):  # the ranks took the images in turn
-        features[place::len(gathered)] = part
     return FolderFeatures(statistics, features, sizes.pop()[0], listing, class_counts(listing))

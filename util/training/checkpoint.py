@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from models import FlowARError
-from models.errors import first_line
+from models.errors import first_sentence
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, write_file
@@ -279,8 +279,8 @@ def open_newest(resume):
             return Checkpoint.open(candidate)
         except Exception as error:  # torch raises many kinds for a file that was cut
             if candidate == candidates[-1]:
-                raise FlowARError(f"{candidate}: cannot be read ({first_line(error)})") from error
-            log(f"warning: {candidate}: cannot be read ({first_line(error)}); the checkpoint before it is resumed")
+                raise FlowARError(f"{candidate}: cannot be read ({first_sentence(error)})") from error
+            log(f"warning: {candidate}: cannot be read ({first_sentence(error)}); the checkpoint before it is resumed")
 
 
 def open_on_all(resume, missing_is_fresh=False):

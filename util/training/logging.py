@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from models.errors import first_line
+from models.errors import first_sentence
 from util.cluster import is_main, log, memory_gib
 from util.files import make_directory, read_json, write_bytes, write_json
 
@@ -162,7 +162,7 @@ class Wandb:
             yield
         except (Exception, SystemExit) as error:  # of its service, the network, an account
             self.run = None
-            log(f"warning: --wandb: {first_line(error)}; training goes on without it, TensorBoard and log.jsonl have "
+            log(f"warning: --wandb: {first_sentence(error)}; training goes on without it, TensorBoard and log.jsonl have "
                 "everything")
 
 
