@@ -14,7 +14,7 @@ from util.cluster import (Preempted, StopSignals, all_reduce_sum, autocast, barr
 from util.data.source import Source
 from util.evaluation import reports
 from util.evaluation.reports import Stopwatch
-from util.evaluation.sampler import SideStream, decode_and_measure
+from util.evaluation.sampler import SideStream, measure_batches
 from util.evaluation.store import PngWriter, Store
 from util.training.checkpoint import CheckpointWriter, content_of
 from util.training.health import report_bad_step, report_spike
@@ -280,34 +280,22 @@ def evaluate(sampler, plan, measure, description, output):
 def sample_and_measure(sampler, plan, extractor, batches, store):
     """{batch number: {features, logits if any, bad, seconds, calls}} of {batch number: indices of its images}."""
     writer = PngWriter(store.folder) if plan.save_images else None
-    watch, measured, pending = Stopwatch(sampler.device), {}, None
-    passes = sampler.passes()
-    progress = tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
-                    mininterval=2)
-
-    def finish(number, indices, result):
-        tensors, images, wait = result()
-        if len(tensors["bad"]) == len(images):
-            sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: the others too
-        with watch("writing"):
-            wait()
-            calls = torch.tensor([[len(scale), len(indices) * sum(scale)] for scale in passes])
-            measured[number] = {**tensors, "seconds": watch.take(), "calls": calls}
-            if plan.persistent:
-                pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if plan.save_npz else {}
-                store.save(number, {**measured[number], **pixels})
-
-    with SideStream(sampler.device) as beside:
-        for number, indices in batches.items():
-            labels = plan.labels.of(indices)
-            with watch("sampling"):
-                latents = sampler.model.unpatchify(sampler.pyramid(labels, sampler.noise(indices))[-1])
-            if pending:
-                finish(*pending)  # it was decoded, or its files were written, while this batch was sampled
-            pending = number, indices, beside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
+    watch, passes, measured = Stopwatch(sampler.device), sampler.passes(), {}
+    with SideStream(sampler.device) as beside, tqdm(
+            total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
+            mininterval=2) as progress:
+        for number, indices, tensors, images, wait in measure_batches(
+                sampler, plan, extractor, batches, writer, watch, beside):
+            if len(tensors["bad"]) == len(images):
+                sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: the others too
+            with watch("writing"):
+                wait()
+                calls = torch.tensor([[len(scale), len(indices) * sum(scale)] for scale in passes])
+                measured[number] = {**tensors, "seconds": watch.take(), "calls": calls}
+                if plan.persistent:
+                    pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if plan.save_npz else {}
+                    store.save(number, {**measured[number], **pixels})
             progress.update(len(indices))
-        if pending:
-            finish(*pending)
-            measured[number]["seconds"] += watch.take()  # of writing the last batch
-    progress.close()
+    if measured:
+        measured[number]["seconds"] += watch.take()  # of writing the last batch
     return measured

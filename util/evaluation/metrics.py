@@ -10,8 +10,7 @@ from util.cluster import exact_products, first_on_host, from_main, log
 from util.data.pixels import WHITE
 from util.evaluation.extractors import Joint, build_extractors
 from util.evaluation.labels import warn_of_mix
-from util.evaluation.references import (Reference, describe_folder, extract_folder, find_statistics,
-                                        list_images)
+from util.evaluation.references import Reference, class_counts, extract_folder, find_statistics, list_images
 from util.speed import prepare
 
 IS_SPLITS, NEIGHBOURS = 10, 3
@@ -119,9 +118,10 @@ class Measure:
     def settings(self):
         """What must agree when an evaluation goes on."""
         reference, parts = self.reference, self.extractor.parts
-        alike = len({one.sha256 for one in self.references if one}) < 2  # those of one folder are
-        return {"reference": reference.name,
-                "reference_sha256": reference.sha256 if alike else [one and one.sha256 for one in self.references],
+        hashes = [one.sha256 if one else None for one in self.references]
+        if len(set(hashes) - {None}) < 2:  # those of one folder are alike
+            hashes = reference.sha256
+        return {"reference": reference.name, "reference_sha256": hashes,
                 "reference_background": reference.background, "feature_extractor": self.extractor.name,
                 "extractor_sha256": one_or_all(tensors_hash(part.network.state_dict()) for part in parts),
                 "extractor_resize": one_or_all(part.resize for part in parts),
@@ -176,6 +176,8 @@ def measure_against(listing, folder, joint, img_size, device, background=WHITE):
     if not keep:
         log(f"{folder}: KID, precision and recall are left out: they compare every pair of images, and these are more "
             f"than {MOST_FEATURES:,}")
-    references = [describe_folder(folder, listing, background) for _ in joint.parts]
+    about = dict(name=folder, classes=class_counts(listing), background=list(background), images=len(listing),
+                 left_out=dict(listing.left_out), sha256=listing.identity()["sha256"])
+    references = [Reference(**about) for _ in joint.parts]
     return Measure(joint, references, dict(listing=listing, extractor=joint, device=device, img_size=img_size,
                                            keep=keep, background=background))

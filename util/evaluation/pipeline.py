@@ -164,12 +164,13 @@ def saved_sampling(content, name):
 def recognise(args, state, path, vae):
     """The options with the size and geometry that checkpoint and VAE tell; FlowARError where they contradict them."""
     geometry = recognise_geometry(state, path, vae.embed_dim)
+    geometry["img_size"] = geometry["scales"][-1] * geometry["patch_size"] * vae.stride
     check_geometry(args, geometry, path)
     known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
-    known["img_size"] = known["scales"][-1] * known["patch_size"] * vae.stride
-    check_geometry(args, {"img_size": known["img_size"]}, path)
-    size = recognise_size(state, path) if args.model is None else {}
-    return resolve_geometry(args, {**known, **{name: value for name, value in size.items() if hasattr(args, name)}})
+    if args.model is None:
+        size = recognise_size(state, path)
+        known.update({name: size[name] for name in ("model", "diffloss_d", "diffloss_w")})
+    return resolve_geometry(args, known)
 
 
 def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
@@ -207,8 +208,9 @@ def open_evaluation(args, device):
 def load_pipeline(resume, vae=None, device=None, precision=None, **options):
     """The Pipeline of weights and a VAE, by path or name as --resume and --vae_path or --vae take them.
 
-    vae: a file, or a kind of models.vaes.VAES ("diffusers:..."); by default the run's, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one.
-    options: of util.options.SamplingOptions, weights="raw", cfg=3.0, num_step=(25, 25, 12). Raises FlowARError.
+    vae: a file, or a kind of models.vaes.VAES ("diffusers:..."); by default the run's, else KL-16. device: "cpu" or
+    "cuda", by default CUDA where there is one. options: of util.options.SamplingOptions, weights="raw", cfg=3.0,
+    num_step=(25, 25, 12). Raises FlowARError.
     """
     names = [field.name for field in fields(SamplingOptions)]
     for name in options:
@@ -242,8 +244,11 @@ class Pipeline:
 
     def __call__(self, labels, *, seed=0, **settings):
         """One image for each of a list of labels."""
-        labels = labels.tolist() if hasattr(labels, "tolist") else labels
-        labels = [self.label(label) for label in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
+        if hasattr(labels, "tolist"):  # an array
+            labels = labels.tolist()
+        if not isinstance(labels, (list, tuple, range)):
+            labels = [labels]
+        labels = [self.label(label) for label in labels]
         if not labels:
             raise FlowARError("no labels: expected one or more")
         return self.draw(labels, self.noise(seed, range(len(labels))), **settings)
@@ -283,8 +288,10 @@ class Pipeline:
         parts = []
         for first in range(0, len(labels), sampler.batch):
             part = slice(first, first + sampler.batch)
-            parts.append(sampler.pyramid(labels[part], noise=[e[part] for e in noise], given=[x[part] for x in given],
-                                         known=known and ([x[part] for x in known[0]], known[1])))
+            options = {"noise": [e[part] for e in noise], "given": [x[part] for x in given]}
+            if known is not None:
+                options["known"] = [x[part] for x in known[0]], known[1]
+            parts.append(sampler.pyramid(labels[part], **options))
         return [torch.cat(scale) for scale in zip(*parts)]
 
     def pictures(self, grids):
@@ -381,8 +388,6 @@ DARK = 0.5  # of white; darker is kept
 
 def as_rgb(image):
     """RGB image of one of any mode, or of a path."""
-    if not isinstance(image, (Image.Image, str, Path)):
-        raise FlowARError(f"image or mask is a {type(image).__name__}: expected a PIL image or a path")
     return over(image, WHITE)[0] if isinstance(image, Image.Image) else open_image(image)
 
 

@@ -39,12 +39,6 @@ class Reference:
     held_out: tuple | None = None  # distance of other real images to these, and how many, for FDr
 
 
-def describe_folder(folder, listing, background):
-    """The Reference of a folder, whose features are not extracted yet."""
-    return Reference(folder, classes=class_counts(listing), background=list(background), images=len(listing),
-                     left_out=dict(listing.left_out), sha256=listing.identity()["sha256"])
-
-
 def find_statistics(fid_stats, extractor, img_size):
     """Reference of --fid_stats or the default statistics file, or None."""
     default = extractor.name == Inception.name and img_size == ADM_SIZE

@@ -122,10 +122,27 @@ class Sampler(NamedTuple):
 # ---- a batch of an evaluation: decoded, measured and written while the next one is sampled ---------------------
 
 
-def decode_and_measure(sampler, extractor, writer, watch, latents, indices):
-    """({features, logits if any, bad: indices of images that are not finite}, images (n, 3, H, W) uint8 on the CPU, a
-    function that waits for their files) of scaled latents. writer: PngWriter or None; watch: Stopwatch.
+def measure_batches(sampler, plan, extractor, batches, writer, watch, beside):
+    """Yield (number, indices, {features, logits if any, bad: indices of images that are not finite}, images
+    (n, 3, H, W) uint8 on the CPU, a function that waits for their files) of {batch number: indices of its images}.
+
+    While a batch is sampled, the one before is decoded, measured and written. writer: PngWriter or None; watch:
+    Stopwatch; beside: SideStream.
     """
+    before = None
+    for number, indices in batches.items():
+        with watch("sampling"):
+            pyramid = sampler.pyramid(plan.labels.of(indices), sampler.noise(indices))
+            latents = sampler.model.unpatchify(pyramid[-1])
+        if before:
+            yield *before[:2], *before[2]()
+        before = number, indices, beside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
+    if before:
+        yield *before[:2], *before[2]()
+
+
+def decode_and_measure(sampler, extractor, writer, watch, latents, indices):
+    """The last three of what measure_batches yields, of a batch's scaled latents."""
     with watch("decoding"):
         images, finite = sampler.decode(latents)
     with watch("features"):
@@ -133,8 +150,11 @@ def decode_and_measure(sampler, extractor, writer, watch, latents, indices):
     with watch("writing"):
         images = images.cpu()
         wait = writer.start(images, indices) if writer else list
-    bad = torch.tensor([index for index, ok in zip(indices, finite.tolist()) if not ok], dtype=torch.long)
-    return {"features": features, "bad": bad, **({} if logits is None else {"logits": logits})}, images, wait
+    bad = [index for index, ok in zip(indices, finite.tolist()) if not ok]
+    tensors = {"features": features, "bad": torch.tensor(bad, dtype=torch.long)}
+    if logits is not None:
+        tensors["logits"] = logits
+    return tensors, images, wait
 
 
 class SideStream:

@@ -54,8 +54,8 @@ def list_checkpoints(folder):
 
 
 def claim_folder(output_dir, resume, dry_run=False):
-    """Make and lock a run's folder, see lock_folder. FlowARError if it holds checkpoints of a run that this one does not
-    resume. dry_run: nothing is made.
+    """Make and lock a run's folder, see lock_folder. FlowARError if it holds checkpoints of a run that this one does
+    not resume. dry_run: nothing is made.
     """
     folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
     same = bool(resume) and folder.is_dir() and Path(output_dir).is_dir() and folder.samefile(output_dir)

@@ -162,8 +162,8 @@ class Wandb:
             yield
         except (Exception, SystemExit) as error:  # of its service, the network, an account
             self.run = None
-            log(f"warning: --wandb: {first_sentence(error)}; training goes on without it, TensorBoard and log.jsonl have "
-                "everything")
+            log(f"warning: --wandb: {first_sentence(error)}; training goes on without it, TensorBoard and log.jsonl "
+                "have everything")
 
 
 def read_lines(path):
