@@ -25,6 +25,9 @@ from util.training.progress import Progress
 from util.training.randomness import TRAINING, VALIDATION, derive_seed, draw, draw_each, seed_dropout
 
 
+MAX_BAD_STEPS = 20  # in a row, with a loss or gradient that is not finite, before training stops
+
+
 class Recipe(NamedTuple):
     """What the training loop takes of the options."""
     batch_size: int  # images of a rank's forward pass
@@ -37,7 +40,6 @@ class Recipe(NamedTuple):
     seed: int
     log_freq: int  # steps between log entries
     save_steps: tuple  # numbers of steps between checkpoints; 0 or None: no such
-    max_bad_steps: int
 
 
 class Run(NamedTuple):
@@ -108,9 +110,9 @@ def train_one_epoch(run):
             else:
                 numbers = result.norm, result.losses[0], result.own_loss, progress.bad_in_a_row
                 report_bad_step(run.logger, progress.step, numbers, [latents for latents, _, _ in parts], images)
-        if progress.bad_in_a_row >= recipe.max_bad_steps:
-            raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {progress.step} "
-                              "(--max_bad_steps): lower --lr or --blr, or use --precision fp32")
+        if progress.bad_in_a_row >= MAX_BAD_STEPS:
+            raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {progress.step}: "
+                              "lower --lr or --blr, or use --precision fp32")
 
         # Log, save, leave.
         if (index + 1) % recipe.log_freq == 0 or progress.done == 0:

@@ -77,8 +77,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     schedule = dict(lr=args.lr, min_lr=args.min_lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
                     schedule=args.lr_schedule)
     recipe = Recipe(args.batch_size, args.accum_iter, args.global_batch, args.epochs, schedule, args.grad_clip,
-                    args.precision, args.seed, args.log_freq, (args.save_every.steps, args.posthoc_ema),
-                    args.max_bad_steps)
+                    args.precision, args.seed, args.log_freq, (args.save_every.steps, args.posthoc_ema))
     saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every, args.resume
     writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])

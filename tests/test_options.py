@@ -115,7 +115,7 @@ TABLE = [
     (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
     (TRAIN, "--global_batch 24 --accum_iter 2", "--global_batch is 24, but --batch_size 16 x 1 processes x --accum_iter 2 is 32"),
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
-    (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --max_bad_steps 3", "3 steps in a row were not finite, up to step 4 (--max_bad_steps)"),
+    (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --epochs 5", "20 steps in a row were not finite, up to step 21: lower --lr"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
     (EVAL, "--fid_stats {p}/stats.npz --background black", "--background is of transparent images in --ref_images: leave it out"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),

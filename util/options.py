@@ -173,8 +173,6 @@ class Training(Checked):
     ema_warmup: bool = flag("EMA rate of at most (1 + n) / (10 + n) at step n, which forgets the random start",
                             beyond=True)
     posthoc_ema: int = setting(0, "steps between snapshots for scripts/posthoc_ema.py; 0: none", COUNT, beyond=True)
-    max_bad_steps: int = setting(20, "steps in a row with a loss or gradient that is not finite before training stops",
-                                 POSITIVE, beyond=True)
     fsdp: bool = flag("shard weights, gradients, optimizer and EMA among the processes (FSDP2)", beyond=True)
     deterministic: bool = flag("deterministic algorithms on CUDA, where they are slower", beyond=True)
     t_dist: str | tuple = setting("uniform", "times of training: uniform, logit_normal:MEAN,STD or shift:K; or one for "
