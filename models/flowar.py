@@ -286,7 +286,7 @@ class FlowAR(nn.Module):
         if settings.solver not in self.objective.SOLVERS:
             raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.objective.SOLVERS)}")
         scales = len(self.scale)
-        return self.objective.SOLVERS[settings.solver], settings.times(scales), settings.weights(scales)
+        return self.objective.SOLVERS[settings.solver], settings.times(scales), settings.guidance_scales(scales)
 
     @torch.no_grad()
     def sample_pyramid(self, labels, *, noise=None, generator=None, guide=None, given=(), known=None, forced=None,

@@ -161,7 +161,7 @@ class Sampling:
         steps = fm.scale_steps(self.num_steps, self.num_steps_last, num_scales, self.num_step_schedule)
         return [fm.time_grid(n, self.time_grid) for n in steps]
 
-    def weights(self, num_scales):
+    def guidance_scales(self, num_scales):
         """The guidance weight of every scale."""
         return fm.guidance_scales(self.cfg, num_scales, self.cfg_schedule)
 
