@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as programs that tests start have: the same bits
+from util.cluster import devices  # noqa: E402  after the number of threads is set
+
 TESTS = Path(__file__).parent
 
 
@@ -25,4 +27,5 @@ def pytest_configure(config):
     if method := config.getoption("--start_method"):
         multiprocessing.set_start_method(method, force=True)
         os.environ["RUN_UNDER"] = f"{TESTS / 'start_method.py'} {method}"
+    devices.keep_freed_memory = lambda: None  # a process of tests would grow to gigabytes
     config.addinivalue_line("markers", "slow: only with --slow")

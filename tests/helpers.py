@@ -1,14 +1,14 @@
-"""Small models, and the programs run in this process; runs in processes of their own are those of scripts/studies/runs.py."""
+"""Small models, and the programs run in this process. run(): in forks, see forked.py; start(): in real ones, see scripts/studies/runs.py."""
 import importlib
 import json
 import shlex
 import sys
 from pathlib import Path
 
+import forked
 import torch
 from scripts.studies.runs import (CLASSES, GEOMETRY, ROOT, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
-                                  read_checkpoint, read_log, run, save_vae,
-                                  small_vae, start, training_command, wait_for, write_digits)
+                                  read_checkpoint, read_log, save_vae, small_vae, start, training_command, wait_for, write_digits)
 
 import engine_flowar
 import recipe_flowar
@@ -37,6 +37,13 @@ def inputs(model, batch=2, seed=3):
             torch.randint(model.class_num, (batch,), generator=g),
             torch.rand(len(model.scale), batch, generator=g),
             [torch.randn(batch, s * s, model.token_channels, generator=g) for s in model.scale])
+
+
+def run(command, processes=0, check=True, timeout=300):
+    """Run a program of the project in a process of its own, on so many ranks; its subprocess.CompletedProcess."""
+    done = forked.run(command, processes, timeout)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def call(monkeypatch, command):

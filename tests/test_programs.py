@@ -192,7 +192,7 @@ def test_without_a_cache_one_is_told_how_to_make_it(project, tmp_path, capsys):
 def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch):
     recomputed = seams.count(monkeypatch, seams.RECOMPUTED)
     again = train(project, tmp_path, "--use_checkpoint")
-    assert len(recomputed) == 10 * (2 + 3)  # 10 steps: 2 transformer blocks, 3 flow blocks
+    assert len(recomputed) == 10 * (2 + 1)  # 10 steps: 2 transformer blocks, 1 flow block
     assert distance(trained[0], again) < 1e-5
 
 

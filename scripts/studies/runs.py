@@ -21,7 +21,7 @@ from models.weights import content_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny"
+GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny --diffloss_d 1"
 CLASSES = 10
 
 
@@ -30,12 +30,12 @@ def small_vae():
     return AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, latent_scale=LatentScale(2.0, 0.1))
 
 
-def write_digits(root, per_class, size=16, splits=("train", "val")):
+def write_digits(root, per_class, size=16, splits=("train", "val"), val_per_class=None):
     """Class folders of scikit-learn's digits, real handwriting: <root>/<split>/<digit>/<number>.png."""
     digits = load_digits()
     for label in range(CLASSES):
         images = digits.images[digits.target == label]
-        for split, chosen in zip(splits, (images[:per_class], images[per_class:2 * per_class])):
+        for split, chosen in zip(splits, (images[:per_class], images[per_class:per_class + (val_per_class or per_class)])):
             folder = root / split / str(label)
             folder.mkdir(parents=True)
             for i, image in enumerate(chosen):
@@ -43,9 +43,9 @@ def write_digits(root, per_class, size=16, splits=("train", "val")):
                 picture.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
 
 
-def make_project(root, per_class=8):
+def make_project(root, per_class=8, val_per_class=2):
     """images/{train,val} and vae.pth in a temporary folder."""
-    write_digits(root / "images", per_class)
+    write_digits(root / "images", per_class, val_per_class=val_per_class)
     save_vae(small_vae(), root / "vae.pth")
     return root
 

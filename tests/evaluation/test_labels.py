@@ -143,7 +143,7 @@ def ask(monkeypatch, capsys, *options):
 
 
 def test_distance_script(project, monkeypatch, capsys):
-    a, b = project / "images" / "train", project / "images" / "val" / "0"
+    a, b = project / "images" / "train", project / "images" / "train" / "0"
     whole, half, *floors = ask(monkeypatch, capsys, a, b)
     assert whole[0] == half[0] == f"{a} to {b}" and (whole[2], half[2]) == ("(80 and 8 images)", "(4 and 4 images)")
     assert [what for what, *_ in floors] == [f"two halves of {folder}, the floor" for folder in (a, b)]

@@ -99,6 +99,6 @@ def test_training_and_validation_draw_in_flowar_draw_and_nowhere_else(tmp_path, 
 
     monkeypatch.setattr(FlowAR, "draw", at_zero)
     train(project, tmp_path / "zero", options)
-    assert seen.count(16) == 5 and seen.count(1) == 2 * 80  # every step; every image of val/ for raw and EMA weights
+    assert seen.count(16) == 5 and seen.count(1) == 2 * 20  # every step; every image of val/ for raw and EMA weights
     losses = [[line["loss"] for line in read_log(tmp_path / name) if line["group"] in ("train", "val", "val_ema")] for name in ("plain", "zero")]
     assert all(a != b for a, b in zip(*losses))

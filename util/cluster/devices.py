@@ -21,11 +21,16 @@ def select_device(name):
         if not torch.cuda.is_available():
             raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    keep_freed_memory()
+    return torch.device(name)
+
+
+def keep_freed_memory():
+    """glibc keeps what is freed for the next step: the kernel would clear it page by page, 2 to 3 % of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc: keep freed memory for the next step, the kernel would clear it page by page
+    if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-    return torch.device(name)
 
 
 def memory_gib(device):
