@@ -7,8 +7,7 @@
 
 Run the same command again to resume. --help lists the options, which are in util/options.py.
 """
-from engine_flowar import evaluate_sweep
-from recipe_flowar import train
+from engine_flowar import evaluate_sweep, train
 from util import cluster, dry_run
 from util.command_line import parse_options
 from util.evaluation.pipeline import open_evaluation

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from recipe_flowar import train
+from engine_flowar import train
 from models import FlowAR, load_flowar
 from models.errors import FlowARError
 from models.variants.rectified import RectifiedFlowAR

@@ -11,7 +11,6 @@ from scripts.studies.runs import (CLASSES, GEOMETRY, ROOT, AutoencoderKL, Latent
                                   read_checkpoint, read_log, save_vae, small_vae, start, training_command, wait_for, write_digits)
 
 import engine_flowar
-import recipe_flowar
 from models import FlowAR
 from util.evaluation.pipeline import open_evaluation
 from util.command_line import parse_options
@@ -54,7 +53,7 @@ def call(monkeypatch, command):
 
 def train(project, output, extra="", device="cpu"):
     """Train as main_flowar.py in this process; returns the checkpoint."""
-    recipe_flowar.train(parse_options(TrainingOptions, shlex.split(training_command(project, output, extra))[1:]), torch.device(device))
+    engine_flowar.train(parse_options(TrainingOptions, shlex.split(training_command(project, output, extra))[1:]), torch.device(device))
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
 
 

@@ -1,6 +1,5 @@
 """The places at which tests step into the programs, each named here and nowhere else."""
 import engine_flowar
-import recipe_flowar
 from models import kernels
 from util.data import images
 from util.evaluation import metrics, sampler, store
@@ -9,7 +8,7 @@ from util.training import progress
 STEP = engine_flowar, "forward_and_backward"  # (run, parts) of a step of training -> losses
 PREPARED = engine_flowar, "prepare_batch"  # (run, batch, draws, part) -> (latents, labels, draws)
 BAD_STEP = engine_flowar, "report_bad_step"
-VALIDATION = recipe_flowar, "validate"
+VALIDATION = engine_flowar, "validate"
 GRID = sampler.Sampler, "grid"
 LATENTS = sampler.Sampler, "pyramid"  # of a batch that is evaluated
 DECODED = sampler.Sampler, "decode"  # (sampler, latents) -> (images, finite)

@@ -13,7 +13,7 @@ from helpers import ROOT, make_project
 from PIL import Image
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-CODE = ("models", "util", "scripts", "tests/helpers.py", "engine_flowar.py", "recipe_flowar.py", "main_flowar.py", "eval.py")
+CODE = ("models", "util", "scripts", "tests/helpers.py", "engine_flowar.py", "main_flowar.py", "eval.py")
 
 
 def section(title):

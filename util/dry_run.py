@@ -1,6 +1,6 @@
 """--dry_run N: what a training of N processes would be, from one, without a GPU, and without writing anything.
 
-The training's own code (recipe_flowar.py) checks the options, opens the data and builds everything up to its first
+The training's own code (engine_flowar.py) checks the options, opens the data and builds everything up to its first
 step, with the weights on the meta device; here is the report.
 """
 import os

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT, SCALES, make_project, train, training_command
 
-import recipe_flowar
+import engine_flowar
 from models import FlowARError, build_model
 from models.weights import read_file
 from util import files
@@ -167,7 +167,7 @@ def test_a_resume_opens_the_newest_file_once_and_no_other(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", count)
         words = training_command(project, tmp_path / "run", f"--epochs 2 --resume {tmp_path}/run").split()[1:]
-        recipe_flowar.train(parse_options(TrainingOptions, words), torch.device("cpu"))
+        engine_flowar.train(parse_options(TrainingOptions, words), torch.device("cpu"))
     files = [path for path in opened if "checkpoint" in path]
     assert files == [str(tmp_path / "run" / "checkpoint-000000005.pth")]
 

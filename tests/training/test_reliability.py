@@ -248,7 +248,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_whole(project, 
 
 FAILING = """
 import sys, time
-import main_flowar, recipe_flowar
+import engine_flowar, main_flowar
 from util import cluster
 from util.training import checkpoint
 write_file = checkpoint.write_file
@@ -262,7 +262,7 @@ def fail(run, *args):
         raise checkpoint.FlowARError("no report")
     time.sleep(60)
 
-checkpoint.write_file, recipe_flowar.report = slowly, fail
+checkpoint.write_file, engine_flowar.report = slowly, fail
 cluster.run_main(main_flowar.main)
 """
 

@@ -11,7 +11,6 @@ from helpers import ROOT, make_project, read_checkpoint, read_log, run, small_mo
 from torch.utils.data import Dataset
 
 import engine_flowar
-import recipe_flowar
 from models import FlowARError
 from models.weights import content_hash
 from util.data import build_loader
@@ -110,7 +109,7 @@ def steps_of(folder):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_bad_step_changes_nothing_with_any_optimizer(project, tmp_path, monkeypatch, bad_states, optimizer):
     """Step 4: it leaves everything as step 3 did, it is not saved, and step 5 is made. The whole run's twin, resumed at step 6, ends alike."""
-    monkeypatch.setattr(recipe_flowar, "build_optimizer", optimizer)
+    monkeypatch.setattr(engine_flowar, "build_optimizer", optimizer)
     spoil_gradient(monkeypatch, 3)
     content = train(project, tmp_path / "run", f"--save_every 1 --keep 20 --blr 1e-3 {DROPOUT}")
     after, = bad_states
@@ -141,7 +140,7 @@ def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch, p
 TWO_RANKS = """
 import shlex, sys
 import torch
-import engine_flowar, recipe_flowar
+import engine_flowar
 from models.weights import content_hash
 from util import cluster
 from util.command_line import parse_options
@@ -169,8 +168,8 @@ def main():
     device = cluster.init("cpu")
     engine_flowar.forward_and_backward, engine_flowar.prepare_batch = spoiled, with_a_bad_image
     for name in {names!r}:
-        recipe_flowar.build_optimizer = globals()[name]
-        recipe_flowar.train(parse_options(TrainingOptions, shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
+        engine_flowar.build_optimizer = globals()[name]
+        engine_flowar.train(parse_options(TrainingOptions, shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
         cluster.agree("the weights", content_hash(runs[-1].network.state_dict()))
 
 cluster.run_main(main)
@@ -215,7 +214,7 @@ def test_weights_that_are_not_finite_end_the_run(project, tmp_path, monkeypatch)
                 self.param_groups[0]["params"][0].data.fill_(math.inf)
             steps.append(1)
 
-    monkeypatch.setattr(recipe_flowar, "build_optimizer", lambda model, lr, weight_decay: Overflowing(model.parameters(), lr=lr))
+    monkeypatch.setattr(engine_flowar, "build_optimizer", lambda model, lr, weight_decay: Overflowing(model.parameters(), lr=lr))
     with pytest.raises(FloatingPointError, match="weights are not finite after step 6"):
         train(project, tmp_path, "--save_every 2 --blr 1e-3")
     assert steps_of(tmp_path) == [4, 2]
@@ -240,7 +239,7 @@ def two_rates(model, lr, weight_decay):
 
 
 def test_a_resume_keeps_rates_of_groups_and_takes_the_peak_of_now(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_flowar, "build_optimizer", two_rates)
+    monkeypatch.setattr(engine_flowar, "build_optimizer", two_rates)
     train(project, tmp_path, "--epochs 1 --lr 1e-3 --lr_schedule constant --warmup_epochs 0")
     content = train(project, tmp_path, f"--epochs 2 --lr 2e-3 --lr_schedule constant --warmup_epochs 0 --resume {tmp_path}")
     assert [group["lr"] for group in content["optimizer"]["param_groups"]] == pytest.approx([2e-3, 2e-4])
@@ -248,10 +247,10 @@ def test_a_resume_keeps_rates_of_groups_and_takes_the_peak_of_now(project, tmp_p
 
 def test_another_optimizer_is_refused_by_name(project, tmp_path, monkeypatch):
     train(project, tmp_path, "--epochs 1")
-    monkeypatch.setattr(recipe_flowar, "build_optimizer", sgd)
+    monkeypatch.setattr(engine_flowar, "build_optimizer", sgd)
     with pytest.raises(FlowARError, match="checkpoint-000000005.pth: its optimizer is AdamW, this training's is SGD"):
         train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
-    monkeypatch.setattr(recipe_flowar, "build_optimizer", adamw)  # one group in place of two
+    monkeypatch.setattr(engine_flowar, "build_optimizer", adamw)  # one group in place of two
     with pytest.raises(FlowARError, match="its optimizer's parameters are not this training's, or lie in other groups"):
         train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
 
