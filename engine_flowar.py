@@ -97,7 +97,7 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     args = resolve_training(args, world_size(), start and start.global_batch)
 
     # ---- 2. data
-    args, source, validation, vae, origin = open_sources(args, device, start and start.class_num)
+    args, source, validation, vae, origin = open_sources(args, device, class_num=start and start.class_num)
     there = source.is_moments, validation is not None, vae is not None
     cluster.agree("whether there are cached latents, a validation set and a VAE", there)
     record = make_record(vars(args), from_main(source.identity), origin)
@@ -132,10 +132,13 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
     # ---- 4. what the loop needs
     schedule = dict(lr=args.lr, min_lr=args.min_lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
                     schedule=args.lr_schedule)
-    recipe = Recipe(args.batch_size, args.accum_iter, args.global_batch, args.epochs, schedule, args.grad_clip,
-                    args.precision, args.seed, args.log_freq, (args.save_every.steps, args.posthoc_ema))
-    saving = args.output_dir, args.keep, args.save_every.minutes, progress.step, args.keep_every, args.resume
-    writer = checkpoint.CheckpointWriter(*saving) if is_main() else None
+    recipe = Recipe(batch_size=args.batch_size, accum_iter=args.accum_iter, global_batch=args.global_batch,
+                    epochs=args.epochs, schedule=schedule, grad_clip=args.grad_clip, precision=args.precision,
+                    seed=args.seed, log_freq=args.log_freq, save_steps=(args.save_every.steps, args.posthoc_ema))
+    writer = None
+    if is_main():
+        writer = CheckpointWriter(args.output_dir, args.keep, minutes=args.save_every.minutes, step=progress.step,
+                                  keep_every=args.keep_every, resume=args.resume)
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
     manifest.add_start(args.output_dir, manifest.describe_start(record, device, step=progress.step))
     log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "

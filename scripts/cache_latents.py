@@ -134,7 +134,8 @@ def encoded(data, groups, vae, args, device, progress):
         if parts:
             yield rows, torch.cat(parts), bad
         elif args.format == "shards":
-            raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]})")
+            raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]}); "
+                              "mend or remove them")
 
 
 # ---- shards --------------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def main():
     device = cluster.init(args.device)
     named = find_vae(args.vae, args.vae_path)
     vae = open_if_there(named, device, needed=True)
-    origin = origin_of(named, vae)
+    origin = cluster.from_main(lambda: origin_of(named, vae))
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"

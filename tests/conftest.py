@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as programs that tests start ha
 from util.cluster import devices  # noqa: E402  after the number of threads is set
 
 TESTS = Path(__file__).parent
+SLOW_FILES = ("test_reliability", "test_programs", "test_extending", "test_app", "test_steps", "test_evaluation", "test_options", "test_processes",
+              "test_dry_run", "test_parallel", "test_tour", "test_distill", "test_your_data")  # after the method: the processes end together
 
 
 def pytest_addoption(parser):
@@ -15,7 +17,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    order = ("tests/models/", "test_reliability", "")  # the method first, then the longest file: two workers end together
+    order = ("tests/models/", *SLOW_FILES, "")
     items.sort(key=lambda item: next(i for i, part in enumerate(order) if part in item.path.as_posix()))
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]

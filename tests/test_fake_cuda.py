@@ -39,7 +39,8 @@ SIZES = ["flowar_small", "flowar_large"]  # without and with cross-attention
 
 @functools.cache
 def model_of(size):
-    return on_cuda(lambda: build_model(size, attn_dropout=0.1, proj_dropout=0.1))
+    """Of two blocks, which are all alike."""
+    return on_cuda(lambda: build_model(size, attn_dropout=0.1, proj_dropout=0.1, encoder_depth=1, decoder_depth=1, diffloss_d=2))
 
 
 class Times(list):
@@ -66,7 +67,7 @@ def test_no_step_waits_for_the_device(size, training):
 def test_no_step_of_the_backward_pass_waits():
     """There is none on a fake CUDA; on meta, which has no numbers either, every parameter gets its gradient."""
     with torch.device("meta"):
-        model = build_model("flowar_small", attn_dropout=0.1, proj_dropout=0.1).train()
+        model = build_model("flowar_small", attn_dropout=0.1, proj_dropout=0.1, encoder_depth=1, decoder_depth=1).train()
     latents, labels = (x.to("meta") for x in (torch.empty(BATCH, 16, 16, 16), torch.empty(BATCH, dtype=torch.long)))
     model(latents, labels).backward()
     for name, parameter in model.named_parameters():

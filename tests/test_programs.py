@@ -211,7 +211,7 @@ def test_compile_changes_nothing(project, tmp_path, monkeypatch):
 
 
 def test_learns_real_images():
-    """Ten seconds of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
+    """A few seconds of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
     data = torch.from_numpy(load_digits().images).float()[:, None]
     labels = torch.from_numpy(load_digits().target)
     data = (data - data.mean()) / data.std()
@@ -223,7 +223,7 @@ def test_learns_real_images():
     optimizer = build_optimizer(model, 2e-3, 0.02)
     model.train()
     losses = []
-    for step in range(110):
+    for step in range(60):
         g = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(data), (32,), generator=g)
         _, _, t, noise = inputs(model, batch=32, seed=step)
@@ -232,6 +232,6 @@ def test_learns_real_images():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    late = losses[-40:]
+    late = losses[-15:]
     assert max(late) < 0.75 * mean_predictor
     assert np.mean(late) < 0.6 * np.mean(losses[:5])

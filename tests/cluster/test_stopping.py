@@ -128,14 +128,15 @@ def main():
         sys.stdin.read()
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork")  # SIGTERM to the group ends a fork server, and its workers with it
+    multiprocessing.set_start_method(sys.argv[1])
     main()
 """
 
 
-def test_workers_outlive_signals_and_end_with_their_rank(tmp_path):
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the default on Linux until Python 3.13, and from 3.14
+def test_workers_outlive_signals_and_end_with_their_rank(tmp_path, method):
     (tmp_path / "rank.py").write_text(RANK)
-    process = subprocess.Popen([sys.executable, tmp_path / "rank.py"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+    process = subprocess.Popen([sys.executable, tmp_path / "rank.py", method], env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
     for number in cluster.STOP_SIGNALS[2:]:  # a Ctrl-C would end the rank at the next SIGTERM

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,18 @@ def build_loader(dataset, batch_size, *, rank=0, world_size=1, seed=0, train=Fal
 def with_workers(dataset, num_workers, timeout=0, **options):
     """A DataLoader whose workers leave the signals of a job to their rank; num_workers: None for default_workers()."""
     workers = default_workers() if num_workers is None else num_workers
+    if workers and multiprocessing.get_start_method() == "forkserver":
+        start_fork_server()
     return DataLoader(dataset, num_workers=workers, timeout=timeout if workers else 0, worker_init_fn=ignore_signals,
                       **options)
+
+
+def start_fork_server():
+    """The process that workers are forked from outlives a signal to the whole job too: it inherits what is ignored."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    forkserver.ensure_running()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def ignore_signals(worker):

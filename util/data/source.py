@@ -96,12 +96,22 @@ class Source:
         return self.loader.dataset.identity()
 
 
-def open_sources(args, device, class_num=None):
-    """From options: (they with the geometry filled in, Source of training, Source of validation or None, VAE or None,
-    its LatentOrigin). class_num: of the checkpoint that training resumes from.
+class TrainingData(NamedTuple):
+    """What a training reads. options: those of the program with what the data decides filled in: geometry, classes."""
+    options: object
+    source: Source
+    validation: Source | None
+    vae: torch.nn.Module | None
+    origin: LatentOrigin
 
-    Rank 0 lists the data for all, training and validation each in one broadcast; all else a rank opens by itself.
+
+def open_sources(args, device, class_num=None):
+    """The TrainingData of a program's options. class_num: of the checkpoint that training resumes from.
+
+    Rank 0 lists the data for all, training and validation each in one broadcast, and hashes the VAE; all else a rank
+    opens by itself.
     """
+    # ---- the VAE, and the geometry that it or the cache has
     named = find_vae(args.vae, args.vae_path)
     fetch(named.path)
     kind = find_cache(args)
@@ -109,13 +119,19 @@ def open_sources(args, device, class_num=None):
         raise FlowARError("--pyramid image encodes images at every scale: leave out --cached_path, --cached_val_path")
     if args.pyramid == "image" and args.latent_norm == "channel":
         raise FlowARError("--latent_norm channel needs cached latents, which --pyramid image cannot take: choose one")
-    vae = open_if_there(named, device, needed=kind is None)
+    vae, origin = open_if_there(named, device, needed=kind is None), LatentOrigin()
+    if vae is None and args.online_eval:
+        raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
+    if vae is None:
+        log(f"no VAE at {named.name} (--vae_path): no sample grids")
     known = CACHES[kind].geometry(args.cached_path) if kind else {
         "vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride}  # which will encode the images
     asked, args = args.class_num or class_num, resolve_geometry(args, known)
     if vae is not None:
         check_vae(vae, args, named.name)
-    origin = LatentOrigin() if vae is None else origin_of(named, vae)
+        origin = from_main(lambda: origin_of(named, vae))
+
+    # ---- the training set
     settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
                             args.on_bad_image, args.background or WHITE)
     path, data = from_main(lambda: open_training(args, settings, cached=bool(kind)))
@@ -135,6 +151,8 @@ def open_sources(args, device, class_num=None):
         raise FlowARError(f"{len(data)} training images are fewer than one global batch of {args.global_batch} "
                           f"(--batch_size {args.batch_size} x {world_size()} processes x "
                           f"--accum_iter {args.accum_iter})")
+
+    # ---- the validation set, and the way of both to scaled latents
     held_out = from_main(lambda: open_validation(args, settings._replace(train=False), vae, data.classes, origin))
     scale = choose_scale(args.latent_norm, data, path, origin)
     origin = origin._replace(latent_scale=tuple(scale))
@@ -144,11 +162,7 @@ def open_sources(args, device, class_num=None):
     source, validation = Source(loader, vae, device, scale, sides), None
     if held_out is not None:
         validation = Source(build_loader(held_out, args.batch_size, **workers), vae, device, scale, sides)
-    if vae is None and args.online_eval:
-        raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
-    if vae is None:
-        log(f"no VAE at {named.name} (--vae_path): no sample grids")
-    return args, source, validation, vae, origin
+    return TrainingData(args, source, validation, vae, origin)
 
 
 def open_if_there(named, device, needed):

@@ -111,7 +111,7 @@ def open_vae(args, checkpoint):
                               " take the run's own checkpoint")
         vae.latent_scale = LatentScale(
             *read_latent_scale(trained_with.latent_scale, checkpoint.path, vae.embed_dim))
-    origin = origin_of(named, vae)
+    origin = from_main(lambda: origin_of(named, vae))
     check_origin(checkpoint.path, trained_with, origin)
     return named, vae, origin
 

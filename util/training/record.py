@@ -12,7 +12,7 @@ from models import FlowARError
 from models.checks import as_sides
 from models.vaes import read_latent_scale
 from models.weights import content_hash, tensors_hash
-from util.cluster import from_main, log
+from util.cluster import log
 
 
 class LatentOrigin(NamedTuple):
@@ -32,8 +32,7 @@ def make_record(options, data, origin):
 
 def origin_of(named, vae):
     """LatentOrigin of an opened VAE; named: NamedVAE."""
-    hashes = from_main(lambda: (named.identity(vae), tensors_hash(vae.state_dict())))
-    return LatentOrigin(named.option, hashes[0], tuple(vae.latent_scale), hashes[1])
+    return LatentOrigin(named.option, named.identity(vae), tuple(vae.latent_scale), tensors_hash(vae.state_dict()))
 
 
 def check_origin(what, saved, expected):
