@@ -1,5 +1,4 @@
 """Options of the tests, and their order."""
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -12,7 +11,6 @@ SLOW_FILES = ("test_reliability", "test_programs", "test_extending", "test_app",
 
 
 def pytest_addoption(parser):
-    parser.addoption("--start_method", choices=("fork", "forkserver", "spawn"), help="of data workers, here and in the programs")
     parser.addoption("--slow", action="store_true", help="the slow tests too: two hosts, small disks, a batch system")
 
 
@@ -26,8 +24,5 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    if method := config.getoption("--start_method"):
-        multiprocessing.set_start_method(method, force=True)
-        os.environ["RUN_UNDER"] = f"{TESTS / 'start_method.py'} {method}"
     devices.keep_freed_memory = lambda: None  # a process of tests would grow to gigabytes
     config.addinivalue_line("markers", "slow: only with --slow")

@@ -34,9 +34,8 @@ def run(command, processes=0, timeout=300):
         environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)] or [{}]
         free.close()
         output, error = f"{folder}/output", f"{folder}/error"
-        words = shlex.split(os.environ.get("RUN_UNDER", "")) + shlex.split(command)
         gpus = {} if "--device cuda" in command else {"CUDA_VISIBLE_DEVICES": ""}
-        ranks = [FORKS.Process(target=run_program, args=(words, {**environment, **gpus}, output, error)) for environment in environments]
+        ranks = [FORKS.Process(target=run_program, args=(shlex.split(command), {**environment, **gpus}, output, error)) for environment in environments]
         for rank in ranks:
             rank.start()
         end = time.monotonic() + timeout

@@ -144,12 +144,3 @@ def test_shellcheck():
 def test_ruff():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_commands_for_one_host_are_standalone():
-    """torchrun's default port is one a host: two jobs that leave it would meet."""
-    files = [path for folder in ("", "docs", "scripts", "util") for path in (ROOT / folder).glob("**/*" if folder else "*")
-             if path.suffix in (".py", ".md", ".sh")]
-    lines = [line for path in files for line in path.read_text().splitlines() if re.search(r"torchrun .*nproc_per_node", line)]
-    assert len(lines) >= 10
-    assert [line for line in lines if "--standalone" not in line and "--nnodes" not in line] == []

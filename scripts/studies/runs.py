@@ -57,11 +57,8 @@ def training_command(project, output, extra=""):
 
 
 def started(command, processes, restarts=0, **options):
-    """Arguments of subprocess for a program of the project: under torchrun for processes > 0, one thread each, no GPU unless it asks for one.
-    RUN_UNDER: of another program that starts it.
-    """
-    under, environment = shlex.split(os.environ.get("RUN_UNDER", "")), {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = ([] if under and under[0] in command else under) + shlex.split(command)
+    """Arguments of subprocess for a program of the project: under torchrun for processes > 0, one thread each, no GPU unless it asks for one."""
+    words, environment = shlex.split(command), {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes:
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
                  "--monitor_interval=0.1", *words]

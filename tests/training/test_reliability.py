@@ -4,15 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
-import time
 
 import pytest
 import seams
 import torch
-from helpers import (ROOT, assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run, start, train, training_command,
-                     wait_for)
+from helpers import assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run, start, train, training_command, wait_for
 
 from models import FlowARError
 from util.cluster import RESTART, Preempted
@@ -192,42 +189,11 @@ def test_a_signal_saves_leaves_with_a_status_of_its_own_and_the_run_ends_with_th
     assert_same_run(tmp_path, undisturbed / "1")
 
 
-@pytest.mark.slow  # tests/cluster/test_stopping.py ends forked ones
-def test_workers_of_a_fork_server_end_with_the_run(project, undisturbed, tmp_path):
-    """Python 3.14's way to start them: SIGTERM and Ctrl-C to the whole group, then to the end; no process stays."""
-    def run_until(step, *numbers):
-        process = start(f"{ROOT}/tests/start_method.py forkserver {training_command(project, tmp_path, f'{LONG} --num_workers 1 --resume {tmp_path}')}")
-        if numbers:
-            wait_for(tmp_path / f"checkpoint-{step:09d}.pth", process)
-        for number in numbers:
-            os.killpg(process.pid, number)
-        output = process.communicate(timeout=240)[0]
-        wait_for_the_end(process.pid)
-        return process.returncode, output
-
-    status, output = run_until(9, signal.SIGTERM, signal.SIGINT)
-    step = read_checkpoint(tmp_path)["progress"]["step"]
-    assert status == 130 and "interrupted: saves first; Ctrl-C again leaves at once" in output, output
-    assert f"asked to leave: saved after step {step} (exit status 130)" in output and 9 <= step < 25
-    assert run_until(25)[0] == 0
-    assert_same_run(tmp_path, undisturbed / "1")
-
-
-def wait_for_the_end(group, seconds=20):
-    """AssertionError if a process of a group is still there after some seconds."""
-    for _ in range(10 * seconds):
-        if subprocess.run(["pgrep", "-g", str(group)], stdout=subprocess.DEVNULL).returncode:
-            return
-        time.sleep(0.1)
-    raise AssertionError(subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True).stdout)
-
-
 # ---- disks -----------------------------------------------------------------------------------------------------
 
 
 LIMITED = """
-import resource
-import main_flowar
+import main_flowar, resource
 from util import cluster
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, resource.RLIM_INFINITY))
 cluster.run_main(main_flowar.main)

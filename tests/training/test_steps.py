@@ -30,8 +30,7 @@ def sgd(model, lr, weight_decay):
 
 
 def muon(model, lr, weight_decay):
-    """Of one block's matrices: its products are of bf16, which is slow on many CPUs."""
-    return torch.optim.Muon([p for p in model.encoder_blocks[0].parameters() if p.ndim == 2], lr=lr)
+    return torch.optim.Muon([p for p in model.encoder_blocks[0].parameters() if p.ndim == 2], lr=lr)  # one block: bf16 is slow on many CPUs
 
 
 OPTIMIZERS = [adamw, sgd, pytest.param(muon, marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon"))]
