@@ -98,8 +98,6 @@ def train(args, device, build=lambda args, record: build_model(args.model, **mod
 
     # ---- 2. data
     args, source, validation, vae, origin = open_sources(args, device, class_num=start and start.class_num)
-    there = source.is_moments, validation is not None, vae is not None
-    cluster.agree("whether there are cached latents, a validation set and a VAE", there)
     record = make_record(vars(args), from_main(source.identity), origin)
     if start:
         start.check_trained_on(record)
@@ -203,7 +201,11 @@ def report(run, args, validation, plan, measure):
                 write_png(grid.movedim(0, 2).numpy(), out / f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png")
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}
-            results = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
+            results = None
+            try:
+                results = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
+            except FlowARError as error:  # on rank 0, of pictures that are not finite
+                log(f"warning: no evaluation: {error}")
             if results is not None:
                 run.logger.scalars("eval", step, epoch, values := {name: results[name] for name in results["metrics"]})
                 log(f"epoch {epoch}: {values}")
@@ -232,7 +234,7 @@ def train_one_epoch(run):
         run.scaler.unscale_(run.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.grad_clip or math.inf))
 
-        # What came of it, the same on all ranks. Here alone the host waits for the device, once a step: launched late
+        # Reduce loss and gradient norm over the ranks. Here alone the host waits for the device, once a step: launched late
         # are some 30 kernels of AdamW and EMA, beside 3,500 of FlowAR-S's forward and backward pass.
         result = read_result(run, norm, losses)
 
@@ -257,14 +259,15 @@ def train_one_epoch(run):
                 numbers = result.norm, result.losses[0], result.own_loss, progress.bad_in_a_row
                 report_bad_step(run.logger, progress.step, numbers, [latents for latents, _, _ in parts], images)
         if progress.bad_in_a_row >= MAX_BAD_STEPS:
+            check_weights(run)
             raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {progress.step}: "
                               "lower --lr or --blr, or use --precision fp32")
 
-        # Log, save, leave.
+        # Log, save, stop.
         if (index + 1) % recipe.log_freq == 0 or progress.done == 0:
             log_period(run, epoch + (index + 1) / run.steps, lr)
-        if run.writer is not None:
-            run.writer.check()  # of the checkpoint before
+        if result.failed:
+            raise writing_failed(run)
         save = save or result.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
         if result.stop or save and result.finite:  # bad steps do not push good checkpoints out
             save_checkpoint(run)
@@ -307,15 +310,35 @@ class StepResult(NamedTuple):
     finite: bool  # loss and gradient norm, on every rank
     stop: bool  # whether some rank was asked to leave
     save: bool  # whether a checkpoint is due by the clock
+    failed: bool  # whether the checkpoint before could not be written
 
 
 def read_result(run, norm, losses):
     """The StepResult, by one small collective; but for own_loss it is the same on all ranks, who decide alike."""
-    wishes = losses.new_tensor([run.signals.asked, run.writer is not None and run.writer.is_due()])
-    shared = all_reduce_sum(torch.cat((losses, wishes, norm.detach()[None]))) / world_size()
-    norm, own_loss, *losses, stop, save, mean_norm = torch.cat((norm[None], losses[:1], shared)).tolist()
+    writer = run.writer
+    requests = losses.new_tensor([run.signals.asked, writer is not None and writer.is_due(),
+                                  writer is not None and writer.error is not None])
+    shared = all_reduce_sum(torch.cat((losses, requests, norm.detach()[None]))) / world_size()
+    norm, own_loss, *losses, stop, save, failed, mean_norm = torch.cat((norm[None], losses[:1], shared)).tolist()
     finite = math.isfinite(losses[0]) and math.isfinite(mean_norm)
-    return StepResult(norm, losses, own_loss, finite, stop > 0, save > 0)
+    return StepResult(norm, losses, own_loss, finite, stop=stop > 0, save=save > 0, failed=failed > 0)
+
+
+def writing_failed(run):
+    """The error that ends the training on every rank, where rank 0 could not write; it alone says why."""
+    if run.writer is not None:
+        return run.writer.error
+    error = FlowARError("rank 0 could not write a checkpoint")
+    error.on_all_ranks = True
+    return error
+
+
+def check_weights(run):
+    """FloatingPointError where the network's weights are not finite."""
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in run.network.parameters()])
+    if not whole(norm).isfinite():
+        raise FloatingPointError(f"weights are not finite after step {run.progress.step}: the optimizer made them so; "
+                                 "no checkpoint of them is written, the last one before is whole")
 
 
 def log_period(run, epoch, lr):
@@ -335,10 +358,7 @@ def save_checkpoint(run):
     """
     if not from_main(lambda: run.writer.wants(run.progress.step)):
         return
-    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in run.network.parameters()])
-    if not whole(norm).isfinite():
-        raise FloatingPointError(f"weights are not finite after step {run.progress.step}: the optimizer made them so; "
-                                 "no checkpoint of them is written, the last one before is whole")
+    check_weights(run)
     content = snapshot(content_of(run.network, run.ema, run.optimizer, run.scaler, run.progress, run.record))
     if run.writer is not None:
         run.logger.flush()
@@ -434,7 +454,7 @@ def sample_and_measure(sampler, plan, extractor, batches, store):
             mininterval=2) as progress:
         for number, indices, tensors, images, wait in measure_batches(
                 sampler, plan, extractor, batches, writer, watch, beside):
-            if len(tensors["bad"]) == len(images):
+            if plan.persistent and len(tensors["bad"]) == len(images):
                 sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: the others too
             with watch("writing"):
                 wait()

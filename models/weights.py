@@ -222,7 +222,8 @@ def check_fits(network, state, path, what="model"):
         else:
             left_out.append(name)
     if wrong:
-        raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the {what}: {name_some(wrong, 3)}")
+        hint = "; is it of another size (--model, --diffloss_d, --diffloss_w)?" if what == "model" else ""
+        raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the {what}: {name_some(wrong, 3)}{hint}")
     return left_out
 
 

@@ -70,7 +70,7 @@ def describe_recipe(args, network, optimizer):
         f"{','.join(map(str, network.scale))}")
     row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.dry_run} processes x "
         f"{args.accum_iter} forward passes")
-    end = f"cosine to {args.min_lr:g}" if args.lr_schedule == "cosine" else "constant"
+    end = f"cosine to {args.min_lr:g}" if args.lr_schedule == "cosine" else args.lr_schedule
     row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; then {end}; gradients "
         f"clipped at {args.grad_clip:g}; EMA {args.ema_rate:g}")
 

@@ -264,6 +264,12 @@ def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
     assert "frechet_distance_colors" in [line for line in lines if line["group"] == "eval"][0]
 
 
+def test_pictures_that_are_not_finite_end_no_training(project, colors, tmp_path, monkeypatch, capsys):
+    seams.wrap(monkeypatch, seams.DECODED, lambda original, *args: (original(*args)[0], torch.zeros(len(args[1]), dtype=torch.bool)))
+    train(project, tmp_path, f"--epochs 1 --online_eval {colors} --num_images 6 --ref_images {project}/images/val")
+    assert "warning: no evaluation: 6 of 6 images are not finite" in capsys.readouterr().out and not list(tmp_path.glob("eval*/results.json"))
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 

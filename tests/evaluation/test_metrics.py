@@ -128,6 +128,16 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     assert set(ours) == {"metrics", "reference_images", "reference_left_out", "fid"}
 
 
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", fail)
+    with pytest.raises(FlowARError, match="--feature_extractor inception: its weights cannot be downloaded from .* .no network.: .*--fid_weights"):
+        build()
+
+
 class Tower(nn.Module):
     """Tensors by their names, as a module that TorchScript takes."""
     def __init__(self, tensors):

@@ -138,18 +138,6 @@ def test_in_the_middle_of_an_epoch_data_and_batch_stay(project, tmp_path):
     assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 3
 
 
-@pytest.mark.slow  # three trainings
-def test_start_epoch_counts_once(project, tmp_path, capsys):
-    """The same command again goes on and does not go back."""
-    train(project, tmp_path / "run", "--epochs 3")
-    command = f"--epochs 4 --start_epoch 1 --save_every 1 --resume {tmp_path}/run"
-    with stopping_before(12):
-        train(project, tmp_path / "run", command)
-    assert "--start_epoch: continues with epoch 2" in capsys.readouterr().out
-    assert train(project, tmp_path / "run", command)["progress"]["step"] == 20
-    assert "resumes at step 12, in epoch 3" in capsys.readouterr().out
-
-
 def test_validation_does_not_depend_on_the_batch(project, tmp_path):
     train(project, tmp_path, "--epochs 1")
     before, = [line["loss"] for line in read_log(tmp_path) if line["group"] == "val"]

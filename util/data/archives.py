@@ -67,6 +67,8 @@ class Archive(Listing):
     def read(self, index):
         try:
             return self.read_member(self.members[index])
+        except FlowARError:  # of the whole archive
+            raise
         except (ValueError, zlib.error) as error:
             raise FlowARError(f"{self.path(index)}: cannot be read as an image ({error})") from error
 

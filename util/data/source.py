@@ -18,7 +18,7 @@ from models.errors import name_some
 from models.variants.ablated import pack
 from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae
-from util.cluster import fetch, from_main, log, rank, sharers, world_size
+from util.cluster import agree, fetch, from_main, log, rank, sharers, world_size
 from util.data.images import Images, find_split
 from util.data.latents import ShardedMoments, is_shards, verify_checksums
 from util.data.loaders import build_loader
@@ -120,6 +120,7 @@ def open_sources(args, device, class_num=None):
     if args.pyramid == "image" and args.latent_norm == "channel":
         raise FlowARError("--latent_norm channel needs cached latents, which --pyramid image cannot take: choose one")
     vae, origin = open_if_there(named, device, needed=kind is None), LatentOrigin()
+    agree("the kind of cached latents, and whether there is a VAE,", (kind, vae is not None))
     if vae is None and args.online_eval:
         raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
     if vae is None:

@@ -158,7 +158,11 @@ def published(name, url, sha256=""):
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name}-{sha256}.pt" if sha256 else url.rpartition("/")[2])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
+        try:
+            torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
+        except OSError as error:  # of the network, by urllib
+            raise FlowARError(f"--feature_extractor {name}: its weights cannot be downloaded from {url} ({error}): "
+                              f"fetch them elsewhere and give the file as --fid_weights, or put it at {path}") from error
     return path
 
 
