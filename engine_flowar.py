@@ -35,7 +35,7 @@ from util.training.health import report_bad_step, report_spike
 from util.training.initial import load_initial_weights
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, adjust_learning_rate, build_optimizer
-from util.training.parallel import distribute, gathered, snapshot, whole
+from util.training.parallel import distribute, gathered, local, snapshot, whole
 from util.training.progress import Progress
 from util.training.randomness import TRAINING, VALIDATION, derive_seed, draw, draw_each, seed_dropout
 from util.training.record import make_record
@@ -334,9 +334,9 @@ def writing_failed(run):
 
 
 def check_weights(run):
-    """FloatingPointError where the network's weights are not finite."""
-    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in run.network.parameters()])
-    if not whole(norm).isfinite():
+    """FloatingPointError where the network's weights are not finite, on every rank alike."""
+    finite = [weight.isfinite().all() for weight in local([weight.detach() for weight in run.network.parameters()])]
+    if all_reduce_sum((~torch.stack(finite)).sum()) > 0:
         raise FloatingPointError(f"weights are not finite after step {run.progress.step}: the optimizer made them so; "
                                  "no checkpoint of them is written, the last one before is whole")
 

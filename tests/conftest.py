@@ -1,13 +1,12 @@
 """Options of the tests, and their order."""
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as programs that tests start have: the same bits
 from util.cluster import devices  # noqa: E402  after the number of threads is set
 
-TESTS = Path(__file__).parent
-SLOW_FILES = ("test_reliability", "test_programs", "test_extending", "test_app", "test_steps", "test_evaluation", "test_options", "test_processes",
-              "test_dry_run", "test_parallel", "test_tour", "test_distill", "test_your_data")  # after the method: the processes end together
+# The method first, then the longest files: the processes end together.
+ORDER = ("tests/models/", "test_reliability", "test_programs", "test_extending", "test_app", "test_steps", "test_evaluation", "test_options",
+         "test_processes", "test_dry_run", "test_parallel", "test_tour", "test_distill", "test_your_data", "")
 
 
 def pytest_addoption(parser):
@@ -15,8 +14,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    order = ("tests/models/", *SLOW_FILES, "")
-    items.sort(key=lambda item: next(i for i, part in enumerate(order) if part in item.path.as_posix()))
+    items.sort(key=lambda item: next(i for i, part in enumerate(ORDER) if part in item.path.as_posix()))
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in slow]

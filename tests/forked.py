@@ -12,8 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["main_flowar", "eval", "scripts.cache_latents", "util.evaluation.pipeline", "torchvision", "torch.utils.tensorboard",
-                              "efficientnet_lite_pytorch"])
+FORKS.set_forkserver_preload(["main_flowar", "eval", "scripts.cache_latents", "torchvision", "torch.utils.tensorboard", "efficientnet_lite_pytorch"])
 
 
 def run_program(words, environment, output, error):

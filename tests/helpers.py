@@ -15,6 +15,7 @@ from models import FlowAR
 from util.evaluation.pipeline import open_evaluation
 from util.command_line import parse_options
 from util.options import EvaluationOptions, TrainingOptions
+from util.training import checkpoint
 
 SCALES = (1, 2, 4)
 
@@ -43,6 +44,10 @@ def run(command, processes=0, check=True, timeout=300):
     done = forked.run(command, processes, timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def steps_of(folder, kind="checkpoint"):
+    return [checkpoint.step_of(path) for path in checkpoint.numbered(folder, kind)]  # the latest first
 
 
 def call(monkeypatch, command):

@@ -9,7 +9,7 @@ import threading
 import pytest
 import seams
 import torch
-from helpers import assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run, start, train, training_command, wait_for
+from helpers import assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run, start, steps_of, train, training_command, wait_for
 
 from models import FlowARError
 from util.cluster import RESTART, Preempted
@@ -31,10 +31,6 @@ def undisturbed(project, tmp_path_factory):
     train(project, folder / "1", LONG)
     run(training_command(project, folder / "2", f"{LONG} --batch_size 8"), processes=2)
     return folder
-
-
-def steps_of(folder, kind="checkpoint"):
-    return [checkpoint.step_of(path) for path in checkpoint.numbered(folder, kind)]
 
 
 # ---- resume at any step ----------------------------------------------------------------------------------------
