@@ -140,6 +140,7 @@ from models.weights import content_hash
 from util import cluster
 from util.command_line import parse_options
 from util.options import TrainingOptions
+from util.training.parallel import whole
 
 {optimizers}
 runs, original, prepare = [], engine_flowar.forward_and_backward, engine_flowar.prepare_batch
@@ -165,7 +166,7 @@ def main():
     for name in {names!r}:
         engine_flowar.build_optimizer = globals()[name]
         engine_flowar.train(parse_options(TrainingOptions, shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
-        cluster.agree("the weights", content_hash(runs[-1].network.state_dict()))
+        cluster.agree("the weights", content_hash(list(map(whole, runs[-1].network.state_dict().values()))))
 
 cluster.run_main(main)
 """
