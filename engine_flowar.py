@@ -234,7 +234,7 @@ def train_one_epoch(run):
         run.scaler.unscale_(run.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.grad_clip or math.inf))
 
-        # Reduce loss and gradient norm over the ranks. Here alone the host waits for the device, once a step: launched late
+        # Reduce loss and gradient norm over the ranks. Here the host waits for the device, once a step: launched late
         # are some 30 kernels of AdamW and EMA, beside 3,500 of FlowAR-S's forward and backward pass.
         result = read_result(run, norm, losses)
 

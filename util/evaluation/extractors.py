@@ -162,7 +162,8 @@ def published(name, url, sha256=""):
             torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
         except OSError as error:  # of the network, by urllib
             raise FlowARError(f"--feature_extractor {name}: its weights cannot be downloaded from {url} ({error}): "
-                              f"fetch them elsewhere and give the file as --fid_weights, or put it at {path}") from error
+                              f"fetch them elsewhere and give the file as --fid_weights, or put it at {path}"
+                              ) from error
     return path
 
 
