@@ -201,11 +201,7 @@ def report(run, args, validation, plan, measure):
                 write_png(grid.movedim(0, 2).numpy(), out / f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png")
         if measure is not None:
             description = {"model": args.model, "epoch": epoch, "weights": "ema"}
-            results = None
-            try:
-                results = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
-            except FlowARError as error:  # on rank 0, of pictures that are not finite
-                log(f"warning: no evaluation: {error}")
+            results = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
             if results is not None:
                 run.logger.scalars("eval", step, epoch, values := {name: results[name] for name in results["metrics"]})
                 log(f"epoch {epoch}: {values}")
@@ -410,7 +406,8 @@ def evaluate(sampler, plan, measure, description, output):
 
     Args:
         sampler: util.evaluation.sampler.Sampler; plan, measure: Plan of util.evaluation.store, Measure of .metrics.
-        description: what is evaluated, for the report, which is returned on rank 0. Global random state is left alone.
+        description: what is evaluated, for the report, which is returned on rank 0 (None where a training's pictures
+            are not finite). Global random state is left alone.
     """
     store, count = Store(output), plan.num_images
     batches = {number: range(first, min(first + sampler.batch, count))
@@ -434,7 +431,11 @@ def evaluate(sampler, plan, measure, description, output):
         return None
     measured = {number: tensors for part in parts for number, tensors in part.items()}
     measured = [measured[number] if number in measured else store.load(number) for number in batches]
-    sampler.refuse_not_finite(torch.cat([part["bad"] for part in measured]).tolist(), count)
+    bad = torch.cat([part["bad"] for part in measured]).tolist()
+    if bad and not plan.persistent:  # no reason to end a training, which would meet them again when it is resumed
+        log(f"warning: no evaluation: {len(bad)} of {count} images are not finite")
+        return None
+    sampler.refuse_not_finite(bad, count)
     report = {**measure.compute(measured, sampler.device), **settings,
               **reports.timing(measured, list(batches.values())),
               "images_per_second": sum(len(batches[number]) for number in missing) / max(seconds, 1e-9),

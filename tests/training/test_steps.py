@@ -140,7 +140,7 @@ from models.weights import content_hash
 from util import cluster
 from util.command_line import parse_options
 from util.options import TrainingOptions
-from util.training.parallel import whole
+from util.training.parallel import local, whole
 
 {optimizers}
 runs, original, prepare = [], engine_flowar.forward_and_backward, engine_flowar.prepare_batch
@@ -153,12 +153,10 @@ def with_a_bad_image(run, *args):
 
 def spoiled(run, parts):
     runs.append(run)
+    losses = original(run, parts)
     if cluster.rank() == 1 and run.progress.step == 3:
-        handle = run.network.z_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
-        losses = original(run, parts)
-        handle.remove()
-        return losses
-    return original(run, parts)
+        local([run.network.z_proj.weight.grad])[0].fill_(float("nan"))
+    return losses
 
 def main():
     device = cluster.init("cpu")

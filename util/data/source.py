@@ -108,8 +108,8 @@ class TrainingData(NamedTuple):
 def open_sources(args, device, class_num=None):
     """The TrainingData of a program's options. class_num: of the checkpoint that training resumes from.
 
-    Rank 0 lists the data for all, training and validation each in one broadcast, and hashes the VAE; all else a rank
-    opens by itself.
+    Rank 0 lists the data for all, training and validation each in one broadcast; all else a rank opens by itself, and
+    FlowARError where it has another VAE or cache.
     """
     # ---- the VAE, and the geometry that it or the cache has
     named = find_vae(args.vae, args.vae_path)
@@ -119,8 +119,9 @@ def open_sources(args, device, class_num=None):
         raise FlowARError("--pyramid image encodes images at every scale: leave out --cached_path, --cached_val_path")
     if args.pyramid == "image" and args.latent_norm == "channel":
         raise FlowARError("--latent_norm channel needs cached latents, which --pyramid image cannot take: choose one")
-    vae, origin = open_if_there(named, device, needed=kind is None), LatentOrigin()
-    agree("the kind of cached latents, and whether there is a VAE,", (kind, vae is not None))
+    vae = open_if_there(named, device, needed=kind is None)
+    origin = LatentOrigin() if vae is None else origin_of(named, vae)
+    agree("what latents are made with (kind of --cached_path, VAE)", (kind, *origin))
     if vae is None and args.online_eval:
         raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
     if vae is None:
@@ -130,7 +131,6 @@ def open_sources(args, device, class_num=None):
     asked, args = args.class_num or class_num, resolve_geometry(args, known)
     if vae is not None:
         check_vae(vae, args, named.name)
-        origin = from_main(lambda: origin_of(named, vae))
 
     # ---- the training set
     settings = DataSettings(args.img_size, args.vae_embed_dim, args.vae_stride, args.seed, True, args.flip,
