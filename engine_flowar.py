@@ -31,7 +31,7 @@ from util.options import beyond_release, check_training, given_settings, model_o
 from util.speed import prepare
 from util.training import checkpoint
 from util.training.checkpoint import CheckpointWriter, content_of
-from util.training.health import report_bad_step, report_spike
+from util.training.health import report_bad_step
 from util.training.initial import load_initial_weights
 from util.training.logging import TrainingLog
 from util.training.optimization import EMA, adjust_learning_rate, build_optimizer
@@ -235,25 +235,21 @@ def train_one_epoch(run):
         result = read_result(run, norm, losses)
 
         # Update or skip, whatever the optimizer is.
-        spike, usual = False, progress.usual
         if result.finite:
             run.optimizer.step()
             run.ema.update(network, progress.step + 1)
-            spike = progress.add([result.norm, *result.losses])
+            progress.add(result.norm, result.losses)
         else:
             progress.add_bad()
         run.scaler.update()
         network.zero_grad(set_to_none=True)  # of parameters too that the optimizer leaves alone
         progress.advance(run.steps)
         run.logger.advance(recipe.global_batch)
-        if spike or not result.finite:
+        if not result.finite:
             first = index * recipe.global_batch
             images = run.source.loader.sampler.indices(first, first + recipe.global_batch)  # this rank's
-            if spike:
-                report_spike(run.logger, progress.step, (result.losses[0], usual, result.own_loss), images)
-            else:
-                numbers = result.norm, result.losses[0], result.own_loss, progress.bad_in_a_row
-                report_bad_step(run.logger, progress.step, numbers, [latents for latents, _, _ in parts], images)
+            numbers = result.norm, result.losses[0], result.own_loss, progress.bad_in_a_row
+            report_bad_step(run.logger, progress.step, numbers, [latents for latents, _, _ in parts], images)
         if progress.bad_in_a_row >= MAX_BAD_STEPS:
             check_weights(run)
             raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {progress.step}: "
@@ -338,13 +334,13 @@ def check_weights(run):
 
 
 def log_period(run, epoch, lr):
-    """A log entry of the finite steps since the last one."""
-    means = run.progress.take_means()
-    if means is None:
+    """A log entry of the finite steps since the last one, if there are any."""
+    if not run.progress.period:
         return
+    grad_norm, (loss, *losses) = run.progress.take_means()
     rate, left = run.logger.rate(time.time()), (run.recipe.epochs - epoch) * run.steps * run.recipe.global_batch
-    scales = {f"loss_scale_{s}": loss for s, loss in zip(run.network.scale, means[2:])}
-    values = {"loss": means[1], "grad_norm": means[0], "lr": lr, **scales}
+    scales = {f"loss_scale_{s}": value for s, value in zip(run.network.scale, losses)}
+    values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **scales}
     run.logger.training(run.progress, epoch, left / rate, rate, values)
 
 

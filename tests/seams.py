@@ -3,7 +3,6 @@ import engine_flowar
 from models import kernels
 from util.data import images
 from util.evaluation import metrics, sampler, store
-from util.training import progress
 
 STEP = engine_flowar, "forward_and_backward"  # (run, parts) of a step of training -> losses
 PREPARED = engine_flowar, "prepare_batch"  # (run, batch, draws, part) -> (latents, labels, draws)
@@ -18,7 +17,6 @@ METRICS = metrics.Measure, "compute"
 NPZ = store.Store, "write_npz"
 REPORT = store.Store, "finish"
 REMOVAL = store.Store, "close"
-SPIKE_MEMORY = progress, "SPIKE_MEMORY"
 MOST_UNREADABLE = images, "MOST_UNREADABLE"
 RECOMPUTED = kernels, "checkpoint"  # of a block
 

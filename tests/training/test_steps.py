@@ -1,9 +1,7 @@
 """A step that is not finite changes nothing, with any optimizer, on all ranks alike; groups keep their rates; what an optimizer keeps is resumed."""
 import inspect
-import json
 import math
 
-import numpy as np
 import pytest
 import seams
 import torch
@@ -16,7 +14,6 @@ from models.weights import content_hash
 from util.data import build_loader
 from util.training import checkpoint, parallel
 from util.training.optimization import adjust_learning_rate
-from util.training.progress import Progress
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
 
@@ -249,25 +246,3 @@ def test_another_optimizer_is_refused_by_name(project, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_flowar, "build_optimizer", adamw)  # one group in place of two
     with pytest.raises(FlowARError, match="its optimizer's parameters are not this training's, or lie in other groups"):
         train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
-
-
-# ---- spikes ----------------------------------------------------------------------------------------------------
-
-
-def test_a_spike_is_far_above_the_usual_loss():
-    progress, rng = Progress(), np.random.default_rng(0)
-    losses = 2 + 3 * np.exp(-np.arange(400) / 50) + 0.1 * rng.standard_normal(400)  # falls, with noise
-    losses[:3] *= 10  # at the start nothing is usual
-    losses[[250, 333]] = 3.5
-    assert [i for i, loss in enumerate(losses) if progress.add([1.0, loss])] == [250, 333]
-    assert progress.usual == pytest.approx(2, abs=0.1) and len(progress.recent) == 100
-    assert Progress(**json.loads(json.dumps(progress.state_dict()))) == progress
-
-
-def test_a_spike_is_logged_with_the_images_of_the_step(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(*seams.SPIKE_MEMORY, 4)
-    poison(monkeypatch, [7], lambda latents: 100 * latents)
-    train(project, tmp_path, "--blr 1e-6")
-    line, = [line for line in read_log(tmp_path) if line["group"] == "spike"]
-    assert line["step"] == 8 and line["images"] == order_of_epoch(1).indices(32, 48)
-    assert line["loss"] > 10 * line["usual"] and line["rank"] == 0 and line["loss_rank"] == line["loss"]

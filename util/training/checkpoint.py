@@ -251,7 +251,9 @@ class Checkpoint:
     def progress(self, steps):
         """Its Progress; one without it, such as the release's, was written after a whole epoch of `steps`."""
         if "progress" in self.content:
-            return Progress(**self.content["progress"])
+            saved = dict(self.content["progress"])
+            saved.pop("recent", None)  # losses, of earlier versions
+            return Progress(**saved)
         epochs = self.content["epoch"] + 1
         return Progress(epoch=epochs, step=epochs * steps)
 

@@ -1,26 +1,12 @@
-"""What went wrong in a step, told on rank 0 with the images that may be the cause: a loss far above the usual, or
-something infinite or NaN.
-"""
+"""A step that is not finite, told on rank 0 with the images that may be the cause."""
 import math
 
 from util.cluster import gather_to_main
 
 
-def report_spike(logger, step, losses, images):
-    """Log a loss spike with the rank of the largest loss and its images. losses: (the mean, the usual one, this
-    rank's); images: this rank's, as indices in the training set. All ranks call it.
-    """
-    mean, usual, own = losses
-    of_ranks = gather_to_main((own, images))
-    if of_ranks is not None:
-        rank, (highest, images) = max(enumerate(of_ranks), key=lambda numbered: numbered[1][0])
-        logger.event("spike", step, f"loss {mean:.4f}, usually {usual:.4f}; {highest:.4f} on rank {rank}",
-                     loss=mean, usual=usual, rank=rank, loss_rank=highest, images=images)
-
-
 def report_bad_step(logger, step, numbers, latents, images):
     """Log a step that was skipped. numbers: (gradient norm, loss, this rank's loss, bad steps in a row); latents: of
-    this rank's forward passes; images: as in report_spike. All ranks call it.
+    this rank's forward passes; images: this rank's, as indices in the training set. All ranks call it.
     """
     norm, loss, own, in_a_row = numbers
     bad_latents = []

@@ -16,7 +16,7 @@ from util.cluster import is_main, log, memory_gib
 from util.files import make_directory, read_json, write_bytes, write_json
 
 REPORT = "report"  # the group of the line that ends a report
-EACH_STEP = ("train", "spike", "bad_step", "device")  # groups that belong to a step; "device": of earlier versions
+EACH_STEP = ("train", "bad_step", "spike", "device")  # groups that belong to a step; the last two: of earlier versions
 WANDB, WANDB_PATIENCE = "wandb.json", 60  # which run; seconds to reach it
 QUIET_INTERVAL = 30  # seconds between lines of the bar when nobody watches a terminal
 
