@@ -1,7 +1,6 @@
 """Training that is killed, preempted or starved, and resumes to the same weights."""
 import contextlib
 import json
-import os
 import shutil
 import signal
 import threading
@@ -9,14 +8,14 @@ import threading
 import pytest
 import seams
 import torch
-from helpers import assert_same_run, finish, make_project, ranks_of, read_checkpoint, read_log, run, start, steps_of, train, training_command, wait_for
+from helpers import assert_same_run, make_project, read_checkpoint, read_log, run, steps_of, train, training_command
 
 from models import FlowARError
 from util.cluster import RESTART, Preempted
 from util.training import checkpoint
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
-LONG = f"--epochs 5 --save_every 3 --keep 3 --posthoc_ema 6 {DROPOUT}"  # 25 steps
+LONG = f"--epochs 3 --save_every 3 --keep 3 --posthoc_ema 6 {DROPOUT}"  # 15 steps
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +88,33 @@ def test_a_report_that_was_cut_short_is_repeated(project, tmp_path, monkeypatch)
     assert [line["step"] for line in read_log(tmp_path / "parts") if line["group"] == "report"] == [5, 10]
 
 
+SIGNALLED = """
+import os, signal
+import engine_flowar, main_flowar
+from util import cluster
+original = engine_flowar.forward_and_backward
+
+def signalled(run, parts):
+    if cluster.rank() == 1 and run.progress.step == {step}:
+        os.kill(os.getpid(), signal.{name})
+    return original(run, parts)
+
+engine_flowar.forward_and_backward = signalled
+cluster.run_main(main_flowar.main)
+"""
+
+
 def test_a_rank_killed_and_then_one_asked_to_leave_end_with_the_same_bits(project, undisturbed, tmp_path):
-    """SIGKILL to one rank ends the job; SIGUSR1 to one makes both save and leave together, and --max-restarts starts them again."""
+    """SIGKILL to one rank ends the job; SIGUSR1 to one makes both save and leave together."""
     command = training_command(project, tmp_path, f"{LONG} --batch_size 8 --resume {tmp_path}")
-    process = start(command, processes=2)
-    wait_for(tmp_path / "checkpoint-000000006.pth", process)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    status, output = finish(process)
-    assert status != 0, output
-    process = start(command, processes=2, restarts=1)
-    wait_for(tmp_path / "checkpoint-000000015.pth", process)
-    os.kill(ranks_of(process)[1], signal.SIGUSR1)
-    status, output = finish(process)
-    assert status == 0 and output.count("resumes at step") == 2 and output.count("asked to leave: saved after step") == 1, output
+    for step, name in ((4, "SIGKILL"), (9, "SIGUSR1")):
+        (tmp_path / "signalled.py").write_text(SIGNALLED.format(step=step, name=name))
+        done = run(command.replace("main_flowar.py", f"{tmp_path}/signalled.py"), 2, check=False)
+        assert done.returncode != 0 and steps_of(tmp_path)[0] == {4: 3, 9: 10}[step], done.stdout + done.stderr
+    assert done.stdout.count("asked to leave: saved after step 10") == 1, done.stdout
+    assert "resumes at step 10" in run(command, processes=2).stdout
     assert_same_run(tmp_path, undisturbed / "2")
-    assert steps_of(tmp_path, "posthoc") == [24, 18, 12, 6]
+    assert steps_of(tmp_path, "posthoc") == [12, 6]
 
 
 def test_another_number_of_processes_goes_on_with_the_same_global_batch(project, tmp_path, capsys):
@@ -154,15 +165,15 @@ def test_saving_by_the_clock(project, tmp_path):
 def test_a_signal_saves_leaves_with_a_status_of_its_own_and_the_run_ends_with_the_same_bits(project, undisturbed, tmp_path, monkeypatch):
     """SIGTERM, then Ctrl-C, with a data worker."""
     def send(original, run, parts):
-        if run.progress.step in (7, 15):
-            signal.raise_signal({7: signal.SIGTERM, 15: signal.SIGINT}[run.progress.step])
+        if run.progress.step in (6, 11):
+            signal.raise_signal({6: signal.SIGTERM, 11: signal.SIGINT}[run.progress.step])
         return original(run, parts)
 
     command = f"{LONG} --num_workers 1 --resume {tmp_path}"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
         seams.wrap(monkeypatch, seams.STEP, send)
-        for step, status in ((8, RESTART), (16, 130)):
+        for step, status in ((7, RESTART), (12, 130)):
             with pytest.raises(Preempted, match=f"saved after step {step} .exit status {status}.") as ended:
                 train(project, tmp_path, command)
             assert ended.value.status == status and read_checkpoint(tmp_path)["progress"]["step"] == step
@@ -204,7 +215,7 @@ from util.training import checkpoint
 write_file = checkpoint.write_file
 
 def slowly(content, path):
-    time.sleep(3)
+    time.sleep(1)
     write_file(content, path)
 
 def fail(run, *args):
