@@ -338,10 +338,10 @@ def log_period(run, epoch, lr):
     if not run.progress.period:
         return
     grad_norm, (loss, *losses) = run.progress.take_means()
-    rate, left = run.logger.rate(time.time()), (run.recipe.epochs - epoch) * run.steps * run.recipe.global_batch
+    left = (run.recipe.epochs - epoch) * run.steps * run.recipe.global_batch  # images
     scales = {f"loss_scale_{s}": value for s, value in zip(run.network.scale, losses)}
     values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **scales}
-    run.logger.training(run.progress, epoch, left / rate, rate, values)
+    run.logger.training(run.progress, epoch, left, values)
 
 
 def save_checkpoint(run):
@@ -366,7 +366,7 @@ def validate(network, source, seed, precision):
     for i, (batch, labels) in enumerate(loader):
         first = rank() + i * loader.batch_size * world_size()
         indices = range(first, first + len(labels) * world_size(), world_size())
-        mine = draw_each(network, seed, VALIDATION, indices).to(source.device)
+        mine = draw_each(network, seed, VALIDATION, indices, source.device)
         latents, labels = source.latents(batch.to(source.device), mine.posterior), labels.to(source.device)
         with autocast(source.device, precision):
             losses = network.scale_losses(latents, labels, t=mine.draws.t, noise=mine.draws.noise)

@@ -17,7 +17,7 @@ from models.weights import find_model, read_file, write_file
 from util.cluster import log, run_main
 from util.files import check_output
 from util.command_line import POSITIVE, Parser, as_type, list_of, path
-from util.training.checkpoint import numbered, open_newest, shapes_of, step_of
+from util.training.checkpoint import list_numbered, open_newest, shapes_of, step_of
 from util.training.optimization import POWER_WIDTHS, rebuild_power
 
 LARGEST_ERROR = 0.05  # of a profile, relative
@@ -36,19 +36,18 @@ def parse_args():
 
 def read_averages(path, content, step):
     """{(step, width): {name: tensor}} of a checkpoint and of the snapshots beside it, up to a step; memory-mapped."""
-    averages = averages_of({"step": content["progress"]["step"], "posthoc": content["posthoc"]})  # float32: they come first
-    shapes = shapes_of(next(iter(averages.values())))
-    for file in numbered(path.parent, "posthoc"):
-        if step_of(file) <= step:
-            snapshot = read_file(file, mmap=True)
-            if any(shapes_of(tensors) != shapes for tensors in averages_of(snapshot).values()):
+    own = {"step": content["progress"]["step"], "posthoc": content["posthoc"]}
+    shapes = shapes_of(own["posthoc"][f"{POWER_WIDTHS[0]:g}"])
+    snapshots = {file: read_file(file, mmap=True) for file in reversed(list_numbered(path.parent, "posthoc")) if step_of(file) <= step}
+    averages = {}
+    for file, snapshot in [*snapshots.items(), (path, own)]:  # the checkpoint's last: they are float32
+        for width in POWER_WIDTHS:
+            tensors = snapshot["posthoc"][f"{width:g}"]
+            if shapes_of(tensors) != shapes:
                 raise FlowARError(f"{file}: its tensors are not those of {path}, as if of another model: move it away")
-            averages = {**averages_of(snapshot), **averages}
-    return {key: tensors for key, tensors in averages.items() if key[0] <= step}
-
-
-def averages_of(snapshot):
-    return {(snapshot["step"], width): snapshot["posthoc"][f"{width:g}"] for width in POWER_WIDTHS}
+            if snapshot["step"] <= step:
+                averages[snapshot["step"], width] = tensors
+    return averages
 
 
 def combine(averages, factors):

@@ -47,7 +47,7 @@ def run(command, processes=0, check=True, timeout=300):
 
 
 def steps_of(folder, kind="checkpoint"):
-    return [checkpoint.step_of(path) for path in checkpoint.numbered(folder, kind)]  # the latest first
+    return [checkpoint.step_of(path) for path in checkpoint.list_numbered(folder, kind)]  # the latest first
 
 
 def call(monkeypatch, command):

@@ -63,10 +63,8 @@ def test_a_compiled_decoder_and_another_layout_decode_the_same():
     latents = torch.randn(3, vae.embed_dim, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = vae.decode(latents)
     torch.testing.assert_close(copy.deepcopy(vae).to(memory_format=torch.channels_last).decode(latents), expected, rtol=1e-4, atol=1e-5)
-    prepare.for_decoding(vae)
-    assert vae.decoder._compiled_call_impl is None
     compiled = copy.deepcopy(vae)
-    prepare.for_decoding(compiled, "blocks")
+    prepare.compile_decoding(compiled)
     assert compiled.decoder._compiled_call_impl is not None
     for count in (3, 2):
         torch.testing.assert_close(compiled.decode(latents[:count]), expected[:count], rtol=1e-4, atol=1e-5)

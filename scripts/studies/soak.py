@@ -76,7 +76,7 @@ def strike(what, process, output, rng):
         for pid in (process.pid, *ranks):
             kill(pid)
     result = finish(process)
-    kept = checkpoint.numbered(output)
+    kept = checkpoint.list_numbered(output)
     if what == "cut the checkpoint" and len(kept) > 1:
         os.truncate(kept[0], rng.randrange(kept[0].stat().st_size))
     return result

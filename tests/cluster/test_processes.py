@@ -36,7 +36,7 @@ def main():
     try:
         cluster.agree("the first epoch", 5 * rank)
     except FlowARError as error:
-        cluster.log(error)
+        print(error, flush=True)
     cluster.log("the end")
     open(f"end {{rank}}", "w").close()
     time.sleep(200)

@@ -29,7 +29,7 @@ def tiny():
 
 def content(step=0, epoch=0, done=1):
     return {"model": {"class_emb.weight": torch.full((3, 2), float(step))}, "args": {"lr": 0.1, "scales": (1, 2)}, "epoch": step,
-            "progress": {**Progress().state_dict(), "step": step, "epoch": epoch, "done": done}}
+            "progress": {**vars(Progress()), "step": step, "epoch": epoch, "done": done}}
 
 
 def write(folder, *steps, keep=2, **options):
@@ -149,9 +149,8 @@ def test_a_failed_write_leaves_the_old_file_and_what_a_killed_one_left_is_remove
     monkeypatch.setattr(torch, "save", full)
     writer = checkpoint.CheckpointWriter(tmp_path, 2, step=1)
     writer.save(content(2), 2)
-    for call in (writer.wait, writer.check):
-        with pytest.raises((FlowARError, OSError), match="No space left"):
-            call()
+    with pytest.raises(FlowARError, match="No space left"):
+        writer.wait()
     assert names(tmp_path) == before and torch.load(tmp_path / checkpoint.LAST, weights_only=True)["epoch"] == 1
 
 
@@ -194,7 +193,7 @@ def test_training_starts_from_the_weights_of_other_code(tiny, capsys):
 def with_powers(step, bad=0, every=2):
     """The content of a checkpoint with averages of 1/3, and of what float16 cannot hold."""
     powers = {width: {"weight": torch.full((3,), 1 / 3), "large": torch.full((2,), 1e5)} for width in ("0.05", "0.1")}
-    return {"model": {}, "args": {"posthoc_ema": every}, "progress": {**Progress().state_dict(), "step": step, "bad_in_a_row": bad}, "posthoc": powers}
+    return {"model": {}, "args": {"posthoc_ema": every}, "progress": {**vars(Progress()), "step": step, "bad_in_a_row": bad}, "posthoc": powers}
 
 
 def test_snapshots_of_power_averages(tmp_path):
@@ -208,7 +207,7 @@ def test_snapshots_of_power_averages(tmp_path):
     assert snapshot["step"] == 4 and snapshot["posthoc"]["0.1"]["weight"].dtype == torch.float16
     assert snapshot["posthoc"]["0.1"]["large"].tolist() == 2 * [1e5] and snapshot["posthoc"]["0.1"]["large"].dtype == torch.float32
     checkpoint.CheckpointWriter(tmp_path, 1, step=5)
-    assert [path.name for path in checkpoint.numbered(tmp_path, "posthoc")] == ["posthoc-000000004.pth", "posthoc-000000002.pth"]
+    assert [path.name for path in checkpoint.list_numbered(tmp_path, "posthoc")] == ["posthoc-000000004.pth", "posthoc-000000002.pth"]
     assert (tmp_path / "posthoc-000000008.pth.later").is_file()
 
 
@@ -238,7 +237,7 @@ def test_power_averages_begin_with_a_training(tiny, capsys):
     assert resume(True, True, start_epoch=0).step == 0
     capsys.readouterr()
     resume(True, True, cfg=2.0, num_step=9, output_dir="there")
-    assert capsys.readouterr().out == "x.pth: resumes at step 5, in epoch 2, with other options than before: cfg 3.0 -> 2.0, num_step not given -> 9\n"
+    assert capsys.readouterr().out == "x.pth: resumes at step 5, in epoch 2, with other options than before: cfg 3.0 -> 2.0, num_step None -> 9\n"
     saved[True]["posthoc"]["0.1"]["z_proj.bias"] = torch.zeros(3)
     with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model"):
         resume(True, True)

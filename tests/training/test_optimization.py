@@ -6,7 +6,6 @@ import torch
 from helpers import small_model
 from torch import nn
 
-from models import FlowARError
 from util.training.optimization import (EMA, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent, rebuild_power)
 
 SCHEDULE = dict(lr=4e-4, min_lr=1e-5, epochs=400, warmup_epochs=100)
@@ -21,8 +20,6 @@ def test_schedule_of_the_release():
     assert learning_rate(175, **SCHEDULE) == pytest.approx(expected)
     assert learning_rate(400, **SCHEDULE) == pytest.approx(1e-5)
     assert learning_rate(300, **SCHEDULE, schedule="constant") == 4e-4
-    with pytest.raises(FlowARError, match="'step'"):
-        learning_rate(1, **SCHEDULE, schedule="step")
 
 
 def test_weight_decay_on_matrices_and_tables_alone():

@@ -65,14 +65,14 @@ def test_two_processes_four_and_then_one_go_on(project, sharded, tmp_path):
         output = tmp_path / f"{processes}"
         shutil.copytree(sharded, output)
         (output / checkpoint.LAST).unlink()
-        for later in checkpoint.numbered(output):
+        for later in checkpoint.list_numbered(output):
             if checkpoint.step_of(later) > 6:
                 later.unlink()
         run(command(project, output, extra, processes), processes=processes)
         if processes == 2:
             assert_same_run(output, sharded)
         a, b = (next(line["loss"] for line in read_log(folder) if line.get("group") == "train" and line["step"] == 7) for folder in (output, sharded))
-        assert a == pytest.approx(b, rel=0.05) and checkpoint.step_of(checkpoint.numbered(output)[0]) == 10
+        assert a == pytest.approx(b, rel=0.05) and checkpoint.step_of(checkpoint.list_numbered(output)[0]) == 10
 
 
 def test_fp16_is_refused():

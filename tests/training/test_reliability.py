@@ -121,7 +121,7 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batch(project,
     common = "--epochs 3 --save_every 7 --attn_dropout 0 --proj_dropout 0 --warmup_epochs 0 --log_freq 1"
     run(training_command(project, tmp_path / "two", f"{common} --batch_size 8"), processes=2)
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    for later in checkpoint.numbered(tmp_path / "one")[:-1]:
+    for later in checkpoint.list_numbered(tmp_path / "one")[:-1]:
         later.unlink()
     (tmp_path / "one" / checkpoint.LAST).unlink()
     start_step, = steps_of(tmp_path / "one")

@@ -98,16 +98,15 @@ def gather_to_main(value):
 
 def from_main(function):
     """Call function() on rank 0 and return its (picklable) result, or raise its FlowARError, on every rank."""
-    result = error = None
+    shared = [None, None]
     if is_main():
         try:
-            result = function()
-        except FlowARError as caught:
-            error = caught
+            shared[0] = function()
+        except FlowARError as error:
+            shared[1] = error
     if dist.is_initialized():
-        shared = [result, error]
         dist.broadcast_object_list(shared)
-        result, error = shared
+    result, error = shared
     if error is not None:
         error.on_all_ranks = True
         raise error
@@ -115,17 +114,11 @@ def from_main(function):
 
 
 def agree(what, value):
-    """FlowARError unless `value` is the same on all ranks: they may see different disks."""
-    if not dist.is_initialized():
-        return
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    for number, other in enumerate(values):
-        if other != values[0]:
-            error = FlowARError(f"{what} is {values[0]} on rank 0 but {other} on rank {number}: all hosts must see the "
-                                "same files")
-            error.on_all_ranks = True
-            raise error
+    """FlowARError on a rank whose `value` is not that of rank 0: they may see different disks."""
+    expected = from_main(lambda: value)
+    if value != expected:
+        raise FlowARError(f"{what} is {expected} on rank 0 but {value} on rank {rank()}: all hosts must see the same "
+                          "files")
 
 
 @contextlib.contextmanager

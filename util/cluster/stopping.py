@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+import torch.distributed as dist
+
 from models import FlowARError
 from util.cluster.processes import is_main, log, rank, shutdown, world_size
 
@@ -75,7 +77,9 @@ def run_main(main):
         return
     except FlowARError as error:
         status = 2
-        if is_main() or not getattr(error, "on_all_ranks", False):
+        # What is wrong before the processes join, such as an option, is wrong on all: the first of a host says it.
+        on_all_ranks = getattr(error, "on_all_ranks", not dist.is_initialized())
+        if not on_all_ranks or is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             who = f" (rank {rank()})" if world_size() > 1 else ""
             message = str(error).rpartition("FlowARError: ")[2]  # a data worker's has its traceback before it
             print(f"\nerror{who}: {message}", file=sys.stderr)

@@ -2,7 +2,6 @@
 import torch
 from torch import nn
 
-from models import FlowARError
 from models.kernels import Linear
 
 # Older ones trace for all threads: what runs beside the sampling cannot be compiled there. Not every version was tried.
@@ -23,10 +22,9 @@ def for_sampling(model, dtype=None):
 
 
 def compile_training(model):
-    """torch.compile of every block of a FlowAR: one graph a kind of block, however many there are."""
-    if model.use_checkpoint and torch.__version__ < (2, 10):
-        raise FlowARError("--compile with --use_checkpoint needs torch>=2.10: torch "
-                          f"{torch.__version__} would compile nothing; leave out one of the two")
+    """torch.compile of every block of a FlowAR: one graph a kind of block, however many there are. With use_checkpoint
+    PyTorch before 2.10 compiles nothing.
+    """
     for block in (*model.blocks, *model.flownet.res_blocks):
         block.compile()
 
@@ -42,12 +40,12 @@ def compile_sampling(model, what="blocks"):
             part.compile(dynamic=True)
 
 
-def for_decoding(vae, what=None):
-    """A VAE that only decodes, in place: with `what`, as compile_sampling has it, its decoder is compiled, once for all
-    batch sizes, on CUDA as channels_last. Elsewhere, and eagerly, that is slower (docs/performance.md, The VAE).
+def compile_decoding(vae):
+    """torch.compile of a VAE's decoder, in place: once for all batch sizes, on CUDA as channels_last. Elsewhere, and
+    eagerly, that is slower (docs/performance.md, The VAE).
     """
     decoder = getattr(getattr(vae, "network", vae), "decoder", None)  # network: of diffusers
-    if what and isinstance(decoder, nn.Module) and may_compile_beside(decoder):
+    if isinstance(decoder, nn.Module) and may_compile_beside(decoder):
         if next(decoder.parameters()).is_cuda:
             decoder.to(memory_format=torch.channels_last)
         decoder.compile(dynamic=True)
@@ -62,8 +60,9 @@ def compile_features(extractor):
     """torch.compile of the feature networks of an evaluation (extractors.Joint), in place: their features are those of
     before but for rounding, 2e-7 to 1e-6 (scripts/benchmark.py features).
     """
-    for part in filter(lambda part: may_compile_beside(part.network), extractor.parts):
-        part.forward = torch.compile(part.forward, dynamic=True)
+    for part in extractor.parts:
+        if may_compile_beside(part.network):
+            part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def for_evaluation(models, vae, dtype=None, what=None):
@@ -72,4 +71,5 @@ def for_evaluation(models, vae, dtype=None, what=None):
         for_sampling(model, dtype)
         if what:
             compile_sampling(model, what)
-    for_decoding(vae, what)
+    if what:
+        compile_decoding(vae)

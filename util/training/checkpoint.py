@@ -11,12 +11,12 @@ import os
 import re
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from models import FlowARError
-from models.errors import first_sentence
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, write_file
@@ -36,8 +36,8 @@ OPTIONS = "lr", "weight_decay", "fused", "foreach"  # of an optimizer's group: t
 # ---- a folder of checkpoints -----------------------------------------------------------------------------------
 
 
-def numbered(folder, kind="checkpoint"):
-    """Files that are named as a run's checkpoints, or as its snapshots ("posthoc"), the latest step first."""
+def list_numbered(folder, kind="checkpoint"):
+    """Files that are named as a run's checkpoints, or as its power averages ("posthoc"), the latest step first."""
     paths = [path for path in Path(folder).glob(f"{kind}-*.pth") if OWN.fullmatch(path.name)]
     return sorted(paths, key=step_of, reverse=True)
 
@@ -48,24 +48,28 @@ def step_of(path):
 
 def list_checkpoints(folder):
     """The checkpoints of a folder, the newest first: checkpoint-last.pth too where it is none of the others."""
-    paths, last = numbered(folder), Path(folder) / LAST
-    alone = last.is_file() and not any(last.samefile(path) for path in paths)
-    return [last, *paths] if alone else paths
+    paths, last = list_numbered(folder), Path(folder) / LAST
+    if last.is_file() and not any(map(last.samefile, paths)):
+        return [last, *paths]
+    return paths
 
 
 def claim_folder(output_dir, resume, dry_run=False):
     """Make and lock a run's folder, see lock_folder. FlowARError if it holds checkpoints of a run that this one does
     not resume. dry_run: nothing is made.
     """
-    folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
-    same = bool(resume) and folder.is_dir() and Path(output_dir).is_dir() and folder.samefile(output_dir)
-    if list_checkpoints(output_dir) and not same:
+    resumed = Path(resume).parent if Path(resume).is_file() else resume
+    if list_checkpoints(output_dir) and not is_same_folder(resumed, output_dir):
         raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: resume them "
                           f"with --resume {output_dir}, or choose another --output_dir")
     if dry_run:
         return check_place(Path(output_dir))
     make_directory(Path(output_dir))
     return lock_folder(output_dir)
+
+
+def is_same_folder(resume, output_dir):
+    return bool(resume) and Path(resume).resolve() == Path(output_dir).resolve()
 
 
 def link(path, name):
@@ -88,8 +92,8 @@ class CheckpointWriter:
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
     symbolic link). What makes a write fail is raised by the next call; older files go after a newer one is there. Files
-    without facts in a .json beside them are others', and stay. A snapshot of power averages, where it is due, is
-    written before its checkpoint and stays. Checkpoints after `step`, where this run begins, are renamed.
+    without facts in a .json beside them are others', and stay. Power averages, where they are due, are written before
+    their checkpoint and stay. Files of steps after `step`, where this run begins, are renamed.
     """
 
     def __init__(self, folder, keep, minutes=None, step=0, keep_every=0, resume=""):
@@ -100,23 +104,21 @@ class CheckpointWriter:
         for torn in self.folder.glob("*.pth.tmp"):  # of a run that was killed while it wrote
             if OWN.fullmatch(torn.stem) or torn.stem == LAST:
                 torn.unlink()
-        last, paths = self.folder / LAST, numbered(self.folder)
+        last, paths = self.folder / LAST, list_numbered(self.folder)
         later = [path for path in paths if step_of(path) > step]
-        if len(later) < len(paths) and last.is_file() and any(last.samefile(path) for path in later):
+        if len(later) < len(paths) and last.is_file() and any(map(last.samefile, later)):
             link(paths[len(later)], last)
-        for path in [*later, *(path for path in numbered(self.folder, "posthoc") if step_of(path) > step)]:
-            path.replace(f"{path}.later")
-            log(f"{path}: is later than step {step}, where this run begins; renamed to {path.name}.later")
+        for path in paths + list_numbered(self.folder, "posthoc"):
+            if step_of(path) > step:
+                path.replace(f"{path}.later")
+                log(f"{path}: is later than step {step}, where this run begins; renamed to {path.name}.later")
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, *exception):
         """Whatever ends a training, what is being written gets finished."""
-        if self.thread is not None:
-            self.thread.join()
-        if kind is None:
-            self.check()
+        self.wait()
 
     def is_due(self):
         """Whether the last checkpoint is older than `minutes`."""
@@ -135,13 +137,9 @@ class CheckpointWriter:
         self.thread.start()
 
     def wait(self):
-        """Until nothing is being written."""
+        """Until nothing is being written; raises what made a write fail."""
         if self.thread is not None:
             self.thread.join()
-        self.check()
-
-    def check(self):
-        """Raise what made a write fail."""
         if self.error is not None:
             raise self.error
 
@@ -149,10 +147,10 @@ class CheckpointWriter:
         try:
             progress, every = content["progress"], content["args"].get("posthoc_ema")
             if every and progress["step"] % every == 0 and not progress["bad_in_a_row"]:
-                write_file(powers_of(content), self.folder / POWERS.format(progress["step"]))
+                write_file(halve_powers(content), self.folder / POWERS.format(progress["step"]))
+            facts = {name: progress[name] for name in ("step", "epoch", "done")}
             milestone = self.keep_every and progress["done"] == 0 and progress["epoch"] % self.keep_every == 0
-            facts = {**{name: progress[name] for name in ("step", "epoch", "done")}, "milestone": bool(milestone)}
-            write_json(facts, path.with_suffix(".json"))
+            write_json({**facts, "milestone": bool(milestone)}, path.with_suffix(".json"))
             write_file(content, path)
             link(path, self.folder / LAST)
             self._remove_old()
@@ -161,18 +159,18 @@ class CheckpointWriter:
 
     def _remove_old(self):
         removable = []
-        for path in numbered(self.folder):
+        for path in list_numbered(self.folder):
             facts = path.with_suffix(".json")
             if path.name != self.resumed and facts.is_file() and not read_json(facts)["milestone"]:
                 removable.append(path)
-        for old in removable[self.keep:]:
-            old.unlink()
-            old.with_suffix(".json").unlink()
+        for path in removable[self.keep:]:
+            path.unlink()
+            path.with_suffix(".json").unlink()
 
 
 def content_of(network, ema, optimizer, scaler, progress, record):
     """What a training checkpoint holds; record: see util.training.record.make_record."""
-    return {
+    content = {
         **record,
         "model": network.state_dict(),
         "model_ema": ema.module.state_dict(),
@@ -180,9 +178,11 @@ def content_of(network, ema, optimizer, scaler, progress, record):
         "optimizer_of": describe_optimizer(optimizer, network),
         "epoch": progress.epoch - 1,  # the last one that is complete, as the release counts
         "scaler": scaler.state_dict(),
-        "progress": progress.state_dict(),
-        **({"posthoc": {width: power.tensors for width, power in ema.powers.items()}} if ema.powers else {}),
+        "progress": asdict(progress),
     }
+    if ema.powers:
+        content["posthoc"] = {width: power.tensors for width, power in ema.powers.items()}
+    return content
 
 
 def describe_optimizer(optimizer, network):
@@ -194,14 +194,13 @@ def describe_optimizer(optimizer, network):
     return {"class": type(optimizer).__name__, "parameters": groups}
 
 
-def powers_of(content):
-    """A snapshot of a checkpoint's power averages: float16, which halves it, but tensors that this cannot hold."""
-    def half(value):
-        return value.half() if value.abs().max() <= torch.finfo(torch.half).max else value
-
-    return {"step": content["progress"]["step"],
-            "posthoc": {width: {name: half(value) for name, value in power.items()}
-                        for width, power in content["posthoc"].items()}}
+def halve_powers(content):
+    """The power averages of a checkpoint in float16, but for tensors that this cannot hold."""
+    largest, powers = torch.finfo(torch.half).max, {}
+    for width, tensors in content["posthoc"].items():
+        powers[width] = {name: value.half() if value.abs().max() <= largest else value
+                         for name, value in tensors.items()}
+    return {"step": content["progress"]["step"], "posthoc": powers}
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------
@@ -219,6 +218,9 @@ class Checkpoint:
     def open(cls, path):
         """FlowARError unless the file is whole."""
         return cls(path, read_weights(path))
+
+    def __reduce__(self):
+        return Checkpoint.open, (self.path,)  # what is sent to another rank is the path, and that rank opens it
 
     @functools.cached_property
     def raw(self):
@@ -239,32 +241,32 @@ class Checkpoint:
         return recognise_geometry(self.raw.tensors, self.path, vae_embed_dim)
 
     def begins_anew(self, start_epoch):
-        """Whether --start_epoch asks for another epoch than the one after the checkpoint's."""
-        return start_epoch not in (None, self.options.get("start_epoch"))
+        """Whether a training from it does not continue its run: it has weights alone, or --start_epoch asks for another
+        epoch than its run was told.
+        """
+        return not self.has_optimizer or start_epoch not in (None, self.options.get("start_epoch"))
 
     def check_trained_on(self, record):
         """FlowARError if it is of another VAE, or its labels were other classes."""
         check_origin(self.path, saved_origin(self.content), LatentOrigin(**record["vae"]))
-        if self.has_optimizer and not self.begins_anew(record["args"]["start_epoch"]):
+        if not self.begins_anew(record["args"]["start_epoch"]):
             check_data(self.content, self.path, record["data"], record["args"]["class_num"])
 
     def progress(self, steps):
         """Its Progress; one without it, such as the release's, was written after a whole epoch of `steps`."""
-        if "progress" in self.content:
-            saved = dict(self.content["progress"])
-            saved.pop("recent", None)  # losses, of earlier versions
-            return Progress(**saved)
-        epochs = self.content["epoch"] + 1
-        return Progress(epoch=epochs, step=epochs * steps)
+        if "progress" not in self.content:
+            epochs = self.content["epoch"] + 1
+            return Progress(epoch=epochs, step=epochs * steps)
+        saved = dict(self.content["progress"])
+        saved.pop("recent", None)  # losses, of earlier versions
+        return Progress(**saved)
 
     def changes(self, options):
         """'lr 0.1 -> 0.2, ...': options that are others now."""
         changed = []
         for name, before in self.options.items():
-            now = options.get(name)
-            if name in options and name not in UNNAMED and before != now:
-                changed.append(f"{name} {'not given' if before is None else before} -> "
-                               f"{'not given' if now is None else now}")
+            if name in options and name not in UNNAMED and options[name] != before:
+                changed.append(f"{name} {before} -> {options[name]}")
         return ", ".join(changed)
 
 
@@ -273,45 +275,36 @@ def open_newest(resume):
     path = local_file(resume)
     candidates = [path]
     if path.is_dir():
-        candidates = list_checkpoints(path) or list(filter(Path.is_file, (path / EXPORTED, path / BARE)))[:1]
-    if not candidates or not candidates[0].is_file():
+        candidates = list_checkpoints(path) or [path / EXPORTED, path / BARE]
+    candidates = [candidate for candidate in candidates if candidate.is_file()]
+    if not candidates:
         raise FlowARError(f"{resume}: no such checkpoint file, nor a directory with {LAST}, {EXPORTED} or {BARE}")
-    for candidate in candidates:
+    for candidate in candidates[:-1]:
         try:
             return Checkpoint.open(candidate)
-        except Exception as error:  # torch raises many kinds for a file that was cut
-            if candidate == candidates[-1]:
-                raise FlowARError(f"{candidate}: cannot be read ({first_sentence(error)})") from error
-            log(f"warning: {candidate}: cannot be read ({first_sentence(error)}); the checkpoint before it is resumed")
+        except FlowARError as error:
+            log(f"warning: {error}; the checkpoint before it is resumed")
+    return Checkpoint.open(candidates[-1])
 
 
-def open_on_all(resume, missing_is_fresh=False):
-    """open_newest on every rank, each opening the file that rank 0 chose once; a collective. None without --resume, or
-    with missing_is_fresh where the directory holds none.
-    """
-    opened = []
-
-    def choose():
-        if missing_is_fresh and not list_checkpoints(resume):  # the published first run
-            log(f"no {LAST} in {resume}: starting from scratch")
-            return None
-        opened.append(open_newest(resume))
-        return opened[0].path
-
-    if not resume:
-        return None
+def open_on_all(resume):
+    """open_newest on every rank: rank 0 chooses the file. A collective."""
     fetch(resume)
-    path = from_main(choose)
-    path = local_file(resume) if is_remote(resume) else path  # each host has its own cache
-    return opened[0] if opened else path and Checkpoint.open(path)
+    if is_remote(resume):  # each host has its own cache
+        return Checkpoint.open(local_file(resume))
+    return from_main(lambda: open_newest(resume))
 
 
 def find_start(resume, output_dir):
-    """The Checkpoint that --resume names, None to start from scratch; a collective."""
-    same = bool(resume) and Path(resume).absolute() == Path(output_dir).absolute()
-    if Path(resume).is_dir() and Path(output_dir).is_dir():
-        same = Path(resume).samefile(output_dir)
-    return open_on_all(resume, missing_is_fresh=same)
+    """The Checkpoint that --resume names, None to start from scratch: without it, or where it is a new --output_dir, as
+    in the published command. A collective.
+    """
+    if not resume:
+        return None
+    if from_main(lambda: is_same_folder(resume, output_dir) and not list_checkpoints(resume)):
+        log(f"no {LAST} in {resume}: starting from scratch")
+        return None
+    return open_on_all(resume)
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------
@@ -325,8 +318,8 @@ def resume(start, parts, record):
     options, steps = record["args"], record["images"] // record["args"]["global_batch"]
     first = options["start_epoch"] or 0
     fresh = Progress(epoch=first, step=first * steps)
-    anew = start is None or not start.has_optimizer or start.begins_anew(options["start_epoch"])
-    if ema.powers and anew and fresh.step:
+    anew = start is None or start.begins_anew(options["start_epoch"])
+    if ema.powers and anew and first:
         raise FlowARError(f"--start_epoch {first} and --posthoc_ema: its averages begin with a training and go by the "
                           "step: leave out one of them")
     if start is None:
@@ -370,11 +363,12 @@ def load_optimizer(optimizer, scaler, network, start):
     if before != now or counts != list(map(len, now["parameters"])):
         raise FlowARError(f"{start.path}: its optimizer's parameters are not this training's, or lie in other groups "
                           f"({' + '.join(map(str, counts))} tensors): take the same, or begin with --init_from")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {number: {name: cut_like(value, parameters[number]) for name, value in values.items()}
-             for number, values in saved["state"].items()}
-    groups = [{**group, **{name: own[name] for name in OPTIONS if name in own}}
-              for group, own in zip(saved["param_groups"], optimizer.param_groups)]
+    parameters, groups, state = [], [], {}
+    for group, own in zip(saved["param_groups"], optimizer.param_groups):
+        parameters += own["params"]
+        groups.append({**group, **{name: own[name] for name in OPTIONS if name in own}})
+    for number, values in saved["state"].items():
+        state[number] = {name: cut(value, parameters[number]) for name, value in values.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
     for values in optimizer.state.values():
         for name, value in values.items():
@@ -382,11 +376,6 @@ def load_optimizer(optimizer, scaler, network, start):
                 values[name] = value.clone()  # nothing stays mapped to the file, which will be removed
     if start.content.get("scaler"):
         scaler.load_state_dict(start.content["scaler"])
-
-
-def cut_like(value, parameter):
-    """What an optimizer keeps of a parameter, cut as this is where it has its shape."""
-    return cut(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
 
 
 def load_powers(ema, start):

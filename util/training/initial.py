@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from models import FlowARError
 from models.errors import name_some
 from models.layers import spans
-from models.registry import differences
 from models.weights import find_model, scales_of
 from util.cluster import log
 from util.training.checkpoint import open_on_all
-from util.training.record import LatentOrigin, check_origin, saved_data, saved_origin
+from util.training.record import saved_data
 
 CLASSES = "class_emb.weight"
 POSITIONS = "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"
@@ -27,12 +26,6 @@ def load_initial_weights(name, network, record):
     path, content = checkpoint.path, checkpoint.content
     weights, resized = find_model(content, path), []
     state, own = weights.tensors, dict(network.named_parameters())
-    try:
-        check_origin(path, saved_origin(content), LatentOrigin(**record["vae"]))
-    except FlowARError as error:
-        log(f"warning: --init_from {error}; what the weights know of such latents may not hold")
-    if unlike := differences(network, state, path):
-        log(f"warning: --init_from {path}: was trained with {unlike}: what the weights learned may not hold")
     fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
 
     # Classes by name where the file names them, else by number.
@@ -75,13 +68,13 @@ def carry_positions(table, old, new):
     """A table of positions (1, tokens, D) for another list of scales: a scale's own, or those of the one nearest in
     size, resized bicubically: the positions of every scale span the same square (see RotaryEmbedding).
     """
-    tables = {s: table[:, span] for s, span in zip(old, spans(old))}
-
-    def of(s):
+    tables, resized = {s: table[:, span] for s, span in zip(old, spans(old))}, []
+    for s in new:
         nearest = min(tables, key=lambda other: abs(math.log(other / s)))
-        if nearest == s:
-            return tables[s]
-        grid = tables[nearest].float().transpose(1, 2).unflatten(2, (nearest, nearest))
-        return F.interpolate(grid, size=(s, s), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-
-    return torch.cat([of(s) for s in new], dim=1)
+        positions = tables[nearest]
+        if nearest != s:
+            grid = positions.float().transpose(1, 2).unflatten(2, (nearest, nearest))
+            grid = F.interpolate(grid, size=(s, s), mode="bicubic", align_corners=False)
+            positions = grid.flatten(2).transpose(1, 2)
+        resized.append(positions)
+    return torch.cat(resized, dim=1)

@@ -1,6 +1,5 @@
 """What a person sees of a training run: progress bar, TensorBoard and log.jsonl (one JSON object a line)."""
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from models.errors import first_sentence
 from util.cluster import is_main, log, memory_gib
-from util.files import make_directory, read_json, write_bytes, write_json
+from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 
 REPORT = "report"  # the group of the line that ends a report
 EACH_STEP = ("train", "bad_step", "spike", "device")  # groups that belong to a step; the last two: of earlier versions
@@ -28,35 +27,37 @@ class TrainingLog:
     """
 
     def __init__(self, log_dir, device, step=0, wandb=None, options=None):
-        self.bar = self.writer = self.lines = self.wandb = None
-        self.device, self.reported = device, set()  # steps whose report is complete
-        if not is_main():
+        self.device, self.main, self.wandb = device, is_main(), None
+        self.reported = set()  # steps whose report is complete
+        if not self.main:
             return
-        self.path = Path(log_dir) / "log.jsonl"
-        make_directory(self.path.parent)
+        path = Path(log_dir) / "log.jsonl"
+        make_directory(path.parent)
         if step:
-            self._truncate(step)
-        elif self.path.is_file() and self.path.stat().st_size:  # of a run before, which stays
-            number = next(n for n in itertools.count(1) if not self.path.with_name(f"log.{n}.jsonl").exists())
-            self.path.rename(self.path.with_name(f"log.{number}.jsonl"))
+            self._truncate(path, step)
+        elif holds_bytes(path):  # of a run before, which stays
+            number = 1
+            while (old := path.with_name(f"log.{number}.jsonl")).exists():
+                number += 1
+            path.rename(old)
         from torch.utils.tensorboard import SummaryWriter  # here, as it takes a third of a second
         self.writer = SummaryWriter(log_dir, purge_step=step + 1)
-        self.lines = open(self.path, "a")
+        self.lines = open(path, "a")
         if wandb:
-            self.wandb = Wandb(Path(log_dir), wandb, step, options)
+            self.wandb = Wandb(path.parent, wandb, step, options)
 
-    def _truncate(self, step):
+    def _truncate(self, path, step):
         """Remove lines after `step`, those of a report that was not finished, and what was torn."""
-        lines = [line for line in read_lines(self.path) if line["step"] <= step] if self.path.is_file() else []
+        lines = [line for line in read_lines(path) if line["step"] <= step] if path.is_file() else []
         self.reported = {line["step"] for line in lines if line["group"] == REPORT}
         kept = [line for line in lines if line["step"] < step or line["group"] in EACH_STEP or step in self.reported]
-        write_bytes("".join(json.dumps(line) + "\n" for line in kept).encode(), self.path)
+        write_bytes("".join(json.dumps(line) + "\n" for line in kept).encode(), path)
 
     def start_epoch(self, epoch, epochs, images, done=0):
         """A bar over the images of an epoch, `done` of which are behind; its rate is images per second."""
         interval = 0.5 if sys.stderr.isatty() else QUIET_INTERVAL
         self.bar = tqdm(total=images, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="img", dynamic_ncols=True,
-                        disable=not is_main(), mininterval=interval, maxinterval=max(interval, 10))
+                        disable=not self.main, mininterval=interval, maxinterval=max(interval, 10))
         self.since, self.images = time.time(), 0
 
     def advance(self, images):
@@ -66,27 +67,34 @@ class TrainingLog:
     def end_epoch(self):
         self.bar.close()
 
-    def rate(self, now):
-        """Images per second over all ranks between the last call's time and this one's."""
-        images, since = self.images, self.since
+    def training(self, progress, epoch, images_left, values):
+        """values: {loss, grad_norm, lr, loss_scale_<s>}; progress: for the step and the skipped ones; images_left: of
+        the training. The rate is that of all ranks since the last call.
+        """
+        now, memory = time.time(), memory_gib(self.device)
+        rate = self.images / max(now - self.since, 1e-9)
         self.since, self.images = now, 0
-        return images / max(now - since, 1e-9)
-
-    def training(self, progress, epoch, seconds_left, rate, values):
-        """values: {loss, grad_norm, lr, loss_scale_<s>}; progress: for the step and the skipped ones."""
-        shown, memory = {name: values[name] for name in ("loss", "grad_norm", "lr")}, memory_gib(self.device)
-        self.bar.set_postfix_str("loss {loss:.4f}, grad {grad_norm:.2f}, lr {lr:.2e}".format(**shown)
-                                 + f", {memory:.1f} GiB, {timedelta(seconds=int(seconds_left))} left", refresh=False)
+        text = "loss {loss:.4f}, grad {grad_norm:.2f}, lr {lr:.2e}".format(**values)
+        left = timedelta(seconds=int(images_left / rate))
+        self.bar.set_postfix_str(f"{text}, {memory:.1f} GiB, {left} left", refresh=False)
         more = {"images_per_second": rate, "memory_gib": memory, "bad_steps": progress.bad_steps}
-        self.scalars("train", progress.step, epoch, {**shown, **more, **values})
+        self.scalars("train", progress.step, epoch, {**values, **more})
 
     def scalars(self, group, step, epoch, values):
-        if self.writer is not None:
+        """values: {name: number}."""
+        if self.main:
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, step)
         if self.wandb is not None:
             self.wandb.log(step, {f"{group}/{name}": value for name, value in values.items()})
         self._write({"group": group, "step": step, "epoch": epoch, **values})
+
+    def image(self, name, image, step):
+        """image: (3, H, W) uint8."""
+        if self.main:
+            self.writer.add_image(name, image, step)
+        if self.wandb is not None:
+            self.wandb.log(step, {name: image})
 
     def event(self, group, step, message, **details):
         """Something that happened at a step: a line for people and one for programs."""
@@ -99,24 +107,16 @@ class TrainingLog:
         self._write({"group": REPORT, "step": step, "epoch": epoch})
 
     def _write(self, line):
-        if self.lines is not None:
+        if self.main:
             self.lines.write(json.dumps(line) + "\n")
             self.lines.flush()
 
-    def image(self, name, image, step):
-        """image: (3, H, W) uint8."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, step)
-        if self.wandb is not None:
-            self.wandb.log(step, {name: image})
-
     def flush(self):
-        """Bring the lines to the disk."""
-        if self.lines is not None:
-            os.fsync(self.lines.fileno())
+        """Bring the lines to the disk, on rank 0."""
+        os.fsync(self.lines.fileno())
 
     def close(self):
-        if self.writer is not None:
+        if self.main:
             self.writer.close()
             self.lines.close()
         if self.wandb is not None:
@@ -129,9 +129,10 @@ class Wandb:
     """
 
     def __init__(self, folder, project, step, options):
-        self.run, path = None, folder / WANDB
-        known = read_json(path) if step and path.is_file() else {}
-        identity = known["id"] if known.get("project") == project else uuid.uuid4().hex[:8]
+        self.run, path, before = None, folder / WANDB, {}
+        if step and path.is_file():
+            before = read_json(path)
+        identity = before["id"] if before.get("project") == project else uuid.uuid4().hex[:8]
         with self._warning():
             import wandb
             write_json({"project": project, "id": identity}, path)
@@ -145,11 +146,14 @@ class Wandb:
 
     def log(self, step, values):
         """values: {name: number, or image (3, H, W) uint8}."""
-        if self.run is not None:
-            with self._warning():
-                images = {name: self.picture(value.permute(1, 2, 0).cpu().numpy()) for name, value in values.items()
-                          if hasattr(value, "permute")}
-                self.run.log({"step": step, **values, **images})
+        if self.run is None:
+            return
+        with self._warning():
+            line = {"step": step}
+            for name, value in values.items():
+                image = hasattr(value, "permute")
+                line[name] = self.picture(value.permute(1, 2, 0).cpu().numpy()) if image else value
+            self.run.log(line)
 
     def close(self):
         if self.run is not None:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models import FlowARError
 from util.training.parallel import local
 
 BETAS = (0.9, 0.95)
@@ -32,9 +31,9 @@ def build_optimizer(model, lr, weight_decay, betas=BETAS):
 
 
 def learning_rate(epoch, *, lr, min_lr, epochs, warmup_epochs, schedule="cosine"):
-    """Rate at a fractional epoch: linear warm-up, then cosine from lr to min_lr, or constant."""
-    if schedule not in LR_SCHEDULES:
-        raise FlowARError(f"lr_schedule is {schedule!r}: expected one of {', '.join(LR_SCHEDULES)}")
+    """Rate at a fractional epoch: linear warm-up, then cosine from lr to min_lr, or constant. schedule: one of
+    LR_SCHEDULES.
+    """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     if schedule == "constant":
@@ -56,12 +55,6 @@ def adjust_learning_rate(optimizer, epoch, **schedule):
     return rate
 
 
-def ema_rate(rate, step, warmup=False):
-    """Of an EMA at optimizer step 1, 2, ...; with warm-up at first lower, so that it holds the last ninth of the steps.
-    """
-    return min(rate, (1 + step) / (10 + step)) if warmup else rate
-
-
 def update_average(averages, model, rate):
     """averages + (1 - rate) (parameters - averages), in place, in one pass; of sharded tensors this process's parts."""
     get_ema_multi_avg_fn(rate)(local(averages), local(model.parameters()), None)
@@ -78,18 +71,20 @@ class EMA:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.powers = {f"{width:g}": PowerEMA(model, width) for width in POWER_WIDTHS if posthoc}
 
+    def rate_at(self, step):
+        """At optimizer step 1, 2, ...; with warm-up at first lower, so that it holds the last ninth of the steps."""
+        return min(self.rate, (1 + step) / (10 + step)) if self.warmup else self.rate
+
     def share_of_start(self, steps):
         """Part of the weights it began with that it still holds after so many steps."""
-        if not self.warmup:
-            return self.rate**steps
-        return math.prod(ema_rate(self.rate, step, warmup=True) for step in range(1, steps + 1))
+        return math.prod(map(self.rate_at, range(1, steps + 1)))
 
     @torch.no_grad()
     def update(self, model, step=None):
         """ema + (1 - rate) (parameter - ema). step: this optimizer step's number, from 1 on, for warm-up and power
         averages.
         """
-        update_average(self.module.parameters(), model, ema_rate(self.rate, step, self.warmup))
+        update_average(self.module.parameters(), model, self.rate_at(step))
         for power in self.powers.values():
             power.update(model, step)
 

@@ -5,7 +5,6 @@ Every block is then a unit that is whole only while it computes, in float32, so 
 autocast makes of it what it makes of whole weights. Checkpoints are those of an unsharded run.
 """
 import contextlib
-import itertools
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,12 +64,12 @@ def spread(tensors, owners):
     return {name: cut(tensor, owners.get(name)) for name, tensor in tensors.items()}
 
 
-def cut(tensor, owner):
-    """This process's part of a whole tensor, as DTensor, where its owner is one; else the tensor."""
-    if not is_cut(owner):
-        return tensor
+def cut(value, owner):
+    """This process's part of a whole tensor, as DTensor, where its owner is one of the same shape; else the value."""
+    if not is_cut(owner) or getattr(value, "shape", None) != owner.shape:
+        return value
     from torch.distributed.tensor import distribute_tensor
-    placed = distribute_tensor(tensor.to(owner.device), owner.device_mesh, owner.placements, src_data_rank=None)
+    placed = distribute_tensor(value.to(owner.device), owner.device_mesh, owner.placements, src_data_rank=None)
     return placed.clone()  # a part alone would hold the whole
 
 
@@ -88,20 +87,22 @@ def snapshot(value):
 
 @contextlib.contextmanager
 def gathered(*models):
-    """The models whole on every device while the block runs, so that each process may compute what it likes with them:
-    all processes enter and leave it. Nothing for models that are not sharded.
+    """The models whole on every device while the block runs, so that each process may run them as it likes, without
+    gradients: all processes enter and leave it. Nothing for models that are not sharded.
     """
-    units = [[unit for unit in model.modules() if hasattr(unit, "unshard")] for model in models]  # FSDPModules
-    for unit in itertools.chain(*units):
+    units, blocks = [], []
+    for model in models:
+        own = [unit for unit in model.modules() if hasattr(unit, "unshard")]  # FSDPModules
+        units += own
+        blocks += own[1:]  # the first, the model's own, stays whole after a pass anyhow
+    for unit in units:
         unit.unshard()
-    for unit in itertools.chain(*(of_model[1:] for of_model in units)):  # the first, the model's own, stays whole
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.set_reshard_after_backward(False, recurse=False)
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for unit in itertools.chain(*(of_model[1:] for of_model in units)):
-            unit.set_reshard_after_forward(True, recurse=False)
-            unit.set_reshard_after_backward(True, recurse=False)
-        for unit in itertools.chain(*units):
+        for block in blocks:
+            block.set_reshard_after_forward(True, recurse=False)
+        for unit in units:
             unit.reshard()

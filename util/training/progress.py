@@ -1,5 +1,5 @@
 """Where a training run is, and its sums since the last log entry: resumed, it logs as if undisturbed."""
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -37,6 +37,3 @@ class Progress:
         grad_norm, *losses = [value / self.period for value in self.sums]
         self.period, self.sums = 0, []
         return grad_norm, losses
-
-    def state_dict(self):
-        return asdict(self)

@@ -34,11 +34,6 @@ class BatchDraws(NamedTuple):
         """Those of a slice of the images."""
         return BatchDraws(self.draws.take(images), self.posterior[images])
 
-    def to(self, device):
-        t, noise, drop, extra = self.draws
-        draws = Draws(t.to(device), [e.to(device) for e in noise], drop.to(device), [e.to(device) for e in extra])
-        return BatchDraws(draws, self.posterior.to(device))
-
 
 def draw(model, count, seed, device):
     """BatchDraws of a global batch of `count` images; each rank takes its own slice."""
@@ -47,13 +42,15 @@ def draw(model, count, seed, device):
     return BatchDraws(draws, torch.randn(count, model.vae_embed_dim, side, side, generator=generator, device=device))
 
 
-def draw_each(model, seed, stream, indices):
-    """BatchDraws of images by their index, on the CPU: they do not depend on what else is in a batch."""
+def draw_each(model, seed, stream, indices, device="cpu"):
+    """BatchDraws of images by their index, drawn on the CPU: they do not depend on what else is in a batch. model: in
+    eval mode, which draws no condition_noise.
+    """
     parts = [draw(model, 1, derive_seed(seed, stream, index), "cpu") for index in indices]
-    t, noise, drop, extra = zip(*(part.draws for part in parts))
-    noise, extra = ([torch.cat(scale) for scale in zip(*images)] for images in (noise, extra))
-    draws = Draws(torch.cat(t, dim=1), noise, torch.cat(drop), extra)
-    return BatchDraws(draws, torch.cat([part.posterior for part in parts]))
+    t, noise, drop, _ = zip(*(part.draws for part in parts))
+    noise = [torch.cat(scale).to(device) for scale in zip(*noise)]
+    draws = Draws(torch.cat(t, dim=1).to(device), noise, torch.cat(drop).to(device))
+    return BatchDraws(draws, torch.cat([part.posterior for part in parts]).to(device))
 
 
 def image_noise(model, seed, indices):

@@ -1,4 +1,4 @@
-"""What a model was trained on, as checkpoints and caches remember it, and whether it is what is at hand.
+"""What a model was trained on, as checkpoints and caches record it, and whether now is the same.
 
 A checkpoint's `data` is {classes, counts (images of each), images, sha256 (of names and sizes)}, its `vae` a
 LatentOrigin as a dict. Older ones, and released weights, have neither.
@@ -37,17 +37,16 @@ def origin_of(named, vae):
 
 def check_origin(what, saved, expected):
     """FlowARError unless two LatentOrigins are, as far as they are known, of one VAE. what: has the first."""
-    for name in ("tensors" if saved.tensors and expected.tensors else "sha256", "latent_scale"):
-        one, other = (shorten(getattr(origin, name)) for origin in (saved, expected))
-        if None in (one, other) or one == other:
-            continue
-        if name == "latent_scale":
-            raise FlowARError(f"{what}: its latents have the scale and shift {one}, those of {expected.name} {other}: "
-                              "latents of two scales do not mix; use the file it was made with, the same "
-                              "--latent_norm, or give this one that scale ('config': {'latent_scale': [scale, "
-                              "shift]})")
-        raise FlowARError(f"{what}: its VAE is {saved.name or 'another one'} ({name} {one}), but {expected.name} "
-                          f"has {name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
+    name = "tensors" if saved.tensors and expected.tensors else "sha256"
+    one, other = shorten(getattr(saved, name)), shorten(getattr(expected, name))
+    if one and other and one != other:
+        raise FlowARError(f"{what}: its VAE is {saved.name or 'another one'} ({name} {one}), but {expected.name} has "
+                          f"{name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
+    one, other = shorten(saved.latent_scale), shorten(expected.latent_scale)
+    if one and other and one != other:
+        raise FlowARError(f"{what}: its latents have the scale and shift {one}, those of {expected.name} {other}: "
+                          "latents of two scales do not mix; use the file it was made with, the same --latent_norm, or "
+                          "give this one that scale ('config': {'latent_scale': [scale, shift]})")
 
 
 def shorten(value):
