@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine_flowar import train
-from models import FlowAR, load_flowar
-from models.errors import FlowARError
-from models.variants.rectified import RectifiedFlowAR
-from models.settings import FRACTION, Sampling, one_of, setting
+from models import FlowAR, FlowARError, load_flowar
 from models.registry import recognise_size
+from models.settings import FRACTION, Sampling, one_of, setting
 from models.variants.ablated import RELEASED
+from models.variants.rectified import RectifiedFlowAR
 from models.weights import file_hash
 from util import cluster
 from util.cluster import AUTOCAST, from_main, log
@@ -52,31 +51,31 @@ def open_teacher(args):
     for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
-    file = checkpoint.open_on_all(args.resume)
-    teacher = load_flowar(file.path, args.weights)  # the file: of a folder another might be taken
+    start = checkpoint.open_on_all(args.resume)
+    teacher = load_flowar(start.path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR:
-        raise FlowARError(f"{file.path}: a distillation is of the released ways alone, without the options of the ablations")
-    solution = Sampling.of(saved_sampling(file.content, args.resume), given_settings(args))
-    teacher.plan_sampling(solution)
-    return teacher, file, solution
+        raise FlowARError(f"{start.path}: a distillation is of the released ways alone, without the options of the ablations")
+    sampling = Sampling.of(saved_sampling(start.content, args.resume), given_settings(args))
+    teacher.plan_sampling(sampling)  # refuses now what does not fit
+    return teacher, start, sampling
 
 
-def student_options(args, teacher, path, solution):
+def student_options(args, teacher, path, sampling):
     """The options of the student's run: the teacher's geometry, its own settings of sampling, and where it is from."""
-    config = teacher.config
-    names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num")
-    known = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale, **{name: config[name] for name in names}}
-    check_geometry(args, known, path)
+    geometry = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale}
+    for name in ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num"):
+        geometry[name] = teacher.config[name]
+    check_geometry(args, geometry, path)
     own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform", "solver": "euler", "cfg": 1.0}
-    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(solution))
-    return replace(args, **known, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
+    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(sampling))
+    return replace(args, **geometry, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
 
 
 def check_same(args):
     """FlowARError if --output_dir holds the student of another teacher or of other settings of it."""
     if not from_main(lambda: checkpoint.list_checkpoints(args.output_dir)):
         return
-    start = checkpoint.find_start(args.resume, args.output_dir)
+    start = checkpoint.open_on_all(args.output_dir)
     for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
         if start.options.get(name) != getattr(args, name):
             raise FlowARError(f"{start.path}: its {name} is {start.options.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
@@ -88,14 +87,14 @@ def main():
         cluster.set_deterministic()
     device = cluster.init(args.device, args.timeout)
     check_single(args)
-    teacher, file, solution = open_teacher(args)
-    args = student_options(args, teacher, file.path, solution)
+    teacher, start, sampling = open_teacher(args)
+    args = student_options(args, teacher, start.path, sampling)
     check_same(args)
-    log(f"teacher: {file.path}, {', '.join(f'{name} {value}' for name, value in vars(solution).items())}")
+    log(f"teacher: {start.path}, {', '.join(f'{name} {value}' for name, value in vars(sampling).items())}")
 
     def build(args, record):
-        file.check_trained_on(record)
-        student = RectifiedFlowAR(teacher, vars(solution), args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
+        start.check_trained_on(record)
+        student = RectifiedFlowAR(teacher, vars(sampling), args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
         student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:

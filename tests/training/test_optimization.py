@@ -6,7 +6,8 @@ import torch
 from helpers import small_model
 from torch import nn
 
-from util.training.optimization import (EMA, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent, rebuild_power)
+from scripts.posthoc_ema import rebuild_power
+from util.training.optimization import EMA, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent
 
 SCHEDULE = dict(lr=4e-4, min_lr=1e-5, epochs=400, warmup_epochs=100)
 

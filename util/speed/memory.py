@@ -52,12 +52,12 @@ def bytes_for_backward(model, mode, batch, dtype=None):
     side, kept = model.scale[-1] * model.patch_size, {}
     mode.attended.clear()
 
-    def pack(tensor):
+    def keep(tensor):
         storage = tensor.untyped_storage()
         kept[id(storage)] = storage
         return tensor
 
-    with (mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), warnings.catch_warnings(),
+    with (mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), warnings.catch_warnings(),
           torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()):
         warnings.simplefilter("ignore", FutureWarning)  # of what run_block keeps, which is counted here
         loss = model(torch.empty(batch, model.vae_embed_dim, side, side), torch.empty(batch, dtype=torch.long))

@@ -21,7 +21,7 @@ from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
 from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, write_file
 from util.cluster import fetch, from_main, log
-from util.files import check_place, lock_folder, make_directory, read_json, write_json
+from util.files import lock_folder, make_directory, read_json, write_json
 from util.training.parallel import cut, spread
 from util.training.progress import Progress
 from util.training.record import LatentOrigin, check_data, check_origin, saved_origin
@@ -63,7 +63,7 @@ def claim_folder(output_dir, resume, dry_run=False):
         raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: resume them "
                           f"with --resume {output_dir}, or choose another --output_dir")
     if dry_run:
-        return check_place(Path(output_dir))
+        return None
     make_directory(Path(output_dir))
     return lock_folder(output_dir)
 
@@ -213,6 +213,7 @@ class Checkpoint:
         self.path, self.content = Path(path), content
         self.options = saved_options(content)  # of the run that wrote it, {} of weights alone
         self.has_optimizer = "optimizer" in content
+        self.global_batch = self.options.get("global_batch") if self.has_optimizer else None
 
     @classmethod
     def open(cls, path):
@@ -230,11 +231,6 @@ class Checkpoint:
     @property
     def class_num(self):
         return count_classes(self.raw.tensors)
-
-    @property
-    def global_batch(self):
-        """That of its run; None of weights alone, which begin a new training."""
-        return self.options.get("global_batch") if self.has_optimizer else None
 
     def geometry(self, vae_embed_dim):
         """What its tensors say of the options, see recognise_geometry."""

@@ -89,7 +89,7 @@ class EMA:
             power.update(model, step)
 
 
-# ---- power averages, from which any other is rebuilt (EDM2) ----------------------------------------------------
+# ---- power averages, from which scripts/posthoc_ema.py rebuilds any other (EDM2) -------------------------------
 
 
 class PowerEMA:
@@ -109,23 +109,3 @@ class PowerEMA:
 def power_exponent(width):
     """g of the relative width sqrt(g + 1) / ((g + 2) sqrt(g + 3)): the profile's standard deviation in trainings."""
     return max(root.real for root in np.roots([1, 7, 16 - width**-2, 12 - width**-2]))
-
-
-def rebuild_power(stored, wanted):
-    """How to make the power average `wanted` of those `stored`: (the factor of each, relative error of the profile).
-
-    wanted, and each of stored: (step, width). Least squares over the profiles p(u) = (g + 1) u^g / n^(g + 1) on [0, n],
-    in float64, by factors that sum to 1: what they lacked would scale the weights. One that is stored is itself alone.
-    """
-    if wanted in stored:
-        return [float(one == wanted) for one in stored], 0.0
-    n, g = np.array([(step, power_exponent(width)) for step, width in [*stored, wanted]]).T[..., None]
-    inner = ((g + 1) * (g.T + 1) / (g + g.T + 1) / np.maximum(n, n.T)
-             * (np.minimum(n, n.T) / np.maximum(n, n.T)) ** np.where(n > n.T, g, g.T))
-    norms = np.sqrt(inner.diagonal())
-    inner, sizes = inner / norms / norms[:, None], norms[-1] / norms[:-1]  # of profiles of length 1
-    among, with_it = inner[:-1, :-1], inner[:-1, -1]
-    system = np.block([[among, sizes[:, None]], [sizes, 0]])
-    factors = np.linalg.lstsq(system, np.append(with_it, 1), rcond=None)[0][:-1]
-    error = math.sqrt(max(0, 1 - 2 * factors @ with_it + factors @ among @ factors))
-    return (factors * sizes).tolist(), error

@@ -10,36 +10,28 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from util.cluster import is_main, log, world_size
+from util.cluster import is_main, world_size
 
 
 def distribute(network, ema, device, fsdp, static_graph):
     """What the loop calls in the network's place; the network and its EMA are made ready for it. static_graph: every
-    backward pass ends in a step, see DDP, whose no_sync needs the other kind. On the meta device nothing is done.
+    backward pass ends in a step, see DDP, whose no_sync needs the other kind. Without other processes, or on the meta
+    device, nothing is done.
     """
     if world_size() == 1 or device.type == "meta":
-        if fsdp and device.type != "meta":
-            log("--fsdp: with one process there is nothing to cut")
         return network
-    if fsdp:
-        shard(network, ema, device)
-        return network
-    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, static_graph=static_graph)
-
-
-def shard(network, ema, device):
-    """Cut the parameters of a FlowAR and of its EMA, in place, among all processes; one unit after the other moves to
-    the device.
-    """
+    if not fsdp:
+        return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, static_graph=static_graph)
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))  # to which one unit after the other moves
     for model in (network, ema.module):
         for block in (*model.blocks, *model.flownet.res_blocks):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)  # they are few, and backward begins there
     for power in ema.powers.values():
         power.tensors = spread(power.tensors, dict(network.named_parameters()))
+    return network
 
 
 def is_cut(tensor):
