@@ -77,6 +77,10 @@ def ctrl_c_before_training():
 def refused():
     raise FlowARError("--lr: is too large")
 
+def refused_on_another_rank():
+    os.environ["LOCAL_RANK"] = "1"
+    refused()
+
 def torn_image():
     next(iter(build_loader(Torn(), 1, num_workers=1)))
 
@@ -87,7 +91,7 @@ def defect():
     raise ValueError("a defect")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-for end in (ctrl_c_twice, ctrl_c_before_training, refused, torn_image, left, defect, lambda: None):
+for end in (ctrl_c_twice, ctrl_c_before_training, refused, refused_on_another_rank, torn_image, left, defect, lambda: None):
     if os.fork() == 0:
         cluster.run_main(end)
         raise SystemExit
@@ -97,8 +101,8 @@ for end in (ctrl_c_twice, ctrl_c_before_training, refused, torn_image, left, def
 
 def test_how_a_program_ends():
     done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["status -2", "status 130", "status 2", "status 2", "saved after step 5 (exit status 75)",
-                                        "status 75", "status 1", "status 0"], done
+    assert done.stdout.splitlines() == ["status -2", "status 130", "status 2", "status 2", "status 2",
+                                        "saved after step 5 (exit status 75)", "status 75", "status 1", "status 0"], done
     lines = [line for line in done.stderr.splitlines() if line]
     assert lines[:4] == ["interrupted: saves first; Ctrl-C again leaves at once", "interrupted", "error: --lr: is too large",
                          "error: torn.png: cannot be read"]

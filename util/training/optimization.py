@@ -13,13 +13,12 @@ from util.training.parallel import local
 
 BETAS = (0.9, 0.95)
 LR_SCHEDULES = ("cosine", "constant")
-LR_REFERENCE_BATCH = 256
 POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
 
 def peak_learning_rate(blr, global_batch):
     """Linear scaling rule: blr images^-1 times the global batch, relative to 256 images."""
-    return blr * global_batch / LR_REFERENCE_BATCH
+    return blr * global_batch / 256
 
 
 def build_optimizer(model, lr, weight_decay, betas=BETAS):
