@@ -1,212 +1,102 @@
-"""Training and evaluation: train (a recipe from options to checkpoints), train_one_epoch, validate, evaluate.
+"""Training and evaluation: train, train_one_epoch, validate; evaluate_sweep, evaluate.
 
-main_flowar.py trains a FlowAR with train(), scripts/distill.py a student.
+What they take is built from a program's options: a Run by util/recipe.py, an evaluation by util/evaluation/pipeline.py.
 """
 import contextlib
 import gc
 import math
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from models import FlowARError, build_model
-from models.settings import Sampling
-from models.variants.ablated import describe
-from util import cluster, dry_run, manifest
-from util.cluster import (Preempted, StopSignals, all_reduce_sum, autocast, barrier, from_main, gather_to_main,
-                          is_main, log, rank, world_size)
-from util.data.source import Source, check_classes, open_sources
+from models import FlowARError
+from util import manifest
+from util.cluster import (Preempted, all_reduce_sum, autocast, barrier, from_main, gather_to_main, is_main, log, rank,
+                          stop_signals, world_size)
 from util.evaluation import reports
-from util.evaluation.metrics import build_measure
-from util.evaluation.pipeline import build_sampler, plan_reports
 from util.evaluation.reports import Stopwatch
 from util.evaluation.sampler import SideStream, measure_batches
 from util.evaluation.store import PngWriter, Store, write_png
-from util.geometry import check_geometry
-from util.options import beyond_release, check_training, given_settings, model_options, resolve_training
-from util.speed import prepare
-from util.training import checkpoint
-from util.training.checkpoint import CheckpointWriter, content_of
+from util.training.checkpoint import content_of
 from util.training.health import report_bad_step
-from util.training.initial import load_initial_weights
-from util.training.logging import TrainingLog
-from util.training.optimization import EMA, adjust_learning_rate, build_optimizer
-from util.training.parallel import distribute, gathered, local, snapshot, whole
-from util.training.progress import Progress
+from util.training.optimization import adjust_learning_rate
+from util.training.parallel import gathered, local, snapshot, whole
 from util.training.randomness import TRAINING, VALIDATION, derive_seed, draw, draw_each, seed_dropout
-from util.training.record import make_record
 
 MAX_BAD_STEPS = 20  # in a row, with a loss or gradient that is not finite, before training stops
 
 
-class Recipe(NamedTuple):
-    """What the training loop takes of the options."""
-    batch_size: int  # images of a rank's forward pass
-    accum_iter: int  # forward passes of an optimizer step
-    global_batch: int  # images of an optimizer step
-    epochs: int
-    schedule: dict  # of util.training.optimization.learning_rate
-    grad_clip: float  # 0: none
-    precision: str
-    seed: int
-    log_freq: int  # steps between log entries
-    save_steps: tuple  # numbers of steps between checkpoints; 0 or None: no such
+# ---- a training --------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """What a training run consists of."""
-    recipe: Recipe
-    model: torch.nn.Module  # the network, or DDP around it
-    network: torch.nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    source: Source  # of the training set
-    progress: Progress
-    writer: CheckpointWriter | None  # on rank 0
-    logger: TrainingLog
-    signals: StopSignals
-    record: dict  # of what is trained on, for checkpoints
-
-    @property
-    def images(self):
-        """Of the training set."""
-        return len(self.source.loader.dataset)
-
-    @property
-    def steps(self):
-        """Optimizer steps of an epoch: whole global batches."""
-        return self.images // self.recipe.global_batch
-
-
-# ---- the recipe ----------------------------------------------------------------------------------------------
-
-
-def train(args, device, build=lambda args, record: build_model(args.model, **model_options(args))):
-    """build(options, what checkpoints will say of the data) -> the network."""
-    # ---- 1. options, and what to resume
-    check_training(args)
-    beyond = beyond_release(args)
-    args = replace(args, precision=cluster.set_precision(args.precision, dry_run.device_of(args, device)))
-    lock = is_main() and checkpoint.claim_folder(args.output_dir, args.resume, args.dry_run)
-    start = checkpoint.find_start(args.resume, args.output_dir)
-    args = resolve_training(args, world_size(), start and start.global_batch)
-
-    # ---- 2. data
-    args, source, validation, vae, origin = open_sources(args, device, class_num=start and start.class_num)
-    record = make_record(vars(args), from_main(source.identity), origin)
-    if start:
-        start.check_trained_on(record)
-        check_geometry(args, start.geometry(args.vae_embed_dim), start.path)
-    check_classes(record["data"]["classes"], args.class_num)
-    plan = from_main(lambda: plan_reports(args, record["data"]))
-    measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
-    if measure and not args.dry_run:
-        measure.open()
-
-    # ---- 3. model, average, optimizer
-    torch.manual_seed(args.seed)
-    network, device = dry_run.place(lambda: build(args, record), device, args.dry_run, args.fsdp)
-    network.plan_sampling(Sampling.of({}, given_settings(args)))  # of the reports: refuses now what does not fit
-    if args.init_from and start is None:
-        load_initial_weights(args.init_from, network, record)
-    ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
-    if args.compile and not args.dry_run:
-        prepare.compile_training(network)
-        prepare.compile_sampling(ema.module, args.compile)
-    model = distribute(network, ema, device, args.fsdp, static_graph=args.accum_iter == 1)
-    optimizer = build_optimizer(network, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    progress = checkpoint.resume(start, (network, ema, optimizer, scaler), record)
-    del start  # the file is mapped no longer
-    if args.dry_run:
-        return dry_run.report(args, source, network, optimizer, progress)
-    cluster.agree("the step to resume at", (progress.epoch, progress.step))
-
-    # ---- 4. what the loop needs
-    schedule = dict(lr=args.lr, min_lr=args.min_lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-                    schedule=args.lr_schedule)
-    recipe = Recipe(batch_size=args.batch_size, accum_iter=args.accum_iter, global_batch=args.global_batch,
-                    epochs=args.epochs, schedule=schedule, grad_clip=args.grad_clip, precision=args.precision,
-                    seed=args.seed, log_freq=args.log_freq, save_steps=(args.save_every.steps, args.posthoc_ema))
-    writer = None
-    if is_main():
-        writer = CheckpointWriter(args.output_dir, args.keep, minutes=args.save_every.minutes, step=progress.step,
-                                  keep_every=args.keep_every, resume=args.resume)
-    logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
-    manifest.add_start(args.output_dir, manifest.describe_start(record, device, step=progress.step))
-    log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "
-        f"{network.scale}, {world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr "
-        f"{args.lr:.2e}; beyond the release: {beyond or 'nothing'}")
-
-    # ---- 5. epochs, and reports between them
+def train(run):
+    """Train a util.recipe.Run to its last epoch, with checkpoints and reports between epochs."""
+    recipe, progress = run.recipe, run.progress
     gc.collect()
     gc.freeze()  # what is there already: collections then take microseconds, and no rank holds up the others
-    with cluster.stop_signals() as signals, writer or contextlib.nullcontext():
-        run = Run(recipe, model, network, ema, optimizer, scaler, source, progress, writer, logger, signals, record)
-        unreported = progress.done == 0 and from_main(lambda: progress.step not in logger.reported)
-        if unreported and is_report_epoch(args, progress.epoch):
-            report_or_stop(run, args, validation, plan, measure)  # the run before did not end this one
-        while progress.epoch < args.epochs:
+    with stop_signals() as signals, run.writer or contextlib.nullcontext():
+        run = run._replace(signals=signals)
+        if progress.done == 0 and is_report_epoch(recipe, progress.epoch):
+            if from_main(lambda: progress.step not in run.logger.reported):  # the run before ended first
+                report(run)
+        while progress.epoch < recipe.epochs:
             train_one_epoch(run)
-            saved = any(every and progress.epoch % every == 0 for every in (args.save_last_freq, args.keep_every))
-            if saved or is_report_epoch(args, progress.epoch):
+            report_due = is_report_epoch(recipe, progress.epoch)
+            if report_due or any(every and progress.epoch % every == 0 for every in recipe.save_epochs):
                 save_checkpoint(run)
-            if is_report_epoch(args, progress.epoch):
-                report_or_stop(run, args, validation, plan, measure)
+            if report_due:
+                report(run)
     gc.unfreeze()
-    cluster.barrier()
-    logger.close()
-    del lock  # until here no other run may write to the folder
+    barrier()
+    run.logger.close()
 
 
-def is_report_epoch(args, finished):
+def is_report_epoch(recipe, finished):
     """Whether a report follows when `finished` epochs are done."""
-    return finished > 0 and (finished % args.eval_freq == 0 or finished == args.epochs)
+    return finished > 0 and (finished % recipe.report_epochs == 0 or finished == recipe.epochs)
 
 
-def report_or_stop(run, args, validation, plan, measure):
-    """report(); a signal ends it at once, since the step before it is or is being saved. It is then made again."""
-    message = f"asked to leave: saved after step {run.progress.step}, the report after it will be made again"
+def report(run):
+    """Validation loss of raw and EMA weights, sample grids, evaluation, all after the last finished epoch. A signal
+    ends it at once, since the step before it is or is being saved; it is then made again.
+    """
+    step, epoch, reports = run.progress.step, run.progress.epoch, run.reports
+    message = f"asked to leave: saved after step {step}, the report after it will be made again"
     with run.signals.at_once(message), gathered(run.network, run.ema.module):
-        report(run, args, validation, plan, measure)
-
-
-def report(run, args, validation, plan, measure):
-    """Validation loss of raw and EMA weights, a sample grid, --online_eval, all after the last finished epoch."""
-    step, epoch, out = run.progress.step, run.progress.epoch, Path(args.output_dir)
-    if validation is not None:
-        for name, module in (("val", run.network), ("val_ema", run.ema.module)):
-            loss, scales = validate(module, validation, args.seed, args.precision)
-            run.logger.scalars(name, step, epoch, {"loss": loss, **{f"loss_scale_{s}": v for s, v in scales.items()}})
-            log(f"epoch {epoch}: {name} loss {loss:.4f}")
-    if run.source.vae is not None:
-        sampler = build_sampler(replace(args, resume=""), run.ema.module, run.source.vae, args.precision,
-                                plan.labels.allowed)
-        if is_main():
-            samplers = {"ema": sampler}
+        if reports.validation is not None:
+            for name, module in (("val", run.network), ("val_ema", run.ema.module)):
+                loss, scales = validate(module, reports.validation, run.recipe.seed, run.recipe.precision)
+                scales = {f"loss_scale_{s}": value for s, value in scales.items()}
+                run.logger.scalars(name, step, epoch, {"loss": loss, **scales})
+                log(f"epoch {epoch}: {name} loss {loss:.4f}")
+        if reports.sampler is not None and is_main():
+            log_samples(run, "ema", reports.sampler)
             if run.ema.share_of_start(step) > 0.01:  # the average is partly the random start, and its pictures noise
-                samplers["raw"] = sampler._replace(model=run.network.eval(), weights="the model")
-            for name, sampled in samplers.items():
-                try:
-                    grid = sampled.grid()
-                except FlowARError as error:  # such as a VAE that overflows in fp16: no reason to end a training
-                    log(f"warning: no samples: {error}")
-                    continue
-                run.logger.image(f"samples/{name}", grid, step)
-                write_png(grid.movedim(0, 2).numpy(), out / f"samples_epoch{epoch:04d}{'_raw' * (name == 'raw')}.png")
-        if measure is not None:
-            description = {"model": args.model, "epoch": epoch, "weights": "ema"}
-            results = evaluate(sampler, plan, measure, description, out / f"eval_epoch{epoch:04d}")
+                log_samples(run, "raw", reports.sampler._replace(model=run.network.eval(), weights="the model"))
+        if reports.sampler is not None and reports.measure is not None:
+            description = {"model": reports.model, "epoch": epoch, "weights": "ema"}
+            output = reports.output / f"eval_epoch{epoch:04d}"
+            results = evaluate(reports.sampler, reports.plan, reports.measure, description, output)
             if results is not None:
-                run.logger.scalars("eval", step, epoch, values := {name: results[name] for name in results["metrics"]})
+                values = {name: results[name] for name in results["metrics"]}
+                run.logger.scalars("eval", step, epoch, values)
                 log(f"epoch {epoch}: {values}")
-    run.logger.report_done(step, epoch)
-    cluster.barrier()
+        run.logger.report_done(step, epoch)
+        barrier()
+
+
+def log_samples(run, name, sampler):
+    """A grid of samples to the log and to a file of the output folder."""
+    try:
+        grid = sampler.grid()
+    except FlowARError as error:  # such as a VAE that overflows in fp16: no reason to end a training
+        log(f"warning: no samples: {error}")
+        return
+    run.logger.image(f"samples/{name}", grid, run.progress.step)
+    file = f"samples_epoch{run.progress.epoch:04d}{'_raw' if name == 'raw' else ''}.png"
+    write_png(grid.movedim(0, 2).numpy(), run.reports.output / file)
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------
@@ -256,7 +146,7 @@ def train_one_epoch(run):
                               "lower --lr or --blr, or use --precision fp32")
 
         # Log, save, stop.
-        if (index + 1) % recipe.log_freq == 0 or progress.done == 0:
+        if (index + 1) % recipe.log_steps == 0 or progress.done == 0:
             log_period(run, epoch + (index + 1) / run.steps, lr)
         if result.failed:
             raise writing_failed(run)

@@ -12,6 +12,7 @@ from util import cluster, dry_run
 from util.command_line import parse_options
 from util.evaluation.pipeline import open_evaluation
 from util.options import TrainingOptions, evaluation_options
+from util.recipe import build_run
 
 
 def main():
@@ -19,11 +20,11 @@ def main():
     if args.deterministic:
         cluster.set_deterministic()
     if args.dry_run:
-        return dry_run.run(args, train)
+        return dry_run.run(args, build_run)
     device = cluster.init(args.device, args.timeout)
     if args.evaluate:
         return evaluate_sweep(*open_evaluation(evaluation_options(args), device))
-    train(args, device)
+    train(build_run(args, device))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from util.command_line import POSITIVE, parse_options
 from util.evaluation.pipeline import saved_sampling
 from util.geometry import check_geometry
 from util.options import TrainingOptions, check_single, given_settings
+from util.recipe import build_run
 from util.speed import prepare
 from util.training import checkpoint
 
@@ -48,7 +49,7 @@ def open_teacher(args):
     """(FlowAR on the CPU, its Checkpoint, its Sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
-    for name in ("init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
+    for name in ("dry_run", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
     start = checkpoint.open_on_all(args.resume)
@@ -102,7 +103,7 @@ def main():
             prepare.compile_sampling(teacher)
         return student
 
-    train(args, device, build)
+    train(build_run(args, device, build))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from models import FlowAR
 from util.evaluation.pipeline import open_evaluation
 from util.command_line import parse_options
 from util.options import EvaluationOptions, TrainingOptions
+from util.recipe import build_run
 from util.training import checkpoint
 
 SCALES = (1, 2, 4)
@@ -58,7 +59,7 @@ def call(monkeypatch, command):
 
 def train(project, output, extra="", device="cpu"):
     """Train as main_flowar.py in this process; returns the checkpoint."""
-    engine_flowar.train(parse_options(TrainingOptions, shlex.split(training_command(project, output, extra))[1:]), torch.device(device))
+    engine_flowar.train(build_run(parse_options(TrainingOptions, shlex.split(training_command(project, output, extra))[1:]), torch.device(device)))
     return torch.load(Path(output) / "checkpoint-last.pth", weights_only=True)
 
 

@@ -95,7 +95,7 @@ def test_options_of_the_release_and_new_ones():
 
 
 @pytest.mark.parametrize("options,unused,files", [
-    (TrainingOptions, set(), ["main_flowar.py", "engine_flowar.py", "util/training/checkpoint.py"]),
+    (TrainingOptions, set(), ["main_flowar.py", "engine_flowar.py", "util/recipe.py", "util/training/checkpoint.py"]),
     (EvaluationOptions, {"data_path", "evaluate"}, ["eval.py"]),  # in the published commands, without a meaning there
     (SamplingOptions, set(), ["scripts/sample.py"])])
 def test_every_option_is_read(options, unused, files):

@@ -1,6 +1,6 @@
 """--dry_run N: what a training of N processes would be, from one, without a GPU, and without writing anything.
 
-The training's own code (engine_flowar.py) checks the options, opens the data and builds everything up to its first
+The training's own code (util/recipe.py) checks the options, opens the data and builds everything up to its first
 step, with the weights on the meta device; here is the report.
 """
 import os
@@ -20,13 +20,13 @@ from util.speed.memory import FLOAT, STATES, image_bytes, largest_block
 GIB, MIB = 2**30, 2**20
 
 
-def run(args, train):
-    """train(options, device) as if it were one of --dry_run processes."""
+def run(args, build_run):
+    """build_run(options, device) as if it were one of --dry_run processes."""
     if args.evaluate or "RANK" in os.environ:
         raise FlowARError("--dry_run is of a training, and one process for all: leave out --evaluate and torchrun")
     with cluster.pretend(args.dry_run), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # of a checkpoint
-        train(args, cluster.select_device("cpu"))
+        build_run(args, cluster.select_device("cpu"))
 
 
 def device_of(args, device):

@@ -14,6 +14,7 @@ from models.weights import read_file
 from util import files
 from util.command_line import parse_options
 from util.options import TrainingOptions
+from util.recipe import build_run
 from util.training import checkpoint, parallel
 from util.training.checkpoint import Checkpoint
 from util.training.optimization import EMA, build_optimizer
@@ -166,7 +167,7 @@ def test_a_resume_opens_the_newest_file_once_and_no_other(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", count)
         words = training_command(project, tmp_path / "run", f"--epochs 2 --resume {tmp_path}/run").split()[1:]
-        engine_flowar.train(parse_options(TrainingOptions, words), torch.device("cpu"))
+        engine_flowar.train(build_run(parse_options(TrainingOptions, words), torch.device("cpu")))
     files = [path for path in opened if "checkpoint" in path]
     assert files == [str(tmp_path / "run" / "checkpoint-000000005.pth")]
 

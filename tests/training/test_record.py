@@ -10,6 +10,7 @@ import engine_flowar
 from models import FlowARError
 from util.command_line import parse_options
 from util.options import TrainingOptions
+from util.recipe import build_run
 from util.training.record import LatentOrigin, check_data, check_origin, saved_origin
 
 DATA = {"classes": ["cat", "dog", "owl"], "counts": [5, 5, 0], "images": 10, "sha256": "a" * 64}
@@ -91,7 +92,7 @@ def test_the_number_of_classes_follows_from_the_folders(tmp_path):
         shutil.rmtree(project / "images" / "train" / str(label))
     for extra in ("--epochs 1", f"--epochs 2 --resume {tmp_path}/run"):
         words = training_command(project, tmp_path / "run", f"--batch_size 4 {extra}").replace(GEOMETRY, GEOMETRY.replace("--class_num 10", ""))
-        engine_flowar.train(parse_options(TrainingOptions, words.split()[1:]), torch.device("cpu"))
+        engine_flowar.train(build_run(parse_options(TrainingOptions, words.split()[1:]), torch.device("cpu")))
         content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
         assert len(content["model"]["class_emb.weight"]) == 8 and content["args"]["class_num"] == 7
 

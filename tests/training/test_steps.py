@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 import engine_flowar
 from models import FlowARError
 from models.weights import content_hash
+from util import recipe
 from util.data import build_loader
 from util.training import checkpoint, parallel
 from util.training.optimization import adjust_learning_rate
@@ -101,7 +102,7 @@ def saved_state(output, step):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_bad_step_changes_nothing_with_any_optimizer(project, tmp_path, monkeypatch, bad_states, optimizer):
     """Step 4: it leaves everything as step 3 did, it is not saved, and step 5 is made. The whole run's twin, resumed at step 6, ends alike."""
-    monkeypatch.setattr(engine_flowar, "build_optimizer", optimizer)
+    monkeypatch.setattr(recipe, "build_optimizer", optimizer)
     spoil_gradient(monkeypatch, 3)
     content = train(project, tmp_path / "run", f"--save_every 1 --keep 20 --blr 1e-3 {DROPOUT}")
     after, = bad_states
@@ -134,7 +135,7 @@ import shlex, sys
 import torch
 import engine_flowar
 from models.weights import content_hash
-from util import cluster
+from util import cluster, recipe
 from util.command_line import parse_options
 from util.options import TrainingOptions
 from util.training.parallel import local, whole
@@ -159,8 +160,8 @@ def main():
     device = cluster.init("cpu")
     engine_flowar.forward_and_backward, engine_flowar.prepare_batch = spoiled, with_a_bad_image
     for name in {names!r}:
-        engine_flowar.build_optimizer = globals()[name]
-        engine_flowar.train(parse_options(TrainingOptions, shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device)
+        recipe.build_optimizer = globals()[name]
+        engine_flowar.train(recipe.build_run(parse_options(TrainingOptions, shlex.split({options!r}) + ["--output_dir", {folder!r} + "/" + name]), device))
         cluster.agree("the weights", content_hash(list(map(whole, runs[-1].network.state_dict().values()))))
 
 cluster.run_main(main)
@@ -207,7 +208,7 @@ def test_weights_that_are_not_finite_end_the_run(project, tmp_path, monkeypatch,
                 self.param_groups[0]["params"][0].data.fill_(math.inf)
             steps.append(1)
 
-    monkeypatch.setattr(engine_flowar, "build_optimizer", lambda model, lr, weight_decay: Overflowing(model.parameters(), lr=lr))
+    monkeypatch.setattr(recipe, "build_optimizer", lambda model, lr, weight_decay: Overflowing(model.parameters(), lr=lr))
     with pytest.raises(FloatingPointError, match=f"weights are not finite after step {6 if '2' in saving else 9}"):
         train(project, tmp_path, f"{saving} --blr 1e-3")
     assert steps_of(tmp_path) == ([4, 2] if "2" in saving else [])
@@ -232,7 +233,7 @@ def two_rates(model, lr, weight_decay):
 
 
 def test_a_resume_keeps_rates_of_groups_and_takes_the_peak_of_now(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_flowar, "build_optimizer", two_rates)
+    monkeypatch.setattr(recipe, "build_optimizer", two_rates)
     train(project, tmp_path, "--epochs 1 --lr 1e-3 --lr_schedule constant --warmup_epochs 0")
     content = train(project, tmp_path, f"--epochs 2 --lr 2e-3 --lr_schedule constant --warmup_epochs 0 --resume {tmp_path}")
     assert [group["lr"] for group in content["optimizer"]["param_groups"]] == pytest.approx([2e-3, 2e-4])
@@ -240,9 +241,9 @@ def test_a_resume_keeps_rates_of_groups_and_takes_the_peak_of_now(project, tmp_p
 
 def test_another_optimizer_is_refused_by_name(project, tmp_path, monkeypatch):
     train(project, tmp_path, "--epochs 1")
-    monkeypatch.setattr(engine_flowar, "build_optimizer", sgd)
+    monkeypatch.setattr(recipe, "build_optimizer", sgd)
     with pytest.raises(FlowARError, match="checkpoint-000000005.pth: its optimizer is AdamW, this training's is SGD"):
         train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
-    monkeypatch.setattr(engine_flowar, "build_optimizer", adamw)  # one group in place of two
+    monkeypatch.setattr(recipe, "build_optimizer", adamw)  # one group in place of two
     with pytest.raises(FlowARError, match="its optimizer's parameters are not this training's, or lie in other groups"):
         train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
