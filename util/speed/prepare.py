@@ -58,7 +58,7 @@ def may_compile_beside(module):
 
 def compile_features(extractor):
     """torch.compile of the feature networks of an evaluation (extractors.Joint), in place: their features are those of
-    before but for rounding, 2e-7 to 1e-6 (scripts/benchmark.py features).
+    before but for rounding, 2e-7 to 1e-6 (docs/performance.md, The VAE and the feature networks).
     """
     for part in extractor.parts:
         if may_compile_beside(part.network):
