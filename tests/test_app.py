@@ -1,4 +1,5 @@
 """The page of scripts/app.py: what it draws, what its buttons show, and that visitors wait for each other."""
+import json
 import os
 import re
 import socket
@@ -49,7 +50,7 @@ def asked(pipe, **changes):
     return app.read_form(pipe, *{**FORM, **changes}.values())
 
 
-def ignore(fraction, text):
+def ignore(text):
     pass
 
 
@@ -92,11 +93,19 @@ def test_bad_variations_are_named(pipe):
         app.vary(pipe, app.draw(pipe, asked(pipe, count=1), ignore), 4, 3, ignore)
 
 
-def test_progress_rises_over_scales_and_images(pipe):
+def test_a_drawing_reports_every_step_and_ends_at_one_that_is_refused(pipe):
     seen = []
-    app.draw(pipe, asked(pipe), lambda fraction, text: seen.append((round(fraction, 3), text)))
-    assert [fraction for fraction, _ in seen] == [0, 0.167, 0.333, 0.5, 0.667, 0.833]
-    assert seen[4][1] == "image 2 of 2: 2x2 tokens" and not pipe.sampler.model.flownet._forward_pre_hooks
+    app.draw(pipe, asked(pipe, solver="euler"), seen.append)
+    assert seen == [f"image {i} of 2: {side}x{side} tokens" for i in (1, 2) for side in (1, 2, 4) for _ in range(6)]
+
+    def refuse(text):
+        seen.append(text)
+        raise KeyError("leaves")
+
+    seen.clear()
+    with pytest.raises(KeyError):
+        app.draw(pipe, asked(pipe), refuse)
+    assert len(seen) == 1 and not pipe.sampler.model.flownet._forward_pre_hooks
 
 
 def test_a_downloaded_picture_can_be_made_again(pipe, words, tmp_path, monkeypatch):
@@ -159,8 +168,17 @@ def test_the_page_shows_the_checkpoints_settings(page):
         {"class": 0, "cfg": 2.0, "guidance": 1.0, "steps": 4, "solver": "euler", "precision": "fp32"}
 
 
-def test_visitors_wait_for_each_other(page, monkeypatch):
+FIELDS = [3, 0, 1, 2.0, 1.0, 4, "euler", "fp32"]
+
+
+@pytest.fixture
+def visitors(page):
     client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
+    return [client.Client(page.local_url, verbose=False) for _ in range(3)]
+
+
+def test_visitors_wait_for_each_other(visitors, monkeypatch):
     inside, together, entered, draw, vary = [], [], threading.Event(), app.draw, app.vary
 
     def alone(what):
@@ -174,14 +192,42 @@ def test_visitors_wait_for_each_other(page, monkeypatch):
                 inside.pop()
         return watched
 
-    page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
-    visitors = [client.Client(page.local_url, verbose=False) for _ in range(3)]
-    form = [3, 0, 1, 2.0, 1.0, 4, "euler", "fp32"]
-    visitors[0].predict(*form, api_name="/draw")
+    visitors[0].predict(*FIELDS, api_name="/draw")
     monkeypatch.setattr(app, "draw", alone(draw)), monkeypatch.setattr(app, "vary", alone(vary))
     jobs = [visitors[0].submit(1, 2, api_name="/vary")]
-    jobs += [visitor.submit(*form, api_name="/draw") for visitor in visitors[1:]]
+    jobs += [visitor.submit(*FIELDS, api_name="/draw") for visitor in visitors[1:]]
     assert all(job.result(60) for job in jobs) and together == [1, 1, 1]
+
+
+def test_a_drawing_ends_if_its_visitor_cancels_or_leaves(page, visitors, monkeypatch):
+    """Else the next visitor would wait for ever."""
+    draw, begun = app.draw, threading.Event()
+
+    def draw_endlessly(pipe, request, report):
+        begun.set()
+        while True:
+            report("image 1 of 1: 1x1 tokens")
+            time.sleep(0.01)
+
+    def cancel():
+        job = visitors[0].submit(*FIELDS, api_name="/draw")
+        assert begun.wait(60)
+        job.cancel()
+
+    def leave():
+        number = next(number for number, event in page.fns.items() if event.api_name == "draw")
+        body = json.dumps({"data": FIELDS, "fn_index": number, "session_hash": "leaves"}).encode()
+        url, kind = f"{page.local_url}gradio_api/queue/", {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{url}join", body, kind)).read()
+        with urllib.request.urlopen(f"{url}data?session_hash=leaves"):
+            assert begun.wait(60)
+
+    for end in cancel, leave:
+        monkeypatch.setattr(app, "draw", draw_endlessly)
+        begun.clear()
+        end()
+        monkeypatch.setattr(app, "draw", draw)
+        assert "1 image in" in str(visitors[1].submit(*FIELDS, api_name="/draw").result(60))
 
 
 def test_what_the_buttons_show(pipe, words, trained, tmp_path):
@@ -201,14 +247,19 @@ def test_what_the_buttons_show(pipe, words, trained, tmp_path):
 
 
 def test_the_program(words, tmp_path, monkeypatch):
-    """Started as a user starts it: draws, shows what is wrong, goes on, and takes its pictures with it."""
+    """Started as a user starts it, behind a proxy: draws, shows what is wrong, goes on, and ends while it draws."""
     client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
     (tmp_path / "pictures").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "pictures")), monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    with socket.socket() as free:
+    (tmp_path / "file").touch()
+    environment = {"TMPDIR": tmp_path / "pictures", "GRADIO_TEMP_DIR": tmp_path / "file" / "of_another",
+                   "http_proxy": "http://127.0.0.1:9", "all_proxy": "socks://127.0.0.1:9"}
+    with socket.socket() as free, monkeypatch.context() as patch:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process, url, end = start(f"scripts/app.py {' '.join(words)} --port {port}"), f"http://127.0.0.1:{port}/", time.monotonic() + 120
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        process = start(f"scripts/app.py {' '.join(words)} --port {port}")
+    url, end = f"http://127.0.0.1:{port}/", time.monotonic() + 120
     try:
         while True:
             try:
@@ -219,10 +270,12 @@ def test_the_program(words, tmp_path, monkeypatch):
                 time.sleep(0.1)
         visitor = client.Client(url, verbose=False)
         with pytest.raises(Exception, match="zebra.*no class of this name"):
-            visitor.predict("zebra", 5, 1, 2.0, 1.0, 4, "euler", "fp32", api_name="/draw")
-        assert "1 image in" in str(visitor.predict(8, 5, 1, 2.0, 1.0, 4, "euler", "fp32", api_name="/draw"))
+            visitor.predict("zebra", *FIELDS[1:], api_name="/draw")
+        assert "1 image in" in str(visitor.predict(*FIELDS, api_name="/draw"))
+        job = visitor.submit(3, 0, 16, 2.0, 1.0, 100, "heun", "fp32", api_name="/draw")
+        next(iter(job))  # the first words of where it is
     finally:
         process.terminate()
         status, output = finish(process, 30)
-    assert status == 0 and f"the page is at {url}" in output and "Traceback" not in output
+    assert status == 0 and f"the page is at {url}" in output and "Traceback" not in output, output
     assert not list((tmp_path / "pictures").glob("flowar-page-*"))
