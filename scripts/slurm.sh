@@ -2,8 +2,9 @@
 # FlowAR-H on a SLURM cluster, as jobs of a day until it is done: sbatch scripts/slurm.sh [options of main_flowar.py]
 #
 # Five minutes before the time limit, and when it is preempted, SLURM signals every rank: all save together and leave with
-# status 75, and the job goes back into the queue, where the same command resumes from the last checkpoint. A dead process or
-# node queues it again too, until it was queued MAX_RESTARTS times; what a user must put right (status 2) ends it for good.
+# status 75, and the job goes back into the queue, where the same command resumes from the last checkpoint. A dead process
+# or node queues it again too, unless MAX_FAILURES come in a row without a new checkpoint; what a user must put right
+# (status 2) ends it for good.
 #SBATCH --job-name=flowar
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -21,6 +22,8 @@ export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIS
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from sbatch
 OUTPUT="${OUTPUT:-./output_dir/}"
+failures="$OUTPUT/failures" # a line for each in a row
+mkdir -p "$OUTPUT"
 
 # One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back. Ranks that leave
 # have two minutes for it; --kill-on-bad-exit=1 would kill the others at the first, and the status would be that of the killed.
@@ -33,9 +36,15 @@ srun --kill-on-bad-exit=0 --wait=120 bash -c 'export RANK=$SLURM_PROCID LOCAL_RA
     --data_path "${IMAGENET:-/path/to/imagenet/}" --cached_path "${CACHE:-/path/to/imagenet_feature/}" "$@"
 status=$?
 
+if [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$status" = 75 ] || [ "$OUTPUT/checkpoint-last.pth" -nt "$failures" ]; then
+    rm -f "$failures"
+fi
 case "$status" in
     0 | 2) ;;
     75) scontrol requeue "$SLURM_JOB_ID" ;;
-    *) [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-50}" ] && scontrol requeue "$SLURM_JOB_ID" ;;
+    *)
+        echo "job $SLURM_JOB_ID ended with status $status" >> "$failures"
+        [ "$(wc -l < "$failures")" -lt "${MAX_FAILURES:-10}" ] && scontrol requeue "$SLURM_JOB_ID"
+        ;;
 esac
 exit "$status"

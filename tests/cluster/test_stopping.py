@@ -172,6 +172,28 @@ sys.exit(max(t.wait() % 256 for t in tasks))
 SCONTROL = '#!/bin/sh\n[ "$1" = requeue ] && echo "$@" >> "$REQUEUED" || echo 127.0.0.1\n'
 
 
+def test_slurm_counts_failures_in_a_row(tmp_path):
+    """However often the job was queued before; tasks get the CPUs that the job asked for."""
+    for name, text in (("srun", '#!/bin/sh\nenv > "$ENV"; exit $STATUS\n'), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    out, environment = tmp_path / "out", {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "a", "OUTPUT": str(tmp_path / "out"),
+        "REQUEUED": str(tmp_path / "requeued"), "SLURM_RESTART_COUNT": "80", "SLURM_CPUS_PER_TASK": "12", "MAX_FAILURES": "2", "ENV": str(tmp_path / "env")}
+
+    def is_queued_again(status):
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        done = subprocess.run(["bash", str(ROOT / "scripts" / "slurm.sh")], env={**environment, "STATUS": str(status)})
+        assert done.returncode == status
+        return (tmp_path / "requeued").exists()
+
+    assert [is_queued_again(status) for status in (1, 75, 1, 1, 2, 1, 0, 1)] == [True, True, True, False, False, True, False, True]
+    assert "SRUN_CPUS_PER_TASK=12\n" in (tmp_path / "env").read_text()
+    os.utime(out / "failures", (1, 1))
+    (out / "checkpoint-last.pth").touch()
+    assert is_queued_again(1)
+
+
 @pytest.mark.slow
 def test_slurm_script(tmp_path):
     """With stand-ins for srun and scontrol: a warning makes both ranks save, the job is queued again, and resumes."""
