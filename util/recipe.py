@@ -10,6 +10,7 @@ from models.settings import Sampling
 from models.variants.ablated import describe
 from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
+from util.data.loaders import rank_cpus
 from util.data.source import Source, check_classes, open_sources
 from util.evaluation.metrics import Measure, build_measure
 from util.evaluation.pipeline import build_sampler, plan_reports
@@ -143,6 +144,7 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
     manifest.add_start(args.output_dir, manifest.describe_start(record, device, step=progress.step))
     log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "
-        f"{network.scale}, {world_size()} x {device.type}, {args.precision}, global batch {args.global_batch}, peak lr "
+        f"{network.scale}, {world_size()} x {device.type} with {rank_cpus():g} CPUs and "
+        f"{source.loader.num_workers} data workers each, {args.precision}, global batch {args.global_batch}, peak lr "
         f"{args.lr:.2e}; beyond the release: {beyond or 'nothing'}")
     return Run(recipe, model, network, ema, optimizer, scaler, source, progress, reports, writer, logger, record, lock)

@@ -12,6 +12,7 @@ from helpers import assert_same_run, make_project, read_checkpoint, read_log, ru
 
 from models import FlowARError
 from util.cluster import RESTART, Preempted
+from util.data import loaders
 from util.training import checkpoint
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
@@ -126,7 +127,9 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batch(project,
     (tmp_path / "one" / checkpoint.LAST).unlink()
     start_step, = steps_of(tmp_path / "one")
     train(project, tmp_path / "one", f"{common} --batch_size 8 --resume {tmp_path}/one")
-    assert "global batch 16: 8 images x 1 processes x 2 forward passes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "global batch 16: 8 images x 1 processes x 2 forward passes" in printed
+    assert f"1 x cpu with {loaders.rank_cpus():g} CPUs and 0 data workers each" in printed
     a, b = ([line for line in read_log(tmp_path / name) if line["group"] == "train"] for name in ("one", "two"))
     assert [line["step"] for line in a] == [line["step"] for line in b] == list(range(1, 16)) and start_step in (7, 14)
     # AdamW turns rounding into steps of the learning rate's size, so the losses part slowly.

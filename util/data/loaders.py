@@ -93,10 +93,15 @@ def kill_workers():
             worker.kill()
 
 
-def default_workers():
-    """The CPUs that this process may use, dealt to the ranks of its host; at most 10, the release's number."""
+def rank_cpus():
+    """The CPUs that this process may use, dealt to the ranks of its host."""
     cpus = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # of a container, "max" without a limit
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, int(quota) / int(period))
-    return int(min(max(cpus / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), MOST_WORKERS))
+    return cpus / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def default_workers():
+    """One for each CPU of a rank; at most 10, the release's number."""
+    return int(min(max(rank_cpus(), 1), MOST_WORKERS))
