@@ -1,11 +1,10 @@
 """Train a small KL autoencoder on an image folder and write a file that --vae_path takes.
 
-The loss is L1 + MSE reconstruction plus a weighted KL term; there is no adversarial or perceptual part, so this is
-for small images and demonstrations, not a replacement for KL-16. The latent scale and shift are measured at the end
-and stored in the file. The same command resumes a run that was killed at its last snapshot (`<output>.training`); --resume trains a finished
-VAE further, with a new schedule.
-
     python scripts/train_vae.py --data_path images --output vae.pth --img_size 32 --ch_mult 1,2,2 --embed_dim 4
+
+The loss is L1 + MSE reconstruction plus a weighted KL term; there is no adversarial or perceptual part, so this is for
+small images and demonstrations, not a replacement for KL-16. The latent scale and shift are measured at the end and
+stored in the file. The same command resumes a run that was killed at its last snapshot (`<output>.training`).
 """
 import argparse
 import itertools
@@ -21,15 +20,16 @@ from tqdm import tqdm
 
 from models import AutoencoderKL, FlowARError
 from models.vae import LatentScale
-from models.vaes import load_vae, save_vae
+from models.vaes import save_vae
 from models.weights import load_state, read_file, write_file
-from util.data import Images, build_loader, find_split, to_uint8
 from util.cluster import autocast, run_main, select_device, set_precision
+from util.command_line import (COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, as_type, color, list_of,
+                               path)
+from util.data import Images, build_loader, find_split, to_uint8
 from util.evaluation.store import write_png
 from util.files import check_output
-from util.command_line import COUNT, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, as_type, color, list_of, path
 
-LEARNING = ("resume", "img_size", "crop", "flip", "steps", "batch_size", "lr", "kl_weight", "seed", "background")
+LEARNING = ("img_size", "crop", "flip", "background", "steps", "batch_size", "lr", "kl_weight", "precision", "seed")
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50
 STATISTICS_IMAGES = 2048
@@ -38,26 +38,25 @@ PICTURES = 12
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or hf:OWNER/NAME, see docs/data.md")
-    parser.add_argument("--output", type=as_type(path), required=True, help="file to write; <output>.png shows reconstructions")
-    parser.add_argument("--resume", help="finished VAE of this script to train further, with its own sizes; may be --output itself")
-    parser.add_argument("--no_val", action="store_true", help="no held-out images: no PSNR")
-    parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels a side")
-    parser.add_argument("--embed_dim", type=as_type(POSITIVE), default=4, help="latent channels")
-    parser.add_argument("--ch", type=as_type(POSITIVE), default=32, help="base width, a multiple of 4")
-    parser.add_argument("--ch_mult", type=as_type(list_of(POSITIVE)), default=(1, 2, 2), help="width multiplier of every level")
-    parser.add_argument("--num_res_blocks", type=as_type(COUNT), default=1, help="residual blocks a level")
-    parser.add_argument("--crop", default="random", choices=("random", "center"), help="training crops")
-    parser.add_argument("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
-    parser.add_argument("--steps", type=as_type(POSITIVE), default=1000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=as_type(POSITIVE), default=64, help="images a step")
-    parser.add_argument("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
-    parser.add_argument("--kl_weight", type=as_type(REAL), default=1e-4, help="weight of the KL term, per latent element")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    parser.add_argument("--num_workers", type=as_type(WORKERS), help="data loading processes; default: as in training")
-    parser.add_argument("--seed", type=as_type(SEED), default=0, help="seed of weights, order, crops and posterior noise")
+    add = parser.add_argument
+    add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or hf:...")
+    add("--output", type=as_type(path), required=True, help="file to write; <output>.png shows reconstructions")
+    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
+    add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side")
+    add("--embed_dim", type=as_type(POSITIVE), default=4, help="latent channels")
+    add("--ch", type=as_type(POSITIVE), default=32, help="base width, a multiple of 4")
+    add("--ch_mult", type=as_type(list_of(POSITIVE)), default=(1, 2, 2), help="width multiplier of every level")
+    add("--num_res_blocks", type=as_type(COUNT), default=1, help="residual blocks a level")
+    add("--crop", default="random", choices=("random", "center"), help="training crops")
+    add("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
+    add("--steps", type=as_type(POSITIVE), default=1000, help="optimizer steps")
+    add("--batch_size", type=as_type(POSITIVE), default=64, help="images a step")
+    add("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
+    add("--kl_weight", type=as_type(REAL), default=1e-4, help="weight of the KL term, per latent element")
+    add("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
+    add("--device", type=as_type(DEVICE), default="auto", help="cpu or cuda; auto is CUDA where there is a GPU")
+    add("--num_workers", type=as_type(WORKERS), help="data loading processes; default: as in training")
+    add("--seed", type=as_type(SEED), default=0, help="seed of weights, order, crops and posterior noise")
     return parser.parse_args()
 
 
@@ -73,10 +72,18 @@ def learning_rate(step, args):
 
 
 def train(vae, data, args, device, precision):
+    """args.steps optimizer steps, from the last snapshot on."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
-    snapshot = Path(f"{args.output}.training")
+    snapshot, first = Path(f"{args.output}.training"), 0
     record = {**{name: getattr(args, name) for name in LEARNING}, "data_sha256": data.identity()["sha256"]}
-    first = resume(vae, optimizer, snapshot, record)
+    if snapshot.is_file():
+        content = read_file(snapshot)
+        if content["record"] != record:
+            raise FlowARError(f"{snapshot}: began with other options or data: remove it to start again")
+        load_state(vae, content["model"], snapshot)
+        optimizer.load_state_dict(content["optimizer"])
+        first = content["step"]
+        print(f"resumes {snapshot} at step {first}")
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
                           pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -100,22 +107,6 @@ def train(vae, data, args, device, precision):
                         "record": record}, snapshot)
 
 
-def resume(vae, optimizer, snapshot, record):
-    """Load a snapshot if there is one; the number of steps done. A line names the options that differ from before."""
-    if not snapshot.is_file():
-        return 0
-    content = read_file(snapshot)
-    before = content["record"]
-    if before["resume"] != record["resume"]:
-        raise FlowARError(f"{snapshot}: it began with --resume {before['resume']}, now it is {record['resume']}: remove it to start again")
-    load_state(vae, content["model"], snapshot)
-    own = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": own})
-    changed = [f"{name} {before[name]} -> {value}" for name, value in record.items() if before.get(name) != value]
-    print(f"resumes {snapshot} at step {content['step']}" + (f", with other options or data than before: {', '.join(changed)}" if changed else ""))
-    return content["step"]
-
-
 def batches(loader, first):
     """Batches from step `first` on, epoch after epoch (the skipped ones of a resumed epoch are loaded and dropped)."""
     for epoch in itertools.count(first // len(loader)):
@@ -130,8 +121,8 @@ def measure_latent_scale(vae, data, args, device):
     order = np.random.default_rng(args.seed).permutation(len(data))[:STATISTICS_IMAGES]
     generator = torch.Generator(device).manual_seed(args.seed)
     samples = []
-    for chunk in np.array_split(order, max(1, len(order) // args.batch_size)):
-        images = torch.stack([data[(0, int(i))][0] for i in chunk]).to(device)
+    for indices in np.array_split(order, max(1, len(order) // args.batch_size)):
+        images = torch.stack([data[0, int(i)][0] for i in indices]).to(device)
         samples.append(vae.encode(images).sample(generator).cpu())
     raw = torch.cat(samples)
     return LatentScale(1 / raw.std().item(), raw.mean().item())
@@ -139,15 +130,16 @@ def measure_latent_scale(vae, data, args, device):
 
 @torch.no_grad()
 def evaluate(vae, data, args, device):
-    """Mean PSNR in dB over a dataset (posterior means, pixels not rounded), and a picture: originals above reconstructions."""
+    """Mean PSNR in dB over a dataset (posterior means, pixels not rounded), and a picture: originals above
+    reconstructions.
+    """
     loader = build_loader(data, args.batch_size, num_workers=args.num_workers)
     psnr = []
     for images, _ in loader:
         decoded = vae.decode(vae.encode(images.to(device)).mode()).clamp(-1, 1).cpu()
         error = ((images - decoded) / 2).square().mean(dim=(1, 2, 3))
         psnr.append(-10 * error.clamp_min(1e-10).log10())
-    chosen = [data[(0, int(i))][0] for i in np.linspace(0, len(data) - 1, PICTURES).astype(int)]
-    pictures = torch.stack(chosen)
+    pictures = torch.stack([data[0, int(i)][0] for i in np.linspace(0, len(data) - 1, PICTURES).astype(int)])
     decoded = vae.decode(vae.encode(pictures.to(device)).mode()).clamp(-1, 1).cpu()
     grid = make_grid(to_uint8(torch.cat((pictures, decoded))), nrow=PICTURES)
     write_png(grid.permute(1, 2, 0).numpy(), Path(f"{args.output}.png"))
@@ -159,22 +151,18 @@ def main():
     device, output, start = select_device(args.device), Path(args.output), time.time()
     precision = set_precision(args.precision, device)
     check_output(output)
-    same = args.resume and Path(args.resume).is_file() and output.is_file() and Path(args.resume).samefile(output)
-    if output.is_file() and not same and not Path(f"{output}.training").is_file():
-        raise FlowARError(f"{output}: a file is there already: train it further with --resume {output}, choose another --output, or remove it")
-    data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True, center=args.crop == "center", flip=args.flip,
-                  background=args.background)
+    if output.is_file() and not Path(f"{output}.training").is_file():
+        raise FlowARError(f"{output}: a file is there already: choose another --output, or remove it")
+    data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True,
+                  center=args.crop == "center", flip=args.flip, background=args.background)
     print(data.summary())
-    val = None if args.no_val else find_split(args.data_path, "val", needed=False)
+    val = find_split(args.data_path, "val", needed=False)
     held_out = val and Images(val, args.img_size, background=args.background)
-    if args.resume:
-        vae = load_vae(args.resume).train().requires_grad_(True)
-        print(f"training {args.resume} further: {vae.embed_dim} channels, stride {vae.stride}; its sizes replace the options'")
-    else:
-        torch.manual_seed(args.seed)
-        vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
     if args.img_size % vae.stride:
-        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} ({len(args.ch_mult)} levels)")
+        raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} "
+                          f"({len(args.ch_mult)} levels)")
     train(vae.to(device), data, args, device, precision)
     vae.eval()
     if not all(value.isfinite().all() for value in vae.state_dict().values()):
@@ -183,9 +171,8 @@ def main():
     psnr = evaluate(vae, held_out or data, args, device)
     save_vae(vae, output)
     Path(f"{output}.training").unlink(missing_ok=True)
-    parameters = sum(p.numel() for p in vae.parameters())
-    print(f"{output}: {parameters:,} parameters, stride {vae.stride}, {vae.embed_dim} channels, latent scale "
-          f"{vae.latent_scale.scale:.4f}, shift {vae.latent_scale.shift:.4f}")
+    print(f"{output}: {sum(p.numel() for p in vae.parameters()):,} parameters, stride {vae.stride}, {vae.embed_dim} "
+          f"channels, latent scale {vae.latent_scale.scale:.4f}, shift {vae.latent_scale.shift:.4f}")
     which = f"{len(held_out)} held-out" if held_out else f"the {len(data)} training"
     print(f"PSNR on {which} images: {psnr:.2f} dB ({time.time() - start:.0f} s; see {output}.png)")
 

@@ -159,7 +159,7 @@ TABLE = [
     (VAE, "--img_size 17", "--img_size 17 is not a multiple of the VAE's stride 2 (2 levels)"),
     (VAE, "--batch_size 1000", "{p}/images/train: 80 images are fewer than --batch_size 1000"),
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),
-    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already: train it further with --resume"),
+    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already: choose another --output"),
     (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
     (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
