@@ -3,8 +3,8 @@
     python scripts/export.py --resume output/run --weights ema --output output/export
     python scripts/export.py --resume output/run --output output/export --push OWNER/REPO   # after: hf auth login
 
-load_flowar, load_pipeline, eval.py --resume and scripts/sample.py --resume take the folder, or hf:OWNER/REPO. What names a place on this
-machine is left out of it.
+load_flowar, load_pipeline, eval.py --resume and scripts/sample.py --resume take the folder, or hf:OWNER/REPO. What names
+a place on this machine is left out of it.
 """
 import re
 import shutil
@@ -15,38 +15,39 @@ from models import FlowARError, load_flowar
 from models.hub import EXPORTED, is_remote
 from models.settings import Sampling, option_name
 from models.vaes import DEFAULT_PATH
-from models.weights import BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file, write_safetensors
+from models.weights import (BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file,
+                            write_safetensors)
 from util.cluster import log, run_main
+from util.command_line import Parser, as_type, path
 from util.evaluation.labels import Classes, class_names
 from util.evaluation.pipeline import saved_sampling
 from util.evaluation.reports import reports_of
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.manifest import RUN
-from util.command_line import Parser, as_type, path
 from util.training.checkpoint import open_newest
 from util.training.record import saved_data, saved_origin
 
 CARD, UNKNOWN = "README.md", "not known"
 OF_THIS_MACHINE = ("num_workers", "pin_mem", "timeout", "evaluate")  # numbers that say nothing of the model
-WORDS = ("model", "precision", "lr_schedule", "solver", "time_grid", "cfg_schedule", "num_step_schedule", "head", "objective", "condition", "pyramid",
-         "latent_norm")  # options with a word out of a fixed list: no path and no name
-RECIPE = ("epochs", "global_batch", "lr", "min_lr", "lr_schedule", "warmup_epochs", "weight_decay", "grad_clip", "ema_rate", "attn_dropout",
-          "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
-MEASURED = ("num_images", "labels", "weights", "num_step", "num_step_last", "solver", "cfg", "cfg_schedule", "guidance", "temperature", "seed",
-            "precision", "feature_extractor", "reference_sha256", "reference_images", "device")
+WORDS = ("model", "precision", "lr_schedule", "solver", "time_grid", "cfg_schedule", "num_step_schedule", "head",
+         "objective", "condition", "pyramid", "latent_norm")  # options with a word out of a fixed list
+RECIPE = ("epochs", "global_batch", "lr", "min_lr", "lr_schedule", "warmup_epochs", "weight_decay", "grad_clip",
+          "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
+MEASURED = ("num_images", "labels", "weights", "num_step", "num_step_last", "solver", "cfg", "cfg_schedule", "guidance",
+            "temperature", "seed", "precision", "feature_extractor", "reference_sha256", "reference_images", "device")
 LISTED = 100  # classes: more are in config.json alone
 
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=as_type(path), required=True, help="run: a folder with checkpoint-last.pth, a checkpoint, or a name (hf:, released:)")
+    add("--resume", type=as_type(path), required=True, help="run: its folder, a checkpoint, or a name (hf:, released:)")
     add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
     add("--output", type=Path, required=True, help="folder to write, new or empty")
-    add("--format", choices=("safetensors", "pth"), default="safetensors", help="safetensors: model.safetensors; pth: model.pth, a bare state dict as released")
+    add("--format", choices=("safetensors", "pth"), default="safetensors", help="pth: a bare state dict as released")
     add("--vae_path", type=as_type(path), help="the run's VAE, where it is not any more where the run had it")
-    add("--no_vae", action="store_true", help="do not put the run's own VAE into the folder (kl16.ckpt never is: it is released:kl16)")
-    add("--license", default="unknown", help="license of the weights, as the Hugging Face hub names it: apache-2.0, mit, cc-by-4.0")
+    add("--no_vae", action="store_true", help="leave the run's own VAE out (kl16.ckpt always is: it is released:kl16)")
+    add("--license", default="unknown", help="of the weights, as the Hugging Face hub names it: apache-2.0, mit")
     add("--push", metavar="OWNER/REPO", help="upload the folder to the Hugging Face hub")
     return parser.parse_args()
 
@@ -67,24 +68,29 @@ def public_vae(options, copied):
     """(--vae, --vae_path) as a reader needs them: a name on the hub, or that of the file in the folder."""
     vae, path = (str(options.get(name) or "") for name in ("vae", "vae_path"))
     kind, _, spec = vae.partition(":")
+    remote = path if is_remote(path) else None
     if kind not in ("", "kl16"):
-        is_public = not spec or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not Path(spec.split(":")[0]).exists()
-        return (vae if is_public else None), (path if is_remote(path) else None)
-    is_released = Path(path).name == Path(DEFAULT_PATH).name  # which is found without a name
-    return "kl16", copied or (path if is_remote(path) else None if is_released else Path(path).name or None)
+        is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not Path(spec.split(":")[0]).exists()
+        return (vae if is_repository or not spec else None), remote
+    if copied or remote or Path(path).name == Path(DEFAULT_PATH).name:  # the last is found without a name
+        return "kl16", copied or remote
+    return "kl16", Path(path).name or None
 
 
 def find_vae_file(args, content):
     """Path of the VAE file to put into the folder, None: none. FlowARError if it is not the one of the run."""
     options, origin = saved_options(content), saved_origin(content)
     path = args.vae_path or options.get("vae_path")
-    if args.no_vae or not path or options.get("vae", "kl16") != "kl16" or is_remote(path) or Path(path).name == Path(DEFAULT_PATH).name:
+    if args.no_vae or not path or options.get("vae", "kl16") != "kl16" or is_remote(path):
+        return None
+    if Path(path).name == Path(DEFAULT_PATH).name:
         return None
     if not args.vae_path and not Path(path).is_file():
         log(f"warning: the run's VAE {path} is not there: the export is without it (give --vae_path FILE)")
         return None
     if origin.sha256 and file_hash(path) != origin.sha256:
-        raise FlowARError(f"{path}: is not the VAE that the run was trained with: give that one with --vae_path, or leave it out with --no_vae")
+        raise FlowARError(f"{path}: is not the VAE that the run was trained with: give that one with --vae_path, or "
+                          "leave it out with --no_vae")
     return Path(path)
 
 
@@ -93,14 +99,17 @@ def describe(args, path, content, model, copied):
     options, origin, data = saved_options(content), saved_origin(content), saved_data(content)
     vae, vae_path = public_vae(options, copied)
     sampling, kind = saved_sampling(content, args.resume), find_model(content, path, args.weights).kind
-    given = {"vae": vae, "vae_path": vae_path, "vae_embed_dim": model.config["vae_embed_dim"], "vae_stride": model.config["vae_stride"],
+    given = {"vae": vae, "vae_path": vae_path, "vae_embed_dim": model.config["vae_embed_dim"],
+             "vae_stride": model.config["vae_stride"],
              **{option_name(field): sampling[field.name] for field in fields(Sampling) if field.name in sampling}}
     file = vae_path or Path(str(options.get("vae_path") or "")).name
     name = f"--vae_path {file}" if vae == "kl16" and file else f"--vae {vae}" if vae and vae != "kl16" else None
-    learning = {name: options[name] for name in ("label_drop_prob", "attn_dropout", "proj_dropout", "use_checkpoint") if name in options}
+    of_training = ("label_drop_prob", "attn_dropout", "proj_dropout", "use_checkpoint")
+    learning = {name: options[name] for name in of_training if name in options}
     return {"model": {**model.config, **learning}, "parameters": sum(p.numel() for p in model.parameters()),
-            "tensors_sha256": tensors_hash(model.state_dict()), "weights": kind, "weights_key": "model_ema" if kind == "ema" else "model",
-            "sampling": sampling, "vae": {**origin._asdict(), "name": name, "file": copied},
+            "tensors_sha256": tensors_hash(model.state_dict()), "weights": kind,
+            "weights_key": "model_ema" if kind == "ema" else "model", "sampling": sampling,
+            "vae": {**origin._asdict(), "name": name, "file": copied},
             "data": {key: data[key] for key in ("classes", "counts", "images", "sha256") if key in data},
             "args": {name: value for name, value in {**public_options(options), **given}.items() if value is not None}}
 
@@ -121,26 +130,21 @@ tags:
 ---
 # FlowAR
 """
-PAPER = """```bibtex
-@inproceedings{ren2025flowar,
-  title     = {FlowAR: Scale-wise Autoregressive Image Generation Meets Flow Matching},
-  author    = {Ren, Sucheng and Yu, Qihang and He, Ju and Shen, Xiaohui and Yuille, Alan and Chen, Liang-Chieh},
-  booktitle = {International Conference on Machine Learning (ICML)},
-  year      = {2025},
-  note      = {arXiv:2412.15205}
-}
-```"""
+PAPER = "[FlowAR: Scale-wise Autoregressive Image Generation Meets Flow Matching](https://arxiv.org/abs/2412.15205)"
 
 
 def write_card(config, report, start, license, source):
-    """Markdown. report: results.json, start: the last one of run.json, None where there is none; source: what load_pipeline takes."""
+    """Markdown. report: results.json, start: the last one of run.json, None where there is none; source: what
+    load_pipeline takes.
+    """
     model, vae, data = config["model"], config["vae"], config["data"]
-    kind = {"ema": "the average over training (EMA)", "raw": "the raw ones, no average"}.get(config["weights"], "not called an average by their file")
+    kinds = {"ema": "the average over training (EMA)", "raw": "the raw ones, no average"}
+    kind = kinds.get(config["weights"], "not called an average by their file")
     where = f"`{vae['file']}` of these files" if vae["file"] else f"{plain(vae['name'])}, not among these files"
     parts = [HEADER.format(license=license),
-             f"A class-conditional FlowAR: {model['img_size']}x{model['img_size']} pixels, {model['class_num']} classes, {config['parameters']:,} "
-             f"parameters, scales {plain(model['scale'])}. Its weights are {kind}; SHA-256 over the tensors `{config['tensors_sha256']}`.",
-             "## Use", f"""```python
+             f"A class-conditional FlowAR: {model['img_size']}x{model['img_size']} pixels, {model['class_num']} "
+             f"classes, {config['parameters']:,} parameters, scales {plain(model['scale'])}. Its weights are {kind}; "
+             f"SHA-256 over the tensors `{config['tensors_sha256']}`.", "## Use", f"""```python
 from util.evaluation import load_pipeline  # of the FlowAR code
 pipe = load_pipeline("{source}")
 images = pipe([0, 1, 2, 3], seed=0)  # PIL images of these labels
@@ -150,7 +154,8 @@ images = pipe([0, 1, 2, 3], seed=0)  # PIL images of these labels
                   table({name: report.get(name) for name in MEASURED})]
     else:
         parts.append("These weights have not been measured, or no report of it lay beside them.")
-    parts += ["## Training", table({name: config["args"][name] for name in RECIPE if name in config["args"]} or {"options": UNKNOWN})]
+    recipe = {name: config["args"][name] for name in RECIPE if name in config["args"]}
+    parts += ["## Training", table(recipe or {"options": UNKNOWN})]
     if start:
         parts.append(table({name: start.get(name) for name in ("time", "hardware", "versions", "git")}))
     parts += ["## Data", table({"images": data.get("images"), "SHA-256 of names and sizes": data.get("sha256")})]
@@ -168,16 +173,20 @@ def plain(value):
     """A value in one line of Markdown that means nothing else there."""
     if isinstance(value, dict):
         value = [f"{name} {part}" for name, part in value.items()]
-    text = UNKNOWN if value is None else ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    text = UNKNOWN if value is None else str(value)
     return "".join(f"\\{char}" if char in "\\|`<>*[]#" else char for char in text if char.isprintable())
 
 
 def find_report(path, kind):
     """The newest results.json of these weights in or beside their folder, None without one."""
-    identity = file_hash(path)
-    reports = [report for report in reports_of(path.parent)
-               if report.get("checkpoint_sha256") == identity and (report.get("weights") == "raw") == (kind == "raw")]
-    return reports[-1] if reports else None
+    identity, newest = file_hash(path), None
+    for report in reports_of(path.parent):
+        is_raw = report.get("weights") == "raw"
+        if report.get("checkpoint_sha256") == identity and is_raw == (kind == "raw"):
+            newest = report
+    return newest
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -195,8 +204,9 @@ def main():
     config = describe(args, path, content, model, vae and f"vae{vae.suffix}")
     report = find_report(path, config["weights"])
     run = path.with_name(RUN)
-    card = write_card(config, report, read_json(run)["starts"][-1] if run.is_file() else None, args.license,
-                      f"hf:{args.push}" if args.push and args.format == "safetensors" else "FOLDER")
+    start = read_json(run)["starts"][-1] if run.is_file() else None
+    source = f"hf:{args.push}" if args.push and args.format == "safetensors" else "FOLDER"
+    card = write_card(config, report, start, args.license, source)
     write_bytes(card.encode(errors="backslashreplace"), folder / CARD)
     write_json(config, folder / CONFIG)
     if vae:
@@ -204,8 +214,9 @@ def main():
     if args.format == "pth":  # the weights last: without them a folder is no export
         write_file(model.state_dict(), folder / BARE)
     else:
-        write_safetensors(model.state_dict(), {name: config[name] for name in ("args", "data", "vae", "weights_key")}, folder / EXPORTED)
-    log(f"card: figures of {report['path']}" if report else "card: no results of these weights were found: they are not measured")
+        header = {name: config[name] for name in ("args", "data", "vae", "weights_key")}
+        write_safetensors(model.state_dict(), header, folder / EXPORTED)
+    log(f"card: figures of {report['path']}" if report else "card: no results of these weights")
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     if args.push:
         from huggingface_hub import HfApi

@@ -68,5 +68,8 @@ def read_settings(path):
 
 def save(picture, path, settings=None):
     """Write a picture; a PNG carries the settings that it was made with."""
-    picture.save(path, **({"pnginfo": png_text(settings)} if settings and Path(path).suffix.lower() == ".png" else {}))
+    if settings and Path(path).suffix.lower() == ".png":
+        picture.save(path, pnginfo=png_text(settings))
+    else:
+        picture.save(path)
     print(path)

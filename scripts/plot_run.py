@@ -8,6 +8,7 @@ A run is a folder with log.jsonl, or such a file itself (log.1.jsonl: of a run b
 import math
 import re
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import matplotlib
@@ -29,9 +30,10 @@ SCALE, STEP = "loss_scale_", re.compile(r"checkpoint-(\d{9})\.pth")
 MEASURED = {  # by whom; of other numbers of images, so no line joins them
     "in training, EMA": dict(marker="s", ls="-"), "eval.py, EMA": dict(marker="D", ls="none"),
     "eval.py, raw": dict(marker="o", mfc="white", ls="none")}
-LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "pdf.fonttype": 42,
-        "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.4, "legend.frameon": False}
+LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
+        "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+        "lines.linewidth": 1.2, "pdf.fonttype": 42, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.4,
+        "legend.frameon": False}
 
 
 class Run(NamedTuple):
@@ -43,7 +45,7 @@ class Run(NamedTuple):
 
     def points(self, group, key):
         """(steps, values) of what a group of lines holds."""
-        lines = [line for line in self.groups.get(group, ()) if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+        lines = [line for line in self.groups.get(group, ()) if math.isfinite(line.get(key, math.nan))]
         return [line["step"] for line in lines], [line[key] for line in lines]
 
     def scales(self):
@@ -52,30 +54,33 @@ class Run(NamedTuple):
         return sorted(int(key.removeprefix(SCALE)) for key in keys)
 
 
-def read_run(path):
+def read_run(name):
     """The Run of a folder or a log; FlowARError without a line of training."""
-    path = Path(path)
-    file = path / "log.jsonl" if path.is_dir() else path
+    file = Path(name)
+    if file.is_dir():
+        file /= "log.jsonl"
     groups = {}
     for line in read_lines(file):  # of two lines of a step the later one counts
         groups.setdefault(line["group"], {})[line["step"]] = line
     if not groups.get("train"):
-        raise FlowARError(f"{file}: no line of training in it: expected a log of main_flowar.py, after --log_freq steps")
+        raise FlowARError(f"{file}: no line of training in it: expected a log of main_flowar.py")
     groups = {group: [lines[step] for step in sorted(lines)] for group, lines in groups.items()}
-    metric, distances = read_distances(file.parent, groups.get("eval", ())) if file.name == "log.jsonl" else (None, [])
-    return Run(file.parent.name if file.name == "log.jsonl" else f"{file.parent.name}/{file.name}", groups, metric, distances)
+    if file.name != "log.jsonl":  # of a run before, of which no evaluation tells
+        return Run(f"{file.parent.name}/{file.name}", groups, None, [])
+    return Run(file.parent.name, groups, *read_distances(file.parent, groups.get("eval", ())))
 
 
 def read_distances(folder, logged):
-    """(name, [(step, value, one of MEASURED)]) of --online_eval and of eval.py's results.json: the distance that is there most often."""
+    """(name, [(step, value, one of MEASURED)]) of --online_eval and eval.py: the distance that is there most often."""
     distances = {}
     for line in logged:
         for name in filter(is_distance, line):
             distances.setdefault(name, []).append((line["step"], line[name], "in training, EMA"))
     for report in reports_of(folder):
         step = STEP.fullmatch(Path(report["checkpoint"]).name)
+        how = "eval.py, raw" if report.get("weights") == "raw" else "eval.py, EMA"
         for name in filter(is_distance, report["metrics"] if step else ()):
-            distances.setdefault(name, []).append((int(step[1]), report[name], f"eval.py, {'raw' if report.get('weights') == 'raw' else 'EMA'}"))
+            distances.setdefault(name, []).append((int(step[1]), report[name], how))
     metric = max(distances, key=lambda name: len(distances[name]), default=None)
     return metric, sorted(distances.get(metric, []))
 
@@ -87,11 +92,11 @@ def is_distance(name):
 def thin(steps, values):
     """At most POINTS points, each the mean of its neighbours."""
     size = -(-len(steps) // POINTS)
-    parts = [slice(i, i + size) for i in range(0, len(steps), size)] if size else []
-    return [sum(steps[part]) / len(steps[part]) for part in parts], [sum(values[part]) / len(values[part]) for part in parts]
+    parts = [slice(i, i + size) for i in range(0, len(steps), size or 1)]
+    return [mean(steps[part]) for part in parts], [mean(values[part]) for part in parts]
 
 
-# ---- the panels: each draws on an axis, and returns whether there was anything to draw ------------------------------
+# ---- the panels ------------------------------------------------------------------------------------------------
 
 
 def draw_loss(axis, runs):
@@ -99,7 +104,6 @@ def draw_loss(axis, runs):
         axis.plot(*thin(*run.points("train", "loss")), color=color)
     axis.set(title="Training loss", ylabel="loss")
     logarithmic(axis)
-    return True
 
 
 def draw_scales(axis, runs):
@@ -107,15 +111,17 @@ def draw_scales(axis, runs):
     scales = sorted({scale for run in runs for scale in run.scales()})
     shades, handles = matplotlib.colormaps["viridis"].resampled(256), []
     for number, scale in enumerate(scales):
-        style = STYLES[number % len(STYLES)] if len(runs) > 1 else "-"
-        for run, color in zip(runs, COLORS):
-            shade = color if len(runs) > 1 else shades(0.9 * number / max(len(scales) - 1, 1))
-            axis.plot(*thin(*run.points("train", f"{SCALE}{scale}")), color=shade, lw=1, ls=style)
-        handles.append(Line2D([], [], color="0.3" if len(runs) > 1 else shade, ls=style, label=f"{scale}×{scale}"))
+        if len(runs) > 1:
+            colors, style, shade = COLORS, STYLES[number % len(STYLES)], "0.3"
+        else:
+            shade, style = shades(0.9 * number / max(len(scales) - 1, 1)), "-"
+            colors = [shade]
+        for run, color in zip(runs, colors):
+            axis.plot(*thin(*run.points("train", f"{SCALE}{scale}")), color=color, lw=1, ls=style)
+        handles.append(Line2D([], [], color=shade, ls=style, label=f"{scale}×{scale}"))
     axis.set(title="Training loss of each scale", ylabel="loss, unweighted")
     logarithmic(axis)
     axis.legend(handles=handles, ncols=2 if len(scales) > 3 else 1, handlelength=2.4)
-    return bool(scales)
 
 
 def draw_validation(axis, runs):
@@ -124,9 +130,9 @@ def draw_validation(axis, runs):
         for group, style in styles.items():
             axis.plot(*run.points(group, "loss"), color=color, **style)
     axis.set(title="Validation loss", ylabel="loss")
-    axis.legend(handles=[Line2D([], [], color="0.3", label=label, **style) for label, style in zip(("raw", "EMA"), styles.values())])
+    axis.legend(handles=[Line2D([], [], color="0.3", label="raw", **styles["val"]),
+                         Line2D([], [], color="0.3", label="EMA", **styles["val_ema"])])
     logarithmic(axis)
-    return any(run.groups.get(group) for run in runs for group in styles)
 
 
 def draw_rate(axis, runs):
@@ -134,33 +140,30 @@ def draw_rate(axis, runs):
         axis.plot(*thin(*run.points("train", "lr")), color=color, ls=style)
     axis.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    return True
 
 
 def draw_speed(axis, runs):
     for run, color in zip(runs, COLORS):
         axis.plot(*thin(*run.points("train", "images_per_second")), color=color)
     axis.set(title="Training speed", ylabel="images / s", ylim=(0, None))
-    return True
 
 
 def draw_distance(axis, runs):
     """Only what is measured alike: the distance of the first run that has one."""
-    metric, kinds = next((run.metric for run in runs if run.metric), None), set()
-    others = [run.name for run in runs if run.metric not in (None, metric)]
-    if others:
-        log(f"{', '.join(others)}: another distance than {metric}: left out of its panel")
+    metric, handles = next(run.metric for run in runs if run.metric), {}
     for run, color in zip(runs, COLORS):
+        if run.metric not in (None, metric):
+            log(f"{run.name}: another distance than {metric}: left out of its panel")
+            continue
         for kind, style in MEASURED.items():
-            points = [(step, value) for step, value, how in run.distances if how == kind and run.metric == metric]
+            points = [(step, value) for step, value, how in run.distances if how == kind]
             if points:
-                kinds.add(kind)
                 axis.plot(*zip(*points), color=color, ms=4, **style)
-    axis.set(title=str(metric).replace("_distance_", " distance\n").replace("_", " "), ylabel="distance", ylim=(0, None))
-    if len(kinds) > 1:
-        shown = [(kind, style) for kind, style in MEASURED.items() if kind in kinds]
-        axis.legend(handles=[Line2D([], [], color="0.3", ms=4, label=kind, **style) for kind, style in shown])
-    return bool(kinds)
+                handles[kind] = Line2D([], [], color="0.3", ms=4, label=kind, **style)
+    title = metric.replace("_distance_", " distance\n").replace("_", " ")
+    axis.set(title=title, ylabel="distance", ylim=(0, None))
+    if len(handles) > 1:
+        axis.legend(handles=handles.values())
 
 
 def logarithmic(axis):
@@ -173,16 +176,15 @@ def logarithmic(axis):
         axis.yaxis.set_minor_locator(NullLocator())
 
 
-PANELS = draw_loss, draw_scales, draw_validation, draw_rate, draw_speed, draw_distance
-
-
 def draw(runs):
     """A Figure 7 inches wide, of the panels for which there is something; runs: of read_run."""
     if len(runs) > len(COLORS):
         raise FlowARError(f"{len(runs)} runs: expected at most {len(COLORS)}, the number of colours")
+    panels = {draw_loss: True, draw_scales: any(run.scales() for run in runs),
+              draw_validation: any(run.groups.get("val") or run.groups.get("val_ema") for run in runs),
+              draw_rate: True, draw_speed: True, draw_distance: any(run.metric for run in runs)}
+    panels = [panel for panel, is_needed in panels.items() if is_needed]
     with matplotlib.rc_context(LOOK):
-        trial = Figure().subplots(1, len(PANELS))
-        panels = [panel for panel, axis in zip(PANELS, trial) if panel(axis, runs)]
         columns = 3 if len(panels) > 4 else 2
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(7, 2.1 * rows + 0.3 * (len(runs) > 1)), layout="constrained")
@@ -195,21 +197,16 @@ def draw(runs):
             axis.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
             axis.set_xlim(0, None)
         if len(runs) > 1:
-            handles = [Line2D([], [], color=color, label=run.name.replace("$", r"\$")) for run, color in zip(runs, COLORS)]
+            handles = [Line2D([], [], color=color, label=run.name.replace("$", r"\$"))
+                       for run, color in zip(runs, COLORS)]
             figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4))
     return figure
-
-
-def save(figure, path):
-    """A picture of the kind that the file's name ends with."""
-    with matplotlib.rc_context(LOOK):
-        figure.savefig(path, dpi=200)
 
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=as_type(path), help="output folders of trainings, or their log.jsonl")
-    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png in the first run's folder")
+    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png beside the first log")
     return parser.parse_args()
 
 
@@ -219,10 +216,13 @@ def main():
     output = args.output or (first if first.is_dir() else first.parent) / "plot_run.png"
     runs = list(map(read_run, args.runs))
     names = [run.name for run in runs]
-    for i, run in enumerate(args.runs):  # folders of one name by their paths
-        runs[i] = runs[i] if names.count(names[i]) == 1 else runs[i]._replace(name=run)
+    for i, run in enumerate(args.runs):
+        if names.count(names[i]) > 1:  # folders of one name by their paths
+            runs[i] = runs[i]._replace(name=run)
     check_output(output)
-    save(draw(runs), output)
+    figure = draw(runs)
+    with matplotlib.rc_context(LOOK):
+        figure.savefig(output, dpi=200)
     print(output)
 
 

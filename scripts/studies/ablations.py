@@ -2,9 +2,10 @@
 
     python scripts/studies/ablations.py --root output/quickstart --variants times,reading,guidance
 
-Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few options more, for as
-many images and with each of the seeds; variants that differ in sampling alone share a training. Each is evaluated as the quickstart is. What
-is done is kept in ROOT/ablations: the same command goes on. Writes ablations.md, .json and .png there; with --variants their names have the groups.
+Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few
+options more, for as many images and with each of the seeds; variants that differ in sampling alone share a training.
+Each is evaluated as the quickstart is. What is done is kept in ROOT/ablations: the same command goes on. Writes
+ablations.md, .json and .png there; with --variants their names have the groups.
 """
 import functools
 import math
@@ -17,17 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-
 import torch
 from matplotlib.figure import Figure
 
-from models.settings import one_of
-from models import FlowARError, flow_matching as fm
+from models import FlowARError
+from models import flow_matching as fm
 from models.flowar import to_grid, to_tokens
+from models.settings import one_of
 from models.vae import DiagonalGaussian
 from models.variants.ablated import CHOICES
 from scripts.quickstart_report import accuracy, get_classifier, gray
 from util.cluster import run_main, select_device
+from util.command_line import COUNT, DEVICE, POSITIVE, Parser, as_type, list_of, path
 from util.data.latents import ShardedMoments
 from util.evaluation import load_pipeline
 from util.evaluation.labels import image_label
@@ -35,47 +37,56 @@ from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS, read_report
 from util.files import write_bytes, write_json
 from util.manifest import describe_machine
-from util.command_line import COUNT, POSITIVE, Parser, as_type, list_of, path
 from util.training.logging import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny "
-            "--batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --data_path {root}/images "
-            "--cached_path {root}/latents --cached_val_path {root}/latents_val --num_workers 0 --save_last_freq 1 --keep_every 1 --eval_freq 1000")
-SAMPLING = "eval.py --vae_path {root}/vae.pth --num_step 25 --cfg 3 --guidance 1 --fid_stats {root}/val_stats.npz --feature_extractor efficientnet-lite0 --save_images"
+TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 "
+            "--model flowar_tiny --batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 "
+            "--no_flip --data_path {root}/images --cached_path {root}/latents --cached_val_path {root}/latents_val "
+            "--num_workers 0 --save_last_freq 1 --keep_every 1 --eval_freq 1000")
+SAMPLING = ("eval.py --vae_path {root}/vae.pth --num_step 25 --cfg 3 --guidance 1 --fid_stats {root}/val_stats.npz "
+            "--feature_extractor efficientnet-lite0 --save_images")
 BASE, OWN_IMAGES, OWN_STEPS = "released", 2000, 10
+RELEASED = {BASE: ("", "")}
 VARIANTS = {  # group: {name: (options of training, options of sampling)}
-    "times": {BASE: ("", ""), "shift 0.5": ("--t_dist shift:0.5", ""), "shift 2": ("--t_dist shift:2", ""),
+    "times": {**RELEASED, "shift 0.5": ("--t_dist shift:0.5", ""), "shift 2": ("--t_dist shift:2", ""),
               "logit-normal 0, 1": ("--t_dist logit_normal:0,1", "")},
-    "reading": {BASE: ("", ""), "condition noise 0.1": ("--condition_noise 0.1", ""), "condition noise 0.3": ("--condition_noise 0.3", "")},
-    "latents": {BASE: ("", ""), "scaled by channel": ("--latent_norm channel", "")},
-    "scales": {BASE: ("", ""), "1, 4": ("--scales 1,4", ""), "1, 2, 3, 4": ("--scales 1,2,3,4", "")},
-    "head": {BASE: ("", ""), "every token by itself": ("--head token", "")},
-    "objective": {BASE: ("", ""), "diffusion, DDIM": ("--objective diffusion", ""), "diffusion, ancestral": ("--objective diffusion", "--solver ancestral")},
-    "condition": {BASE: ("", ""), **{name: (f"--condition {name}", "") for name in CHOICES["condition"][1:]}},
-    "pyramid": {BASE: ("", ""), "of the image": ("--pyramid image --cached_path '' --cached_val_path ''", "")},
-    "guidance": {"no guidance": ("", "--cfg 1"), BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1"), "t > 0.3": ("", "--guidance_low 0.3"),
-                 "t <= 0.7": ("", "--guidance 0.7"), "2 on every scale": ("", "--cfg 2 --cfg_schedule constant"),
-                 "falling, 3:2:1": ("", "--cfg 3:2:1"), "by the first epoch, 2": ("", "--guide {first} --cfg 2"),
+    "reading": {**RELEASED, "condition noise 0.1": ("--condition_noise 0.1", ""),
+                "condition noise 0.3": ("--condition_noise 0.3", "")},
+    "latents": {**RELEASED, "scaled by channel": ("--latent_norm channel", "")},
+    "scales": {**RELEASED, "1, 4": ("--scales 1,4", ""), "1, 2, 3, 4": ("--scales 1,2,3,4", "")},
+    "head": {**RELEASED, "every token by itself": ("--head token", "")},
+    "objective": {**RELEASED, "diffusion, DDIM": ("--objective diffusion", ""),
+                  "diffusion, ancestral": ("--objective diffusion", "--solver ancestral")},
+    "condition": {**RELEASED, **{name: (f"--condition {name}", "") for name in CHOICES["condition"][1:]}},
+    "pyramid": {**RELEASED, "of the image": ("--pyramid image --cached_path '' --cached_val_path ''", "")},
+    "guidance": {"no guidance": ("", "--cfg 1"), **RELEASED, "t > 0.1": ("", "--guidance_low 0.1"),
+                 "t > 0.3": ("", "--guidance_low 0.3"), "t <= 0.7": ("", "--guidance 0.7"),
+                 "2 on every scale": ("", "--cfg 2 --cfg_schedule constant"), "falling, 3:2:1": ("", "--cfg 3:2:1"),
+                 "by the first epoch, 2": ("", "--guide {first} --cfg 2"),
                  "by the first epoch, 3": ("", "--guide {first} --cfg 3")},
 }
-PAPER = {("scales", BASE): 3.61, ("scales", "1, 4"): 4.88}  # FIDs of the paper's ablation, at 256 pixels with and without the second scale
-OWN = {"loss, half own": 0.5, "loss, own scales": 1.0}  # the time from which coarse scales are the model's own, see own_scales_loss
-COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%", "validation loss": ".4f",
-           **dict.fromkeys(OWN, ".4f")}
+PAPER = {("scales", BASE): 3.61, ("scales", "1, 4"): 4.88}  # FIDs at 256 pixels with and without the second scale
+OWN = {"loss, half own": 0.5, "loss, own scales": 1.0}  # the time from which coarse scales are the model's own
+COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%",
+           "validation loss": ".4f", **dict.fromkeys(OWN, ".4f")}
 
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--root", type=as_type(path), default="output/quickstart", help="the quickstart's folder")
-    parser.add_argument("--variants", type=as_type(list_of(one_of(*VARIANTS))), default=tuple(VARIANTS), help=f"groups: {', '.join(VARIANTS)}")
-    parser.add_argument("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
-    parser.add_argument("--images", type=as_type(POSITIVE), default=80000, help="training images that each sees, in whole epochs")
-    parser.add_argument("--samples", type=as_type(POSITIVE), default=2000, help="images of each evaluation")
-    parser.add_argument("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add = parser.add_argument
+    add("--root", type=as_type(path), default="output/quickstart", help="the quickstart's folder")
+    add("--variants", type=as_type(list_of(one_of(*VARIANTS))), default=tuple(VARIANTS), help=", ".join(VARIANTS))
+    add("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
+    add("--images", type=as_type(POSITIVE), default=80000, help="training images that each sees, in whole epochs")
+    add("--samples", type=as_type(POSITIVE), default=2000, help="images of each evaluation")
+    add("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
+    add("--device", type=as_type(DEVICE), default="auto", help="where to compute")
     return parser.parse_args()
+
+
+# ---- one variant with one seed -------------------------------------------------------------------------------
 
 
 def folder_of(options):
@@ -88,81 +99,101 @@ class Point:
 
     def __init__(self, args, training, sampling, seed):
         base = Path(args.root) / "ablations" / f"{args.images}"
-        self.run, self.training, self.sampling, self.seed = base / f"{folder_of(training)}_seed{seed}", training, sampling, seed
-        self.output = self.run / f"eval{args.samples}_{folder_of(sampling)}"
+        self.run, self.training = base / f"{folder_of(training)}_seed{seed}", training
+        self.output, self.sampling = self.run / f"eval{args.samples}_{folder_of(sampling)}", sampling
+        self.seed = seed
 
     def train(self, args, epochs):
-        command = (f"{TRAINING} {self.training} --seed {self.seed} --epochs {epochs} --warmup_epochs {epochs * 0.05} "
-                   f"--output_dir {self.run} --resume {self.run} --device {args.device}")
-        start(args, command, self.run)
+        start(args, f"{TRAINING} {self.training} --seed {self.seed} --epochs {epochs} --warmup_epochs {epochs * 0.05} "
+                    f"--output_dir {self.run} --resume {self.run} --device {args.device}", self.run)
 
     def evaluate(self, args):
         first = min(self.run.glob("checkpoint-0*.pth"), default="")  # of the first epoch
-        command = (f"{SAMPLING} {self.sampling.format(first=first)} --resume {self.run} --seed {self.seed} --num_images {args.samples} "
-                   f"--eval_bsz {min(args.samples, 250)} --output_dir {self.output} --device {args.device}")
-        start(args, command, self.output)
+        start(args, f"{SAMPLING} {self.sampling.format(first=first)} --resume {self.run} --seed {self.seed} "
+                    f"--num_images {args.samples} --eval_bsz {min(args.samples, 250)} --output_dir {self.output} "
+                    f"--device {args.device}", self.output)
 
     def figures(self, network, root, device):
+        """(a number for each of COLUMNS, parameters)."""
         report = read_report(self.output / RESULTS)
-        images = load_uint8([self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])])
-        labels = torch.tensor([image_label(i, len(images), report["class_num"]) for i in range(len(images))])
+        files = [self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
+        labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
+        figures = []
+        for start_of in ("frechet_distance", "kid_mean", "precision", "recall"):
+            figures += [report[name] for name in report["metrics"] if name.startswith(start_of)]
+        figures.append(accuracy(network, gray(load_uint8(files)), labels, device))
         losses = [line["loss"] for line in read_lines(self.run / "log.jsonl") if line.get("group") == "val_ema"]
-        names = [name for start in ("frechet_distance", "kid_mean", "precision", "recall") for name in report["metrics"] if name.startswith(start)]
-        own = own_scales_losses(self.run, root, device)
-        return [*map(report.get, names), accuracy(network, gray(images), labels, device), losses[-1], *own], report["parameters"]
-
-
-@functools.cache
-def own_scales_losses(run, root, device):
-    """Validation loss of a run's average where the transformer reads scales that the model has drawn, as in sampling: for each time of OWN, every
-    scale but the last is carried from its path at that time to 0 by the model, given those before; targets are the images'. From t = 1 on
-    only the label binds them to the image, so that this is what a wrong coarse scale costs at most; from 0.5 on they resemble it.
-    """
-    pipeline, data = load_pipeline(run, root / "vae.pth", device.type, precision="fp32"), ShardedMoments(root / "latents_val")
-    model, scale = pipeline.sampler.model, pipeline.sampler.vae.latent_scale
-    if model.config.get("objective", "flow") != "flow" or model.config.get("pyramid", "latent") != "latent":
-        return [math.nan] * len(OWN)  # of another target: nothing to compare
-    moments, labels = zip(*(data[0, i] for i in range(0, len(data), max(1, len(data) // OWN_IMAGES))))
-    latents, labels = scale.normalize(DiagonalGaussian(torch.stack(moments).float().to(device)).mode()), torch.tensor(labels, device=device)
-    with torch.no_grad():
-        return [model.weighted(own_scales_error(model, latents, labels, start).mean(dim=1)).item() for start in OWN.values()]
-
-
-def own_scales_error(model, latents, labels, start):
-    """scale_losses of the images' pyramid, read with the model's own coarse scales from time `start` on; always the same draws."""
-    generator, pyramid = torch.Generator(latents.device).manual_seed(0), model.pyramid(latents)
-    t, noise, _, _ = model.draw(len(labels), generator)
-    start_noise, read, times = model.draw_noise(len(labels), generator), list(pyramid), start * fm.time_grid(OWN_STEPS, "uniform")
-    for k, span in enumerate(model.spans[:-1]):
-        velocity = model.flownet.guided(model.condition_on(read, labels)[:, span], len(labels), (1.0, 0.0, 1.0))
-        x = fm.euler(velocity, fm.interpolate(to_tokens(pyramid[k]), start_noise[k], start), times)
-        read[k] = to_grid(x.to(latents), model.scale[k])
-    return model.velocity_errors(pyramid, model.condition_on(read, labels), t, noise)
+        return [*figures, losses[-1], *own_scales_losses(self.run, root, device)], report["parameters"]
 
 
 def start(args, command, output):
-    """Run one of the programs of the project, with its share of the cores; its words go to a file beside what it makes."""
+    """Run a program of the project, with its share of the cores; what it prints goes to a file beside what it makes."""
     command = command.format(root=args.root)
     threads = str(max(1, (os.cpu_count() or 1) // args.at_once))
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{output}.txt", "ab") as log:
-        status = subprocess.run([sys.executable, *shlex.split(command)], cwd=Path.cwd(), stdout=log, stderr=log,
+        status = subprocess.run([sys.executable, *shlex.split(command)], stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}).returncode
     if status:
         raise FlowARError(f"{output}.txt: this ended with status {status}: {command}")
+
+
+# ---- validation where the transformer reads the model's own scales -------------------------------------------
+
+
+@functools.cache
+def own_scales_losses(run, root, device):
+    """Validation loss of a run's average where the transformer reads scales that the model has drawn, as in sampling:
+    for each time of OWN, every scale but the last is carried from its path at that time to 0 by the model, given those
+    before; targets are the images'. From t = 1 on only the label binds them to the image, so that this is what a wrong
+    coarse scale costs at most; from 0.5 on they resemble it.
+    """
+    sampler = load_pipeline(run, root / "vae.pth", device.type, precision="fp32").sampler
+    model, scale, data = sampler.model, sampler.vae.latent_scale, ShardedMoments(root / "latents_val")
+    if model.config.get("objective", "flow") != "flow" or model.config.get("pyramid", "latent") != "latent":
+        return [math.nan] * len(OWN)  # of another target: nothing to compare
+    moments, labels = zip(*(data[0, i] for i in range(0, len(data), max(1, len(data) // OWN_IMAGES))))
+    latents = scale.normalize(DiagonalGaussian(torch.stack(moments).float().to(device)).mode())
+    labels, losses = torch.tensor(labels, device=device), []
+    for time in OWN.values():
+        with torch.no_grad():
+            errors = own_scales_error(model, latents, labels, time)
+        losses.append(model.weighted(errors.mean(dim=1)).item())
+    return losses
+
+
+def own_scales_error(model, latents, labels, time):
+    """scale_losses of the images' pyramid, read with the model's own coarse scales from `time` on; with fixed draws."""
+    generator, pyramid = torch.Generator(latents.device).manual_seed(0), model.pyramid(latents)
+    t, noise, _, _ = model.draw(len(labels), generator)
+    start_noise, times = model.draw_noise(len(labels), generator), time * fm.time_grid(OWN_STEPS, "uniform")
+    read = list(pyramid)
+    for k, span in enumerate(model.spans[:-1]):
+        condition = model.condition_on(read, labels)[:, span]
+        velocity = model.flownet.guided(condition, len(labels), (1.0, 0.0, 1.0))
+        x = fm.euler(velocity, fm.interpolate(to_tokens(pyramid[k]), start_noise[k], time), times)
+        read[k] = to_grid(x.to(latents), model.scale[k])
+    return model.velocity_errors(pyramid, model.condition_on(read, labels), t, noise)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------
 
 
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
     epochs = max(1, round(args.images / sum(1 for _ in (root / "images" / "train").glob("*/*"))))
-    rows = {(group, name): [Point(args, *options, seed) for seed in args.seeds] for group in args.variants for name, options in VARIANTS[group].items()}
-    points = [point for seed in range(len(args.seeds)) for row in rows.values() for point in [row[seed]]]  # the first seed of all comes first
+    rows = {}
+    for group in args.variants:
+        for name, options in VARIANTS[group].items():
+            rows[group, name] = [Point(args, *options, seed) for seed in args.seeds]
+    points = [point for column in zip(*rows.values()) for point in column]  # the first seed of all comes first
     with ThreadPoolExecutor(args.at_once) as pool:
         list(pool.map(lambda point: point.train(args, epochs), {point.run: point for point in points}.values()))
         list(pool.map(lambda point: point.evaluate(args), {point.output: point for point in points}.values()))
-    network = get_classifier(root, device)
-    results = {key: [point.figures(network, root, device) for point in row] for key, row in rows.items()}
+    network, results = get_classifier(root, device), {}
+    for key, row in rows.items():
+        results[key] = [point.figures(network, root, device) for point in row]
     groups = "" if args.variants == tuple(VARIANTS) else f"-{','.join(args.variants)}"
     report(args, results, device, root / "ablations" / f"ablations{groups}")
 
@@ -170,14 +201,16 @@ def main():
 def report(args, results, device, path):
     """Write the table, its figures and their picture: path without its suffix."""
     lines = [f"| | {' | '.join(COLUMNS)} | parameters | paper's FID |", "|---" * (len(COLUMNS) + 3) + "|"]
+    record = {}
     for (group, name), row in results.items():
-        cells = [spread([figures[column] for figures, _ in row], form) for column, form in enumerate(COLUMNS.values())]
+        by_column = zip(*(figures for figures, _ in row))
+        cells = [spread(values, form) for values, form in zip(by_column, COLUMNS.values())]
         lines.append(f"| {group}: {name} | {' | '.join(cells)} | {row[0][1]:,} | {PAPER.get((group, name), '')} |")
+        record[f"{group}: {name}"] = [dict(zip(COLUMNS, figures)) for figures, _ in row]
     print("\n".join(lines))
     write_bytes(("\n".join(lines) + "\n").encode(), Path(f"{path}.md"))
     write_json({"images": args.images, "samples": args.samples, "seeds": args.seeds, **describe_machine(device),
-                "rows": {f"{group}: {name}": [dict(zip(COLUMNS, figures)) for figures, _ in row] for (group, name), row in results.items()}},
-               Path(f"{path}.json"))
+                "rows": record}, Path(f"{path}.json"))
     draw(results, Path(f"{path}.png"))
 
 

@@ -35,7 +35,8 @@ def write_digits(root, per_class, size=16, splits=("train", "val"), val_per_clas
     digits = load_digits()
     for label in range(CLASSES):
         images = digits.images[digits.target == label]
-        for split, chosen in zip(splits, (images[:per_class], images[per_class:per_class + (val_per_class or per_class)])):
+        held_out = images[per_class:per_class + (val_per_class or per_class)]
+        for split, chosen in zip(splits, (images[:per_class], held_out)):
             folder = root / split / str(label)
             folder.mkdir(parents=True)
             for i, image in enumerate(chosen):
@@ -51,35 +52,23 @@ def make_project(root, per_class=8, val_per_class=2):
 
 
 def training_command(project, output, extra=""):
-    return (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --output_dir {output} --epochs 2 "
-            f"--warmup_epochs 1 --batch_size 16 --blr 1e-2 --num_workers 0 --device cpu --log_freq 2 --eval_freq 100 "
-            f"--num_step 4 --num_images 4 {extra}")
-
-
-def started(command, processes, restarts=0, **options):
-    """Arguments of subprocess for a program of the project: under torchrun for processes > 0, one thread each, no GPU unless it asks for one."""
-    words, environment = shlex.split(command), {**os.environ, "OMP_NUM_THREADS": "1"}
-    if processes:
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
-                 "--monitor_interval=0.1", *words]
-    if "--device cuda" not in command:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return {"args": [sys.executable, *words], "cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True, **options}
-
-
-def run(command, processes=0, check=True, timeout=300):
-    """Run a program of the project. Returns the process."""
-    done = subprocess.run(**started(command, processes, stderr=subprocess.PIPE, timeout=timeout))
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-# ---- runs that are killed --------------------------------------------------------------------------------------
+    return (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images "
+            f"--output_dir {output} --epochs 2 --warmup_epochs 1 --batch_size 16 --blr 1e-2 --num_workers 0 "
+            f"--device cpu --log_freq 2 --eval_freq 100 --num_step 4 --num_images 4 {extra}")
 
 
 def start(command, processes=0, restarts=0):
-    """run() in the background; its output goes on to finish(). In a process group of its own."""
-    return subprocess.Popen(**started(command, processes, restarts, stderr=subprocess.STDOUT, start_new_session=True))
+    """Start a program of the project in a process group of its own: under torchrun for processes > 0, with one thread
+    each, without a GPU unless it asks for one. Its output goes to finish().
+    """
+    words, environment = shlex.split(command), {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                 f"--max_restarts={restarts}", "--monitor_interval=0.1", *words]
+    if "--device cuda" not in command:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def finish(process, timeout=240):
@@ -102,16 +91,20 @@ def wait_for(path, process, timeout=240):
 
 def ranks_of(process):
     """Process numbers of the ranks under a launcher of start(), rank 0 first."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    of = {int(dict(field.split("=", 1) for field in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in field).get("RANK", -1)): int(child)
-          for child in children}
-    return [of[r] for r in sorted(of) if r >= 0]
+    children, ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout, {}
+    for child in children.split():
+        for variable in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            if variable.startswith("RANK="):
+                ranks[int(variable.removeprefix("RANK="))] = int(child)
+    return [ranks[number] for number in sorted(ranks)]
 
 
 def read_log(output):
     """Lines of a log.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("images_per_second", "memory_gib")} for line in lines]
+    for line in lines:
+        line.pop("images_per_second", None), line.pop("memory_gib", None)
+    return lines
 
 
 def read_checkpoint(output):

@@ -2,10 +2,10 @@
 
     python scripts/studies/soak.py --minutes 15 --output output/soak
 
-Two processes under torchrun train FlowAR-tiny on scikit-learn's digits, with dropout, a checkpoint every 20 steps and data workers. Every few
-seconds a rank or all of them are killed (SIGKILL), a rank gets SIGUSR1 or the launcher SIGTERM, or the newest checkpoint is cut short. The same
-command is then run again. In the end weights, EMA, optimizer state and logged losses must be those of the undisturbed run, bit by bit; the
-figures go to <output>/soak.json.
+Two processes under torchrun train FlowAR-tiny on scikit-learn's digits, with dropout, a checkpoint every 20 steps and
+data workers. Every few seconds a rank or all of them are killed (SIGKILL), a rank gets SIGUSR1 or the launcher SIGTERM,
+or the newest checkpoint is cut short. The same command is then run again. In the end weights, EMA, optimizer state and
+logged losses must be those of the undisturbed run, bit by bit; the figures go to <output>/soak.json.
 """
 import argparse
 import collections
@@ -17,9 +17,8 @@ import signal
 import time
 from pathlib import Path
 
-
 from models import FlowARError
-from scripts.studies.runs import assert_same_run, finish, make_project, ranks_of, run, start, training_command
+from scripts.studies.runs import assert_same_run, finish, make_project, ranks_of, start, training_command
 from util.cluster import run_main
 from util.files import write_bytes, write_json
 from util.training import checkpoint
@@ -39,14 +38,15 @@ def parse_args():
 
 
 def command(project, output, epochs):
-    return training_command(project, output, f"--epochs {epochs} --batch_size 8 --save_every 20 --keep 2 --log_freq 1 --num_workers 1 "
-                            f"--attn_dropout 0.2 --proj_dropout 0.2 --timeout 10 --resume {output}")
+    return training_command(project, output, f"--epochs {epochs} --batch_size 8 --save_every 20 --keep 2 --log_freq 1 "
+                            f"--num_workers 1 --attn_dropout 0.2 --proj_dropout 0.2 --timeout 10 --resume {output}")
 
 
 def last_step(output):
     """In the log, 0 without one."""
     log = output / "log.jsonl"
-    return max((line["step"] for line in read_lines(log) if line["group"] == "train"), default=0) if log.is_file() else 0
+    lines = read_lines(log) if log.is_file() else ()
+    return max((line["step"] for line in lines if line["group"] == "train"), default=0)
 
 
 def wait_for_progress(process, output, seconds):
@@ -87,7 +87,8 @@ def main():
     folder, rng = args.output.resolve(), random.Random(args.seed)
     folder.mkdir(parents=True)
     project, output = make_project(folder / "project", per_class=80), folder / "run"
-    run(command(project, folder / "undisturbed", args.epochs), processes=PROCESSES, timeout=3600)
+    status, text = finish(start(command(project, folder / "undisturbed", args.epochs), PROCESSES), timeout=3600)
+    assert status == 0, text
     events, statuses, start_time, ended = collections.Counter(), collections.Counter(), time.monotonic(), False
     while not ended:
         process = start(command(project, output, args.epochs), PROCESSES)
@@ -102,9 +103,10 @@ def main():
         if not ended:
             events[what] += 1
             statuses[status] += 1
-            print(f"{time.monotonic() - start_time:5.0f} s, step {last_step(output)}: {what}; status {status}", flush=True)
-    result = {"minutes": (time.monotonic() - start_time) / 60, "steps": last_step(output), "events": events, "exit_statuses": statuses,
-              "temporary_files": [path.name for path in output.glob("*.tmp")]}
+            print(f"{time.monotonic() - start_time:5.0f} s, step {last_step(output)}: {what}; status {status}",
+                  flush=True)
+    result = {"minutes": (time.monotonic() - start_time) / 60, "steps": last_step(output), "events": events,
+              "exit_statuses": statuses, "temporary_files": [path.name for path in output.glob("*.tmp")]}
     print(json.dumps(result, indent=2))
     write_json(result, folder / "soak.json")
     assert_same_run(output, folder / "undisturbed")
