@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, usage=usage, allow_abbrev=False, **more)
 
     def error(self, message):
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+        text = f"error: {message.removeprefix('argument ')}\n"
+        self.exit(2, text if os.environ.get("LOCAL_RANK", "0") == "0" else None)  # once a host: all have these options
 
 
 def as_type(kind):

@@ -57,6 +57,7 @@ import os, signal, time
 import torch
 from models import FlowARError
 from util import cluster
+from util.command_line import Parser
 from util.data import build_loader
 
 class Torn(torch.utils.data.Dataset):
@@ -81,6 +82,10 @@ def refused_on_another_rank():
     os.environ["LOCAL_RANK"] = "1"
     refused()
 
+def wrong_option_on_another_rank():
+    os.environ["LOCAL_RANK"] = "1"
+    Parser("").parse_args(["--no_such_option"])
+
 def torn_image():
     next(iter(build_loader(Torn(), 1, num_workers=1)))
 
@@ -91,7 +96,8 @@ def defect():
     raise ValueError("a defect")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-for end in (ctrl_c_twice, ctrl_c_before_training, refused, refused_on_another_rank, torn_image, left, defect, lambda: None):
+for end in (ctrl_c_twice, ctrl_c_before_training, refused, refused_on_another_rank,
+            wrong_option_on_another_rank, torn_image, left, defect, lambda: None):
     if os.fork() == 0:
         cluster.run_main(end)
         raise SystemExit
@@ -101,7 +107,7 @@ for end in (ctrl_c_twice, ctrl_c_before_training, refused, refused_on_another_ra
 
 def test_how_a_program_ends():
     done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["status -2", "status 130", "status 2", "status 2", "status 2",
+    assert done.stdout.splitlines() == ["status -2", "status 130", "status 2", "status 2", "status 2", "status 2",
                                         "saved after step 5 (exit status 75)", "status 75", "status 1", "status 0"], done
     lines = [line for line in done.stderr.splitlines() if line]
     assert lines[:4] == ["interrupted: saves first; Ctrl-C again leaves at once", "interrupted", "error: --lr: is too large",

@@ -266,15 +266,15 @@ class Checkpoint:
         return ", ".join(changed)
 
 
-def open_newest(resume):
-    """The newest whole Checkpoint of --resume, a file or directory; FlowARError if there is none. Names torn ones."""
-    path = local_file(resume)
+def open_newest(name):
+    """The newest whole Checkpoint of a file or directory, by path or name; FlowARError without one. Logs torn ones."""
+    path = local_file(name)
     candidates = [path]
     if path.is_dir():
         candidates = list_checkpoints(path) or [path / EXPORTED, path / BARE]
     candidates = [candidate for candidate in candidates if candidate.is_file()]
     if not candidates:
-        raise FlowARError(f"{resume}: no such checkpoint file, nor a directory with {LAST}, {EXPORTED} or {BARE}")
+        raise FlowARError(f"{name}: no such checkpoint file, nor a directory with {LAST}, {EXPORTED} or {BARE}")
     for candidate in candidates[:-1]:
         try:
             return Checkpoint.open(candidate)
@@ -283,12 +283,12 @@ def open_newest(resume):
     return Checkpoint.open(candidates[-1])
 
 
-def open_on_all(resume):
+def open_on_all(name):
     """open_newest on every rank: rank 0 chooses the file. A collective."""
-    fetch(resume)
-    if is_remote(resume):  # each host has its own cache
-        return Checkpoint.open(local_file(resume))
-    return from_main(lambda: open_newest(resume))
+    fetch(name)
+    if is_remote(name):  # each host has its own cache
+        return Checkpoint.open(local_file(name))
+    return from_main(lambda: open_newest(name))
 
 
 def find_start(resume, output_dir):
