@@ -8,8 +8,8 @@ from torch import nn
 
 from models import flow_matching as fm
 from models.errors import FlowARError
-from models.kernels import Linear, run_block
-from models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention, modulate, within_scales
+from models.kernels import Linear, modulate, per_token, run_block
+from models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention, within_scales
 
 HEAD_DIM = 64
 FREQUENCIES = 128
@@ -40,10 +40,10 @@ class AttnMLPBlock(nn.Module):
         self.ada_lin = Linear(width, 6 * width)
 
     def context(self, z, rope_table):
-        """Nothing: z enters through c alone."""
-        return None
+        """What the block makes of z, a tuple of tensors: none, z enters through c alone."""
+        return ()
 
-    def forward(self, h, modulation, time, z, context, rope_table, pattern):
+    def forward(self, h, modulation, time, context, rope_table, pattern):
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(modulation).chunk(6, dim=-1)
         h = h + gate1 * self.attn(modulate(h, scale1, shift1), rope_table, pattern)
         return h + gate2 * self.mlp(modulate(h, scale2, shift2))
@@ -66,10 +66,11 @@ class AttnCrossAttnMLPBlock(nn.Module):
         """Keys and values of the cross-attention."""
         return self.crossattn.keys_and_values(self.norm2_2(z), rope_table)
 
-    def forward(self, h, modulation, time, z, context, rope_table, pattern):
+    def forward(self, h, modulation, time, context, rope_table, pattern):
         gate, scale, shift = per_token(self.ada_lin_attn(time), pattern).chunk(3, dim=-1)
         h = h + gate * self.attn(modulate(h, scale, shift), rope_table, pattern)
-        context = self.context(z, rope_table) if context is None else context
+        if isinstance(context, torch.Tensor):  # z
+            context = self.context(context, rope_table)
         h = h + self.crossattn(self.norm2_1(h), context, rope_table, pattern)
         gate, scale, shift = self.ada_lin_mlp(modulation).chunk(3, dim=-1)
         return h + gate * self.mlp(modulate(h, scale, shift))
@@ -88,24 +89,15 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(h, scale, shift)).float()
 
 
-def per_token(values, pattern):
-    """One value a scale, (B, scales, n) -> one a token, (B, tokens, n); a single scale's is left to broadcast."""
-    if values.shape[1] == 1:
-        return values
-    # expand and cat rather than an index: its gradient is a sum, not a scatter
-    return torch.cat([values[:, k:k + 1].expand(-1, size, -1) for k, size in enumerate(pattern.sizes)], dim=1)
-
-
 class Condition(NamedTuple):
     """The transformer's z as the head's blocks read it."""
     c: torch.Tensor  # (B, N, width): z, embedded
-    z: torch.Tensor | None  # (B, N, cond_dim), where contexts are left to the blocks
-    contexts: list  # what each block makes of z, or None
+    contexts: list  # for each block what its context() makes of z, or z itself
     rope_table: tuple
 
     def first(self, count):
-        """That of the first `count` images."""
-        contexts = [context and tuple(part[:count] for part in context) for context in self.contexts]
+        """That of the first `count` images; the contexts are tuples."""
+        contexts = [tuple(part[:count] for part in context) for context in self.contexts]
         return self._replace(c=self.c[:count], contexts=contexts)
 
 
@@ -142,10 +134,10 @@ class FlowHead(nn.Module):
         pattern = within_scales(scales) if scales else None
         z = z if isinstance(z, Condition) else self.prepare(z, scales, contexts=False)
         h = self.input_proj(x).float().clone()  # residuals stay float32; a view would cost the compiler a graph
-        t = self.time_embed((t if t.ndim == 2 else t[None]).T)  # B scales width
+        t = self.time_embed(torch.atleast_2d(t).T)  # B scales width
         time, modulation = F.silu(t), F.silu(z.c + per_token(t, pattern))
         for block, context in zip(self.res_blocks, z.contexts):
-            h = run_block(block, self.use_checkpoint, h, modulation, time, z.z, context, z.rope_table, pattern)
+            h = run_block(block, self.use_checkpoint, h, modulation, time, context, z.rope_table, pattern)
         return self.final_layer(h, modulation)
 
     def guided(self, z, batch, guidance, guide=None):
@@ -158,20 +150,27 @@ class FlowHead(nn.Module):
         """
         both = self.prepare(z if guidance[0] > 1 else z[:batch])
         own = both.first(batch)
-        head, other = guide and (guide[0], guide[0].prepare(guide[1])) or (None, None)
+        if guide is not None:
+            weaker, z_weaker = guide[0], guide[0].prepare(guide[1])
 
-        def at(x, t, condition=own, flownet=self):
-            return flownet(x.to(z.dtype), torch.full((1,), t, device=x.device), condition)
+        def evaluate(head, x, t, condition):
+            return head(x.to(z.dtype), torch.full((1,), t, device=x.device), condition)
 
-        def pair(x, t):  # clone: what a CUDA graph gives lasts until the next call of one
-            return (at(x, t).clone(), at(x, t, other, head)) if head else at(torch.cat((x, x)), t, both).chunk(2)
+        def velocity(x, t):
+            return evaluate(self, x, t, own)
 
-        return fm.guided_velocity(at, pair, *guidance)
+        def pair(x, t):
+            if guide is None:
+                return evaluate(self, torch.cat((x, x)), t, both).chunk(2)
+            v = velocity(x, t).clone()  # what a CUDA graph gives lasts until the next call of one
+            return v, evaluate(weaker, x, t, z_weaker)
+
+        return fm.guided_velocity(velocity, pair, *guidance)
 
     def prepare(self, z, scales=None, contexts=True):
-        """The Condition of z: all of a velocity that depends neither on x nor on t. contexts=False leaves the blocks'
-        part to them, which then hold it no longer than they need it.
+        """The Condition of z: all of a velocity that depends neither on x nor on t. contexts=False leaves the contexts to
+        the blocks, which then hold them no longer than they need them.
         """
         rope_table = self.res_blocks[0].attn.rope.table(scales or (math.isqrt(z.shape[1]),))
-        of_blocks = [block.context(z, rope_table) if contexts else None for block in self.res_blocks]
-        return Condition(self.cond_embed(z), None if contexts else z, of_blocks, rope_table)
+        of_blocks = [block.context(z, rope_table) if contexts else z for block in self.res_blocks]
+        return Condition(self.cond_embed(z), of_blocks, rope_table)

@@ -1,4 +1,4 @@
-"""Flow matching and its sampler as pure functions: path, target, time grid, guidance, solvers.
+"""Flow matching and its sampler as pure functions: interpolation, target, times, guidance, solvers.
 
 Time runs from t = 1 (noise) to t = 0 (data), as in the released model; the paper has it the other way round.
 Nothing here knows a network, a device or a file.
@@ -28,8 +28,10 @@ def velocity_target(x, noise):
     return noise - x
 
 
+# ---- times of training: each function maps u, uniform in [0, 1), to times ---------------------------------------
+
+
 def uniform(u):
-    """Times of u, uniform in [0, 1): themselves."""
     return u
 
 
@@ -50,35 +52,34 @@ def shift(u, k):
 TIME_DISTRIBUTIONS = {"uniform": uniform, "logit_normal": logit_normal, "shift": shift}
 
 
-def draw_times(function, values, u):
-    """Times of u, uniform in [0, 1), by a function of TIME_DISTRIBUTIONS and its numbers."""
-    return function(u, *values)
-
-
 def read_time_distribution(text):
-    """u -> t of "uniform", "logit_normal:MEAN,STD", "shift:K", ...; FlowARError for another text, and for numbers with
-    which some of the times are not in [0, 1].
+    """The function u -> t of "uniform", "logit_normal:MEAN,STD", "shift:K", ... FlowARError for another text, and for
+    numbers that give times outside of [0, 1].
     """
-    name, _, numbers = str(text).partition(":")
+    name, _, numbers = text.partition(":")
+    if name not in TIME_DISTRIBUTIONS:
+        raise FlowARError(f"t_dist is {text!r}: expected one of {', '.join(TIME_DISTRIBUTIONS)}")
+    function = TIME_DISTRIBUTIONS[name]
+    parameters = [*inspect.signature(function).parameters][1:]
+    values = numbers.split(",") if numbers else []
     try:
-        function, values = TIME_DISTRIBUTIONS[name], [float(number) for number in numbers.split(",") if numbers]
-        inspect.signature(function).bind(None, *values)  # as many as it takes
-    except (KeyError, TypeError, ValueError):
-        usage = {name: [*inspect.signature(function).parameters][1:] for name, function in TIME_DISTRIBUTIONS.items()}
-        usage = [":".join([name, ",".join(numbers).upper()]).strip(":") for name, numbers in usage.items()]
-        raise FlowARError(f"t_dist is {text!r}: expected one of {', '.join(usage)}") from None
-    times = function(torch.linspace(0, 1, 1025, device="cpu")[:-1], *values)
+        distribution = functools.partial(function, **dict(zip(parameters, map(float, values), strict=True)))
+    except ValueError:
+        usage = f"{name}:{','.join(parameters).upper()}".removesuffix(":")
+        raise FlowARError(f"t_dist is {text!r}: expected {usage}") from None
+    times = distribution(torch.linspace(0, 1, 1025, device="cpu")[:-1])
     if not ((times >= 0) & (times <= 1)).all():
         raise FlowARError(f"t_dist is {text!r}: its times go from {times.min():g} to {times.max():g}, expected [0, 1]")
-    return functools.partial(draw_times, function, values)  # unlike a lambda it can be pickled, with its model
+    return distribution
+
+
+# ---- times and guidance of sampling ------------------------------------------------------------------------------
 
 
 def time_grid(num_steps, kind="release"):
     """Times from 1 to 0 in float64, one more than there are Euler steps: uniform, or the release's, which for 50 is so
     too, and for any other n puts floor(n/2) points on [1, 0.3] and floor(n/2) + 1 on [0.25, 0]: "25" makes 24 steps.
     """
-    if kind not in TIME_GRIDS:
-        raise FlowARError(f"time_grid is {kind!r}: expected one of {', '.join(TIME_GRIDS)}")
     if num_steps < TIME_GRIDS[kind]:
         raise FlowARError(f"num_steps is {num_steps}: the {kind} time grid needs at least {TIME_GRIDS[kind]}")
     if kind == "uniform" or num_steps == UNIFORM_STEPS:
@@ -90,28 +91,23 @@ def time_grid(num_steps, kind="release"):
 
 
 def scale_steps(num_steps, num_steps_last, num_scales, schedule="linear"):
-    """num_steps of each scale's time_grid: a list as it is, else one number, or the way from num_steps at the first to
-    num_steps_last at the last scale (DiSA, arXiv 2505.20297): straight, half a cosine, or a jump after the first half.
+    """num_steps of each scale's time_grid: a list as it is, else one number for all, or the way from num_steps at the
+    first to num_steps_last at the last scale (DiSA, arXiv 2505.20297): straight, half a cosine, or a jump in the middle.
     """
-    if schedule not in STEP_SCHEDULES:
-        raise FlowARError(f"num_step_schedule is {schedule!r}: expected one of {', '.join(STEP_SCHEDULES)}")
-    if isinstance(num_steps, (list, tuple)) or num_steps_last is None or num_scales == 1:
+    if num_steps_last is None or num_scales == 1:
         return of_each_scale("num_steps", num_steps, num_scales)
-    last = num_scales - 1
-    left = {"linear": lambda k: (last - k) / last, "cosine": lambda k: (1 + math.cos(math.pi * k / last)) / 2,
-            "two_stage": lambda k: float(2 * k < num_scales)}[schedule]
-    return [int((num_steps - num_steps_last) * left(k) + num_steps_last) for k in range(num_scales)]
+    steps, last = [], num_scales - 1
+    for k in range(num_scales):
+        left = {"linear": (last - k) / last, "cosine": (1 + math.cos(math.pi * k / last)) / 2,
+                "two_stage": float(2 * k < num_scales)}[schedule]
+        steps.append(int((num_steps - num_steps_last) * left + num_steps_last))
+    return steps
 
 
 def guidance_scales(cfg, num_scales, schedule="linear"):
-    """Guidance scale of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
-    if schedule not in CFG_SCHEDULES:
-        raise FlowARError(f"cfg_schedule is {schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}")
-    weights = [*map(float, of_each_scale("cfg", cfg, num_scales))]
-    if not min(weights) >= 1:
-        raise FlowARError(f"cfg is {cfg}: expected 1 (no guidance) or more")
+    """The guidance scale w of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
     if schedule == "constant" or num_scales == 1 or isinstance(cfg, (list, tuple)):
-        return weights
+        return of_each_scale("cfg", cfg, num_scales)
     return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]
 
 
@@ -140,14 +136,14 @@ def guided_velocity(network, pair, weight, low, high):
     return velocity
 
 
-def keep_known(velocity, x_known, noise, known):
-    """A velocity(x, t) that keeps known cells, (B or 1, N, 1) bool, on the straight path from their noise to x_known:
+def keep_cells(velocity, x_known, noise, cells):
+    """A velocity(x, t) that keeps known cells, (B or 1, N, 1) bool, on the straight line from their noise to x_known:
     the network reads them there at every t, and every solver follows it.
     """
 
     def velocity_of_the_others(x, t):
-        v = velocity(torch.where(known, interpolate(x_known, noise, t), x), t)
-        return torch.where(known, velocity_target(x_known, noise), v)
+        v = velocity(torch.where(cells, interpolate(x_known, noise, t), x), t)
+        return torch.where(cells, velocity_target(x_known, noise), v)
 
     return velocity_of_the_others
 

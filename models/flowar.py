@@ -6,7 +6,7 @@ and gives a condition z for every token of the next one; the flow head turns noi
     training    pyramid -> condition (teacher forced) -> flow head's velocity error, summed over scales
     sampling    for each scale: condition (cached keys and values) -> solver -> input of the next scale
 
-Path, solvers and guidance are in flow_matching.py, the velocity network in flow_head.py, the sizes in registry.py;
+Times, solvers and guidance are in flow_matching.py, the velocity network in flow_head.py, the sizes in registry.py;
 docs/extending.md says what to change for what.
 """
 from typing import NamedTuple
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import flow_matching as fm
-from models.checks import check_geometry, check_grids, check_guide, check_labels
+from models.checks import check_grids, check_guide, check_labels, check_scales, check_shapes
 from models.errors import FlowARError
-from models.flow_head import FlowHead, per_token
-from models.kernels import Linear, run_block
-from models.layers import GatedMLP, KVCache, Pattern, RMSNorm, SelfAttention, modulate, spans
+from models.flow_head import FlowHead
+from models.kernels import Linear, modulate, per_token, run_block
+from models.layers import GatedMLP, KVCache, Pattern, RMSNorm, SelfAttention, spans
 from models.settings import Sampling
 
 
@@ -86,15 +86,14 @@ class FlowAR(nn.Module):
                  cross=False, buffer_size=0, use_checkpoint=False, t_dist="uniform", condition_noise=0.0):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_geometry(img_size, vae_stride, patch_size, scale)
+        check_scales(img_size, vae_stride, patch_size, scale)
         if buffer_size != 0:
             raise FlowARError(f"buffer_size is {buffer_size}: only 0 is supported (the class is the one token before)")
-        self.img_size, self.vae_stride, self.patch_size = img_size, vae_stride, patch_size
-        self.vae_embed_dim = vae_embed_dim
-        self.scale = tuple(scale)
-        self.class_num = class_num
+        self.img_size, self.vae_stride, self.vae_embed_dim = img_size, vae_stride, vae_embed_dim
+        self.patch_size, self.scale, self.class_num = patch_size, tuple(scale), class_num
         self.label_drop_prob, self.condition_noise = label_drop_prob, condition_noise
-        self.time_distributions = [*map(fm.read_time_distribution, fm.of_each_scale("t_dist", t_dist, len(self.scale)))]
+        t_dists = fm.of_each_scale("t_dist", t_dist, len(self.scale))
+        self.time_distributions = [fm.read_time_distribution(text) for text in t_dists]
         self.use_checkpoint = use_checkpoint
         self.token_channels = vae_embed_dim * patch_size ** 2
         self.spans = spans(self.scale)
@@ -102,24 +101,24 @@ class FlowAR(nn.Module):
         self.pattern = Pattern(tuple(s * s for s in self.scale),
                                tuple(tuple(visible_scales(k)) for k in range(len(self.scale))))
 
-        def half(dim, depth, num_heads):
-            return nn.ModuleList([CausalBlock(dim, num_heads, encoder_embed_dim, mlp_ratio, attn_dropout, proj_dropout)
-                                  for _ in range(depth)])
+        def build_blocks(dim, depth, num_heads):
+            options = num_heads, encoder_embed_dim, mlp_ratio, attn_dropout, proj_dropout
+            return nn.ModuleList([CausalBlock(dim, *options) for _ in range(depth)])
 
         self.class_emb = nn.Embedding(class_num + 1, encoder_embed_dim)
         self.z_proj = Linear(self.token_channels, encoder_embed_dim)
         self.z_proj_ln = RMSNorm(encoder_embed_dim)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, tokens, encoder_embed_dim))
-        self.encoder_blocks = half(encoder_embed_dim, encoder_depth, encoder_num_heads)
+        self.encoder_blocks = build_blocks(encoder_embed_dim, encoder_depth, encoder_num_heads)
         self.encoder_norm = RMSNorm(encoder_embed_dim)
         self.decoder_embed = Linear(encoder_embed_dim, decoder_embed_dim)
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim))
-        self.decoder_blocks = half(decoder_embed_dim, decoder_depth, decoder_num_heads)
+        self.decoder_blocks = build_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.decoder_norm = RMSNorm(decoder_embed_dim)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim))
         self.flownet = FlowHead(self.token_channels, decoder_embed_dim, diffloss_d, diffloss_w, mlp_ratio, cross,
                                 use_checkpoint)
-        # Attention follows self.pattern. The mask is in the released files: it tells a file's scales and pattern.
+        # Attention reads self.pattern; the mask is a buffer of the released files, and tells their scales and pattern.
         self.register_buffer("mask", self.pattern.mask()[None, None].to(self.class_emb.weight.device))
         self._initialize()
 
@@ -138,9 +137,7 @@ class FlowAR(nn.Module):
     def patchify(self, latents):
         """(B, C, H, W) -> (B, token_channels, H / patch_size, W / patch_size)."""
         side = self.scale[-1] * self.patch_size
-        expected = (self.vae_embed_dim, side, side)
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
-            raise FlowARError(f"latents are {tuple(latents.shape)}: expected (batch, {', '.join(map(str, expected))})")
+        check_shapes("latents", [latents], [(len(latents), self.vae_embed_dim, side, side)])
         return F.pixel_unshuffle(latents, self.patch_size)
 
     def unpatchify(self, grid):
@@ -153,7 +150,7 @@ class FlowAR(nn.Module):
         return [grid if s == self.scale[-1] else F.interpolate(grid, size=(s, s), mode="area") for s in self.scale]
 
     def training_pyramid(self, latents):
-        """What training models of the latents; variants differ."""
+        """The pyramid that training models; variants differ."""
         return self.pyramid(latents)
 
     def next_input(self, grid, k):
@@ -169,35 +166,31 @@ class FlowAR(nn.Module):
         """The blocks of both halves of the transformer."""
         return (*self.encoder_blocks, *self.decoder_blocks)
 
-    def rope_table(self):
-        """(cos, sin) of all tokens: the blocks' `rope` are alike, see RotaryEmbedding."""
-        return self.encoder_blocks[0].attn.rope.table(self.scale)
-
-    def _transformer(self, tokens, c, span, rope_table, pattern, caches=None):
+    def run_transformer(self, tokens, c, span, rope_table, pattern, caches=None):
         """Condition z of the tokens (B, N, D) in `span`, given the class embedding c (B, D).
 
         Either all tokens at once, or those of one scale, whose coarser ones are in `caches`.
         """
-        rope_table = tuple(part[span] for part in rope_table)
+        cos, sin = rope_table
+        rope_table = cos[span], sin[span]
         caches = iter(caches or [None] * len(self.blocks))
-
-        def run(block, x):
-            return run_block(block, self.use_checkpoint, x, c, rope_table, pattern, next(caches))
-
         x = self.z_proj_ln(tokens + self.encoder_pos_embed_learned[:, span])
         for block in self.encoder_blocks:
-            x = run(block, x)
+            x = run_block(block, self.use_checkpoint, x, c, rope_table, pattern, next(caches))
         x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, span]
         for block in self.decoder_blocks:
-            x = run(block, x)
+            x = run_block(block, self.use_checkpoint, x, c, rope_table, pattern, next(caches))
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[:, span]
 
     def condition_on(self, pyramid, labels):
         """As condition(), of a pyramid."""
         c = self.class_emb(labels)
+        tokens = c[:, None]
         inputs = [to_tokens(self.next_input(grid, k)) for k, grid in enumerate(pyramid[:-1])]
-        tokens = [c[:, None], *([self.z_proj(torch.cat(inputs, dim=1))] if inputs else [])]
-        return self._transformer(torch.cat(tokens, dim=1), c, slice(None), self.rope_table(), self.pattern)
+        if inputs:
+            tokens = torch.cat((tokens, self.z_proj(torch.cat(inputs, dim=1))), dim=1)
+        rope_table = self.encoder_blocks[0].attn.rope.table(self.scale)
+        return self.run_transformer(tokens, c, slice(None), rope_table, self.pattern)
 
     def condition(self, latents, labels):
         """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,).
@@ -212,7 +205,7 @@ class FlowAR(nn.Module):
     def draw(self, batch, generator=None):
         """The Draws of `batch` images, all that training and validation draw, on the generator's device or the model's.
         """
-        device = self.class_emb.weight.device if generator is None else generator.device
+        device = (generator or self.class_emb.weight).device
         t = torch.rand(len(self.scale), batch, generator=generator, device=device)
         if self.training:  # validation stays uniform: losses compare
             t = torch.stack([times(u) for times, u in zip(self.time_distributions, t)])
@@ -224,8 +217,8 @@ class FlowAR(nn.Module):
         return Draws(t, noise, drop, [std * e for e in self.draw_noise(batch, generator)[:-1]])
 
     def draw_noise(self, batch, generator=None):
-        """Noise e of every scale, the path's end t = 1: a list of (batch, s*s, token_channels), coarse to fine."""
-        device = self.class_emb.weight.device if generator is None else generator.device
+        """Noise e of every scale, x at t = 1: a list of (batch, s*s, token_channels), coarse to fine."""
+        device = (generator or self.class_emb.weight).device
         return [torch.randn(batch, s * s, self.token_channels, generator=generator, device=device) for s in self.scale]
 
     def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):
@@ -236,20 +229,25 @@ class FlowAR(nn.Module):
             t, noise, drop, condition_noise: see Draws; what is None is drawn, condition_noise with t. No label is
                 dropped in eval mode unless `drop` says so.
         """
-        check_labels(labels, self.class_num, wait=False)
+        check_labels(labels, self.class_num)
         if t is None or noise is None or drop is None and self.training:
             draws = self.draw(len(labels))
-            condition_noise = draws.condition_noise if t is None else condition_noise
-            t, noise = draws.t if t is None else t, draws.noise if noise is None else noise
-            drop = draws.drop if drop is None and self.training else drop
+            if t is None:
+                t, condition_noise = draws.t, draws.condition_noise
+            if noise is None:
+                noise = draws.noise
+            if drop is None and self.training:
+                drop = draws.drop
         if drop is not None:
             labels = torch.where(drop, self.class_num, labels)
         pyramid = self.training_pyramid(latents)
-        read = [x + to_grid(e, s) for x, e, s in zip(pyramid, condition_noise, self.scale)]
-        return self.velocity_errors(pyramid, self.condition_on(read + pyramid[len(read):], labels), t, noise)
+        read = list(pyramid)  # what the transformer reads
+        for k, e in enumerate(condition_noise):
+            read[k] = read[k] + to_grid(e, self.scale[k])
+        return self.velocity_errors(pyramid, self.condition_on(read, labels), t, noise)
 
     def velocity_errors(self, pyramid, z, t, noise):
-        """The scale_losses of a pyramid's paths from noise, given the condition z."""
+        """The scale_losses of a pyramid, given the condition z."""
         x, noise = torch.cat([to_tokens(grid) for grid in pyramid], dim=1), torch.cat(noise, dim=1)
         x_t = self.objective.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
         velocity = self.flownet(x_t, t, z, self.scale)
@@ -280,7 +278,7 @@ class FlowAR(nn.Module):
         return self.unpatchify(self.sample_pyramid(labels, **options)[-1])
 
     def plan_sampling(self, settings):
-        """(solver, time grid of every scale, guidance weight of every scale) of a Sampling; FlowARError for settings
+        """(solver, time grid of every scale, guidance scale of every scale) of a Sampling; FlowARError for settings
         that are not of this model.
         """
         if settings.solver not in self.objective.SOLVERS:
@@ -305,57 +303,59 @@ class FlowAR(nn.Module):
         """
         check_labels(labels, self.class_num)
         settings = Sampling.of({}, settings)
-        solver, times, weights = self.plan_sampling(settings)
-        noise = self.draw_noise(len(labels), generator) if noise is None else noise
+        solver, times, guidance_scales = self.plan_sampling(settings)
+        if noise is None:
+            noise = self.draw_noise(len(labels), generator)
         check_grids(self, len(labels), noise, given, known)
-        check_guide(self, guide)
-        null = torch.full_like(labels, self.class_num) if max(weights) > 1 and guide is None else labels[:0]
+        branches = labels
+        if guide is not None:
+            check_guide(self, guide)
+        elif max(guidance_scales) > 1:
+            branches = torch.cat((labels, torch.full_like(labels, self.class_num)))
         training = self.training
         self.eval()
-        try:
-            reader, weaker = Reader(self, torch.cat((labels, null))), guide and Reader(guide, labels)
-            latents = []
-            for k, s in enumerate(self.scale):
-                z, z_guide = (network and network.condition(k, forced or latents) for network in (reader, weaker))
-                if k < len(given):
-                    x = to_tokens(given[k])
-                else:
-                    velocity = self.flownet.guided(
-                        z, len(labels), (weights[k], settings.guidance_low, settings.guidance),
-                        guide and (guide.flownet, z_guide))
-                    start = noise[k].to(z.device) * settings.temperature
-                    x = self._integrate(solver, velocity, start, times[k], generator, known, k)
-                latents.append(to_grid(x.to(reader.c), s))
-            return latents
-        finally:
-            self.train(training)
-
-    def _integrate(self, solver, velocity, start, times, generator, known, k):
-        """Tokens of scale k from their noise `start`; those that are known stay on their path, and end as they are."""
-        if not known:
-            return solver(velocity, start, times, generator)
-        x_known, cells = to_tokens(known[0][k]).to(start), to_tokens(known[1][k]).to(start.device)
-        x = solver(fm.keep_known(velocity, x_known, start, cells), start, times, generator)
-        return torch.where(cells, x_known, x)
+        reader = Reader(self, branches)
+        guide_reader = Reader(guide, labels) if guide is not None else None
+        pyramid = []
+        for k, s in enumerate(self.scale):
+            z, guide_head = reader.condition(k, forced or pyramid), None
+            if guide is not None:
+                guide_head = guide.flownet, guide_reader.condition(k, forced or pyramid)
+            if k < len(given):
+                x = to_tokens(given[k])
+            else:
+                guidance = guidance_scales[k], settings.guidance_low, settings.guidance
+                velocity = self.flownet.guided(z, len(labels), guidance, guide_head)
+                e = noise[k].to(z.device) * settings.temperature
+                if known:
+                    x_known, cells = to_tokens(known[0][k]).to(e), to_tokens(known[1][k]).to(e.device)
+                    velocity = fm.keep_cells(velocity, x_known, e, cells)
+                x = solver(velocity, e, times[k], generator)
+                if known:
+                    x = torch.where(cells, x_known, x)
+            pyramid.append(to_grid(x.to(reader.c), s))
+        self.train(training)
+        return pyramid
 
 
 class Reader:
-    """A network that reads, in sampling, what is drawn: its transformer's condition scale by scale, and its caches.
+    """The transformer in sampling: the condition scale by scale, with caches of the coarser ones.
 
-    labels: (B,), or (2 B,) with those of the null branch, which follows the class branch's latents.
+    labels: (B,), or (2 B,) with those of the null branch, which reads the class branch's latents.
     """
 
     def __init__(self, model, labels):
-        self.model, self.c, self.rope_table = model, model.class_emb(labels), model.rope_table()
+        self.model, self.c = model, model.class_emb(labels)
+        self.rope_table = model.encoder_blocks[0].attn.rope.table(model.scale)
         self.caches = [KVCache(model.tokens) for _ in model.blocks]
 
     def condition(self, k, pyramid):
-        """z of scale k, (len(labels), s*s, D), given the latents of the coarser scales, (B, token_channels, s, s)."""
+        """z of scale k, (len(labels), s*s, D), of a pyramid whose coarser scales are there."""
         model, tokens = self.model, self.c[:, None]
         if k > 0:
             tokens = model.z_proj(to_tokens(model.next_input(pyramid[k - 1], k - 1)))
             tokens = tokens.repeat(len(self.c) // len(tokens), 1, 1)
-        return model._transformer(tokens, self.c, model.spans[k], self.rope_table, model.pattern.at(k), self.caches)
+        return model.run_transformer(tokens, self.c, model.spans[k], self.rope_table, model.pattern.at(k), self.caches)
 
 
 def to_tokens(grid):

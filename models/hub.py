@@ -3,14 +3,14 @@
 huggingface_hub downloads, once: its cache (HF_HOME), its offline switch (HF_HUB_OFFLINE=1), its token (HF_TOKEN), its
 errors.
 """
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import FlowARError
-from models.weights import BARE
+from models.weights import EXPORTED
 
 HUB, RELEASE_PREFIX = "hf:", "released:"
-EXPORTED = "model.safetensors"  # the file of hf:OWNER/REPO, and of a folder of scripts/export.py
 
 
 class Release(NamedTuple):
@@ -34,29 +34,17 @@ def is_remote(name):
 
 def release_of(name):
     """The Release that released:NAME or its hf: name means, None for any other file; FlowARError for an unknown one."""
-    for known, release in RELEASES.items():
-        if str(name) in (RELEASE_PREFIX + known, release.name):
-            return release
-    if str(name).startswith(RELEASE_PREFIX):
-        raise FlowARError(f"{name}: expected one of {', '.join(RELEASE_PREFIX + known for known in RELEASES)}")
-    return None
-
-
-def weights_file(name, last):
-    """Path of a model's weights: a file, by path or name, or that of a folder, a run's (`last`) or an export's."""
-    path = local_file(name)
-    if not path.is_dir():
-        return path
-    for file in (last, EXPORTED, BARE):
-        if (path / file).is_file():
-            return path / file
-    return path / last
+    names = {RELEASE_PREFIX + key: release for key, release in RELEASES.items()}
+    if str(name).startswith(RELEASE_PREFIX) and name not in names:
+        raise FlowARError(f"{name}: expected one of {', '.join(names)}")
+    names.update((release.name, release) for release in RELEASES.values())
+    return names.get(str(name))
 
 
 def local_file(name):
     """Path of a file by path or name; downloaded if it is not there, once for several processes that ask together."""
     if not is_remote(name):
-        return Path(name)
+        return Path(name).expanduser()
     from huggingface_hub import hf_hub_download  # here: it is heavy
     repository, file, revision = split_hub_name(name)
     return Path(hf_hub_download(repository, file or EXPORTED, revision=revision))
@@ -76,10 +64,9 @@ def name_beside(file, name, path):
 
 def split_hub_name(name):
     """(OWNER/REPO, FILE or None, REVISION or None) of hf:OWNER/REPO[/FILE][@REVISION], or of a released name."""
-    release = release_of(name)
-    name = release.name if release else str(name)
-    place, at, revision = name.removeprefix(HUB).partition("@")
-    owner, repo, file = [*place.split("/", 2), "", ""][:3]
-    if not owner or not repo or at and not revision:
+    if release := release_of(name):
+        name = release.name
+    match = re.fullmatch(r"hf:([^/@]+/[^/@]+)(?:/([^@]+))?(?:@(.+))?", str(name))
+    if match is None:
         raise FlowARError(f"{name}: expected hf:OWNER/REPO/FILE, or hf:OWNER/REPO/FILE@REVISION")
-    return f"{owner}/{repo}", file or None, revision or None
+    return match.groups()

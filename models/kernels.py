@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
 
@@ -67,11 +67,11 @@ def dropout_factors(x, p):
     return kept.mul_(1 / (1 - p)).view(x.shape)
 
 
-def drawn(shape, p, seed):
+def dropout_mask(shape, p, seed):
     """True with probability 1 - p for each place of a shape: a hash (lowbias32) of the place and of `seed`, an int64,
     that the compiler computes inside the kernel that needs it, in fewer operations than its own generator takes.
     """
-    low, high = (half.to(torch.int32) for half in (seed, seed >> 32))
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     h = torch.arange(shape.numel(), device=seed.device).to(torch.int32) ^ low
     h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D ^ high
     h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
@@ -82,8 +82,11 @@ def drawn(shape, p, seed):
 def dropout(x, p):
     """F.dropout(x, p)."""
     if 0 < p < 1 and torch.compiler.is_compiling():
-        return torch.where(drawn(x.shape, p, torch.randint(2**62, (), device=x.device)), x * (1 / (1 - p)), 0)
-    return x * dropout_factors(x, p) if 0 < p < 1 and x.device.type == "cpu" else F.dropout(x, p)
+        mask = dropout_mask(x.shape, p, torch.randint(2**62, (), device=x.device))
+        return torch.where(mask, x * (1 / (1 - p)), 0)
+    if 0 < p < 1 and x.device.type == "cpu":
+        return x * dropout_factors(x, p)
+    return F.dropout(x, p)
 
 
 class Dropout(nn.Dropout):
@@ -96,9 +99,9 @@ class Dropout(nn.Dropout):
 # ---- norm, rotation, attention -------------------------------------------------------------------------------
 
 
-def modulate(x, scale, shift, eps):
-    """F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift, in float32, then cast to scale's dtype."""
-    norm = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+def modulate(x, scale, shift):
+    """F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift, in float32, then cast to scale's dtype."""
+    norm = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift.float(), norm, 1 + scale.float()).to(scale.dtype)
 
 
@@ -123,8 +126,8 @@ def dense_attention(q, k, v, p):
     """F.scaled_dot_product_attention(q, k, v, dropout_p=p); on a CPU the fused kernels have no dropout."""
     if p == 0 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
-    return dropout(weights.to(v.dtype), p) @ v
+    probabilities = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+    return dropout(probabilities.to(v.dtype), p) @ v
 
 
 def attention(q, k, v, pattern, p=0.0):
@@ -135,40 +138,53 @@ def attention(q, k, v, pattern, p=0.0):
     """
     if pattern is None or len(pattern.sizes) == 1:
         return dense_attention(q, k, v, p).transpose(1, 2).flatten(2)
-    parts = zip(q.split(pattern.sizes[-len(pattern.sees):], dim=2), seen(k, pattern), seen(v, pattern))
-    parts = [dense_attention(*part, p).transpose(1, 2).flatten(2) for part in parts]
+    parts = []
+    queries = q.split(pattern.sizes[-len(pattern.sees):], dim=2)
+    for part, keys, values in zip(queries, select_seen(k, pattern), select_seen(v, pattern)):
+        parts.append(dense_attention(part, keys, values, p).transpose(1, 2).flatten(2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def seen(x, pattern):
+def select_seen(x, pattern):
     """The keys or values, of x, that each scale of the queries sees."""
-    if any(sees != tuple(range(len(sees))) for sees in pattern.sees):
-        parts = x.split(pattern.sizes, dim=2)
-        return [torch.cat([parts[k] for k in sees], dim=2) if sees[1:] else parts[sees[0]] for sees in pattern.sees]
-    pieces = []  # all scales up to one: each cut from the next longer, so that the gradient of the short ones is short
-    for sees in reversed(pattern.sees):
-        end = sum(pattern.sizes[:len(sees)])
-        x = x if x.shape[2] == end else x.narrow(2, 0, end)
-        pieces.append(x)
-    return pieces[::-1]
+    pieces = []
+    if all(sees == tuple(range(len(sees))) for sees in pattern.sees):  # block-causal
+        for sees in reversed(pattern.sees):  # each cut from the next longer: the gradient of the short ones is short
+            end = sum(pattern.sizes[:len(sees)])
+            x = x if x.shape[2] == end else x.narrow(2, 0, end)
+            pieces.append(x)
+        return pieces[::-1]
+    scales = x.split(pattern.sizes, dim=2)
+    for sees in pattern.sees:
+        pieces.append(scales[sees[0]] if len(sees) == 1 else torch.cat([scales[k] for k in sees], dim=2))
+    return pieces
 
 
-ATTENTION_KERNELS = [getattr(torch.ops.aten, name).default for name in (
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")]
+def per_token(values, pattern):
+    """values.repeat_interleave(torch.tensor(pattern.sizes), dim=1): one value a scale, (B, scales, n), becomes one a
+    token, (B, tokens, n); a single scale's is left to broadcast. The gradient is a sum, not a scatter.
+    """
+    if values.shape[1] == 1:
+        return values
+    return torch.cat([values[:, k:k + 1].expand(-1, size, -1) for k, size in enumerate(pattern.sizes)], dim=1)
+
+
+# ---- recomputation -------------------------------------------------------------------------------------------
+
+
+def is_attention(operation):
+    """Whether an operation that torch dispatches is attention, in whichever of its kernels."""
+    return "scaled_dot_product" in str(operation)
+
+
+def keep_attention(context, operation, *args, **options):
+    """The policy of run_block."""
+    return CheckpointPolicy.MUST_SAVE if is_attention(operation) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def run_block(block, recompute, *inputs):
     """block(*inputs); with recompute, activations but for attention's output are computed again for the gradient."""
     if not (recompute and torch.is_grad_enabled()):
         return block(*inputs)
-    keep_attention = functools.partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep_attention)
-
-
-def is_sure(condition, wait):
-    """condition.item(); with wait=False on an accelerator an assertion there, which does not hold up the host."""
-    if condition.is_meta or wait or condition.device.type == "cpu":
-        return condition.is_meta or condition.item()
-    torch._assert_async(condition)
-    return True
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import kernels
-from models.kernels import Dropout, Linear, rotate
+from models.kernels import Dropout, Linear, attention, rotate
 
-NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
 ROPE_EXTENT = 16.0  # every scale spans the same coordinate range, whatever its resolution
 
@@ -25,12 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype) * self.weight
-
-
-def modulate(x, scale, shift):
-    """adaLN: RMS norm without weight, times (1 + scale), plus shift."""
-    return kernels.modulate(x, scale, shift, NORM_EPS)
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
 
 
 class GatedMLP(nn.Module):
@@ -49,10 +42,10 @@ class GatedMLP(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """2-D axial RoPE. Half of the channels turn with the row, half with the column.
+    """2-D axial RoPE: half of the channels turn with the row, half with the column.
 
-    `freqs` (head_dim / 4,) float32 is a buffer because the released checkpoints carry one in every attention. All of a
-    network are the same, so its first one makes the table for all.
+    The released files have the buffer `freqs`, (head_dim / 4,) float32, in every attention. All of a network are the
+    same, so the first one makes the table for all.
     """
 
     def __init__(self, head_dim):
@@ -78,10 +71,10 @@ class Pattern(NamedTuple):
     sees: tuple  # for each scale of the queries, the last ones of the keys': numbers of the scales that it sees
 
     def mask(self):
-        """(queries, keys) float32: 0 where a token sees, -inf where it does not."""
-        keys = torch.repeat_interleave(torch.tensor(self.sizes, device="cpu"))
-        seen = [torch.isin(keys, torch.tensor(sees, device="cpu")) for sees in self.sees]
-        rows = [row.expand(size, -1) for row, size in zip(seen, self.sizes[-len(self.sees):])]
+        """(queries, keys) float32 on the CPU: 0 where a token sees, -inf where it does not."""
+        keys, rows = torch.repeat_interleave(torch.tensor(self.sizes, device="cpu")), []
+        for sees, size in zip(self.sees, self.sizes[-len(self.sees):]):
+            rows.append(torch.isin(keys, torch.tensor(sees, device="cpu")).expand(size, -1))
         return torch.zeros(1, device="cpu").masked_fill(~torch.cat(rows), float("-inf"))
 
     def at(self, k):
@@ -96,14 +89,13 @@ def within_scales(scales):
 
 def spans(scales):
     """The tokens of each scale in a sequence of all of them, as slices."""
-    ends = list(itertools.accumulate(s * s for s in scales))
+    ends = itertools.accumulate(s * s for s in scales)
     return [slice(end - s * s, end) for s, end in zip(scales, ends)]
 
 
 class KVCache:
     """Keys (rotated) and values of one attention layer for the scales generated so far, of `tokens` tokens in all.
-
-    Made, owned and dropped by the sampler: the modules hold no state.
+    The sampler owns it; the modules hold no state.
     """
 
     def __init__(self, tokens):
@@ -111,7 +103,7 @@ class KVCache:
         self.k = self.v = None
 
     def extend(self, k, v):
-        """Write behind what is there and return all of it. k, v: B heads N head_dim."""
+        """Append keys and values, B heads N head_dim, and return all."""
         if self.k is None:
             size = (*k.shape[:2], self.tokens, k.shape[3])
             self.k, self.v = k.new_empty(size), v.new_empty(size)
@@ -143,7 +135,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.attn_dropout if self.training else 0.0
-        return self.proj_drop(self.proj(kernels.attention(q, k, v, pattern, dropout)))
+        return self.proj_drop(self.proj(attention(q, k, v, pattern, dropout)))
 
 
 class CrossAttention(nn.Module):
@@ -164,4 +156,4 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, keys_and_values, rope_table, pattern=None):
         q = rotate(split_heads(self.q(x), self.num_heads), rope_table)
-        return self.proj(kernels.attention(q, *keys_and_values, pattern))
+        return self.proj(attention(q, *keys_and_values, pattern))

@@ -1,13 +1,15 @@
 """Sizes of FlowAR: build one, recognise one from its tensors, load one from a file."""
 import sys
+from pathlib import Path
 
 import torch
 
 from models.errors import FlowARError
 from models.flowar import FlowAR
-from models.hub import weights_file
+from models.hub import EXPORTED, local_file
 from models.variants.ablated import RELEASED, AblatedFlowAR
-from models.weights import check_fits, find_model, read_weights, recognise_body, recognise_geometry, saved_vae
+from models.weights import (BARE, KL16, find_model, load_state, read_weights, recognise_body, recognise_geometry,
+                            saved_options)
 
 LAST = "checkpoint-last.pth"  # of a training run's folder
 HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
@@ -39,32 +41,37 @@ def build_model(name, **overrides):
 
 def read_variant(state, path):
     """{name of RELEASED: value} that a state dict's buffer `variant` tells, {} of released weights."""
-    values = bytes(state["variant"].tolist()).decode("ascii", "replace").split(",") if "variant" in state else []
-    if len(values) not in (0, len(RELEASED)):
+    if "variant" not in state:
+        return {}
+    values = bytes(state["variant"].tolist()).decode("ascii", "replace").split(",")
+    if len(values) != len(RELEASED):
         raise FlowARError(f"{path}: its variant is {','.join(values)!r}, of another version of this code")
     return dict(zip(RELEASED, values))
 
 
 def differences(model, state, path):
     """'--head token (here scale)': what a FlowAR's weights were trained with and it is not made with, '' if nothing."""
-    trained = {**RELEASED, **read_variant(state, path)}
-    here = {name: model.config.get(name, value) for name, value in RELEASED.items()}
-    unlike = [name for name in RELEASED if trained[name] != here[name]]
-    return ", ".join(f"--{name} {trained[name]} (here {here[name]})" for name in unlike)
+    trained, unlike = {**RELEASED, **read_variant(state, path)}, []
+    for name, released in RELEASED.items():
+        here = model.config.get(name, released)
+        if trained[name] != here:
+            unlike.append(f"--{name} {trained[name]} (here {here})")
+    return ", ".join(unlike)
 
 
 def load_model(model, state, path):
-    """Load all tensors; returns the names that are left out, see check_fits. Buffers are computed, not loaded:
+    """Load all tensors; returns the names that are left out, see load_state. Buffers are computed, not loaded:
     FlowARError for a file that was trained with others.
     """
     if other := differences(model, state, path):
         raise FlowARError(f"{path}: was trained with {other}: give the same")
-    left_out = check_fits(model, state, path)
-    for name, own in model.named_buffers():
-        if not own.is_meta and not torch.allclose(state[name].to(own), own, rtol=HALF_PRECISION):
+    own = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    left_out = load_state(model, state, path)
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta and not torch.allclose(buffer, own[name], rtol=HALF_PRECISION):
             raise FlowARError(f"{path}: {name} is not the model's: these weights were trained with another "
                               f"{'attention pattern' if name == 'mask' else name.rpartition('.')[2]}")
-    model.load_state_dict({name: state[name] for name in model.state_dict()} | dict(model.named_buffers()))
+        buffer.copy_(own[name])
     return left_out
 
 
@@ -72,27 +79,31 @@ def recognise_size(state, path):
     """{model, diffloss_d, diffloss_w, and what read_variant has} that a state dict's tensors tell."""
     (body, head), variant = recognise_body(state), read_variant(state, path)
     body["cross"] &= variant.get("condition") != "cross_attention"
-    names = [name for name, size in MODELS.items() if {key: size[key] for key in body} == body]
-    names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head
+    names = [name for name, size in MODELS.items() if body.items() <= size.items()]
     if not names:
         raise FlowARError(f"{path}: no model of the registry has this size ({body}); give --model")
+    names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head
     return {"model": names[0], **head, **variant}
 
 
 def load_flowar(source, weights=None):
-    """The FlowAR of weights in eval mode on the CPU: of a file, by path or name (models.hub), or of the folder of a
-    training run or an export. weights: "ema", the average, "raw", or a key of the file; by default the average where
-    there is one. Which it is goes to stderr. Its size is recognised from the tensors. Channels and stride of the VAE,
-    which they do not tell, are those of the run's options, else KL-16's.
+    """The FlowAR of a file, by path or name (models.hub), or of the folder of a training run or an export, in eval mode
+    on the CPU. weights: "ema", the average, "raw", or a key of the file; by default the average where there is one; a
+    line on stderr says which. The tensors tell its size; the VAE's channels and stride are those of the run's options,
+    else KL-16's.
     """
-    path = weights_file(source, LAST)
+    path = local_file(source)
+    if path.is_dir():
+        files = [path / name for name in (LAST, EXPORTED, BARE)]
+        path = next(filter(Path.is_file, files), files[0])
     content = read_weights(path)
-    chosen, vae = find_model(content, path, weights), saved_vae(content)
+    chosen, options = find_model(content, path, weights), saved_options(content)
+    vae = {name: options.get(name) or value for name, value in KL16.items()}
     geometry = recognise_geometry(chosen.tensors, path, vae["vae_embed_dim"])
-    size, scale = recognise_size(chosen.tensors, path), geometry.pop("scales")
-    img_size = scale[-1] * geometry["patch_size"] * vae["vae_stride"]
-    name = size.pop("model")
-    model, left_out = open_model(chosen.tensors, path, name, img_size=img_size, scale=scale, **geometry, **size, **vae)
+    scale = geometry.pop("scales")
+    geometry["img_size"] = scale[-1] * geometry["patch_size"] * vae["vae_stride"]
+    size = recognise_size(chosen.tensors, path)
+    model, left_out = open_model(chosen.tensors, path, size.pop("model"), scale=scale, **geometry, **size, **vae)
     print(f"{path}: {chosen.describe(left_out)}", file=sys.stderr)
     return model
 

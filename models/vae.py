@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.checks import check_images, check_latent_scale
+from models.checks import check_images
+from models.errors import FlowARError
 from models.weights import VAE, find_weights, load_state, read_file
 
 GROUPS = 32
@@ -35,7 +36,9 @@ def spread(part, shape, dtype, device):
     if not isinstance(part, tuple):
         return part
     numbers = torch.tensor(part, dtype=dtype, device=device)
-    check_latent_scale(numbers.shape, shape)
+    if numbers.shape not in (shape[:1], shape):
+        raise FlowARError(f"the latent scale is {tuple(numbers.shape)}, the latents are {tuple(shape)}: expected one "
+                          "number, one of every channel or of every position; it is of another VAE or image size")
     return numbers if numbers.ndim == 3 else numbers[:, None, None]
 
 
@@ -220,7 +223,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         if ckpt_path is not None:
-            weights = find_weights(read_file(ckpt_path, mmap=True), ckpt_path, "VAE", VAE)
+            weights = find_weights(read_file(ckpt_path), ckpt_path, "VAE", VAE)
             load_state(self, weights.tensors, ckpt_path, "VAE")
 
     def encode(self, images):

@@ -5,7 +5,6 @@ methods encode(images (B, 3, H, W) in [-1, 1]) -> DiagonalGaussian and decode(ra
 in VAES makes --vae, the caches and the reports know it.
 """
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -47,7 +46,7 @@ class VAEFile(NamedVAE):
         self.name, self.option = str(path), f"--vae_path {path}"
 
     def is_there(self):
-        return is_remote(self.path) or Path(self.path).is_file()
+        return is_remote(self.path) or local_file(self.path).is_file()
 
     def open(self):
         return read_vae(self.path)
@@ -69,24 +68,25 @@ def find_vae(vae, path=None):
 
 def read_vae(path):
     """(AutoencoderKL of a file in eval mode without gradients, lines for a log): `kl16.ckpt`, what save_vae writes, or
-    the like; by path or by name, see models.hub.
+    the like; by path or by name, see models.hub. Its tensors tell its size.
     """
     path = local_file(path)
-    content = read_file(path, mmap=True)
+    content = read_file(path)
     weights = find_weights(content, path, "VAE", VAE)
-    state, saved = weights.tensors, content.get("config") or {}
-    ch, levels = len(state["encoder.conv_in.weight"]), depth(state, "decoder.up.")
-    widths = [len(state[f"decoder.up.{level}.block.0.conv1.weight"]) for level in range(levels)]
-    config = {"embed_dim": len(state["post_quant_conv.weight"]), "ch": ch, "ch_mult": tuple(w // ch for w in widths),
+    state, ch = weights.tensors, len(weights.tensors["encoder.conv_in.weight"])
+    widths = [len(state[f"decoder.up.{level}.block.0.conv1.weight"]) for level in range(depth(state, "decoder.up."))]
+    config = {"embed_dim": len(state["post_quant_conv.weight"]), "ch": ch, "ch_mult": [width // ch for width in widths],
               "num_res_blocks": depth(state, "decoder.up.0.block.") - 1}
-    config |= {name: saved[name] for name in (*config, "latent_scale") if name in saved}
-    if "latent_scale" in config:
-        config["latent_scale"] = read_latent_scale(config["latent_scale"], path, config["embed_dim"])
+    saved = content.get("config") or {}
+    if "latent_scale" in saved:
+        config["latent_scale"] = read_latent_scale(saved["latent_scale"], path)
     with torch.device("meta"):  # its initial weights would be drawn for nothing
         vae = AutoencoderKL(**config)
     left_out = load_state(vae.to_empty(device="cpu"), state, path, "VAE")
-    notes = [f"{path}: {weights.describe(left_out)}"] if weights.kind == "ema" or left_out else []
-    if "latent_scale" not in config and (vae.embed_dim, vae.stride) != tuple(KL16.values()):
+    notes = []
+    if weights.kind == "ema" or left_out:
+        notes.append(f"{path}: {weights.describe(left_out)}")
+    if "latent_scale" not in saved and (vae.embed_dim, vae.stride) != tuple(KL16.values()):
         notes.append(f"warning: {path} does not tell its latent scale: KL-16's is taken, {vae.latent_scale.scale}; its "
                      "own is (1 / standard deviation, mean) of its latents, kept as 'config': {'latent_scale': [...]}")
     return vae.eval().requires_grad_(False), notes
@@ -106,22 +106,18 @@ def save_vae(vae, path):
     write_file({"model": state, "config": {**vae.config, "latent_scale": tuple(vae.latent_scale)}}, path)
 
 
-def read_latent_scale(value, path, channels=None):
-    """(scale, shift) in a file, a sequence of both or of the scale, each a number or nested lists (C,) or
-    (C, h, w) of them, which become tuples; FlowARError for anything else, or other than `channels`.
+def read_latent_scale(value, path):
+    """(scale, shift) in a file, each a number or nested lists of them, which become tuples; FlowARError for other things.
     """
     try:
-        parts = [torch.tensor(part, dtype=torch.float64) for part in value]
+        scale, shift = (torch.tensor(part, dtype=torch.float64) for part in value)
+        is_one = (scale > 0).all() and scale.isfinite().all() and shift.isfinite().all()
     except (TypeError, ValueError):
-        parts = []
-    shapes = [part.shape for part in parts]
-    if (len(parts) not in (1, 2) or any(len(shape) not in (0, 1, 3) or 0 in shape for shape in shapes)
-            or channels and any(shape[:1] not in ((), (channels,)) for shape in shapes)
-            or not (parts[0] > 0).all() or not all(part.isfinite().all() for part in parts)):
-        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift], two numbers, the "
-                          f"scale above 0, or lists of one for each channel{f' of {channels}' if channels else ''} or "
-                          "position (channel, row, column)")
-    return (*(as_tuples(part.tolist()) for part in parts), 0.0)[:2]
+        is_one = False
+    if not is_one:
+        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift], the scale above 0, each "
+                          "a number or a list of one for each channel or each position (channel, row, column)")
+    return as_tuples(scale.tolist()), as_tuples(shift.tolist())
 
 
 def as_tuples(value):
@@ -138,15 +134,15 @@ class DiffusersVAE(nn.Module):
         super().__init__()
         self.network, config = network, network.config
         self.embed_dim, self.stride = self.geometry(config)
-        scale = read_latent_scale(self.scaling(config), f"--vae diffusers:{spec}", self.embed_dim)
-        self.latent_scale = LatentScale(*scale)
+        self.latent_scale = LatentScale(*read_latent_scale(self.scaling(config), f"--vae diffusers:{spec}"))
 
     def scaling(self, config):
+        """(scale, shift)."""
         return config.scaling_factor, config.get("shift_factor") or 0.0
 
     def geometry(self, config):
         """(latent channels, stride)."""
-        if "spatial_compression_ratio" in config or hasattr(self.network, "spatial_compression_ratio"):
+        if hasattr(self.network, "spatial_compression_ratio"):
             return config.latent_channels, self.network.spatial_compression_ratio
         names = "block_out_channels", "down_block_out_channels", "encoder_block_out_channels"
         widths = next(config[name] for name in names if config.get(name))
@@ -157,7 +153,7 @@ class DiffusersVAE(nn.Module):
         encoded = self.network.encode(images)
         if hasattr(encoded, "latent_dist"):
             return DiagonalGaussian(encoded.latent_dist.parameters)
-        return DiagonalGaussian.of_mean(encoded.latent if hasattr(encoded, "latent") else encoded.latents)
+        return DiagonalGaussian.of_mean(encoded[0])
 
     def decode(self, latents):
         return self.network.decode(latents).sample
@@ -175,18 +171,18 @@ class RepresentationAutoencoder(DiffusersVAE):
         return config.encoder_hidden_size, self.network.decoder_patch_size
 
     def encode(self, images):
-        self.check(images.shape[2:])
+        self.check_size(*images.shape[2:])
         return super().encode((images + 1) / 2)
 
     def decode(self, latents):
-        self.check([side * self.stride for side in latents.shape[2:]])
+        self.check_size(*(side * self.stride for side in latents.shape[2:]))
         return super().decode(latents) * 2 - 1
 
-    def check(self, sides):
+    def check_size(self, height, width):
         size = self.network.decoder_image_size
-        if list(sides) != [size, size]:
-            raise FlowARError(f"this AutoencoderRAE is of {size} x {size} pixels, not of {' x '.join(map(str, sides))}:"
-                              f" give --img_size {size}")
+        if (height, width) != (size, size):
+            raise FlowARError(f"this AutoencoderRAE is of {size} x {size} pixels, not of {height} x {width}: give "
+                              f"--img_size {size}")
 
 
 CLASSES = {"AutoencoderKL": DiffusersVAE, "AsymmetricAutoencoderKL": DiffusersVAE, "AutoencoderDC": DiffusersVAE,
@@ -211,7 +207,7 @@ class Diffusers(NamedVAE):
         # diffusers draws what is missing at random
         others, modules = loaded["unexpected_keys"], {name for name, _ in network.named_children()}
         wrong = [f"{name} is missing" for name in loaded["missing_keys"]]
-        wrong += [f"{name} is not in the VAE" for name in others if name.split(".")[0] in modules]
+        wrong += [f"{name} is not in the VAE" for name in others if name.partition(".")[0] in modules]
         if wrong:
             raise FlowARError(f"{self.option}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
         vae = CLASSES[name](network, self.spec).eval().requires_grad_(False)

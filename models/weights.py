@@ -20,21 +20,18 @@ from models.errors import FlowARError, first_sentence, name_some
 # ---- files -------------------------------------------------------------------------------------------------------
 
 LFS = b"version https://git-lfs"
+EXPORTED, BARE, CONFIG = "model.safetensors", "model.pth", "config.json"  # of a folder of scripts/export.py
 DESCRIBED = "flowar"  # in the header of our own safetensors files: what a checkpoint says beside its tensors
-CONFIG = "config.json"  # beside model.pth in a folder of scripts/export.py: the same
-BARE = "model.pth"
-DESCRIPTION = "args", "data", "vae", "weights_key"  # of that: what a checkpoint says too
+DESCRIPTION = "args", "data", "vae", "weights_key"  # the same, of config.json
 
 
-def read_file(path, mmap=False):
-    """Contents of a safetensors or torch file on the CPU. Nothing in it is run: of a torch file, only tensors, plain
-    values and argparse.Namespace are unpickled (the release's checkpoints carry their options as one).
-
-    With mmap=True the tensors of a torch file stay on disk until they are read, and processes of one host share them.
+def read_file(path):
+    """Contents of a safetensors or torch file on the CPU, memory-mapped: processes of one host share its pages. Nothing
+    in it is run: of a torch file, tensors, plain values and the release's argparse.Namespace alone are unpickled.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
-        raise FlowARError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
+        raise FlowARError(f"{path}: no such file")
     with open(path, "rb") as file:
         head = file.read(len(LFS))
     if head == LFS:
@@ -44,7 +41,7 @@ def read_file(path, mmap=False):
             return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             # PyTorch before 1.6 wrote no zip file, and no other can be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise FlowARError(f"{path}: cannot be read: it is cut short (download it again), or no file of tensors "
                           f"({first_sentence(error)})") from error
@@ -52,10 +49,13 @@ def read_file(path, mmap=False):
 
 def read_safetensors(path):
     """{name: tensor}, or of a file of write_safetensors what it was given."""
-    with safe_open(path, framework="pt") as file:
-        description = json.loads((file.metadata() or {}).get(DESCRIBED, "{}"))
     tensors = load_file(path)
-    return {**description, description.get("weights_key", "model"): tensors} if description else tensors
+    with safe_open(path, framework="pt") as file:
+        description = (file.metadata() or {}).get(DESCRIBED)
+    if description is None:
+        return tensors
+    description = json.loads(description)
+    return {**description, description["weights_key"]: tensors}
 
 
 def write_safetensors(tensors, description, path):
@@ -68,13 +68,14 @@ def write_safetensors(tensors, description, path):
 
 
 def read_weights(path):
-    """read_file, memory-mapped; an exported model.pth comes with what the config.json beside it says."""
-    path = Path(path)
-    content, config = read_file(path, mmap=True), path.with_name(CONFIG)
-    description = json.loads(config.read_text()) if path.name == BARE and config.is_file() else {}
-    if "weights_key" not in description:  # another program's
-        return content
-    return {**{name: description.get(name) for name in DESCRIPTION}, description["weights_key"]: content}
+    """read_file; an exported model.pth comes with what the config.json beside it says."""
+    content, config = read_file(path), Path(path).with_name(CONFIG)
+    if Path(path).name == BARE and config.is_file():
+        description = json.loads(config.read_text())
+        if "weights_key" in description:  # else it is another program's
+            content = {description["weights_key"]: content}
+            content.update({name: description.get(name) for name in DESCRIPTION})
+    return content
 
 
 @contextlib.contextmanager
@@ -111,11 +112,8 @@ def write_file(content, path):
 
 def file_hash(path):
     """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_hash(state):
@@ -151,7 +149,7 @@ def content_hash(value):
 KINDS = {"model_ema": "ema", "ema": "ema", "model": "raw", "state_dict": "raw"}  # of the state dicts under these keys
 ORDER = {None: (*KINDS, ""), "raw first": ("model", "state_dict", "", "model_ema", "ema"),  # "": the file itself is one
          "ema": ("model_ema", "ema"), "raw": ("model", "state_dict")}
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # what DDP and torch.compile put into names
+WRAPPERS = re.compile(r"\b(?:module|_orig_mod)\.")  # what DDP and torch.compile put into names
 FLOWAR = "class_emb.weight", "z_proj.weight", "mask"  # names of any FlowAR
 VAE = "encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"  # of any AutoencoderKL
 
@@ -166,8 +164,11 @@ class Weights(NamedTuple):
     def describe(self, left_out=()):
         """Which weights these are, and what of them is not used."""
         text = {"ema": "EMA weights", "raw": "raw weights", "unnamed": "weights, not said if EMA or raw"}[self.kind]
-        text += f" under {self.key!r}" if self.key else ""
-        return text + (f"; not used: {name_some(left_out)}" if left_out else "")
+        if self.key:
+            text += f" under {self.key!r}"
+        if left_out:
+            text += f"; not used: {name_some(left_out)}"
+        return text
 
 
 def find_weights(content, path, what, names, choice=None):
@@ -180,21 +181,20 @@ def find_weights(content, path, what, names, choice=None):
     """
     content = content if isinstance(content, dict) else {}
     states = {key: value for key, value in content.items() if isinstance(value, dict)}
-    if any(isinstance(value, torch.Tensor) for value in content.values()):
-        states[""] = content
-    key = next((key for key in ORDER.get(choice, [choice]) if key in states), None)
-    if key is None:
+    states[""] = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    for key in ORDER.get(choice, [choice]):
+        if states.get(key):
+            break
+    else:
         raise FlowARError(f"{path}: no {choice or ''} weights of a {what} in this file, which holds "
                           f"{name_some(map(str, content)) or 'nothing'}: expected a state dict by itself, or under "
                           f"{', '.join(KINDS)} or the key of --weights KEY")
-    tensors = {name: value for name, value in states[key].items() if isinstance(value, torch.Tensor)}
-    clean = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
-    if len(clean) < len(tensors):
-        raise FlowARError(f"{path}: names of tensors are there twice, with and without module. or _orig_mod.")
-    if missing := [name for name in names if name not in clean]:
-        raise FlowARError(f"{path}: no {what} weights {f'under {key!r}' if key else 'in this file'}: {missing[0]} is "
-                          "missing (--weights takes another key of the file)")
-    return Weights(clean, KINDS.get(key, "unnamed"), key)
+    tensors = {WRAPPERS.sub("", name): value for name, value in states[key].items() if isinstance(value, torch.Tensor)}
+    for name in names:
+        if name not in tensors:
+            raise FlowARError(f"{path}: no {what} weights under {key!r}: {name} is missing (--weights takes another key "
+                              "of the file)")
+    return Weights(tensors, KINDS.get(key, "unnamed"), key)
 
 
 def find_model(content, path, choice=None):
@@ -202,35 +202,30 @@ def find_model(content, path, choice=None):
     return find_weights(content, path, "FlowAR", FLOWAR, choice)
 
 
-def check_fits(network, state, path, what="model"):
-    """Names in `state` that are not the network's and mean nothing to it: of a loss, a discriminator, counters.
-
-    FlowARError with the first names that are missing, of other shapes or kinds of numbers, or that the network lacks in
-    one of its own modules: without them it would compute something else.
+def load_state(network, state, path, what="model"):
+    """Load a state dict. Returns its names that are not the network's and mean nothing to it: of a loss, a discriminator,
+    counters. FlowARError with the first names that are missing, of other shapes or kinds of numbers, or that the network
+    lacks in one of its own modules: without them it would compute something else.
     """
-    own = network.state_dict()
-    both = [name for name in own if name in state]
-    wrong = [f"{name} is {tuple(state[name].shape)}, the {what}'s is {tuple(own[name].shape)}" for name in both
-             if state[name].shape != own[name].shape]
-    wrong += [f"{name} is {state[name].dtype}, the {what}'s is {own[name].dtype}" for name in both
-              if state[name].is_floating_point() != own[name].is_floating_point()]
-    wrong += [f"{name} is missing" for name in own if name not in state]
-    modules, left_out = {name.partition(".")[0] for name in own}, []
-    for name in (name for name in state if name not in own):
-        if name.partition(".")[0] in modules or "." not in name and state[name].numel() > 1:
+    own, wrong, left_out = network.state_dict(), [], []
+    modules = {name.partition(".")[0] for name in own}
+    for name, tensor in own.items():
+        if name not in state:
+            wrong.append(f"{name} is missing")
+        elif state[name].shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(state[name].shape)}, the {what}'s is {tuple(tensor.shape)}")
+        elif state[name].is_floating_point() != tensor.is_floating_point():
+            wrong.append(f"{name} is {state[name].dtype}, the {what}'s is {tensor.dtype}")
+    for name, tensor in state.items():
+        module, _, inner = name.partition(".")
+        if name not in own and (module in modules or not inner and tensor.numel() > 1):
             wrong.append(f"{name} is not in the {what}")
-        else:
+        elif name not in own:
             left_out.append(name)
     if wrong:
         hint = "; is it of another size (--model, --diffloss_d, --diffloss_w)?" if what == "model" else ""
         raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the {what}: {name_some(wrong, 3)}{hint}")
-    return left_out
-
-
-def load_state(network, state, path, what="model"):
-    """Load a state dict; returns the names that it leaves out, see check_fits."""
-    left_out = check_fits(network, state, path, what)
-    network.load_state_dict({name: state[name] for name in network.state_dict()})
+    network.load_state_dict({name: state[name] for name in own})
     return left_out
 
 
@@ -274,22 +269,13 @@ def depth(state, prefix):
 def scales_of(mask):
     """Scales of a mask in which the tokens of a scale, and they alone, see the same: runs of s^2 equal rows."""
     sees = mask[0, 0] == 0
-    ends = (sees[1:] != sees[:-1]).any(dim=1).nonzero().flatten().add(1).tolist()
-    sizes = [end - start for start, end in zip([0, *ends], [*ends, len(sees)])]
-    scales = tuple(map(math.isqrt, sizes))
-    if [s * s for s in scales] != sizes:
-        raise FlowARError(f"the attention mask has runs of {sizes} equal rows: expected s x s for every scale")
-    return scales
+    ends = [*(sees[1:] != sees[:-1]).any(dim=1).nonzero().flatten().add(1).tolist(), len(sees)]
+    return tuple(math.isqrt(end - start) for start, end in zip([0, *ends], ends))
 
 
 def saved_options(content):
     """{name: value} of the options a checkpoint was written with; the release's are a Namespace, weights have none."""
     args = content.get("args") if isinstance(content, dict) else None
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
     return args if isinstance(args, dict) else {}
-
-
-def saved_vae(content):
-    """{vae_embed_dim, vae_stride} of those options, KL-16's where there are none."""
-    options = saved_options(content)
-    return {name: options.get(name) or value for name, value in KL16.items()}

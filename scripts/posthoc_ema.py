@@ -40,7 +40,7 @@ def read_averages(checkpoint, step):
     """{(step, width): {name: tensor}} of a checkpoint and of the snapshots beside it, up to a step; memory-mapped."""
     content, files = checkpoint.content, reversed(list_numbered(checkpoint.path.parent, "posthoc"))
     shapes = shapes_of(content["posthoc"][f"{POWER_WIDTHS[0]:g}"])
-    snapshots = [(file, read_file(file, mmap=True)) for file in files if step_of(file) <= step]
+    snapshots = [(file, read_file(file)) for file in files if step_of(file) <= step]
     if content["progress"]["step"] <= step:  # the last, in place of its snapshot: it is float32
         snapshots.append((checkpoint.path, {"step": content["progress"]["step"], "posthoc": content["posthoc"]}))
     averages = {}

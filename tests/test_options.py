@@ -82,7 +82,7 @@ TABLE = [
     (TRAIN, "--scales 1,x", "--scales: '1,x': expected a whole number at least 1"),
     (TRAIN, "--save_every 5h", "--save_every: '5h': expected a number of steps (500) or minutes (30m)"),
     (TRAIN, "--background blueish", "--background: 'blueish': expected a colour: white, '#ff8000' or 255,128,0"),
-    (TRAIN, "--t_dist normal", "t_dist is 'normal': expected one of uniform, logit_normal:MEAN,STD, shift:K"),
+    (TRAIN, "--t_dist normal", "t_dist is 'normal': expected one of uniform, logit_normal, shift"),
     (EVAL, "--solver euler,rk5", "--solver: 'euler,rk5': expected one of euler, heun, ab2, midpoint, rk4"),
     (EVAL, "--guidance 0.5,1.5", "--guidance: '0.5,1.5': expected a number at least 0.0 and at most 1.0"),
     (SAMPLE, "--seeds 0:7", "--seeds: '0:7': expected 0-15, or 1,4,9"),

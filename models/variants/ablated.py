@@ -16,7 +16,7 @@ TOGETHER = "sequence_concat", "cross_attention"  # ways in which tokens read the
 class AblatedFlowAR(FlowAR):
     """head: tokens of a scale attend to each other in the flow head, or do not. objective: velocity, or DDPM's epsilon.
     condition: the way in which z enters the head, see conditioning.HEADS. pyramid: coarse scales are of the latent, or
-    latents of the downsampled image, which training gets packed, see pack. The buffer `variant` tells all in weights.
+    latents of the downsampled image, which training gets as flatten_pyramid has them. The buffer `variant` tells all.
     """
 
     def __init__(self, head="scale", objective="flow", condition="spatial_adaln", pyramid="latent", **config):
@@ -25,18 +25,17 @@ class AblatedFlowAR(FlowAR):
             if value not in CHOICES[name]:
                 raise FlowARError(f"{name} is {value!r}: expected one of {', '.join(CHOICES[name])}")
         if config.get("cross") and condition != RELEASED["condition"]:
-            raise FlowARError(f"condition {condition}: this size has cross-attention to the condition already: take "
-                              "flowar_tiny, flowar_small or flowar_base")
+            raise FlowARError(f"condition {condition}: this size has cross-attention to the condition already")
         if head == "token" and condition in TOGETHER:
-            raise FlowARError(f"head token with condition {condition}: in it tokens read the condition of others: "
-                              "leave out one of the two")
+            raise FlowARError(f"head token: with condition {condition} tokens read the condition of others")
         super().__init__(**config)
         self.config.update(choices)
         c = self.config
         self.flownet = HEADS[condition](self.token_channels, c["decoder_embed_dim"], c["diffloss_d"], c["diffloss_w"],
                                         c["mlp_ratio"], c["cross"], c["use_checkpoint"])
-        for block in self.flownet.res_blocks if head == "token" else ():
-            block.attn = TokenAttention(c["diffloss_w"], block.attn.num_heads, qkv_bias=False)
+        if head == "token":
+            for block in self.flownet.res_blocks:
+                block.attn = TokenAttention(c["diffloss_w"], block.attn.num_heads, qkv_bias=False)
         self._initialize()
         text = torch.tensor(list(",".join(choices.values()).encode()), dtype=torch.uint8, device="cpu")
         self.register_buffer("variant", text.to(self.z_proj.weight.device))
@@ -53,20 +52,22 @@ class AblatedFlowAR(FlowAR):
         return [F.pixel_unshuffle(part.unflatten(2, (s, s)), self.patch_size) for part, s in zip(parts, sides)]
 
     def velocity_errors(self, pyramid, z, t, noise):
-        return super().velocity_errors(pyramid, z, diffusion.step_of(t) if self.objective is diffusion else t, noise)
+        if self.objective is diffusion:
+            t = diffusion.step_of(t)
+        return super().velocity_errors(pyramid, z, t, noise)
 
     def sample_pyramid(self, labels, *, known=None, **options):
         if known and self.objective is diffusion:
-            raise FlowARError("a model with the diffusion objective keeps no known cells: their paths are not straight")
+            raise FlowARError("a model with the diffusion objective keeps no known cells: they do not move on a line")
         return super().sample_pyramid(labels, known=known, **options)
 
 
-def pack(pyramid):
+def flatten_pyramid(pyramid):
     """(B, C, cells of all) of latents (B, C, h, w) of every scale: one tensor, for what passes it on."""
     return torch.cat([latents.flatten(2) for latents in pyramid], dim=2)
 
 
 def describe(model):
     """', head token, objective diffusion': a FlowAR's choices that are not the released ones, '' of a released one."""
-    choices = {name: model.config.get(name, value) for name, value in RELEASED.items()}
-    return "".join(f", {name} {value}" for name, value in choices.items() if value != RELEASED[name])
+    choices = [(name, model.config.get(name, value)) for name, value in RELEASED.items()]
+    return "".join(f", {name} {value}" for name, value in choices if value != RELEASED[name])

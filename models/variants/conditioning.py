@@ -1,13 +1,18 @@
-"""Other ways in which the condition enters the flow head, and a head that takes every
-token by itself. The paper's ablations; the released way is models/flow_head.py.
+"""Other ways in which the condition enters the flow head, and a head that takes every token by itself: the paper's
+ablations. The released way is models/flow_head.py.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.flow_head import AttnCrossAttnMLPBlock, Condition, FlowHead, per_token
-from models.kernels import Linear, run_block
-from models.layers import Pattern, SelfAttention, spans, within_scales
+from models.flow_head import AttnCrossAttnMLPBlock, Condition, FlowHead
+from models.kernels import Linear, per_token, run_block
+from models.layers import Pattern, SelfAttention, within_scales
+
+
+def by_scale(tokens, scales, dim=1):
+    """The tokens of each scale; scales: None for those of one."""
+    return tokens.split([s * s for s in scales], dim) if scales else [tokens]
 
 
 class PooledHead(FlowHead):
@@ -15,8 +20,8 @@ class PooledHead(FlowHead):
 
     def prepare(self, z, scales=None, contexts=True):
         condition = super().prepare(z, scales, contexts)
-        parts = [condition.c[:, span] for span in spans(scales)] if scales else [condition.c]
-        return condition._replace(c=torch.cat([c.mean(dim=1, keepdim=True).expand_as(c) for c in parts], dim=1))
+        means = [c.mean(dim=1, keepdim=True).expand_as(c) for c in by_scale(condition.c, scales)]
+        return condition._replace(c=torch.cat(means, dim=1))
 
 
 class TimeHead(FlowHead):
@@ -25,10 +30,10 @@ class TimeHead(FlowHead):
     def forward(self, x, t, z, scales=None):
         z = z if isinstance(z, Condition) else self.prepare(z, scales, contexts=False)
         h, pattern = self.enter(self.input_proj(x).float(), z.c, scales)
-        time = F.silu(self.time_embed((t if t.ndim == 2 else t[None]).T))  # B scales width
+        time = F.silu(self.time_embed(torch.atleast_2d(t).T))  # B scales width
         modulation = per_token(time, pattern)
         for block, context in zip(self.res_blocks, z.contexts):
-            h = run_block(block, self.use_checkpoint, h, modulation, time, z.z, context, z.rope_table, pattern)
+            h = run_block(block, self.use_checkpoint, h, modulation, time, context, z.rope_table, pattern)
         return self.leave(self.final_layer(h, modulation), scales)
 
     def enter(self, h, c, scales):
@@ -56,21 +61,23 @@ class PrefixedHead(TimeHead):
 
     def prepare(self, z, scales=None, contexts=True):
         condition = super().prepare(z, scales, contexts)
-        of = spans(scales) if scales else [slice(None)]
-        table = [torch.cat([part[span] for span in of for _ in "cx"]) for part in condition.rope_table]
-        return condition._replace(rope_table=tuple(table))
+        cos, sin = (self.join(table, table, scales, dim=0) for table in condition.rope_table)
+        return condition._replace(rope_table=(cos, sin))
+
+    def join(self, c, x, scales, dim=1):
+        pairs = zip(by_scale(c, scales, dim), by_scale(x, scales, dim))
+        return torch.cat([torch.cat(pair, dim) for pair in pairs], dim)
 
     def enter(self, h, c, scales):
-        of = spans(scales) if scales else [slice(None)]
-        c = c.float().expand_as(h)
-        both = torch.cat([part[:, span] for span in of for part in (c, h)], dim=1)
-        sizes = tuple(2 * s * s for s in scales or ())
-        return both, Pattern(sizes, tuple((k,) for k in range(len(sizes)))) if scales else None
+        pattern = None
+        if scales:
+            sizes, sees = within_scales(scales)
+            pattern = Pattern(tuple(2 * size for size in sizes), sees)
+        return self.join(c.float().expand_as(h), h, scales), pattern
 
     def leave(self, velocity, scales):
-        sizes = [s * s for s in scales] if scales else [velocity.shape[1] // 2]
-        parts = velocity.split([2 * size for size in sizes], dim=1)
-        return torch.cat([part[:, size:] for part, size in zip(parts, sizes)], dim=1)
+        sizes = [2 * s * s for s in scales] if scales else [velocity.shape[1]]
+        return torch.cat([part[:, part.shape[1] // 2:] for part in velocity.split(sizes, dim=1)], dim=1)
 
 
 class CrossHead(TimeHead):
@@ -83,8 +90,7 @@ class CrossHead(TimeHead):
     def prepare(self, z, scales=None, contexts=True):
         condition = super().prepare(z, scales, contexts=False)
         c, table = condition.c, condition.rope_table
-        of_blocks = [block.context(c, table) if contexts else None for block in self.res_blocks]
-        return condition._replace(z=None if contexts else c, contexts=of_blocks)
+        return condition._replace(contexts=[block.context(c, table) if contexts else c for block in self.res_blocks])
 
     def enter(self, h, c, scales):
         return super().enter(h.clone(), 0, scales)

@@ -24,7 +24,7 @@ def interpolate(x, noise, t):
 
 
 def velocity_target(x, noise):
-    """What the network is to say, in the velocity's place: epsilon."""
+    """What the network predicts, in the velocity's place: epsilon."""
     return noise
 
 
@@ -33,7 +33,7 @@ def step_of(t):
     return ((t * STEPS).floor().clamp(max=STEPS - 1) + 1.5) / STEPS
 
 
-def predicted(epsilon, x, t, t_next):
+def predict(epsilon, x, t, t_next):
     """(x at t = 0, epsilon that agrees with it, factors of image and noise at t and t_next) of a network's epsilon."""
     a, a_next = (signal(torch.tensor(time, dtype=torch.float64)) for time in (t, t_next))
     s, s_next = ((1 - factor.square()).sqrt() for factor in (a, a_next))
@@ -45,7 +45,7 @@ def ddim(epsilon, x, times, generator=None):
     """Deterministic; epsilon(x, t) is what flow_matching's solvers call velocity."""
     x = x.double()
     for t, t_next in itertools.pairwise(times.tolist()):
-        image, noise, (_, _, a_next, s_next) = predicted(epsilon, x, t, t_next)
+        image, noise, (_, _, a_next, s_next) = predict(epsilon, x, t, t_next)
         x = a_next * image + s_next * noise
     return x
 
@@ -53,10 +53,10 @@ def ddim(epsilon, x, times, generator=None):
 def ancestral(epsilon, x, times, generator=None):
     """DDPM's: noise of the posterior's variance is drawn at every step but the last."""
     x = x.double()
+    device = (generator or x).device
     for t, t_next in itertools.pairwise(times.tolist()):
-        image, noise, (a, s, a_next, s_next) = predicted(epsilon, x, t, t_next)
+        image, noise, (a, s, a_next, s_next) = predict(epsilon, x, t, t_next)
         variance = (s_next / s).square() * (1 - (a / a_next).square())
-        device = x.device if generator is None else generator.device
         fresh = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
         x = a_next * image + (s_next.square() - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * fresh
     return x

@@ -29,11 +29,16 @@ class RectifiedFlowAR(FlowAR):
         return draws._replace(t=torch.where(chosen < self.at_noise, 1.0, t))  # (scales, batch, reuse)
 
     def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):
-        """As FlowAR's, on the paths to x', the mean over the times of a pair. Of the draws, t and noise are used."""
-        check_labels(labels, self.class_num, wait=False)
-        t, noise = self.draw(len(labels))[:2] if t is None or noise is None else (t, noise)
-        pyramid = self.pyramid(latents) if self.forced else None
-        x = self.solve(labels, noise=noise, forced=pyramid)
-        z, x, noise = ([part.repeat_interleave(t.shape[2], dim=0) for part in parts]
-                       for parts in ([self.condition_on(pyramid or x, labels)], x, noise))
-        return self.velocity_errors(x, *z, t.flatten(1), noise).unflatten(1, t.shape[1:]).mean(dim=2)
+        """As FlowAR's, with x' in the latents' place, the mean over the times of a pair. Of the draws it uses t, noise.
+        """
+        check_labels(labels, self.class_num)
+        if t is None or noise is None:
+            t, noise = self.draw(len(labels))[:2]
+        forced = self.pyramid(latents) if self.forced else None
+        solution = self.solve(labels, noise=noise, forced=forced)
+        z = self.condition_on(forced or solution, labels)
+        scales, batch, reuse = t.shape
+        z = z.repeat_interleave(reuse, dim=0)
+        solution = [x.repeat_interleave(reuse, dim=0) for x in solution]
+        noise = [e.repeat_interleave(reuse, dim=0) for e in noise]
+        return self.velocity_errors(solution, z, t.flatten(1), noise).unflatten(1, (batch, reuse)).mean(dim=2)

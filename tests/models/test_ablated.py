@@ -29,7 +29,7 @@ def test_every_switch(chosen):
     """One pass over all scales is that over each; as many parameters, all of which learn; its weights tell what they are of."""
     model = variant(**chosen)
     latents, labels, t, noise = inputs(model, 3)
-    trained = ablated.pack([latents[..., :s, :s] for s in model.scale]) if "pyramid" in chosen else latents
+    trained = ablated.flatten_pyramid([latents[..., :s, :s] for s in model.scale]) if "pyramid" in chosen else latents
     model.train()(trained, labels).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     z, x = model.eval().condition(latents, labels).detach(), torch.cat(noise, dim=1)
@@ -142,11 +142,11 @@ def test_its_loss_is_epsilons():
 # ---- images of every size --------------------------------------------------------------------------------------
 
 
-def test_packed_latents_are_the_pyramid():
+def test_flattened_latents_are_the_pyramid():
     model = small_model(patch_size=2, scale=(1, 2))
     model = ablated.AblatedFlowAR(**model.config, pyramid="image")
     latents = [torch.randn(3, 4, 2 * s, 2 * s) for s in model.scale]
-    found = model.training_pyramid(ablated.pack(latents))
+    found = model.training_pyramid(ablated.flatten_pyramid(latents))
     for grid, part in zip(found, latents):
         assert torch.equal(grid, torch.nn.functional.pixel_unshuffle(part, 2))
     assert torch.equal(model.pyramid(latents[-1])[0], FlowAR.pyramid(model, latents[-1])[0])
@@ -172,7 +172,7 @@ def test_a_run_carries_its_choices(tmp_path, monkeypatch):
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
-    for chosen, message in (({"head": "token", "condition": "cross_attention"}, "leave out one of the two"),
+    for chosen, message in (({"head": "token", "condition": "cross_attention"}, "tokens read the condition of others"),
                             ({"condition": "addition", "cross": True}, "this size has cross-attention to the condition already")):
         with pytest.raises(FlowARError, match=message):
             variant(**chosen)

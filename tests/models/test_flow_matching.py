@@ -35,9 +35,10 @@ def test_uniform_time_grid(n, expected):
 
 
 def test_what_is_no_time_grid_is_refused():
-    for n, kind, message in ((1, "release", "num_steps is 1: the release time grid needs at least 2"), (4, "cosine", "expected one of release, uniform")):
-        with pytest.raises(FlowARError, match=message):
-            fm.time_grid(n, kind)
+    with pytest.raises(FlowARError, match="num_steps is 1: the release time grid needs at least 2"):
+        fm.time_grid(1)
+    with pytest.raises(KeyError):
+        fm.time_grid(4, "cosine")
 
 
 @pytest.mark.parametrize("first,last,expected", [
@@ -54,13 +55,13 @@ def test_ways_from_the_first_scales_steps_to_the_lasts(schedule, expected):
 
 def test_a_list_has_a_value_for_each_scale():
     assert fm.guidance_scales([1, 2, 4], 3) == fm.guidance_scales((1, 2, 4), 3, "constant") == [1, 2, 4]
-    for cfg, message in (([1, 2], r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"), ([2, 0.5, 1], "expected 1")):
-        with pytest.raises(FlowARError, match=message):
-            fm.guidance_scales(cfg, 3)
+    with pytest.raises(FlowARError, match=r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"):
+        fm.guidance_scales([1, 2], 3)
 
 
 @pytest.mark.parametrize("text,message", [
-    ("shift:2,3", "expected one of uniform, logit_normal:MEAN,STD, shift:K"), ("shift:0", "K is 0, expected above 0"),
+    ("normal", "expected one of uniform, logit_normal, shift"), ("shift:2,3", "expected shift:K"), ("uniform:1", "expected uniform$"),
+    ("logit_normal:a,b", "expected logit_normal:MEAN,STD"), ("shift:0", "K is 0, expected above 0"),
     ("logit_normal:0,-1", "STD is -1, expected above 0"), ("logit_normal:nan,1", "its times")])
 def test_what_is_no_distribution_of_times_is_refused(text, message):
     with pytest.raises(FlowARError, match=message):
@@ -76,7 +77,7 @@ def test_a_distribution_checks_its_own_numbers_and_must_stay_within_0_and_1(monk
     assert torch.equal(fm.read_time_distribution("power:-1")(u), u ** math.exp(1))
     assert torch.equal(fm.read_time_distribution("line:1,-1")(u), 1 - u)
     for text, message in (("line:0.5,1", r"'line:0.5,1': its times go from 0.5 to 1.49\d+, expected \[0, 1\]"), ("line:0,-1", "its times go"),
-                          ("power", "power:EXPONENT, line:START,SLOPE")):
+                          ("power", "expected power:EXPONENT")):
         with pytest.raises(FlowARError, match=message):
             fm.read_time_distribution(text)
 
@@ -85,8 +86,6 @@ def test_guidance_scales():
     assert fm.guidance_scales(4.3, 5) == pytest.approx([1, 1.825, 2.65, 3.475, 4.3])
     assert fm.guidance_scales(3, 4, "constant") == [3, 3, 3, 3]
     assert fm.guidance_scales(3, 1) == [3]
-    with pytest.raises(FlowARError, match="cfg is 0.5"):
-        fm.guidance_scales(0.5, 5)
 
 
 @pytest.mark.parametrize("low,high,doubled", [(0.0, 0.7, 35), (0.0, 1.0, 50), (0.0, 0.0, 0), (0.3, 0.7, 20)])

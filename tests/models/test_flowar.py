@@ -103,7 +103,7 @@ def test_labels_outside_are_refused(labels):
 def test_wrong_latents_and_noise_are_refused():
     model = small_model()
     latents, labels, _, noise = inputs(model)
-    with pytest.raises(FlowARError, match=r"latents are \(2, 4, 4, 3\)"):
+    with pytest.raises(FlowARError, match=r"latents has shapes \[\(2, 4, 4, 3\)\]"):
         model(latents[..., :3], labels)
     with pytest.raises(FlowARError, match="noise has shapes"):
         model.sample_tokens(labels, num_steps=2, noise=noise[1:])

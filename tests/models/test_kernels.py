@@ -75,7 +75,7 @@ def test_dropout_drops_and_scales_as_many_as_it_says(p, compiled):
 
 def test_draws_of_different_seeds_and_places_have_nothing_in_common():
     seeds = torch.tensor([1, 1 + 2**32, 1 + 2**61, 3 + 2**40])  # whatever bits differ
-    draws = [kernels.drawn(torch.Size((2**20,)), 0.5, seed).double() - 0.5 for seed in seeds]
+    draws = [kernels.dropout_mask(torch.Size((2**20,)), 0.5, seed).double() - 0.5 for seed in seeds]
     pairs = [(a, b) for i, a in enumerate(draws) for b in draws[:i]]
     shifted = [(draws[0][places:], draw[:-places]) for draw in draws for places in (1, 2, 64, 2048)]
     assert max(abs((a * b).mean() * 4 * len(a)**0.5) for a, b in pairs + shifted) < 4.5  # standard deviations

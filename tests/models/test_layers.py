@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from models import layers
-from models.layers import CrossAttention, GatedMLP, KVCache, Pattern, RMSNorm, RotaryEmbedding, SelfAttention, modulate
+from models.kernels import modulate
+from models.layers import CrossAttention, GatedMLP, KVCache, Pattern, RMSNorm, RotaryEmbedding, SelfAttention
 
 
 def test_rms_norm():

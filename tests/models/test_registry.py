@@ -41,13 +41,14 @@ def test_missing_files_are_named(tmp_path):
 # ---- by name ---------------------------------------------------------------------------------------------------
 
 
-def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny):
+def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny, monkeypatch):
     other = {name: value.clone() for name, value in tiny.state_dict().items()}
     other["z_proj.bias"] += 1
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
     content = {"model": other, "model_ema": tiny.state_dict(), "args": {"vae_embed_dim": 4, "vae_stride": 4}}
     torch.save(content, tmp_path / registry.LAST)
-    model = load_flowar(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    model = load_flowar(f"~/{tmp_path.name}")
     assert model.config == {**tiny.config, "patch_size": 1} and not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny.state_dict().values()))
     with pytest.raises(FlowARError, match="tokens have 4 channels, which 16 latent channels of the VAE do not make"):

@@ -49,7 +49,7 @@ def test_latent_scale_of_channels_and_positions(shape):
     torch.testing.assert_close(scale.restore(by_hand), raw)
     assert scale.normalize(raw.half()).dtype == torch.float16
     for other in (torch.zeros(5, 1, 2, 3), torch.zeros(5, 3, 2, 3), *([torch.zeros(5, 4, 1, 1)] if shape[1:] else [])):
-        with pytest.raises(FlowARError, match="the latent scale is of 4.* numbers, the latents are .*: expected one number"):
+        with pytest.raises(FlowARError, match="the latent scale is .4.*, the latents are .*: expected one number"):
             scale.restore(other)
 
 
@@ -57,10 +57,10 @@ def totuple(tensor):
     return tuple(map(totuple, tensor)) if tensor.ndim else tensor.item()
 
 
-@pytest.mark.parametrize("bad", [[[1.0, 1.0, 1.0, 0.0], 0], [[1.0] * 4, [0.0] * 5], [["1", 1, 1, 1], 0], [[[[float("nan")]]] * 4, 0]])
+@pytest.mark.parametrize("bad", [None, [1.0], [[1.0, 1.0, 1.0, 0.0], 0], [["1", 1, 1, 1], 0], [[[[float("nan")]]] * 4, 0]])
 def test_what_is_no_latent_scale_is_refused_in_a_short_line(bad):
-    with pytest.raises(FlowARError, match="file: latent_scale is .*, expected .*each channel of 4 or position") as error:
-        read_latent_scale(bad, "file", 4)
+    with pytest.raises(FlowARError, match="file: latent_scale is .*, expected .*each channel or each position") as error:
+        read_latent_scale(bad, "file")
     assert len(str(error.value)) < 500
 
 

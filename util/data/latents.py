@@ -48,7 +48,7 @@ def read_index(path):
     index = {**dict.fromkeys(NEWER), **read_json(file)}
     if index.get("format") != FORMAT:
         raise FlowARError(f"{file}: format is {index.get('format')!r}, expected {FORMAT!r}")
-    index["latent_scale"] = LatentScale(*read_latent_scale(index["latent_scale"], file, index["channels"]))
+    index["latent_scale"] = LatentScale(*read_latent_scale(index["latent_scale"], file))
     if sum(shard["images"] for shard in index["shards"]) != index["images"]:
         raise FlowARError(f"{file}: its shards do not add up to {index['images']} images")
     for shard in index["shards"]:
@@ -70,10 +70,10 @@ def verify_checksums(path, index, rank=0, world_size=1):
                                   f"{shard['sha256'][:12]}...: damaged; write the cache again")
 
 
-def scale_of_channels(mean, std, path, channels):
+def scale_of_channels(mean, std, path):
     """The LatentScale that gives every channel mean 0 and std 1."""
     inverse = [1 / part if part > 0 else 0.0 for part in std]  # of which 0 is refused
-    return LatentScale(*read_latent_scale((inverse, list(mean)), f"{path}: of its channels' mean and std", channels))
+    return LatentScale(*read_latent_scale((inverse, list(mean)), f"{path}: of its channels' mean and std"))
 
 
 class ShardedMoments(Dataset):
@@ -129,8 +129,7 @@ class ShardedMoments(Dataset):
     def channel_scale(self):
         """The LatentScale of --latent_norm channel."""
         measured = self.index["measured"]
-        return scale_of_channels(measured["channel_mean"], measured["channel_std"], self.root / INDEX,
-                                 self.index["channels"])
+        return scale_of_channels(measured["channel_mean"], measured["channel_std"], self.root / INDEX)
 
     @property
     def origin(self):

@@ -64,12 +64,12 @@ class LightningLatents(ShardedMoments):
         return DiagonalGaussian.of_mean(parts[variant][row:row + 1]).parameters[0]
 
     def channel_scale(self):
-        path, channels = self.root / LIGHTNING_STATS, self.index["shape"][0]
+        path = self.root / LIGHTNING_STATS
         if not path.is_file():
             raise FlowARError(f"{path}: no such file, from which --latent_norm channel takes mean and std: LightningDiT"
                               " writes it when it first reads the latents, and publishes it beside its VAE")
         mean, std = (read_file(path)[name].flatten().tolist() for name in ("mean", "std"))
-        return scale_of_channels(mean, std, path, channels)
+        return scale_of_channels(mean, std, path)
 
 
 def open_lightning(path):

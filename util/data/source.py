@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from models import FlowARError
 from models.errors import name_some
-from models.variants.ablated import pack
+from models.variants.ablated import flatten_pyramid
 from models.vae import DiagonalGaussian, LatentScale
 from models.vaes import find_vae
 from util.cluster import agree, fetch, from_main, log, rank, sharers, world_size
@@ -81,7 +81,7 @@ class Source:
     @torch.no_grad()
     def latents(self, batch, noise):
         """Scaled latents of a batch on the device: samples of the posterior with this noise, both (B, C, H, W); with
-        `sides` packed with those of the downsampled images, their posteriors' means.
+        `sides` in one tensor with those of the downsampled images, their posteriors' means.
         """
         moments = batch.float() if self.is_moments else self.vae.encode(batch).parameters
         latents = self.latent_scale.normalize(DiagonalGaussian(moments).sample(noise=noise))
@@ -89,7 +89,7 @@ class Source:
             return latents
         small = [F.interpolate(batch, size=(side * self.vae.stride,) * 2, mode="area") for side in self.sides]
         coarse = [self.latent_scale.normalize(self.vae.encode(images).mode()) for images in small]
-        return pack([*coarse, latents])
+        return flatten_pyramid([*coarse, latents])
 
     def identity(self):
         """What a checkpoint records of the data, see util.training.record."""

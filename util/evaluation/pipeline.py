@@ -109,8 +109,7 @@ def open_vae(args, checkpoint):
             raise FlowARError(f"{checkpoint.path}: was trained with --latent_norm channel, but does not hold the mean "
                               "and std of its latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded;"
                               " take the run's own checkpoint")
-        vae.latent_scale = LatentScale(
-            *read_latent_scale(trained_with.latent_scale, checkpoint.path, vae.embed_dim))
+        vae.latent_scale = LatentScale(*read_latent_scale(trained_with.latent_scale, checkpoint.path))
     origin = from_main(lambda: origin_of(named, vae))
     check_origin(checkpoint.path, trained_with, origin)
     return named, vae, origin
@@ -176,8 +175,8 @@ def recognise(args, state, path, vae):
 def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
     """The Sampler of options with one value each; classes, guide: see Sampler; stored: see saved_sampling."""
     sampling = Sampling.of(stored or {}, given_settings(args))
-    _, _, weights = model.plan_sampling(sampling)  # refuses now what would fail at the first image
-    if args.guide and max(weights) <= 1:
+    _, _, guidance_scales = model.plan_sampling(sampling)  # refuses now what would fail at the first image
+    if args.guide and max(guidance_scales) <= 1:
         raise FlowARError(f"--guide {args.guide} needs --cfg above 1")
     return Sampler(model, vae, sampling, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
 

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.kernels import ATTENTION_KERNELS
+from models.kernels import is_attention
 
 FLOAT = 4  # bytes
 STATES = 5  # of every parameter, in float32: weights, gradients, two moments of AdamW, EMA
@@ -26,7 +26,7 @@ class Shapes(FakeTensorMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             return True
         result = super().__torch_dispatch__(function, types, args, kwargs)
-        if function in ATTENTION_KERNELS:
+        if is_attention(function):
             storages = [part.untyped_storage() for part in result if isinstance(part, torch.Tensor)]
             self.attended.update((id(storage), storage) for storage in storages)
         return result

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from models import FlowARError
-from models.checks import as_sides
 from models.vaes import read_latent_scale
 from models.weights import content_hash, tensors_hash
 from util.cluster import log
@@ -54,7 +53,7 @@ def shorten(value):
     if value is None or isinstance(value, str):
         return value and value[:12]
     parts = [torch.tensor(part, dtype=torch.float64) for part in value]
-    return tuple(f"{as_sides(part.shape)} numbers {content_hash(part)[:12]}" if part.ndim else part.item()
+    return tuple(f"{' x '.join(map(str, part.shape))} numbers {content_hash(part)[:12]}" if part.ndim else part.item()
                  for part in parts)
 
 
