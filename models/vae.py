@@ -84,13 +84,14 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -150,10 +151,8 @@ class Encoder(nn.Module):
             for _ in range(num_res_blocks):
                 level.block.append(ResnetBlock(channels, ch * mult))
                 channels = ch * mult
-                if last:
-                    level.attn.append(AttnBlock(channels))
-            if not last:
-                level.downsample = Downsample(channels)
+                level.attn.append(AttnBlock(channels) if last else nn.Identity())
+            level.downsample = nn.Identity() if last else Downsample(channels)
             self.down.append(level)
         self.mid = Middle(channels)
         self.norm_out = group_norm(channels)
@@ -162,12 +161,9 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.conv_in(x)
         for level in self.down:
-            for i, block in enumerate(level.block):
-                h = block(h)
-                if level.attn:
-                    h = level.attn[i](h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+            for block, attn in zip(level.block, level.attn):
+                h = attn(block(h))
+            h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -184,8 +180,7 @@ class Decoder(nn.Module):
             for _ in range(num_res_blocks + 1):
                 level.block.append(ResnetBlock(channels, ch * mult))
                 channels = ch * mult
-            if i > 0:
-                level.upsample = Upsample(channels)
+            level.upsample = Upsample(channels) if i > 0 else nn.Identity()
             self.up.insert(0, level)
         self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
@@ -195,8 +190,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for block in level.block:
                 h = block(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -216,8 +210,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = dict(embed_dim=embed_dim, ch_mult=tuple(ch_mult), ch=ch, num_res_blocks=num_res_blocks)
         self.latent_scale = LatentScale(*latent_scale)
-        self.embed_dim = embed_dim
-        self.stride = 2 ** (len(ch_mult) - 1)
+        self.embed_dim, self.stride = embed_dim, 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, 2 * embed_dim)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)

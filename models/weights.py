@@ -146,9 +146,8 @@ def content_hash(value):
 
 # ---- the weights in a file's content -----------------------------------------------------------------------------
 
-KINDS = {"model_ema": "ema", "ema": "ema", "model": "raw", "state_dict": "raw"}  # of the state dicts under these keys
-ORDER = {None: (*KINDS, ""), "raw first": ("model", "state_dict", "", "model_ema", "ema"),  # "": the file itself is one
-         "ema": ("model_ema", "ema"), "raw": ("model", "state_dict")}
+EMA, RAW = ("model_ema", "ema"), ("model", "state_dict")  # the keys of weights in a file; "" means the file itself
+ORDER = {None: (*EMA, *RAW, ""), "raw first": (*RAW, "", *EMA), "ema": EMA, "raw": RAW}  # for each choice
 WRAPPERS = re.compile(r"\b(?:module|_orig_mod)\.")  # what DDP and torch.compile put into names
 FLOWAR = "class_emb.weight", "z_proj.weight", "mask"  # names of any FlowAR
 VAE = "encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"  # of any AutoencoderKL
@@ -158,8 +157,14 @@ class Weights(NamedTuple):
     """The weights of one network out of a file."""
 
     tensors: dict  # {name: tensor}, names without the prefixes of wrappers
-    kind: str  # "ema", "raw", or "unnamed": a state dict by itself, or under a key that says nothing
     key: str  # in the file, "" of a state dict by itself
+
+    @property
+    def kind(self):
+        """"ema", "raw", or "unnamed": a state dict by itself, or under a key that says nothing."""
+        if self.key in EMA:
+            return "ema"
+        return "raw" if self.key in RAW else "unnamed"
 
     def describe(self, left_out=()):
         """Which weights these are, and what of them is not used."""
@@ -188,13 +193,13 @@ def find_weights(content, path, what, names, choice=None):
     else:
         raise FlowARError(f"{path}: no {choice or ''} weights of a {what} in this file, which holds "
                           f"{name_some(map(str, content)) or 'nothing'}: expected a state dict by itself, or under "
-                          f"{', '.join(KINDS)} or the key of --weights KEY")
+                          f"{', '.join(EMA + RAW)} or the key of --weights KEY")
     tensors = {WRAPPERS.sub("", name): value for name, value in states[key].items() if isinstance(value, torch.Tensor)}
     for name in names:
         if name not in tensors:
             raise FlowARError(f"{path}: no {what} weights under {key!r}: {name} is missing (--weights takes another key "
                               "of the file)")
-    return Weights(tensors, KINDS.get(key, "unnamed"), key)
+    return Weights(tensors, key)
 
 
 def find_model(content, path, choice=None):

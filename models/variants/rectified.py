@@ -6,7 +6,7 @@ from models.flowar import FlowAR
 
 
 class RectifiedFlowAR(FlowAR):
-    """A FlowAR that begins as its teacher and learns the straight paths from noise e to x', where the teacher's
+    """A FlowAR that begins as its teacher and learns the straight lines from noise e to x', where the teacher's
     sampling carries e, given z of the coarser scales. z learns too: x' follows from the null class's z besides.
 
     teacher: FlowAR, no part of the student's weights and copies. solution: arguments of its sample_pyramid. reuse:
