@@ -16,22 +16,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models import FlowARError, settings
-from models.vae import DiagonalGaussian, LatentScale
-from models.vaes import find_vae, read_latent_scale
+from models.vae import DiagonalGaussian
+from models.vaes import find_vae
 from models.weights import file_hash, writing
 from util import cluster
 from util.data import Images, find_split, latents
 from util.data.folders import Folder
-from util.data.images import RESIZE_MARGIN
 from util.data.loaders import with_workers
 from util.data.other_latents import NPZ_INFO
-from util.data.pixels import CONVERSIONS, read_image
-from util.data.source import open_if_there
+from util.data.pixels import CONVERSIONS, RESIZE_MARGIN, read_image
+from util.data.source import open_vae_on
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 from util.training.record import origin_of, shorten
 from util.command_line import PIXELS, POSITIVE, SEED, WORKERS, Parser, as_type, color, path
@@ -39,9 +39,8 @@ from util.command_line import PIXELS, POSITIVE, SEED, WORKERS, Parser, as_type, 
 MOST_CROPS = 1000
 DIGEST_BYTES = 16  # of an image's file
 # Settings that may change: a run may begin to skip when it meets a bad image, and images may be copied.
-FREE = ("complete", "on_bad_image", "left_out", "source_times")
+FREE = ("complete", "on_bad_image", "left_out")
 NEWER = ("source_sha256", "background", "vae_tensors")  # that older caches do not know
-SCALE_TOLERANCE = 0.1  # by which the data's latent scale may differ from the VAE's without a warning
 
 
 def crops_option(text):
@@ -111,31 +110,40 @@ def encode(vae, crops, device, batch_size):
     return moments.unflatten(0, (len(crops), -1))
 
 
-def batches_of(groups, size):
-    """Batches of at most `size` images that do not cross the groups: their composition depends on nothing else."""
-    return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+def cut(indices, size):
+    """Lists of at most `size` of the indices."""
+    return [indices[first:first + size] for first in range(0, len(indices), size)]
 
 
-def encoded(data, groups, vae, args, device, progress):
-    """Yield, for each group of image indices, (Rows, moments, messages of unreadable images)."""
+def encode_groups(data, groups, vae, args, device):
+    """Yield, for each group of image indices, (Rows, moments, messages of unreadable images). Batches do not cross the
+    groups: their composition depends on nothing else.
+    """
     per_batch = max(1, args.batch_size // (2 * data.crops))
-    loader = iter(with_workers(data, args.num_workers, batch_sampler=batches_of(groups, per_batch), collate_fn=list))
+    batches = [batch for group in groups for batch in cut(group, per_batch)]
+    loader = iter(with_workers(data, args.num_workers, batch_sampler=batches, collate_fn=list))
+    progress = tqdm(total=sum(map(len, groups)), desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
+                    disable=not cluster.is_main())
     for group in groups:
         rows, parts, bad = [], [], []
-        for _ in range(-(-len(group) // per_batch)):
-            items = next(loader)
-            bad += [item for item in items if isinstance(item, str)]
-            good = [item for item in items if not isinstance(item, str)]
-            if good:
-                crops, some = zip(*good)
-                rows += some
-                parts.append(encode(vae, torch.stack(crops), device, args.batch_size))
+        for _ in cut(group, per_batch):
+            items, good = next(loader), []
+            for item in items:
+                if isinstance(item, str):
+                    bad.append(item)
+                else:
+                    good.append(item)
             progress.update(len(items))
+            if good:
+                crops, rows_of_batch = zip(*good)
+                rows += rows_of_batch
+                parts.append(encode(vae, torch.stack(crops), device, args.batch_size))
         if parts:
             yield rows, torch.cat(parts), bad
         elif args.format == "shards":
             raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]}); "
                               "mend or remove them")
+    progress.close()
 
 
 # ---- shards --------------------------------------------------------------------------------------------------
@@ -154,14 +162,17 @@ def is_good(path, settings, sha256):
     return sha256 is None or file_hash(path) == sha256
 
 
-def write_shards(data, groups, vae, args, device, folder, settings, known):
-    """Write this rank's missing or damaged shards, one for each group of images."""
+def write_shards(data, groups, vae, args, device, folder, settings, hashes):
+    """Write this rank's missing or damaged shards, one for each group of images; returns describe_shard of all of
+    this rank's. hashes: {file: SHA-256} that a finished index knew.
+    """
     mine = range(cluster.rank(), len(groups), cluster.world_size())
-    missing = [number for number in mine
-               if not is_good(folder / shard_file(number), settings, known.get(shard_file(number)))]
-    progress = progress_bar(args, sum(len(groups[number]) for number in missing))
-    for number, (rows, moments, bad) in zip(
-            missing, encoded(data, [groups[number] for number in missing], vae, args, device, progress)):
+    missing = []
+    for number in mine:
+        if not is_good(folder / shard_file(number), settings, hashes.get(shard_file(number))):
+            missing.append(number)
+    encoded = encode_groups(data, [groups[number] for number in missing], vae, args, device)
+    for (rows, moments, bad), number in zip(encoded, missing):
         write_bytes(save({
             "moments": moments.to(latents.DTYPES[args.dtype]), "labels": torch.tensor([row.label for row in rows]),
             "names": latents.texts_tensor(data.images.listing.name(row.index) for row in rows),
@@ -169,62 +180,56 @@ def write_shards(data, groups, vae, args, device, folder, settings, known):
             "converted": torch.tensor([row.converted for row in rows], dtype=torch.uint8),
             "skipped": latents.texts_tensor(bad),
         }), folder / shard_file(number))
-    progress.close()
-    return summarise(folder, [shard_file(number) for number in mine], settings)
+    return [describe_shard(folder / shard_file(number), settings) for number in mine]
 
 
-def summarise(folder, files, settings):
-    """What the index says of these shards, and the sums of mean and square from which the latent scale is measured: of
-    the latents, and of those that the VAE's own scale makes of them.
+def describe_shard(path, settings):
+    """What the index says of a shard, with `skipped`, its unreadable images, `converted`, how many images took each of
+    CONVERSIONS, and `sums` (2, C) of mean and square over its latents, from which the latent scale is measured.
     """
-    shards, sums, scale = [], [], LatentScale(*read_latent_scale(settings["latent_scale"], folder))
-    for name in files:
-        moments = latents.open_shard(folder / name, settings)[0][:]
-        posterior = DiagonalGaussian(moments[:, 0].float())
-        mean, std = posterior.mean.double(), (0.5 * posterior.logvar.double()).exp()
-        scaled = scale.normalize(mean)
-        squares = mean.square() + std.square(), scaled.square() + (scale.normalize(mean + std) - scaled).square()
-        sums.append(torch.stack([part.mean(dim=(2, 3)).sum(0) for part in (mean, squares[0], scaled, squares[1])]))
-        skipped = latents.read_texts(folder / name, "skipped")
-        shards.append({"file": name, "images": len(moments), "bytes": (folder / name).stat().st_size,
-                       "sha256": file_hash(folder / name), "skipped": skipped,
-                       "converted": latents.count_conversions(folder / name)})
-    return shards, sums
+    moments = latents.open_shard(path, settings)[0][:]
+    posterior = DiagonalGaussian(moments[:, 0].float())
+    mean, std = posterior.mean.double(), (0.5 * posterior.logvar.double()).exp()
+    sums = torch.stack([part.mean(dim=(2, 3)).sum(0) for part in (mean, mean.square() + std.square())])
+    with safe_open(path, framework="pt") as file:
+        bits = file.get_tensor("converted")
+    return {"file": path.name, "images": len(moments), "bytes": path.stat().st_size, "sha256": file_hash(path),
+            "skipped": latents.read_texts(path, "skipped"), "sums": sums,
+            "converted": [int((bits >> number & 1).sum()) for number in range(len(CONVERSIONS))]}
 
 
-def build_index(settings, parts, vae):
-    shards = sorted((shard for shards, _ in parts for shard in shards), key=lambda shard: shard["file"])
-    skipped = sorted(sum((shard.pop("skipped") for shard in shards), []))
-    converted = np.sum([shard.pop("converted") for shard in shards], axis=0).tolist()
-    images = sum(shard["images"] for shard in shards)
-    mean, square, scaled_mean, scaled_square = sum(sums for _, group in parts for sums in group) / images
-    scale, shift = 1 / (square.mean() - mean.mean() ** 2).sqrt().item(), mean.mean().item()
-    measured = {"scale": scale, "shift": shift, "channel_mean": mean.tolist(),
-                "channel_std": (square - mean**2).sqrt().tolist()}
-    std = (scaled_square.mean() - scaled_mean.mean() ** 2).sqrt().item()
-    if abs(1 / std - 1) > SCALE_TOLERANCE:
-        cluster.log(f"warning: the latent scale measured on these images is {scale:.4f} (shift {shift:.4f}), the VAE's "
-                    f"is {shorten(vae.latent_scale)}: with it their std is {std:.4f}, expected about 1; see "
-                    "--latent_norm of main_flowar.py")
-    return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": skipped,
-            "converted": {how: count for how, count in zip(CONVERSIONS, converted) if count}, "shards": shards}
+def build_index(settings, shards):
+    shards = sorted(shards, key=lambda shard: shard["file"])
+    images, skipped = sum(shard["images"] for shard in shards), []
+    sums, converted = 0, np.zeros(len(CONVERSIONS), np.int64)
+    for shard in shards:
+        skipped += shard.pop("skipped")
+        converted += shard.pop("converted")
+        sums = sums + shard.pop("sums")
+    mean, square = sums / images
+    measured = {"scale": 1 / (square.mean() - mean.mean() ** 2).sqrt().item(), "shift": mean.mean().item(),
+                "channel_mean": mean.tolist(), "channel_std": (square - mean**2).sqrt().tolist()}
+    return {"format": latents.FORMAT, **settings, "images": images, "measured": measured, "skipped": sorted(skipped),
+            "converted": {how: count for how, count in zip(CONVERSIONS, converted.tolist()) if count},
+            "shards": shards}
 
 
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
-    groups = [order[i:i + args.shard_size] for i in range(0, len(order), args.shard_size)]
-    known = cluster.from_main(lambda: reopen(folder, settings))
-    parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, known))
-    if parts is not None:
-        index = build_index(settings, parts, vae)
-        write_json(index, folder / latents.INDEX)
-        (folder / latents.UNFINISHED).unlink(missing_ok=True)
-        size = sum(shard["bytes"] for shard in index["shards"])
-        if index["converted"]:
-            print(f"{folder}: images " + ", ".join(f"{count:,} {how}" for how, count in index["converted"].items()))
-        print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, "
-              f"{len(index['skipped'])} skipped; latent scale {index['measured']['scale']:.4f}, the VAE's "
-              f"{shorten(vae.latent_scale)[0]}")
+    groups = cut(order, args.shard_size)
+    hashes = cluster.from_main(lambda: reopen(folder, settings))
+    parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, hashes))
+    if parts is None:
+        return
+    index = build_index(settings, sum(parts, []))
+    write_json(index, folder / latents.INDEX)
+    (folder / latents.UNFINISHED).unlink(missing_ok=True)
+    size = sum(shard["bytes"] for shard in index["shards"])
+    if index["converted"]:
+        print(f"{folder}: images " + ", ".join(f"{count:,} {how}" for how, count in index["converted"].items()))
+    print(f"{folder}: {index['images']} images in {len(groups)} shards, {size / 2**20:.1f} MiB, "
+          f"{len(index['skipped'])} skipped; latent scale {index['measured']['scale']:.4f}, the VAE's "
+          f"{shorten(vae.latent_scale)[0]}")
 
 
 def reopen(folder, settings):
@@ -233,9 +238,9 @@ def reopen(folder, settings):
     index = folder / latents.INDEX
     if not index.is_file():
         return {}
-    known = {shard["file"]: shard["sha256"] for shard in read_json(index)["shards"]}
+    hashes = {shard["file"]: shard["sha256"] for shard in read_json(index)["shards"]}
     index.unlink()  # no cache until every shard was looked at
-    return known
+    return hashes
 
 
 def begin(folder, name, settings):
@@ -245,10 +250,9 @@ def begin(folder, name, settings):
     if any((folder / file).is_file() for file in other):
         raise FlowARError(f"{folder}: this cache was made with another --format; choose another --cached_path or "
                           "remove it")
-    if (folder / name).is_file():
-        check_same(folder, read_json(folder / name), settings)
-    if (folder / latents.INDEX).is_file():
-        check_same(folder, read_json(folder / latents.INDEX), settings)
+    for file in (folder / name, folder / latents.INDEX):
+        if file.is_file():
+            check_same(folder, read_json(file), settings)
     write_json(settings, folder / name)
 
 
@@ -275,24 +279,14 @@ def cache_npz(data, vae, args, device, folder, settings):
     if listing.labels_from:
         raise FlowARError("--format npz: MAR's layout has no labels but those of class folders, and these images have "
                           f"those of {listing.labels_from}: leave it out, for shards")
-    target = lambda index: folder / f"{listing.name(index)}.npz"  # noqa: E731
     info = {**settings, "images": len(listing), "complete": False}
-
-    def prepare():
-        begin(folder, NPZ_INFO, info)
-        folders = {os.path.dirname(listing.name(index)) for index in range(len(listing))}
-        for name in folders.union(listing.classes):  # one without images keeps its label
-            make_directory(folder / name)
-
-    cluster.from_main(prepare)
+    cluster.from_main(lambda: begin_npz(folder, info, listing))
     mine = range(cluster.rank(), len(listing), cluster.world_size())
-    missing = [i for i in mine if not holds_bytes(target(i))]
-    progress = progress_bar(args, len(missing))
-    for rows, moments, _ in encoded(data, batches_of([missing], args.batch_size), vae, args, device, progress):
+    missing = [index for index in mine if not holds_bytes(folder / f"{listing.name(index)}.npz")]
+    for rows, moments, _ in encode_groups(data, cut(missing, args.batch_size), vae, args, device):
         for row, (plain, flipped) in zip(rows, moments.numpy()):
-            with writing(target(row.index), sync=False) as file:
+            with writing(folder / f"{listing.name(row.index)}.npz", sync=False) as file:
                 np.savez(file, moments=plain, moments_flip=flipped)
-    progress.close()
     os.sync()  # the latents reach the disk before the cache is called complete
     cluster.barrier()
     if cluster.is_main():
@@ -301,9 +295,11 @@ def cache_npz(data, vae, args, device, folder, settings):
         print(f"{folder}: {files} latents of {len(listing)} images")
 
 
-def progress_bar(args, total):
-    return tqdm(total=total, desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
-                disable=not cluster.is_main())
+def begin_npz(folder, info, listing):
+    begin(folder, NPZ_INFO, info)
+    folders = {os.path.dirname(listing.name(index)) for index in range(len(listing))}
+    for name in folders.union(listing.classes):  # one without images keeps its label
+        make_directory(folder / name)
 
 
 @torch.no_grad()
@@ -313,7 +309,7 @@ def main():
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
     device = cluster.init(args.device)
     named = find_vae(args.vae, args.vae_path)
-    vae = open_if_there(named, device, needed=True)
+    vae = open_vae_on(named, device)
     origin = cluster.from_main(lambda: origin_of(named, vae))
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
@@ -325,8 +321,8 @@ def main():
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
     settings = {
         "source_images": len(images), "source_sha256": images.identity()["sha256"],
-        "source_times": listing.times_sha256(), "left_out": dict(listing.left_out),
-        "background": list(args.background), "classes": images.classes, "img_size": args.img_size,
+        "left_out": dict(listing.left_out), "background": list(args.background), "classes": images.classes,
+        "img_size": args.img_size,
         "crops": args.crops, "variants": 2 * data.crops,
         "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,

@@ -2,8 +2,6 @@
 
     python scripts/check_images.py imagenet/train            # or an archive, a dataset, a folder of reference images
 """
-from itertools import compress
-
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -38,15 +36,16 @@ class Sides(Dataset):
 def advice(listing, sides, img_size):
     """Lines on what may be a mistake, each with what to do."""
     classes, counts = listing.classes, listing.counts
-    depths = np.array([listing.name(index).count("/") for index in range(len(listing))])
-    direct = np.bincount(listing.labels[depths == 1], minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts) if not count]:
         yield f"{len(empty)} of {len(classes)} class folders hold no image ({name_some(empty, 3)}) and keep their labels"
     if len(classes) == 1:
         yield f"one class folder, {classes[0]}: every image gets the same label"
-    if not listing.labels_from and (nested := list(compress(classes, (direct == 0) & (np.array(counts) > 0)))):
-        yield (f"{len(nested)} of {len(classes)} class folders hold only folders ({name_some(nested, 3)}): if those are "
-               "the classes, move them up")
+    if not listing.labels_from:
+        direct = np.bincount(listing.labels[listing.depths == 1], minlength=len(classes))
+        nested = [name for name, count, images in zip(classes, counts, direct) if count and not images]
+        if nested:
+            yield (f"{len(nested)} of {len(classes)} class folders hold only folders ({name_some(nested, 3)}): if "
+                   "those are the classes, move them up")
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
         yield "class names are numbers, and labels follow the order of text: 10 comes before 2; use leading zeros"
     if small := [side for side in sides if side < img_size]:

@@ -16,7 +16,7 @@ from models import FlowARError
 from models.vaes import find_vae
 from util import cluster
 from util.data import to_uint8
-from util.data.source import open_if_there
+from util.data.source import open_vae_on
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
 from util.evaluation.references import extract_folder, list_images
@@ -73,7 +73,7 @@ def main():
     through = [None] * len(args.folders)
     if args.vae or args.vae_path:
         named = find_vae(args.vae or "kl16", args.vae_path)
-        through.append(through_vae(open_if_there(named, device, needed=True)))
+        through.append(through_vae(open_vae_on(named, device)))
     folders = (args.folders * 2)[:len(through)]
     crop, measured = args.img_size is not None, []
     for folder, way in zip(folders, through):

@@ -6,8 +6,6 @@ scale, enlarged and decoded: what scale-wise generation goes through.
 
     python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
 """
-
-
 import numpy as np
 import torch
 from PIL import Image
@@ -20,8 +18,8 @@ from models.vaes import find_vae
 from util.data import Images, find_split, to_uint8
 from util.cluster import run_main, select_device
 from util.data.pixels import WHITE
-from util.data.latents import ShardedMoments, is_shards, read_texts
-from util.data.source import open_if_there
+from util.data.latents import ShardedMoments, read_texts
+from util.data.source import open_vae_on
 from util.command_line import POSITIVE, Parser, as_type, list_of, path
 from util.geometry import default_scales
 from util.training.record import check_origin, origin_of, shorten
@@ -42,32 +40,27 @@ def parse_args():
 
 
 def print_statistics(index):
-    measured, scale = index["measured"], index["latent_scale"]
+    measured, scale, side = index["measured"], index["latent_scale"], index["img_size"] // index["stride"]
     print(f"{index['images']} images, {index['crops']} crops of {index['img_size']} pixels, {index['dtype']}, {len(index['shards'])} shards, "
           f"{len(index['skipped'])} skipped")
-    own, shift = (part if isinstance(part, str) else f"{part:.4f}" for part in shorten(scale))
+    own, shift = shorten(scale)
     print(f"latent scale {own}, shift {shift}; measured {measured['scale']:.4f}, {measured['shift']:.4f}")
-    alike = ", as if all positions of a channel were alike" if " x " in own + shift else ""  # what was measured are channels
-    print(f"channel   mean     std   (scaled{alike})")
-    mean, std = (torch.tensor(measured[name], dtype=torch.float64)[:, None, None] for name in ("channel_mean", "channel_std"))
-    side = index["img_size"] // index["stride"]
-    low, high = (scale.normalize((mean + k * std).expand(-1, side, side)).mean(dim=(1, 2)) for k in (0, 1))
+    print("channel   mean     std   (scaled)")
+    mean = torch.tensor(measured["channel_mean"], dtype=torch.float64)[:, None, None].expand(-1, side, side)
+    std = torch.tensor(measured["channel_std"], dtype=torch.float64)[:, None, None]
+    low = scale.normalize(mean).mean(dim=(1, 2))
+    high = scale.normalize(mean + std).mean(dim=(1, 2))
     for channel, (mean, std) in enumerate(zip(low.tolist(), (high - low).tolist())):
         print(f"{channel:7d} {mean:7.3f} {std:7.3f}")
 
 
 def originals(data, chosen, args):
-    """The crops that were encoded, or None without --data_path."""
-    if not args.data_path:
-        return None
+    """The crops that were encoded."""
     index = data.index
-    center = index["crops"] == "center"
-    images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"], train=not center, flip=False,
-                    background=tuple(index["background"] or WHITE))
+    images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"], train=index["crops"] != "center",
+                    flip=False, background=tuple(index["background"] or WHITE))
     position = {images.listing.name(i): i for i in range(len(images))}
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
-    if len(names) != len(data):
-        raise FlowARError(f"{args.cached_path}: its shards name {len(names)} images, expected {len(data)}")
     missing = [names[i] for i in chosen if names[i] not in position]
     if missing:
         raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other images")
@@ -94,26 +87,20 @@ def main():
     args = parse_args()
     device = select_device(args.device)
     check_picture(args.output)
-    if not is_shards(args.cached_path):
+    if not ShardedMoments.is_at(args.cached_path):
         raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes one")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
     named = find_vae(args.vae, args.vae_path)
-    vae = open_if_there(named, device, needed=True)
-    if vae.embed_dim != data.index["channels"]:
-        raise FlowARError(f"{args.cached_path}: {data.index['channels']} channels, but the VAE has {vae.embed_dim}")
+    vae = open_vae_on(named, device)
     check_origin(args.cached_path, data.origin, origin_of(named, vae))
     chosen = np.linspace(0, len(data) - 1, min(args.images, len(data))).astype(int)
     scale = data.index["latent_scale"]
     latents = scale.normalize(DiagonalGaussian(torch.stack([data[(0, int(i))][0].float() for i in chosen])).mode())
-    side = latents.shape[-1]
-    scales = args.scales or default_scales(side)
-    if not all(1 <= scale <= side for scale in scales):
-        raise FlowARError(f"--scales {','.join(map(str, scales))}: expected numbers from 1 to {side}, the latent's size")
+    scales = args.scales or default_scales(latents.shape[-1])
     rows, names = [decode(vae, scale, latents, device)], ["decoded"]
-    pictures = originals(data, chosen, args)
-    if pictures is not None:
-        rows.insert(0, pictures)
+    if args.data_path:
+        rows.insert(0, originals(data, chosen, args))
         names.insert(0, "original")
     growing = draw_table([decode(vae, scale, pyramid(latents[:1], scales), device)], ["pyramid"], [f"{s}x{s}" for s in scales])
     save(stack(draw_table(rows, names), growing), args.output)

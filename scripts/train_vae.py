@@ -155,7 +155,7 @@ def main():
         raise FlowARError(f"{output}: a file is there already: choose another --output, or remove it")
     data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True,
                   center=args.crop == "center", flip=args.flip, background=args.background)
-    print(data.summary())
+    print(f"{data.listing.summary()} in {data.listing.root}")
     val = find_split(args.data_path, "val", needed=False)
     held_out = val and Images(val, args.img_size, background=args.background)
     torch.manual_seed(args.seed)

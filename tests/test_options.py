@@ -130,8 +130,8 @@ TABLE = [
     (TRAIN, "--init_from nowhere.pth", "nowhere.pth: no such checkpoint"),
     (TRAIN, "--t_dist 'uniform;shift:2'", "t_dist has 2 values (('uniform', 'shift:2')): expected one for each of 3 scales"),
     (TRAIN, "--no_val --cached_val_path {p}/shards", "--no_val and --cached_val_path: give one of them"),
-    (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background [255, 255, 255], but --background is (0, 0, 0)"),
-    (TRAIN, "--cached_path {p}/npz --img_size 32", "is (8, 4, 4) of float32: expected (8, 8, 8)"),
+    (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background (255, 255, 255), but --background is (0, 0, 0)"),
+    (TRAIN, "--cached_path {p}/npz --img_size 32", "its latents are (4, 4, 4), but --img_size / --vae_stride is 8"),
     (TRAIN, "--cached_val_path {p}/empty", "{p}/empty: no cached latents there"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights under 'model'"),
     (TRAIN, "--resume {p}/run --diffloss_w 64", "22 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (128, 256)"),
@@ -167,10 +167,9 @@ TABLE = [
     (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae or --vae_path, or one and --halves: give one of these"),
     (DISTANCE, "nowhere", "nowhere: no folder, archive (.zip, .tar) or dataset of images is there"),
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
-    (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: 4 channels, but the VAE has 2"),
+    (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is kl16 (tensors "),
     (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
     (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (tensors "),
-    ("main_flowar.py", "--pyramid image --latent_norm channel --data_path {p}/images --vae_path {p}/vae.pth", "cached latents, which --pyramid image cannot take"),
 ]
 
 

@@ -11,7 +11,7 @@ from models.variants.ablated import describe
 from util import cluster, dry_run, manifest
 from util.cluster import from_main, is_main, log, world_size
 from util.data.loaders import rank_cpus
-from util.data.source import Source, check_classes, open_sources
+from util.data.source import Source, check_classes, open_training_data
 from util.evaluation.metrics import Measure, build_measure
 from util.evaluation.pipeline import build_sampler, plan_reports
 from util.evaluation.sampler import Sampler
@@ -96,8 +96,9 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     args = resolve_training(args, world_size(), start and start.global_batch)
 
     # ---- 2. data
-    args, source, validation, vae, origin = open_sources(args, device, class_num=start and start.class_num)
-    record = make_record(vars(args), from_main(source.identity), origin)
+    data = open_training_data(args, device, class_num=start and start.class_num)
+    args, source, vae = data.options, data.source, data.vae
+    record = make_record(vars(args), data.identity, data.origin)
     if start:
         start.check_trained_on(record)
         check_geometry(args, start.geometry(args.vae_embed_dim), start.path)
@@ -136,7 +137,7 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     sampler = None
     if vae is not None:
         sampler = build_sampler(replace(args, resume=""), ema.module, vae, args.precision, plan.labels.allowed)
-    reports = Reports(validation, sampler, plan, measure, args.model, Path(args.output_dir))
+    reports = Reports(data.validation, sampler, plan, measure, args.model, Path(args.output_dir))
     writer = None
     if is_main():
         writer = CheckpointWriter(args.output_dir, args.keep, minutes=args.save_every.minutes, step=progress.step,

@@ -26,7 +26,7 @@ def put(root, name, seed=0, size=24):
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 4), dtype=np.uint8)).save(file, "PNG")
 
 
-def pack(folder, archive):
+def make_archive(folder, archive):
     """A folder's content, in the order of the disk, as users pack it."""
     kind = archive.name.rpartition(".")[0]
     if archive.suffix == ".zip":
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def archive(folder, tmp_path_factory, request):
-    return pack(folder, tmp_path_factory.mktemp("archive") / request.param)
+    return make_archive(folder, tmp_path_factory.mktemp("archive") / request.param)
 
 
 def test_an_archive_gives_what_its_folders_give(folder, archive):
@@ -84,7 +84,7 @@ def test_data_workers_read_at_once_what_one_process_reads(tmp_path):
     for i in range(60):
         put(tmp_path / "images", f"{i % 3}/{i}.png", i, size=16)
     for name in ("deflated.zip", "gnu.tar"):
-        data = Images(pack(tmp_path / "images", tmp_path / name), 16)
+        data = Images(make_archive(tmp_path / "images", tmp_path / name), 16)
         alone = torch.stack([data[(0, i)][0] for i in range(60)])
         loader = build_loader(data, 5, num_workers=4)
         for _ in range(3):
@@ -93,7 +93,7 @@ def test_data_workers_read_at_once_what_one_process_reads(tmp_path):
 
 def test_a_training_and_a_cache_are_those_of_the_folder(tmp_path, monkeypatch):
     project = make_project(tmp_path, per_class=4)
-    pack(project / "images", tmp_path / "deflated.zip")
+    make_archive(project / "images", tmp_path / "deflated.zip")
     plain, zipped = (train(project, tmp_path / f"run_{name}", f"--epochs 1 --data_path {tmp_path}/{name}") for name in ("images", "deflated.zip"))
     assert zipped["data"] == plain["data"] and all(torch.equal(zipped["model"][key], value) for key, value in plain["model"].items())
     command = f"scripts/cache_latents.py --cached_path {tmp_path}/cache --vae_path {project}/vae.pth --img_size 16 --num_workers 0 --device cpu"
@@ -136,11 +136,11 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
 
 def test_a_split_lies_in_an_archive_or_is_one(tmp_path):
     put(tmp_path / "wrapped", "imagenet/train/a/1.png")
-    pack(tmp_path / "wrapped", tmp_path / "wrapped.zip")
+    make_archive(tmp_path / "wrapped", tmp_path / "wrapped.zip")
     with pytest.raises(FlowARError, match="wrapped.zip: there is no train/ in it, only imagenet; give what holds"):
         find_split(tmp_path / "wrapped.zip", "train")
     assert list_images(find_split(tmp_path / "wrapped.zip" / "imagenet", "train")).name(0) == "a/1.png"
-    pack(tmp_path / "wrapped" / "imagenet" / "train", tmp_path / "train.tar")
+    make_archive(tmp_path / "wrapped" / "imagenet" / "train", tmp_path / "train.tar")
     assert find_split(tmp_path, "train") == f"{tmp_path}/train.tar" and find_split(tmp_path, "val", needed=False) is None
     put(tmp_path, "train/a/1.png")
     assert find_split(tmp_path, "train") == f"{tmp_path}/train"  # a folder comes first
@@ -192,7 +192,7 @@ def test_of_a_name_that_comes_twice_the_last_counts_as_when_unpacked(tmp_path):
 def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path):
     for i in range(3):
         put(tmp_path / "images", f"a/{i}.png", i)
-    content = bytearray(pack(tmp_path / "images", tmp_path / "stored.zip").read_bytes())
+    content = bytearray(make_archive(tmp_path / "images", tmp_path / "stored.zip").read_bytes())
     content[content.index(b"a/1.png") + 900] ^= 1  # one bit of its pixels
     (tmp_path / "stored.zip").write_bytes(content)
     data = Images(tmp_path / "stored.zip", 16, on_bad="error")
@@ -204,7 +204,7 @@ def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path):
 
 def test_hosts_may_have_copies_but_not_another_archive(tmp_path):
     put(tmp_path / "images", "a/1.png", 1)
-    archive = pack(tmp_path / "images", tmp_path / "gnu.tar")
+    archive = make_archive(tmp_path / "images", tmp_path / "gnu.tar")
     data = Images(archive, 16)
     os.utime(archive, (1, 1))
     assert pickle.loads(pickle.dumps(data))[(0, 0)][1] == 0

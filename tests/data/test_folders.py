@@ -95,11 +95,19 @@ def test_names_are_bytes(tmp_path):
 
 @pytest.mark.parametrize("files,message", [
     (("a/x.txt",), "0 images; left out: 1 .txt; expected images in class folders"), (("1.png", "2.png"), "2 images but no class folders: put them into a folder for each class"),
-    (("train/a/1.png", "train/b/1.png"), "one class folder, train, which holds only folders, as train/a: move them up if they are the classes")])
+    (("train/a/1.png", "train/b/1.png"), "its class folders hold only folders, as train/a: move those up if they are the classes"),
+    (("x/a/1.png", "x/b/1.png", "y/c/2/1.png"), "its class folders hold only folders, as x/a")])
 def test_folders_without_images_or_classes_are_named(tmp_path, files, message):
     put(tmp_path, *files)
     with pytest.raises(FlowARError, match=message):
         list_images(tmp_path)
+
+
+def test_a_class_may_hold_one_folder_or_images_beside_folders(tmp_path):
+    """As Tiny ImageNet's n01443537/images/."""
+    put(tmp_path / "one", "a/images/1.png", "b/images/2.png")
+    put(tmp_path / "beside", "a/1.png", "a/x/2.png", "a/y/3.png")
+    assert list_images(tmp_path / "one").counts == [1, 1] and list_images(tmp_path / "beside").counts == [3]
 
 
 @pytest.mark.parametrize("files,place,message", [

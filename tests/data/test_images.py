@@ -77,7 +77,7 @@ def test_a_bad_image_is_named(torn):
 
 def test_a_bad_image_may_be_skipped_by_name(torn, capsys):
     data = Images(torn, 16, on_bad="skip")
-    assert torch.equal(data[(0, 1)][0], data[(0, 0)][0]) and "skipped: " in (said := capsys.readouterr().err) and "torn.png" in said
+    assert torch.equal(data[(0, 1)][0], data[(0, 0)][0]) and "skipped: " in (printed := capsys.readouterr().err) and "torn.png" in printed
     (torn / "a" / "good.png").write_bytes(b"")
     with pytest.raises(FlowARError, match="100 images in a row cannot be read"):
         data[(0, 1)]
@@ -95,7 +95,7 @@ def test_order_does_not_depend_on_the_number_of_ranks(world_size):
     def batches(world, size):
         loaders = []
         for rank in range(world):
-            sampler = EpochSampler(50, rank=rank, world_size=world, seed=7, shuffle=True, drop_last=True)
+            sampler = EpochSampler(50, rank=rank, world_size=world, seed=7, train=True)
             sampler.set_epoch(3)
             keys = list(sampler)
             loaders.append([keys[i:i + size] for i in range(0, len(keys) - size + 1, size)])
@@ -107,7 +107,7 @@ def test_order_does_not_depend_on_the_number_of_ranks(world_size):
 
 
 def test_order_changes_with_the_epoch_and_validation_loses_nothing():
-    sampler = EpochSampler(20, seed=1, shuffle=True)
+    sampler = EpochSampler(20, seed=1, train=True)
     first = [i for _, i in sampler]
     sampler.set_epoch(1)
     assert sorted(first) == list(range(20)) and [i for _, i in sampler] != first

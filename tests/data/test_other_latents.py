@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from models import FlowARError
 from models.vae import KL16_LATENT_SCALE
 from models.vaes import load_vae
-from util.data import Images, latents
-from util.data.other_latents import LightningLatents, NpzMoments, npz_latent_scale
-from util.data.source import DataSettings, kind_of_cache, open_data
+from util.data import latents
+from util.data.other_latents import LightningLatents, NpzMoments
+from util.data.source import find_cache
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def npz(project):
 def test_npz_and_shards_hold_the_same(project, npz, tmp_path):
     shards = tmp_path / "shards"
     make(cache_command(project, shards, "--dtype float32"))
-    files = NpzMoments(npz, (8, 4, 4))
-    assert kind_of_cache(npz) == "npz" and npz_latent_scale(npz, 4) == load_vae(project / "vae.pth").latent_scale
+    files = NpzMoments(npz)
+    assert find_cache(npz) is NpzMoments and files.origin.latent_scale == load_vae(project / "vae.pth").latent_scale and files.shape == (4, 4, 4)
     names = [files.listing.name(i).removesuffix(".npz") for i in range(len(files))]
     content = load_file(shards / "shard-00002.safetensors")
     for row, name in enumerate(latents.read_texts(shards / "shard-00002.safetensors", "names")):
@@ -40,7 +40,7 @@ def test_npz_and_shards_hold_the_same(project, npz, tmp_path):
         torch.testing.assert_close(content["moments"][row, 0], moments, atol=1e-5, rtol=1e-4)
         assert content["labels"][row] == label
     assert files.listing.name(0) == "0/000.png.npz"  # MAR's naming
-    train = NpzMoments(npz, (8, 4, 4), train=True)
+    train = NpzMoments(npz, train=True)
     assert len({tuple(train[(epoch, 0)][0].flatten().tolist()) for epoch in range(20)}) == 2
 
 
@@ -52,35 +52,29 @@ def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_
     empty.write_bytes(b"")  # as a power cut may leave it
     info.write_text(json.dumps({**json.loads(info.read_text()), "complete": False}))
     with pytest.raises(FlowARError, match="not complete"):
-        npz_latent_scale(folder, 4)
+        NpzMoments(folder)
     make(cache_command(project, folder, "--format npz"))
     with np.load(lost) as file, np.load(npz / "3" / "001.png.npz") as expected:
         np.testing.assert_allclose(file["moments_flip"], expected["moments_flip"], atol=1e-5)
-    assert npz_latent_scale(folder, 4) and empty.stat().st_size == (npz / "4" / "001.png.npz").stat().st_size
+    assert NpzMoments(folder).origin.latent_scale and empty.stat().st_size == (npz / "4" / "001.png.npz").stat().st_size
 
 
 def test_caches_of_mar_are_kl16(tmp_path):
     (tmp_path / "n01440764").mkdir()
     np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((32, 16, 16), np.float32))
-    assert kind_of_cache(tmp_path) == "npz" and npz_latent_scale(tmp_path, 16) == KL16_LATENT_SCALE
-    with pytest.raises(FlowARError, match="--vae_embed_dim is 4"):
-        npz_latent_scale(tmp_path, 4)
+    assert find_cache(tmp_path) is NpzMoments and NpzMoments(tmp_path).origin.latent_scale == KL16_LATENT_SCALE
+    np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((8, 16, 16), np.float32))
+    with pytest.raises(FlowARError, match="must be a KL-16 cache with 16 channels, not 4"):
+        NpzMoments(tmp_path)
 
 
-@pytest.mark.parametrize("name,message", [("moments", r"moments is \(8, 4, 5\)"), ("other", "cannot read moments")])
+@pytest.mark.parametrize("name,message", [("moments", r"moments is \(32, 4, 5\)"), ("other", "cannot read moments")])
 def test_damaged_npz_latents_are_named(tmp_path, name, message):
     (tmp_path / "a").mkdir()
-    np.savez(tmp_path / "a" / "x.npz", **{name: np.zeros((8, 4, 5), np.float32)})
+    np.savez(tmp_path / "a" / "first.npz", moments=np.zeros((32, 4, 4), np.float32))
+    np.savez(tmp_path / "a" / "x.npz", **{name: np.zeros((32, 4, 5), np.float32)})
     with pytest.raises(FlowARError, match=f"x.npz: {message}"):
-        NpzMoments(tmp_path, (8, 4, 4))[(0, 0)]
-
-
-def test_images_with_a_stray_npz_or_shard_stay_images(project, tmp_path):
-    shutil.copytree(project / "images" / "train", tmp_path / "train")
-    np.savez(tmp_path / "train" / "0" / "features.npz", moments=np.zeros((8, 4, 4), np.float32))
-    (tmp_path / "train" / "shard-00000.safetensors").write_bytes(b"")
-    data = open_data(tmp_path / "train", DataSettings(16, 4, 4))
-    assert isinstance(data, Images) and len(data) == 80
+        NpzMoments(tmp_path)[(0, 1)]
 
 
 # ---- LightningDiT's ----------------------------------------------------------------------------------------------
@@ -129,8 +123,8 @@ def test_training_on_lightning_latents_needs_their_scale(lightning, tmp_path):
     (lightning / "latents_stats.pt").unlink()
     with pytest.raises(FlowARError, match="latents_stats.pt: no such file, from which --latent_norm channel takes"):
         train(lightning, tmp_path / "other", f"{shared} --latent_norm channel")
-    with pytest.raises(FlowARError, match="its latents are .4, 4, 4., but --vae_embed_dim is 4 and --img_size / --vae_stride 8"):
-        open_data(lightning, DataSettings(32, 4, 4), cached=True)
+    with pytest.raises(FlowARError, match="its latents are .4, 4, 4., but --img_size / --vae_stride is 8"):
+        train(lightning, tmp_path / "other", f"{shared} --latent_norm channel --img_size 32")
 
 
 @pytest.mark.parametrize("change,message", [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from models import FlowARError
 from models.vaes import find_vae
-from util.data.latents import read_index
+from util.data.latents import ShardedMoments
 
 
 def small_kl(levels, **options):
@@ -88,7 +88,7 @@ def test_cache_training_sampling_and_decoding(saved, tmp_path, monkeypatch):
     write_digits(tmp_path / "images", 2, size=32)
     call(monkeypatch, f"scripts/cache_latents.py --data_path {tmp_path}/images --cached_path {tmp_path}/latents --vae {vae} --img_size {size} "
                       "--num_workers 0 --device cpu")
-    index = read_index(tmp_path / "latents")
+    index = ShardedMoments(tmp_path / "latents").index
     assert (index["stride"], index["channels"], *index["latent_scale"]) == (stride, channels, scale, shift)
     options = (f"--model flowar_tiny --vae {vae} --class_num 10 --cached_path {tmp_path}/latents --data_path {tmp_path}/images "
                f"--output_dir {tmp_path}/run --epochs 1 --warmup_epochs 0 --batch_size 4 --num_workers 0 --device cpu --num_step 2")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from models import FlowARError, load_vae
 from models.weights import read_file, write_file
-from util.data.source import open_sources
+from util.data.source import open_training_data
 from util.evaluation import load_pipeline
 from util.command_line import parse_options
 from util.options import TrainingOptions
@@ -40,14 +40,15 @@ def statistics(project):
 def test_training_and_validation_see_channels_of_mean_0_and_std_1(project):
     """Of the cache, and of images that are encoded on the fly; both with the training set's statistics."""
     args = parse_options(TrainingOptions, training_command(project, "out", options(project)).split()[1:])
-    _, source, validation, vae, origin = open_sources(args, torch.device("cpu"))
+    data = open_training_data(args, torch.device("cpu"))
+    source, validation = data.source, data.validation
     (mean, std), noise = statistics(project), torch.zeros(10, 4, 4, 4)
     batch = next(iter(validation.loader))[0]
     assert source.is_moments and not validation.is_moments
     torch.testing.assert_close(validation.latents(batch, noise), (load_vae(project / "vae.pth").encode(batch).mean - mean) / std)
     moments = torch.stack([source.loader.dataset[(0, i)][0] for i in range(20)])
     torch.testing.assert_close(source.latents(moments, torch.zeros(20, 4, 4, 4)), (moments[:, :4] - mean) / std)
-    assert origin.latent_scale == tuple(vae.latent_scale) == tuple(source.latent_scale)
+    assert data.origin.latent_scale == tuple(data.vae.latent_scale) == tuple(source.latent_scale)
 
 
 def test_pictures_are_those_of_the_same_latents_by_hand(project, tmp_path, monkeypatch):
@@ -78,7 +79,7 @@ def test_evaluation_decodes_with_the_runs_statistics(project, tmp_path):
 def test_another_norm_or_a_guide_of_another_is_refused_on_the_way_on(project, tmp_path):
     with pytest.raises(FlowARError, match=r"its latents have the scale and shift \('4 numbers \w{12}', .* \(2.0, 0.1\): .*the same --latent_norm"):
         train(project, project / "run", f"--batch_size 10 --epochs 2 --resume {project}/run --cached_path {project}/shards")
-    with pytest.raises(FlowARError, match="--latent_norm channel needs cached latents whose channels were measured: .*images/train is no"):
+    with pytest.raises(FlowARError, match="--latent_norm channel needs cached latents whose channels were measured"):
         train(project, tmp_path / "images", "--latent_norm channel")
     train(project, tmp_path / "plain", f"--batch_size 10 --epochs 1 --warmup_epochs 0 --cached_path {project}/shards")
     with pytest.raises(FlowARError, match="--guide .*plain.*: its latents have the scale and shift"):

@@ -60,11 +60,6 @@ def pretend(size):
         _pretended = 1
 
 
-def sharers():
-    """(rank, number) of the processes that are there to share work: in a dry run there is one."""
-    return rank(), dist.get_world_size() if dist.is_initialized() else 1
-
-
 def is_main():
     return rank() == 0
 

@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 
 from models import FlowARError
-from util.data.folders import (HIDDEN, IMAGE_SUFFIXES, LABELS_FILE, OUTSIDE, Listing, assign_labels, is_hidden,
-                               suffix_of, take_labels, without_image)
+from util.data.folders import (HIDDEN, IMAGE_SUFFIXES, LABELS_FILE, NO_SUFFIX, OUTSIDE, Listing, assign_edm_labels,
+                               assign_labels, is_hidden, suffix_of)
 
 SUFFIXES = (".zip", ".tar")
 FOLDER, AS_IT_IS, STORED, DEFLATED = -2, -1, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # members; AS_IT_IS: of a tar
@@ -27,57 +27,57 @@ class Archive(Listing):
     """Images in the class folders of an archive, or of a folder in it, such as imagenet.zip/train."""
 
     def __init__(self, root):
-        archive, top = find_archive(root)
-        names, members = read_index(archive)
-        files, classes, hidden, left_out, labels = [], set(), set(), Counter(), None
-        for number, name in below(names, top).items():
-            parts, is_folder = name.split("/"), members[number, 0] == FOLDER
-            hides = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
-            if hides is not None:
-                hidden.add("/".join(parts[:hides + 1]))
-                parts, is_folder = parts[:hides], True
-            classes.update(parts[:1] if is_folder else parts[:-1][:1])
+        self.archive, top = find_archive(root)
+        names, members = index_archive(self.archive)
+        files, classes, hidden, left_out, edm_labels = [], set(), set(), Counter(), None
+        for name, number in names_below(names, top).items():
+            parts, is_folder, suffix = name.split("/"), members[number, 0] == FOLDER, suffix_of(name)
+            first_hidden = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
+            if first_hidden is not None:  # it counts once, whatever lies in it
+                hidden.add("/".join(parts[:first_hidden + 1]))
+                classes.update(parts[:min(first_hidden, 1)])
+            elif is_folder:
+                classes.add(parts[0])
+            else:
+                classes.update(parts[:-1][:1])
+                if suffix in IMAGE_SUFFIXES:
+                    files.append((name, int(members[number, 1]), number))
+                    left_out[OUTSIDE] += len(parts) == 1
+                else:
+                    left_out[suffix or NO_SUFFIX] += 1
             if name == LABELS_FILE:
-                labels = number
-            if is_folder:
-                continue
-            if suffix_of(name) not in IMAGE_SUFFIXES:
-                left_out[without_image(name)] += 1
-                continue
-            files.append((name, int(members[number, 1]), 0, number))
-            left_out[OUTSIDE] += "/" not in name
+                edm_labels = members[number]
         left_out[HIDDEN] += len(hidden)
         classes, rows = assign_labels(files, classes, left_out)
         super().__init__(root, classes, rows, left_out)
-        self.archive, self.bytes = archive, os.path.getsize(archive)
-        self.times += os.stat(archive).st_mtime_ns
-        self.members = members[self.places]
-        self.file = None
-        if labels is not None:
-            take_labels(self, self.read_member(members[labels]))
+        self.members, self.bytes, self.file = members[self.places], os.path.getsize(self.archive), None
+        if edm_labels is not None:
+            self.open()
+            assign_edm_labels(self, self.read_member(edm_labels))
 
     @staticmethod
     def is_at(path):
         archive, top = find_archive(path) or (None, "")
-        return archive is not None and (not top or b"\0%b/" % os.fsencode(top) in b"\0" + read_index(archive)[0])
+        return archive is not None and (not top or b"\0%b/" % os.fsencode(top) in b"\0" + index_archive(archive)[0])
 
     def __getstate__(self):
         return {**self.__dict__, "file": None}  # an open file does not travel to another process
 
+    def open(self):
+        self.file = open(self.archive, "rb", buffering=0)
+        if os.fstat(self.file.fileno()).st_size != self.bytes:
+            raise FlowARError(f"{self.archive}: not of {self.bytes} bytes, as when it was listed: was it written to, "
+                              "or does this host have another one?")
+
     def read(self, index):
+        if self.file is None:
+            self.open()
         try:
             return self.read_member(self.members[index])
-        except FlowARError:  # of the whole archive
-            raise
         except (ValueError, zlib.error) as error:
             raise FlowARError(f"{self.path(index)}: cannot be read as an image ({error})") from error
 
     def read_member(self, member):
-        if self.file is None:
-            self.file = open(self.archive, "rb", buffering=0)
-            if os.fstat(self.file.fileno()).st_size != self.bytes:
-                raise FlowARError(f"{self.archive}: not of {self.bytes} bytes, as when it was listed: was it written "
-                                  "to, or does this host have another one?")
         method, _, start, length, crc = member.tolist()
         if method == AS_IT_IS:
             return self.read_at(start, length)
@@ -106,7 +106,7 @@ def find_archive(path):
 
 
 @functools.lru_cache(maxsize=2)  # of training and of validation
-def read_index(archive):
+def index_archive(archive):
     """(names with a zero byte between them, (members, 5) array of method, size, start, length in the archive, CRC)."""
     names, numbers = [], array("q")  # a million tuples would take a gigabyte
     members = zip_members if archive.lower().endswith(".zip") else tar_members
@@ -129,28 +129,31 @@ def zip_members(path):
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             is_link = info.external_attr >> 28 == 0o12
-            known = info.compress_type in (STORED, DEFLATED) and not info.flag_bits & 1 and not is_link
-            method = FOLDER if info.is_dir() else info.compress_type
-            member = method, info.file_size, info.header_offset, info.compress_size, info.CRC
-            yield info.filename, member if known else None
+            member = None
+            if info.compress_type in (STORED, DEFLATED) and not info.flag_bits & 1 and not is_link:
+                method = FOLDER if info.is_dir() else info.compress_type
+                member = method, info.file_size, info.header_offset, info.compress_size, info.CRC
+            yield info.filename, member
 
 
 def tar_members(path):
     with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
         while (info := archive.next()) is not None:
             archive.members.clear()  # else all headers stay in memory
-            method = FOLDER if info.isdir() else AS_IT_IS
-            known = (info.isreg() or info.isdir()) and not info.issparse()
-            yield info.name, (method, info.size, info.offset_data, info.size, 0) if known else None
+            member = None
+            if (info.isreg() or info.isdir()) and not info.issparse():
+                member = FOLDER if info.isdir() else AS_IT_IS, info.size, info.offset_data, info.size, 0
+            yield info.name, member
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0") or archive.fileobj.tell() == archive.offset:
             raise tarfile.ReadError(f"no mark of its end at byte {archive.offset}")
 
 
-def below(names, top):
-    """{number in the index: name below top} of what an archive holds there; of a name that comes twice, the last."""
-    there = {}
+def names_below(names, top):
+    """{name below top: number in the index} of what an archive holds there; of a name that comes twice, the last."""
+    prefix, numbers = f"{top}/" if top else "", {}
     for number, name in enumerate(os.fsdecode(names).split("\0")):
-        if name.startswith(f"{top}/" * bool(top)) and name != top:
-            there[name[len(top) + bool(top):]] = number
-    return {number: name for name, number in there.items() if name}
+        if name.startswith(prefix):
+            numbers[name[len(prefix):]] = number
+    numbers.pop("", None)
+    return numbers

@@ -9,7 +9,6 @@ followed; a loop of links ends. Names are what the disk holds: bytes, which need
 import hashlib
 import json
 import os
-from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +24,7 @@ SYSTEM_FILES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
 LABELS_FILE = "dataset.json"  # of EDM's tools
 THREADS = 16  # a network disk answers many at once
 HIDDEN, REPEATED, OUTSIDE = "hidden or a system's", "folders already read", "outside of the class folders"
+NO_SUFFIX = "without a suffix"
 
 
 def is_hidden(name):
@@ -35,30 +35,23 @@ def suffix_of(name):
     return os.path.splitext(name)[1].lower()
 
 
-def without_image(name):
-    """The reason for which a file of another suffix is left out."""
-    return suffix_of(name) or "without a suffix"
-
-
 class Listing:
     """Images with labels, of one kind of source; read(index) -> the bytes of an image file.
 
     root: path of the source; classes: names in the order of the labels, none of a flat set; left_out: Counter of
-    reasons; labels_from: what gives the labels, None for class folders. Names, sizes (bytes), times (ns) and labels are
-    arrays: a million Python objects would be copied into every data worker.
+    reasons; labels_from: what gives the labels, None for class folders. Names, sizes (bytes) and labels are arrays: a
+    million Python objects would be copied into every data worker.
     """
 
     def __init__(self, root, classes, rows, left_out, labels_from=None):
-        """rows: (label, name below root, size, time, place, which is a number for read()) of every image, in order."""
+        """rows: (label, name below root, size, place, which is a number for read()) of every image, in order."""
         self.root, self.classes, self.left_out, self.labels_from = str(root), classes, +Counter(left_out), labels_from
-        text, columns = bytearray(), [array("q") for _ in range(5)]
-        for label, name, size, time, place in rows:
-            text += os.fsencode(name)
-            for column, value in zip(columns, (len(text), label, size, time, place)):
-                column.append(value)
-        self.text = np.frombuffer(bytes(text), np.uint8)
-        self.ends, labels, self.sizes, self.times, self.places = (np.array(column, np.int64) for column in columns)
-        self.labels = labels.astype(np.int32)
+        labels, names, sizes, places = zip(*rows) if rows else [()] * 4
+        names = [os.fsencode(name) for name in names]
+        self.text = np.frombuffer(b"".join(names), np.uint8)
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self.labels = np.array(labels, np.int32)
+        self.sizes, self.places = np.array(sizes, np.int64), np.array(places, np.int64)
 
     def __len__(self):
         return len(self.ends)
@@ -76,6 +69,11 @@ class Listing:
         """Images of every class."""
         return np.bincount(self.labels, minlength=len(self.classes)).tolist()
 
+    @property
+    def depths(self):
+        """(images,) how many folders below root each image lies in."""
+        return np.diff(np.cumsum(self.text == ord("/"))[self.ends - 1], prepend=0)
+
     def identity(self):
         """What a checkpoint or a cache records of the images: classes, counts, number, hash of names and sizes."""
         digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
@@ -85,27 +83,25 @@ class Listing:
             digest.update(np.ascontiguousarray(self.labels))
         return {"classes": self.classes, "counts": self.counts, "images": len(self), "sha256": digest.hexdigest()}
 
-    def times_sha256(self):
-        return hashlib.sha256(np.ascontiguousarray(self.times)).hexdigest()
-
-    def summary(self, what="images"):
+    def summary(self):
         """'3,700 images; left out: 12 hidden or a system's, 28 .txt'."""
-        reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.most_common())
-        return f"{len(self):,} {what}" + (f"; left out: {reasons}" if reasons else "")
+        text = f"{len(self):,} images"
+        if self.left_out:
+            text += "; left out: " + ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+        return text
 
-    def require_classes(self, what="images"):
-        """self; FlowARError without images, without classes, or where the classes are likely one folder deeper."""
+    def check_classes(self):
+        """FlowARError without images, without classes, or where the classes are likely one folder deeper."""
         if not len(self):
-            raise FlowARError(f"{self.root}: {self.summary(what)}; expected {what} in class folders")
+            raise FlowARError(f"{self.root}: {self.summary()}; expected images in class folders")
         if not self.classes:
-            raise FlowARError(f"{self.root}: {len(self):,} {what} but no class folders: put them into a folder for "
+            raise FlowARError(f"{self.root}: {len(self):,} images but no class folders: put them into a folder for "
                               f"each class, or all into one, as {self.root}/all")
-        depth = np.diff(np.concatenate(([0], np.cumsum(self.text == ord("/"))[self.ends - 1])))
-        if len(self.classes) == 1 and depth.min() > 1 and not self.labels_from:
-            raise FlowARError(f"{self.root}: one class folder, {self.classes[0]}, which holds only folders, as "
-                              f"{os.path.dirname(self.name(0))}: move them up if they are the classes; images of one "
-                              f"class lie in {self.classes[0]} itself")
-        return self
+        if not self.labels_from and self.depths.min() > 1:
+            folders = {tuple(self.name(index).split("/")[:2]) for index in range(len(self))}
+            if len(folders) > len(self.classes):  # with one in each class, as images/, the labels are right
+                raise FlowARError(f"{self.root}: its class folders hold only folders, as {'/'.join(min(folders))}: "
+                                  "move those up if they are the classes, else put images into the class folders")
 
 
 class Folder(Listing):
@@ -115,15 +111,15 @@ class Folder(Listing):
         root, left_out = str(root), Counter()
         files, classes = scan(root, "", suffixes, left_out)
         with ThreadPoolExecutor(THREADS) as pool:
-            for some, reasons in pool.map(lambda name: walk(root, name, suffixes), classes):
-                files += some
+            for files_of_class, reasons in pool.map(lambda name: walk(root, name, suffixes), classes):
+                files += files_of_class
                 left_out += reasons
         classes, rows = assign_labels(files, classes, left_out)
         super().__init__(root, classes, rows, left_out)
         file = os.path.join(root, LABELS_FILE)
         if os.path.isfile(file):
             with open(file, "rb") as content:
-                take_labels(self, content.read())
+                assign_edm_labels(self, content.read())
 
     @staticmethod
     def is_at(path):
@@ -135,58 +131,53 @@ class Folder(Listing):
 
 
 def scan(root, folder, suffixes, left_out):
-    """(files (name below root, size, time, place), names of folders) of one folder, each in the order of names."""
+    """(files (name below root, size, place), names of folders) of one folder, each in the order of names."""
     files, folders = [], []
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            name = os.path.join(folder, entry.name)
+            name, suffix = os.path.join(folder, entry.name), suffix_of(entry.name)
             if is_hidden(entry.name):
                 left_out[HIDDEN] += 1
             elif entry.is_dir():
                 folders.append(name)
-            elif suffix_of(entry.name) not in suffixes:
-                left_out[without_image(entry.name)] += 1
+            elif suffix not in suffixes:
+                left_out[suffix or NO_SUFFIX] += 1
             else:
                 left_out[OUTSIDE] += not folder
-                status = entry.stat()
-                files.append((name, status.st_size, status.st_mtime_ns, 0))
+                files.append((name, entry.stat().st_size, 0))
     return files, folders
 
 
 def walk(root, top, suffixes):
     """(files, Counter of what is left out) at any depth below root/top; each folder is read once."""
-    files, left_out, waiting, done = [], Counter(), [top], {inode(root)}
+    files, left_out, waiting, done = [], Counter(), [top], {os.path.realpath(root)}
     while waiting:
         folder = waiting.pop()
-        this = inode(os.path.join(root, folder))
-        if this in done:
+        target = os.path.realpath(os.path.join(root, folder))
+        if target in done:
             left_out[REPEATED] += 1
             continue
-        done.add(this)
-        some, below = scan(root, folder, suffixes, left_out)
-        files += some
-        waiting += reversed(below)
+        done.add(target)
+        files_here, folders = scan(root, folder, suffixes, left_out)
+        files += files_here
+        waiting += reversed(folders)
     return files, left_out
 
 
-def inode(path):
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
 def assign_labels(files, classes, left_out):
-    """(classes, rows of a Listing in torchvision's order) of files (name, size, time, place), by the rule above."""
+    """(classes, rows of a Listing in torchvision's order) of files (name, size, place), by the rule above."""
     inside = [file for file in files if "/" in file[0]]
     if not inside:
         classes = []
         del left_out[OUTSIDE]
-    labels = {name: label for label, name in enumerate(sorted(classes))}
+    classes = sorted(classes)
+    labels = {name: label for label, name in enumerate(classes)}
     rows = [(labels.get(file[0].partition("/")[0], 0), *file) for file in inside or files]
     rows.sort(key=lambda row: (row[0], *os.path.split(row[1])))
-    return sorted(classes), rows
+    return classes, rows
 
 
-def take_labels(listing, content):
+def assign_edm_labels(listing, content):
     """Give a Listing the labels of EDM's dataset.json: beside it folders are no classes, only thousands of images."""
     try:
         labels = dict(json.loads(content)["labels"])

@@ -6,7 +6,6 @@ shard after shard (each worker maps one file at a time) and still mix the classe
 """
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ from torch.utils.data import Dataset
 from models import FlowARError
 from models.vae import LatentScale
 from models.vaes import read_latent_scale
-from models.weights import file_hash
-from util.data.pixels import CONVERSIONS
 from util.files import read_json
 from util.training.record import LatentOrigin
 
@@ -28,52 +25,7 @@ FORMAT = "flowar-latents-1"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 NEWER = ("background", "vae", "vae_tensors", "source_sha256")  # that older caches do not know
-HASHING_THREADS = 4
 VARIANTS = 1  # stream of random draws, beside that of the order
-
-
-def is_shards(path):
-    """Whether a finished cache of shards is at a path; FlowARError for one that is not finished."""
-    path = Path(path)
-    if (path / INDEX).is_file():
-        return True
-    if (path / UNFINISHED).is_file():
-        raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
-    return False
-
-
-def read_index(path):
-    """The index of a cache of shards, as a dict; every shard that it names is there in full length."""
-    file = Path(path) / INDEX
-    index = {**dict.fromkeys(NEWER), **read_json(file)}
-    if index.get("format") != FORMAT:
-        raise FlowARError(f"{file}: format is {index.get('format')!r}, expected {FORMAT!r}")
-    index["latent_scale"] = LatentScale(*read_latent_scale(index["latent_scale"], file))
-    if sum(shard["images"] for shard in index["shards"]) != index["images"]:
-        raise FlowARError(f"{file}: its shards do not add up to {index['images']} images")
-    for shard in index["shards"]:
-        shard_path = Path(path) / shard["file"]
-        if not shard_path.is_file():
-            raise FlowARError(f"{shard_path}: this shard is missing")
-        if (size := shard_path.stat().st_size) != shard["bytes"]:
-            raise FlowARError(f"{shard_path}: {size} bytes, expected {shard['bytes']}: truncated or of another cache")
-    return index
-
-
-def verify_checksums(path, index, rank=0, world_size=1):
-    """FlowARError naming a shard whose bytes changed. The ranks share the work."""
-    shards = index["shards"][rank::world_size]
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for shard, sha256 in zip(shards, pool.map(lambda shard: file_hash(Path(path) / shard["file"]), shards)):
-            if sha256 != shard["sha256"]:
-                raise FlowARError(f"{Path(path) / shard['file']}: its SHA-256 is {sha256[:12]}..., expected "
-                                  f"{shard['sha256'][:12]}...: damaged; write the cache again")
-
-
-def scale_of_channels(mean, std, path):
-    """The LatentScale that gives every channel mean 0 and std 1."""
-    inverse = [1 / part if part > 0 else 0.0 for part in std]  # of which 0 is refused
-    return LatentScale(*read_latent_scale((inverse, list(mean)), f"{path}: of its channels' mean and std"))
 
 
 class ShardedMoments(Dataset):
@@ -81,37 +33,51 @@ class ShardedMoments(Dataset):
 
     In training the crop, and whether it is flipped, follow from (seed, epoch, index); otherwise it is the first crop.
     Files are memory-mapped and one at a time is open in a process: reading is O(1) and holds no copy of the data.
+    index: what index.json says; shape: (C, h, w) of the latents; geometry: the options that the cache decides.
     """
     is_moments = True
 
     def __init__(self, root, seed=0, train=False, flip=True):
         self.root, self.seed, self.train, self.flip = Path(root), seed, train, flip
-        self.index = self.read_index()
-        self.classes, self.latent_scale = self.index["classes"], self.index["latent_scale"]
-        self.ends = np.cumsum([shard["images"] for shard in self.index["shards"]])
+        self.index = index = self.read_index()
+        self.classes, self.shape, self.geometry = index["classes"], index["shape"], index["geometry"]
+        name, scale = index["vae"] or f"that of {root}", index["latent_scale"]
+        self.origin = LatentOrigin(name, index["vae_sha256"], scale and tuple(scale), index["vae_tensors"])
+        self.ends = np.cumsum([shard["images"] for shard in index["shards"]])
         self.opened = None  # (number of the shard, moments, labels)
         self.drawn = None  # (epoch, variant of every image)
 
-    def read_index(self):
-        return read_index(self.root)
-
     @staticmethod
-    def geometry(path):
-        """What a cache says of itself, by options."""
-        index = read_index(path)
-        known = {"vae_embed_dim": index["channels"], "vae_stride": index["stride"], "img_size": index["img_size"]}
-        return {**known, "background": tuple(index["background"])} if index["background"] else known
+    def is_at(path):
+        """FlowARError for a cache that is not finished."""
+        if (Path(path) / INDEX).is_file():
+            return True
+        if (Path(path) / UNFINISHED).is_file():
+            raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
+        return False
 
-    def check(self, settings):
-        """FlowARError naming the first thing in which the cache differs from DataSettings."""
-        for key, option in (("stride", "vae_stride"), ("channels", "vae_embed_dim"), ("img_size", "img_size"),
-                            ("background", "background")):
-            cached, value = self.index[key], getattr(settings, option)
-            if cached is not None and cached != (list(value) if option == "background" else value):
-                raise FlowARError(f"{self.root}: this cache has {key} {cached}, but --{option} is {value}")
+    def read_index(self):
+        """The index, as a dict; every shard that it names is there in full length."""
+        file = self.root / INDEX
+        index = {**dict.fromkeys(NEWER), **read_json(file)}
+        if index.get("format") != FORMAT:
+            raise FlowARError(f"{file}: format is {index.get('format')!r}, expected {FORMAT!r}")
+        for shard in index["shards"]:
+            path = self.root / shard["file"]
+            if not path.is_file():
+                raise FlowARError(f"{path}: this shard is missing")
+            if (size := path.stat().st_size) != shard["bytes"]:
+                raise FlowARError(f"{path}: {size} bytes, expected {shard['bytes']}: truncated or of another cache")
+        channels, stride, side = index["channels"], index["stride"], index["img_size"] // index["stride"]
+        index["latent_scale"] = LatentScale(*read_latent_scale(index["latent_scale"], file))
+        index["shape"] = channels, side, side
+        index["geometry"] = {"vae_embed_dim": channels, "vae_stride": stride, "img_size": index["img_size"]}
+        if index["background"]:
+            index["geometry"]["background"] = tuple(index["background"])
+        return index
 
     def __len__(self):
-        return self.index["images"]
+        return int(self.ends[-1])
 
     def __getstate__(self):
         return {**self.__dict__, "opened": None, "drawn": None}  # a mapped file does not travel to another process
@@ -123,26 +89,20 @@ class ShardedMoments(Dataset):
     def item(self, moments, row, variant):
         return moments[row:row + 1, variant:variant + 1][0, 0]
 
-    def summary(self):
-        return f"{len(self):,} cached latents in {self.root}"
-
     def channel_scale(self):
         """The LatentScale of --latent_norm channel."""
         measured = self.index["measured"]
         return scale_of_channels(measured["channel_mean"], measured["channel_std"], self.root / INDEX)
 
-    @property
-    def origin(self):
-        """LatentOrigin of the moments."""
-        return LatentOrigin(self.index["vae"], self.index["vae_sha256"], self.latent_scale, self.index["vae_tensors"])
-
     def identity(self):
         """Of the images that were cached, as far as the cache knows them; see util.data.folders.Listing."""
-        labels = [self.open(shard)[1] for shard in self.index["shards"]]
-        digest = hashlib.sha256("".join(shard.get("sha256", "") for shard in self.index["shards"]).encode()).hexdigest()
-        return {"classes": self.classes, "images": len(self),
-                "counts": np.bincount(np.concatenate(labels), minlength=len(self.classes)).tolist(),
-                "sha256": self.index["source_sha256"] or digest}
+        labels = np.concatenate([self.open(shard)[1] for shard in self.index["shards"]])
+        sha256 = self.index["source_sha256"]
+        if sha256 is None:
+            text = "".join(shard.get("sha256", "") for shard in self.index["shards"])
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+        counts = np.bincount(labels, minlength=len(self.classes)).tolist()
+        return {"classes": self.classes, "images": len(self), "counts": counts, "sha256": sha256}
 
     def order(self, seed, epoch):
         """Permutation of the indices: the shards in random order, their images in random order."""
@@ -165,12 +125,17 @@ class ShardedMoments(Dataset):
         epoch, index = key
         number = int(np.searchsorted(self.ends, index, side="right"))
         if self.opened is None or self.opened[0] != number:
-            shard = self.index["shards"][number]
             self.opened = None  # unmap the last one first
-            self.opened = number, *self.open(shard)
+            self.opened = number, *self.open(self.index["shards"][number])
         _, moments, labels = self.opened
         row, variant = index - int(self.ends[number]) + len(labels), self.variant(epoch, index)
         return self.item(moments, row, variant), int(labels[row])
+
+
+def scale_of_channels(mean, std, path):
+    """The LatentScale that gives every channel mean 0 and std 1."""
+    inverse = [1 / part if part > 0 else 0.0 for part in std]  # of which 0 is refused
+    return LatentScale(*read_latent_scale((inverse, list(mean)), f"{path}: of its channels' mean and std"))
 
 
 def open_shard(path, index, images=None):
@@ -198,20 +163,8 @@ def texts_tensor(texts):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def read_tensor(path, name):
-    """A tensor of a shard, None in shards that are older than it."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name) if name in file.keys() else None
-
-
 def read_texts(path, name):
     """Texts in a shard: `names`, its images' paths in their split, or `skipped`, what could not be read."""
-    content = bytes(read_tensor(path, name).numpy())
-    end = b"\0" if b"\0" in content else b"\n"  # lines: caches of before
-    return [os.fsdecode(text) for text in content.split(end) if text]
-
-
-def count_conversions(path):
-    """How many images of a shard took each of CONVERSIONS; zeros where it does not know."""
-    bits = read_tensor(path, "converted")
-    return [0 if bits is None else int((bits >> number & 1).sum()) for number in range(len(CONVERSIONS))]
+    with safe_open(path, framework="pt") as file:
+        content = bytes(file.get_tensor(name).numpy())
+    return [os.fsdecode(text) for text in content.split(b"\0") if text]

@@ -19,27 +19,35 @@ MOST_WORKERS = 10
 
 
 class EpochSampler(Sampler):
-    """Keys (epoch, index) of one rank. The epoch's order is a permutation: order(seed, epoch), a random one if None.
+    """Keys (epoch, index) of one rank. In training the epoch's order is a permutation, order(seed, epoch), a random one
+    if None, of which a rest that not all ranks have a part of is left out.
 
     Rank r takes elements r, r + world, ..., so that the k-th batches of all ranks together are the same images for
     every number of ranks. set_epoch(e, start=n) begins with image n of epoch e's order.
     """
-    def __init__(self, length, *, rank=0, world_size=1, seed=0, shuffle=False, drop_last=False, order=None):
-        self.length = length - length % world_size if drop_last else length
-        self.total, self.rank, self.world_size = length, rank, world_size
-        self.seed, self.shuffle, self.epoch, self.start = seed, shuffle, 0, 0
-        self.order = order or (lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(length))
+    def __init__(self, length, *, rank=0, world_size=1, seed=0, train=False, order=None):
+        self.total, self.length = length, length
+        if train:
+            self.length -= length % world_size
+        self.rank, self.world_size, self.seed, self.train, self.order = rank, world_size, seed, train, order
+        self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch, start=0):
         self.epoch, self.start = epoch, start
 
     def indices(self, first, last):
         """This rank's images among first..last - 1 of the epoch's order; first is a multiple of the world size."""
-        order = self.order(self.seed, self.epoch) if self.shuffle else np.arange(self.total)
+        if not self.train:
+            order = np.arange(self.total)
+        elif self.order is None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.total)
+        else:
+            order = self.order(self.seed, self.epoch)
         return order[first + self.rank:last:self.world_size].tolist()
 
     def __iter__(self):
-        return ((self.epoch, index) for index in self.indices(self.start, self.length))
+        for index in self.indices(self.start, self.length):
+            yield self.epoch, index
 
     def __len__(self):
         return len(range(self.start + self.rank, self.length, self.world_size))
@@ -50,7 +58,7 @@ def build_loader(dataset, batch_size, *, rank=0, world_size=1, seed=0, train=Fal
     """Loader of one rank. In training only whole global batches, in an order drawn anew for every epoch. num_workers:
     None for default_workers(). timeout: seconds after which a batch that does not come ends in an error, 0 for never.
     """
-    sampler = EpochSampler(len(dataset), rank=rank, world_size=world_size, seed=seed, shuffle=train, drop_last=train,
+    sampler = EpochSampler(len(dataset), rank=rank, world_size=world_size, seed=seed, train=train,
                            order=getattr(dataset, "order", None))
     return with_workers(dataset, num_workers, timeout, batch_size=batch_size, sampler=sampler, pin_memory=pin_memory,
                         drop_last=train, persistent_workers=train and num_workers != 0)
@@ -58,19 +66,17 @@ def build_loader(dataset, batch_size, *, rank=0, world_size=1, seed=0, train=Fal
 
 def with_workers(dataset, num_workers, timeout=0, **options):
     """A DataLoader whose workers leave the signals of a job to their rank; num_workers: None for default_workers()."""
-    workers = default_workers() if num_workers is None else num_workers
-    if workers and multiprocessing.get_start_method() == "forkserver":
-        start_fork_server()
-    return DataLoader(dataset, num_workers=workers, timeout=timeout if workers else 0, worker_init_fn=ignore_signals,
-                      **options)
-
-
-def start_fork_server():
-    """The process that workers are forked from outlives a signal to the whole job too: it inherits what is ignored."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    forkserver.ensure_running()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    if num_workers is None:
+        num_workers = default_workers()
+    if num_workers == 0:
+        return DataLoader(dataset, **options)
+    if multiprocessing.get_start_method() == "forkserver":
+        # The process that workers are forked from outlives a signal to the whole job: it inherits what is ignored.
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        forkserver.ensure_running()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return DataLoader(dataset, num_workers=num_workers, timeout=timeout, worker_init_fn=ignore_signals, **options)
 
 
 def ignore_signals(worker):

@@ -1,4 +1,4 @@
-"""From an image file to RGB: what a viewer shows, for training, caches, references and scripts alike.
+"""From an image file to RGB, what a viewer shows, and on to the recipe's crops and tensors in [-1, 1]; and back.
 
 * Transparency, of any kind, lies over a background (white unless --background says otherwise).
 * The EXIF orientation is applied; a damaged EXIF block counts as none.
@@ -7,6 +7,7 @@
 * Of several frames the first is taken. Colour profiles are not applied, as in the loaders of ImageNet.
 
 Everything else is Pillow's convert("RGB"), bit for bit: 8-bit JPEGs and PNGs, CMYK, palettes, LAB.
+Training, caches, references and scripts share this file.
 """
 import contextlib
 import functools
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from models import FlowARError
 from models.errors import first_sentence
+from models.weights import LFS
 
 # Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
 WHITE = (255, 255, 255)
 ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 258, 262, 339  # of EXIF; of TIFF
 SIGNED, WHITE_IS_ZERO = 2, 0  # values of SAMPLE_FORMAT, PHOTOMETRIC
+
+RESIZE_MARGIN = 1.125  # training images are resized to 288 for crops of 256
 
 TRANSPARENT, TURNED, DEEP, FLOATS = range(4)
 CONVERSIONS = ("with transparency over the background", "turned upright", "of deep grey scaled to 8 bits",
@@ -35,6 +40,43 @@ TRANSPOSED = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.RO
                              Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), start=2))  # by EXIF orientation
 
 EXPANDED = {"L;2": 85, "L;4": 17}  # Pillow expands a PNG's grey of 2 or 4 bits to 8, but not the transparent one
+
+
+# ---- RGB and tensors ---------------------------------------------------------------------------------------------
+
+
+def to_tensor(image):
+    """RGB image -> float tensor (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255) * 2 - 1
+
+
+def to_uint8(images):
+    """[-1, 1] -> uint8, rounded as the release saves its PNGs: clip((x + 1) / 2 * 255, 0, 255)."""
+    return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def random_crop(image, size, rng):
+    """The recipe's training crop: shorter side to size x 1.125, then a random size x size window. The resize is
+    torchvision's of a PIL image, bilinear and antialiased.
+    """
+    side, shorter = int(size * RESIZE_MARGIN), min(image.size)
+    image = image.resize([int(side * length / shorter) for length in image.size], Image.Resampling.BILINEAR)
+    left = rng.integers(image.width - size + 1)
+    top = rng.integers(image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def center_crop(image, size):
+    """ADM's preprocessing, which MAR's cache uses: halve with a box filter while possible, bicubic, centre crop."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+# ---- files and RGB -----------------------------------------------------------------------------------------------
 
 
 class Pixels(NamedTuple):
@@ -80,95 +122,95 @@ def read_image(file, background=WHITE, name=None):
     name = name or file
     if isinstance(file, (str, os.PathLike)):
         file = Path(file).read_bytes()  # by a path, Pillow would map a TIFF that is turned, and scramble it
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=readable_formats()) as image:
+        with Image.open(file, formats=readable_formats()) as image:
             return convert(image, background)
     except UnidentifiedImageError:
-        hint = ": pip install pillow-heif" if str(name).lower().endswith((".heic", ".heif")) else ""
-        raise FlowARError(f"{name}: cannot be read as an image (it is of no known format{hint})") from None
+        file.seek(0)
+        reason = "it is of no known format"
+        if file.read(len(LFS)) == LFS:
+            reason = "it is a Git LFS pointer: git lfs install; git lfs pull"
+        elif str(name).lower().endswith((".heic", ".heif")):
+            reason += ": pip install pillow-heif"
+        raise FlowARError(f"{name}: cannot be read as an image ({reason})") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         raise FlowARError(f"{name}: cannot be read as an image ({first_sentence(error)})") from error
 
 
 def convert(image, background):
     """Pixels of a Pillow image that was opened and not decoded yet."""
-    raw, exif = str(image.tile[0][3]) if image.tile else "", orientation(image)
-    box = image.tile[0][1] if image.format == "GIF" and image.tile else None
+    coding = str(image.tile[0][3]) if image.tile else ""
+    frame = image.tile[0][1] if image.format == "GIF" and image.tile else None
+    conversions = [TURNED] if orientation(image) in TRANSPOSED else []
     image.load()  # which turns a TIFF
+    turn = TRANSPOSED.get(orientation(image))
     if "transparency" in image.info:
-        if raw == "RGB;16B":
+        if coding == "RGB;16B":
             raise ValueError("colours of 16 bits, one of which is transparent: Pillow decodes 8 of them, which do not "
                              "tell it; save it with an alpha channel")
-        if raw in EXPANDED:
-            image.info["transparency"] *= EXPANDED[raw]
-    conversions, turn = [TURNED] if exif in TRANSPOSED else [], TRANSPOSED.get(orientation(image))
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        conversions.append(DEEP)
-        image = scale_integers(image)
-    elif image.mode == "F":
-        conversions.append(FLOATS)
-        image = scale_floats(image)
-    if box not in (None, (0, 0, *image.size)):
-        image = on_canvas(image, box)
+        if coding in EXPANDED:
+            image.info["transparency"] *= EXPANDED[coding]
+    if image.mode == "F" or image.mode == "I" or image.mode.startswith("I;16"):
+        conversions.append(FLOATS if image.mode == "F" else DEEP)
+        image = scale_grey(image)
+    if frame not in (None, (0, 0, *image.size)):  # what a GIF's first frame leaves of its canvas is transparent
+        canvas = Image.new("RGBA", image.size)
+        canvas.paste(image.convert("RGBA").crop(frame), frame)
+        image = canvas
     image, shows = over(image, background)
-    conversions += [TRANSPARENT] * shows
-    return Pixels(image if turn is None else image.transpose(turn), tuple(conversions))
+    if shows:
+        conversions.append(TRANSPARENT)
+    if turn is not None:
+        image = image.transpose(turn)
+    return Pixels(image, tuple(conversions))
 
 
 def orientation(image):
     """Its EXIF orientation, 1 to 8, or None."""
     try:
         value = image.getexif().get(ORIENTATION)
-        return value if isinstance(value, int) else None
     except Exception:  # a damaged block makes Pillow raise almost anything
         return None
-
-
-def on_canvas(image, box):
-    """RGBA image that is transparent outside of the box: what a GIF's first frame leaves of its canvas."""
-    canvas = Image.new("RGBA", image.size)
-    canvas.paste(image.convert("RGBA").crop(box), box)
-    return canvas
+    return value if isinstance(value, int) else None
 
 
 def over(image, background):
     """(RGB image, over a colour where it is transparent; whether any of that shows)."""
     if not image.has_transparency_data:
         return image.convert("RGB"), False
-    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
     alpha = image.getchannel("A")
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=alpha)
     return canvas, alpha.getextrema()[0] < 255
 
 
-def scale_integers(image):
-    """8-bit grey image of one of 16 or 32 bits: 0 is black, the largest number of its type white."""
-    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
-    bits = tags.get(BITS, (16,))[0]  # PNG's and PGM's are of 16
-    signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
-    if bits == 32 and not signed:
-        values = values.view(np.uint32)
-    if values.min() < 0:
-        raise ValueError(f"negative grey values, down to {values.min()}: save it with values from 0 on")
-    top = 2 ** (bits - signed) - 1
-    return grey(values / top, tags, transparent=None if (t := image.info.get("transparency")) is None else values == t)
-
-
-def scale_floats(image):
-    """8-bit grey image of one of floats from 0 to 1."""
-    values = np.asarray(image)
-    if not (values.min() >= 0 and values.max() <= 1):  # not a number fails too
-        raise ValueError(f"floats from {values.min():g} to {values.max():g}, expected 0 to 1: their range is known "
-                         "to you alone, so divide by it, or save 8 or 16 bits")
-    return grey(values, getattr(image, "tag_v2", {}))
-
-
-def grey(values, tags, transparent=None):
-    """L image, or LA where some pixels are transparent, of values in 0..1."""
+def scale_grey(image):
+    """8-bit grey image, or LA where one value is transparent, of one of 16 or 32 bits, from 0 to the largest number of
+    its type, or of floats from 0 to 1.
+    """
+    tags, values, transparent = getattr(image, "tag_v2", {}), np.asarray(image), None
+    if image.mode == "F":
+        top = 1
+        if not (values.min() >= 0 and values.max() <= 1):  # not a number fails too
+            raise ValueError(f"floats from {values.min():g} to {values.max():g}, expected 0 to 1: their range is known "
+                             "to you alone, so divide by it, or save 8 or 16 bits")
+    else:
+        bits = tags.get(BITS, (16,))[0]  # PNG's and PGM's are of 16
+        signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
+        top, transparent = 2 ** (bits - signed) - 1, image.info.get("transparency")
+        if bits == 32 and not signed:
+            values = values.view(np.uint32)
+        if values.min() < 0:
+            raise ValueError(f"negative grey values, down to {values.min()}: save it with values from 0 on")
+    shares = values / top
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        values = 1 - values
-    image = Image.fromarray(np.round(values * 255).astype(np.uint8))
+        shares = 1 - shares
+    grey = Image.fromarray(np.round(shares * 255).astype(np.uint8))
     if transparent is not None:
-        image.putalpha(Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8)))
-    return image
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey

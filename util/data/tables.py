@@ -21,7 +21,7 @@ class Table(Listing):
         import pyarrow.compute as pc
         data = load_table(root)
         self.column, label_column = find_columns(root, data.features)
-        classes, labels = read_labels(root, data.features[label_column], data[label_column][:])
+        classes, labels = number_labels(root, data.features[label_column], data[label_column][:])
         self.rows = only_bytes(data, self.column)
         images = self.rows.with_format("arrow")[:][self.column]
         sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
@@ -33,7 +33,7 @@ class Table(Listing):
         names = [f"{folders[label]}/{file}" for label, file in zip(labels, files)]
         if not all(files) or len(set(zip(labels, names))) < len(names):
             names = [f"{folders[label]}/{row:08d}" for row, label in enumerate(labels)]
-        rows = [(label, name, size, 0, row) for row, (label, name, size) in enumerate(zip(labels, names, sizes))]
+        rows = [(label, name, size, row) for row, (label, name, size) in enumerate(zip(labels, names, sizes))]
         super().__init__(root, classes, sorted(rows), Counter(), "the dataset")
 
     @staticmethod
@@ -100,23 +100,26 @@ def find_columns(path, features):
     import datasets
     columns = []
     for names, kind in ((IMAGE_COLUMNS, datasets.Image), (LABEL_COLUMNS, datasets.ClassLabel)):
-        typed = [name for name, feature in features.items() if isinstance(feature, kind)]
-        known = [name for name in names if name in features] or typed
-        if len(known) != 1 and not set(known) & set(names):
-            raise FlowARError(f"{path}: which of its columns ({', '.join(features)}) is {names[0]}? Rename it "
-                              "(rename_column of datasets), and give a folder of the parquet files")
-        columns.append(known[0])
+        fitting = [name for name in names if name in features]
+        if not fitting:
+            fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
+            if len(fitting) != 1:
+                raise FlowARError(f"{path}: which of its columns ({', '.join(features)}) is {names[0]}? Rename it "
+                                  "(rename_column of datasets), and give a folder of the parquet files")
+        columns.append(fitting[0])
     return columns
 
 
-def read_labels(path, feature, values):
+def number_labels(path, feature, values):
     """(names of the classes, label of every row) of a column."""
     import datasets
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    if names is None and all(isinstance(value, str) for value in values):
+    names = None
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    elif all(isinstance(value, str) for value in values):
         names = sorted(set(values))
-        number = {name: label for label, name in enumerate(names)}
-        values = [number[value] for value in values]
+        labels = {name: label for label, name in enumerate(names)}
+        values = [labels[value] for value in values]
     for row, value in enumerate(values):
         if type(value) is not int or value < 0:
             raise FlowARError(f"{path}: row {row} has the label {value!r}, expected a whole number from 0 on: a split "
