@@ -166,12 +166,12 @@ class FlowAR(nn.Module):
         """The blocks of both halves of the transformer."""
         return (*self.encoder_blocks, *self.decoder_blocks)
 
-    def run_transformer(self, tokens, c, span, rope_table, pattern, caches=None):
+    def run_transformer(self, tokens, c, pattern, span=slice(None), caches=None):
         """Condition z of the tokens (B, N, D) in `span`, given the class embedding c (B, D).
 
         Either all tokens at once, or those of one scale, whose coarser ones are in `caches`.
         """
-        cos, sin = rope_table
+        cos, sin = self.encoder_blocks[0].attn.rope.table(self.scale)  # the blocks' are alike
         rope_table = cos[span], sin[span]
         caches = iter(caches or [None] * len(self.blocks))
         x = self.z_proj_ln(tokens + self.encoder_pos_embed_learned[:, span])
@@ -189,22 +189,17 @@ class FlowAR(nn.Module):
         inputs = [to_tokens(self.next_input(grid, k)) for k, grid in enumerate(pyramid[:-1])]
         if inputs:
             tokens = torch.cat((tokens, self.z_proj(torch.cat(inputs, dim=1))), dim=1)
-        rope_table = self.encoder_blocks[0].attn.rope.table(self.scale)
-        return self.run_transformer(tokens, c, slice(None), rope_table, self.pattern)
+        return self.run_transformer(tokens, c, self.pattern)
 
     def condition(self, latents, labels):
-        """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,).
-
-        A label may be class_num, the null class.
-        """
+        """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,), or class_num, the null."""
         check_labels(labels, self.class_num + 1)
         return self.condition_on(self.pyramid(latents), labels)
 
     # ---- training (paper: scale-wise flow matching model) ---------------------------------------------------
 
     def draw(self, batch, generator=None):
-        """The Draws of `batch` images, all that training and validation draw, on the generator's device or the model's.
-        """
+        """The Draws of `batch` images, on the generator's device or the model's."""
         device = (generator or self.class_emb.weight).device
         t = torch.rand(len(self.scale), batch, generator=generator, device=device)
         if self.training:  # validation stays uniform: losses compare
@@ -263,7 +258,7 @@ class FlowAR(nn.Module):
         return sum(loss * weight for loss, weight in zip(losses, self.scale_weights()))
 
     def forward(self, latents, labels, *, return_scales=False, **draws):
-        """Training loss, a scalar: the sum over scales of the batch mean of scale_losses(..., **draws) times weights.
+        """Training loss, a scalar: the sum over scales of the batch mean of scale_losses(..., **draws) times s^2 / S^2.
 
         With return_scales also the batch mean of every scale, (scales,), unweighted and detached.
         """
@@ -278,9 +273,7 @@ class FlowAR(nn.Module):
         return self.unpatchify(self.sample_pyramid(labels, **options)[-1])
 
     def plan_sampling(self, settings):
-        """(solver, time grid of every scale, guidance scale of every scale) of a Sampling; FlowARError for settings
-        that are not of this model.
-        """
+        """(solver, time grid of every scale, guidance scale of every scale) of a Sampling that fits this model."""
         if settings.solver not in self.objective.SOLVERS:
             raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.objective.SOLVERS)}")
         scales = len(self.scale)
@@ -346,7 +339,6 @@ class Reader:
 
     def __init__(self, model, labels):
         self.model, self.c = model, model.class_emb(labels)
-        self.rope_table = model.encoder_blocks[0].attn.rope.table(model.scale)
         self.caches = [KVCache(model.tokens) for _ in model.blocks]
 
     def condition(self, k, pyramid):
@@ -355,7 +347,7 @@ class Reader:
         if k > 0:
             tokens = model.z_proj(to_tokens(model.next_input(pyramid[k - 1], k - 1)))
             tokens = tokens.repeat(len(self.c) // len(tokens), 1, 1)
-        return model.run_transformer(tokens, self.c, model.spans[k], self.rope_table, model.pattern.at(k), self.caches)
+        return model.run_transformer(tokens, self.c, model.pattern.at(k), model.spans[k], self.caches)
 
 
 def to_tokens(grid):

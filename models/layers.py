@@ -42,10 +42,8 @@ class GatedMLP(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """2-D axial RoPE: half of the channels turn with the row, half with the column.
-
-    The released files have the buffer `freqs`, (head_dim / 4,) float32, in every attention. All of a network are the
-    same, so the first one makes the table for all.
+    """2-D axial RoPE: half of the channels turn with the row, half with the column. The released files have the buffer
+    `freqs`, (head_dim / 4,) float32, in every attention; all are the same, so a network's first makes the table for all.
     """
 
     def __init__(self, head_dim):

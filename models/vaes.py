@@ -107,8 +107,7 @@ def save_vae(vae, path):
 
 
 def read_latent_scale(value, path):
-    """(scale, shift) in a file, each a number or nested lists of them, which become tuples; FlowARError for other things.
-    """
+    """(scale, shift) of a file, each a number or nested lists of them, which become tuples."""
     try:
         scale, shift = (torch.tensor(part, dtype=torch.float64) for part in value)
         is_one = (scale > 0).all() and scale.isfinite().all() and shift.isfinite().all()

@@ -29,8 +29,7 @@ class RectifiedFlowAR(FlowAR):
         return draws._replace(t=torch.where(chosen < self.at_noise, 1.0, t))  # (scales, batch, reuse)
 
     def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):
-        """As FlowAR's, with x' in the latents' place, the mean over the times of a pair. Of the draws it uses t, noise.
-        """
+        """As FlowAR's, with x' in the latents' place, the mean over the times of a pair; it uses t and noise alone."""
         check_labels(labels, self.class_num)
         if t is None or noise is None:
             t, noise = self.draw(len(labels))[:2]

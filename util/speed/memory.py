@@ -12,8 +12,11 @@ STATES = 5  # of every parameter, in float32: weights, gradients, two moments of
 
 
 class Shapes(FakeTensorMode):
-    """Inside, tensors have shapes and no numbers, whatever their device; a check of numbers holds. It is no public
-    part of torch: the meta device, which is, has no autocast, and that decides on half of what a pass keeps.
+    """Inside, tensors have shapes and no numbers, whatever their device; a number that is read is True.
+
+    FakeTensorMode is no public part of torch: the meta device, which is, has no autocast, and that decides on half of
+    what a pass keeps. If torch moves it, this import fails, and with it the programs: --dry_run and `benchmark.py
+    memory` alone need it.
 
     attended: storages of what attention gave, by their identity.
     """
