@@ -73,7 +73,7 @@ def report(run):
                 log(f"epoch {epoch}: {name} loss {loss:.4f}")
         if reports.sampler is not None and is_main():
             log_samples(run, "ema", reports.sampler)
-            if run.ema.share_of_start(step) > 0.01:  # the average is partly the random start, and its pictures noise
+            if run.ema.rate**step > 0.01:  # the average is partly the random start, and its pictures noise
                 log_samples(run, "raw", reports.sampler._replace(model=run.network.eval(), weights="the model"))
         if reports.sampler is not None and reports.measure is not None:
             description = {"model": reports.model, "epoch": epoch, "weights": "ema"}

@@ -6,7 +6,6 @@ Nothing here knows a network, a device or a file.
 import functools
 import inspect
 import itertools
-import math
 
 import torch
 
@@ -14,8 +13,6 @@ from models.errors import FlowARError
 
 UNIFORM_STEPS = 50  # the one step count that the release integrates on a uniform grid
 TIME_GRIDS = {"release": 2, "uniform": 1}  # the fewest steps of each
-CFG_SCHEDULES = ("linear", "constant")
-STEP_SCHEDULES = ("linear", "cosine", "two_stage")
 
 
 def interpolate(x, noise, t):
@@ -90,23 +87,21 @@ def time_grid(num_steps, kind="release"):
     return torch.cat((early, late))
 
 
-def scale_steps(num_steps, num_steps_last, num_scales, schedule="linear"):
-    """num_steps of each scale's time_grid: a list as it is, else one number for all, or the way from num_steps at the
-    first to num_steps_last at the last scale (DiSA, arXiv 2505.20297): straight, half a cosine, or a jump in the middle.
+def scale_steps(num_steps, num_steps_last, num_scales):
+    """num_steps of each scale's time_grid: a list as it is, else one number for all, or in a straight line from
+    num_steps at the first to num_steps_last at the last scale (DiSA, arXiv 2505.20297).
     """
     if num_steps_last is None or num_scales == 1:
         return of_each_scale("num_steps", num_steps, num_scales)
     steps, last = [], num_scales - 1
     for k in range(num_scales):
-        left = {"linear": (last - k) / last, "cosine": (1 + math.cos(math.pi * k / last)) / 2,
-                "two_stage": float(2 * k < num_scales)}[schedule]
-        steps.append(int((num_steps - num_steps_last) * left + num_steps_last))
+        steps.append(int((num_steps - num_steps_last) * ((last - k) / last) + num_steps_last))
     return steps
 
 
-def guidance_scales(cfg, num_scales, schedule="linear"):
-    """The guidance scale w of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
-    if schedule == "constant" or num_scales == 1 or isinstance(cfg, (list, tuple)):
+def guidance_scales(cfg, num_scales):
+    """The guidance scale w of each scale: a list as it is, else a ramp from 1 to cfg."""
+    if num_scales == 1 or isinstance(cfg, (list, tuple)):
         return of_each_scale("cfg", cfg, num_scales)
     return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]
 

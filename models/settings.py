@@ -15,11 +15,13 @@ from models.errors import FlowARError
 # ---- what a value may be: each takes text of a command line or a value from Python, and raises ValueError ---------
 
 
-def number(kind, low=-math.inf, high=math.inf, below=math.inf):
+def number(kind, low, high=math.inf, below=math.inf):
     """An int or a float from `low` to `high`, less than `below`."""
-    limits = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-    limits += [f"less than {below}"] * (below < math.inf)
-    expected = f"expected {'a whole number' if kind is int else 'a number'} {' and '.join(limits)}".strip()
+    expected = f"expected {'a whole number' if kind is int else 'a number'} at least {low}"
+    if high < math.inf:
+        expected += f" and at most {high}"
+    if below < math.inf:
+        expected += f" and less than {below}"
 
     def convert(value):
         try:
@@ -88,13 +90,15 @@ def check_fields(options):
 STEPS = number(int, 1, 10_000)
 FRACTION = number(float, 0.0, 1.0)
 SOLVERS = (*fm.SOLVERS, "ancestral")  # the last: of the diffusion objective alone
+# Settings that earlier versions had and stored, each with the value that changes nothing.
+REMOVED = {"num_step_schedule": "linear", "cfg_schedule": "linear", "temperature": 1.0}
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are drawn. The defaults are the release's."""
     cfg: float | tuple = setting(
-        1.0, "classifier-free guidance at the last scale, 1 is none; or one for each scale, 1:1.5:3",
+        1.0, "classifier-free guidance at the last scale, rising from 1 (none) at the first; or one for each, 1:1.5:3",
         per_scale(number(float, 1.0)))
     guidance: float = setting(0.9, "guidance acts only at times t <= this (t = 1 is noise)", FRACTION)
     guidance_low: float = setting(0.0, "guidance acts only at times t > this", FRACTION, beyond=True)
@@ -107,50 +111,36 @@ class Sampling:
     solver: str = setting(
         "euler", "euler or ab2 (one evaluation a step), heun or midpoint (two), rk4 (four); with --objective diffusion "
         "euler (DDIM) or ancestral", one_of(*SOLVERS), beyond=True)
-    num_step_schedule: str = setting(
-        "linear", "the way to num_step_last", one_of(*fm.STEP_SCHEDULES), beyond=True)
-    cfg_schedule: str = setting(
-        "linear", "guidance over the scales: linear, from 1 to cfg, or constant", one_of(*fm.CFG_SCHEDULES),
-        beyond=True)
-    temperature: float = setting(1.0, "factor of the starting noise", number(float, 0.0, 1e6), beyond=True)
     time_grid: str = setting(
         "release", "times of the steps: the release's, or uniform, with exactly num_step Euler steps",
         one_of(*fm.TIME_GRIDS), beyond=True)
 
     def __post_init__(self):
         check_fields(self)
-        steps = self.num_steps if isinstance(self.num_steps, tuple) else (self.num_steps,)
-        last, fewest = self.num_steps_last, fm.TIME_GRIDS[self.time_grid]
-        if last is not None and (len(steps) > 1 or last > steps[0]):
-            raise FlowARError(f"num_steps_last is {last}, num_steps {as_text(self.num_steps)}: steps are annealed down "
-                              "from one number; give one that is not smaller")
-        if min(*steps, last or fewest, fewest) < fewest:
-            raise FlowARError(f"num_steps is {as_text(self.num_steps)}, num_steps_last {last}: the {self.time_grid} "
+        steps, last, fewest = self.num_steps, self.num_steps_last, fm.TIME_GRIDS[self.time_grid]
+        if last is not None and (isinstance(steps, tuple) or last > steps):
+            raise FlowARError(f"num_steps_last is {last}, num_steps {as_text(steps)}: steps are annealed down from one "
+                              "number; give one that is not smaller")
+        counts = [*steps] if isinstance(steps, tuple) else [steps, last or steps]
+        if min(counts) < fewest:
+            raise FlowARError(f"num_steps is {as_text(steps)}, num_steps_last {last}: the {self.time_grid} "
                               f"time grid needs at least {fewest}; time_grid uniform takes 1")
         if self.guidance_low >= self.guidance > 0:
             raise FlowARError(f"guidance_low is {self.guidance_low}, guidance {self.guidance}: guidance would act "
                               "nowhere; cfg 1 is no guidance")
-        if last is None and self.num_step_schedule != "linear":
-            raise FlowARError(f"num_step_schedule is {self.num_step_schedule}: it needs num_steps_last")
-        if isinstance(self.cfg, tuple) and self.cfg_schedule != "linear":
-            raise FlowARError(f"cfg is {as_text(self.cfg)}, one for each scale: leave out cfg_schedule "
-                              f"{self.cfg_schedule}")
 
     @classmethod
     def of(cls, stored, given):
-        """The Sampling of {name: value} that are stored, as in a checkpoint, and of those given, which come first.
-        Steps, or a guidance for each scale, that are given replace all that is stored of how they change over the
-        scales. FlowARError for a name that is none.
+        """The Sampling of {name: value} that are stored, as in a checkpoint, and of those given, which come first;
+        given num_steps replace stored num_steps_last too. FlowARError for a name that is none.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
                 raise FlowARError(f"{name}: no setting of sampling; expected one of {', '.join(names)}")
-        replaced = {"num_steps_last", "num_step_schedule"} if "num_steps" in given else set()
-        if isinstance(given.get("cfg"), (list, tuple)):
-            replaced.add("cfg_schedule")
-        kept = {name: value for name, value in stored.items() if name not in replaced}
-        return cls(**{**kept, **given})
+        if "num_steps" in given:
+            stored = {**stored, "num_steps_last": None}
+        return cls(**{**stored, **given})
 
     def by_option(self):
         """{option: value}, as checkpoints and results.json have them."""
@@ -158,12 +148,17 @@ class Sampling:
 
     def times(self, num_scales):
         """The time grid of every scale."""
-        steps = fm.scale_steps(self.num_steps, self.num_steps_last, num_scales, self.num_step_schedule)
+        steps = fm.scale_steps(self.num_steps, self.num_steps_last, num_scales)
         return [fm.time_grid(n, self.time_grid) for n in steps]
 
     def guidance_scales(self, num_scales):
         """The guidance weight of every scale."""
-        return fm.guidance_scales(self.cfg, num_scales, self.cfg_schedule)
+        return fm.guidance_scales(self.cfg, num_scales)
+
+
+def drop_removed(stored):
+    """Stored {name: value} without the removed settings, where they changed nothing."""
+    return {name: value for name, value in stored.items() if (name, value) not in REMOVED.items()}
 
 
 def as_text(value):

@@ -2,7 +2,7 @@
 
 A VAE has attributes embed_dim (latent channels C), stride (pixels a latent cell) and latent_scale (LatentScale), and
 methods encode(images (B, 3, H, W) in [-1, 1]) -> DiagonalGaussian and decode(raw latents (B, C, h, w)) -> images. A row
-in VAES makes --vae, the caches and the reports know it.
+in VAES makes --vae_path, the caches and the reports know it.
 """
 import sys
 
@@ -19,11 +19,10 @@ DEFAULT_PATH = "pretrained_models/vae/kl16.ckpt"
 
 
 class NamedVAE:
-    """What --vae NAME:SPEC means, before anything is opened. One's own kind needs open() alone."""
+    """What --vae_path names, before anything is opened: KIND:SPEC, or a file. One's own kind needs open() alone."""
 
-    def __init__(self, name, spec, path):
-        self.spec, self.path = spec, path
-        self.name, self.option = name, f"--vae {name}"  # for messages and reports, and to name it on a command line
+    def __init__(self, name, spec):
+        self.name, self.spec = name, spec
 
     def is_there(self):
         """Whether it can be opened, as far as one sees without trying."""
@@ -39,28 +38,29 @@ class NamedVAE:
 
 
 class VAEFile(NamedVAE):
-    """--vae kl16: the file of --vae_path, KL-16's or one of scripts/train_vae.py."""
-
-    def __init__(self, name, spec, path):
-        super().__init__(name, spec, path)
-        self.name, self.option = str(path), f"--vae_path {path}"
+    """A file, by path or name: KL-16's or one of scripts/train_vae.py."""
 
     def is_there(self):
-        return is_remote(self.path) or local_file(self.path).is_file()
+        return is_remote(self.name) or local_file(self.name).is_file()
 
     def open(self):
-        return read_vae(self.path)
+        return read_vae(self.name)
 
     def identity(self, opened=None):
-        return file_hash(local_file(self.path)) if self.is_there() else None
+        return file_hash(local_file(self.name)) if self.is_there() else None
 
 
-def find_vae(vae, path=None):
-    """The NamedVAE of the options --vae and --vae_path."""
-    name, _, spec = vae.partition(":")
-    if name not in VAES:
-        raise FlowARError(f"--vae {vae}: expected one of {', '.join(VAES)} (diffusers:<path or hub name>[:subfolder])")
-    return VAES[name](vae, spec, path or DEFAULT_PATH)
+def find_vae(name=None):
+    """The NamedVAE of --vae_path, by default KL-16's file."""
+    name = name or DEFAULT_PATH
+    kind, _, spec = name.partition(":")
+    return VAES.get(kind, VAEFile)(name, spec)
+
+
+def saved_vae_path(options):
+    """--vae_path of the options in a checkpoint; earlier versions had a KIND:SPEC in an option of its own, `vae`."""
+    vae = options.get("vae")
+    return vae if isinstance(vae, str) and vae != "kl16" else options.get("vae_path")
 
 
 # ---- files of AutoencoderKL --------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class DiffusersVAE(nn.Module):
         super().__init__()
         self.network, config = network, network.config
         self.embed_dim, self.stride = self.geometry(config)
-        self.latent_scale = LatentScale(*read_latent_scale(self.scaling(config), f"--vae diffusers:{spec}"))
+        self.latent_scale = LatentScale(*read_latent_scale(self.scaling(config), f"diffusers:{spec}"))
 
     def scaling(self, config):
         """(scale, shift)."""
@@ -189,18 +189,18 @@ CLASSES = {"AutoencoderKL": DiffusersVAE, "AsymmetricAutoencoderKL": DiffusersVA
 
 
 class Diffusers(NamedVAE):
-    """--vae diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: in float32, from safetensors alone."""
+    """diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]: in float32, from safetensors alone."""
 
     def open(self):
         try:
             import diffusers  # here: it is heavy, and only some need it
         except ImportError as error:
-            raise FlowARError(f"{self.option} needs: pip install diffusers") from error
+            raise FlowARError(f"{self.name} needs: pip install diffusers") from error
         source, _, subfolder = self.spec.partition(":")
         options = {"subfolder": subfolder} if subfolder else {}
         name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
         if name not in CLASSES:
-            raise FlowARError(f"{self.option}: its class is {name}, expected one of {', '.join(CLASSES)}")
+            raise FlowARError(f"{self.name}: its class is {name}, expected one of {', '.join(CLASSES)}")
         network, loaded = getattr(diffusers, name).from_pretrained(
             source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options)
         # diffusers draws what is missing at random
@@ -208,9 +208,9 @@ class Diffusers(NamedVAE):
         wrong = [f"{name} is missing" for name in loaded["missing_keys"]]
         wrong += [f"{name} is not in the VAE" for name in others if name.partition(".")[0] in modules]
         if wrong:
-            raise FlowARError(f"{self.option}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
+            raise FlowARError(f"{self.name}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
         vae = CLASSES[name](network, self.spec).eval().requires_grad_(False)
-        return vae, [f"{self.option}: not used: {name_some(others)}"] if others else []
+        return vae, [f"{self.name}: not used: {name_some(others)}"] if others else []
 
 
-VAES = {"kl16": VAEFile, "diffusers": Diffusers}
+VAES = {"diffusers": Diffusers}

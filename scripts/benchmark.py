@@ -55,7 +55,7 @@ from util.training.randomness import draw, image_noise
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 # settings of the sampler of tests/plain.py
-PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0, "guidance_low": 0.0}
+PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "guidance_low": 0.0}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def benchmark_sample(args, device):
     labels = torch.arange(args.eval_bsz, device=device) % model.class_num
     noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
     options, latents = vars(Sampling.of({}, given_settings(args))), {}
-    counted = {name: options[name] for name in ("cfg", "guidance", "num_steps", "cfg_schedule")}
+    counted = {name: options[name] for name in ("cfg", "guidance", "num_steps")}
 
     def sample(name, function):
         with autocast(device, args.precision):
@@ -285,11 +285,11 @@ def benchmark_evaluate(args, device):
     prepare.for_evaluation([model], vae, AUTOCAST.get(args.precision), args.compile)
     sampler = build_sampler(args, model, vae, args.precision)
     with tempfile.TemporaryDirectory() as folder:
-        files = args.fid_weights
-        if files is None and Inception.name in args.feature_extractor:
-            files = {Inception.name: Path(folder) / "inception.pth"}
-            write_random_inception(files[Inception.name])
-        extractor = build_extractors(args.feature_extractor, files, device)
+        choices, file = list(args.feature_extractor), Path(folder) / "inception.pth"
+        if Inception.name in choices:
+            write_random_inception(file)
+            choices[choices.index(Inception.name)] = f"{Inception.name}={file}"
+        extractor = build_extractors(choices, device)
     if args.compile:
         prepare.compile_features(extractor)
     for count in (args.eval_bsz, args.num_images):  # the first warms up

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from models import FlowARError, settings
 from models.vae import DiagonalGaussian
-from models.vaes import find_vae
+from models.vaes import VAEFile, find_vae
 from models.weights import file_hash, writing
 from util import cluster
 from util.data import Images, find_split, latents
@@ -52,9 +52,9 @@ def parse_args():
     parser.add_argument("--data_path", type=as_type(path), required=True,
                         help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
     parser.add_argument("--cached_path", type=as_type(path), required=True, help="folder to write")
-    parser.add_argument("--vae", default="kl16", help="kl16, or diffusers:<path or repository>[:subfolder]")
     parser.add_argument("--vae_path", type=as_type(path),
-                        help="file of --vae kl16, by path or name; default: pretrained_models/vae/kl16.ckpt")
+                        help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "
+                        "pretrained_models/vae/kl16.ckpt")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
     parser.add_argument("--crops", type=as_type(crops_option), default="center",
@@ -308,7 +308,7 @@ def main():
     if args.format == "npz" and args.crops != "center":
         raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
     device = cluster.init(args.device)
-    named = find_vae(args.vae, args.vae_path)
+    named = find_vae(args.vae_path)
     vae = open_vae_on(named, device)
     origin = cluster.from_main(lambda: origin_of(named, vae))
     if args.img_size % vae.stride:
@@ -326,7 +326,7 @@ def main():
         "crops": args.crops, "variants": 2 * data.crops,
         "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
-        "vae": args.vae, "vae_sha256": origin.sha256, "vae_tensors": origin.tensors, "channels": vae.embed_dim,
+        "vae": "kl16" if isinstance(named, VAEFile) else named.name, "vae_sha256": origin.sha256, "vae_tensors": origin.tensors, "channels": vae.embed_dim,
         "stride": vae.stride, "latent_scale": json.loads(json.dumps(vae.latent_scale))}  # lists, as the file will say
     write = cache_shards if args.format == "shards" else cache_npz
     write(data, vae, args, device, Path(args.cached_path), settings)

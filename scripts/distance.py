@@ -31,16 +31,15 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folders", type=as_type(path), nargs="+", help="one or two folders of images, in class folders or not")
     parser.add_argument("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
-    parser.add_argument("--vae", help="kl16 (the file of --vae_path), or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    parser.add_argument("--vae_path", type=as_type(path), help="VAE: kl16.ckpt or a file of scripts/train_vae.py")
+    parser.add_argument("--vae_path", type=as_type(path), help="VAE: kl16.ckpt, a file of scripts/train_vae.py or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
     add_options(parser, fields(Extractors))
     parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--seed", type=as_type(SEED), default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_intermixed_args()  # folders may stand after options
-    if len(args.folders) - 1 + args.halves + bool(args.vae or args.vae_path) > 1:
-        raise FlowARError("two folders, or one and --vae or --vae_path, or one and --halves: give one of these")
+    if len(args.folders) - 1 + args.halves + bool(args.vae_path) > 1:
+        raise FlowARError("two folders, or one and --vae_path, or one and --halves: give one of these")
     return args
 
 
@@ -69,10 +68,10 @@ def main():
     device = cluster.init(args.device)
     cluster.set_precision(None, device)  # as an evaluation does
     with cluster.first_on_host():  # one download
-        joint = build_extractors(args.feature_extractor, args.fid_weights, device)
+        joint = build_extractors(args.feature_extractor, device)
     through = [None] * len(args.folders)
-    if args.vae or args.vae_path:
-        named = find_vae(args.vae or "kl16", args.vae_path)
+    if args.vae_path:
+        named = find_vae(args.vae_path)
         through.append(through_vae(open_vae_on(named, device)))
     folders = (args.folders * 2)[:len(through)]
     crop, measured = args.img_size is not None, []

@@ -14,7 +14,7 @@ import torch
 from engine_flowar import train
 from models import FlowAR, FlowARError, load_flowar
 from models.registry import recognise_size
-from models.settings import FRACTION, Sampling, one_of, setting
+from models.settings import FRACTION, Sampling, drop_removed, one_of, setting
 from models.variants.ablated import RELEASED
 from models.variants.rectified import RectifiedFlowAR
 from models.weights import file_hash
@@ -22,7 +22,7 @@ from util import cluster
 from util.cluster import AUTOCAST, from_main, log
 from util.command_line import POSITIVE, parse_options
 from util.evaluation.pipeline import saved_sampling
-from util.geometry import check_geometry
+from util.geometry import compare_geometry
 from util.options import TrainingOptions, check_single, given_settings
 from util.recipe import build_run
 from util.speed import prepare
@@ -49,7 +49,7 @@ def open_teacher(args):
     """(FlowAR on the CPU, its Checkpoint, its Sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
-    for name in ("dry_run", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
+    for name in ("dry_run", "init_from", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
     start = checkpoint.open_on_all(args.resume)
@@ -66,7 +66,7 @@ def student_options(args, teacher, path, sampling):
     geometry = {**recognise_size(teacher.state_dict(), path), "scales": teacher.scale}
     for name in ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num"):
         geometry[name] = teacher.config[name]
-    check_geometry(args, geometry, path)
+    compare_geometry(args, geometry, path)
     own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform", "solver": "euler", "cfg": 1.0}
     origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(sampling))
     return replace(args, **geometry, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
@@ -77,9 +77,10 @@ def check_same(args):
     if not from_main(lambda: checkpoint.list_checkpoints(args.output_dir)):
         return
     start = checkpoint.open_on_all(args.output_dir)
+    before = {**start.options, "teacher_sampling": drop_removed(start.options.get("teacher_sampling") or {})}
     for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
-        if start.options.get(name) != getattr(args, name):
-            raise FlowARError(f"{start.path}: its {name} is {start.options.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
+        if before.get(name) != getattr(args, name):
+            raise FlowARError(f"{start.path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
 
 
 def main():

@@ -14,7 +14,7 @@ from pathlib import Path
 from models import FlowARError, load_flowar
 from models.hub import EXPORTED, is_remote
 from models.settings import Sampling, option_name
-from models.vaes import DEFAULT_PATH
+from models.vaes import DEFAULT_PATH, VAES, saved_vae_path
 from models.weights import (BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file,
                             write_safetensors)
 from util.cluster import log, run_main
@@ -29,12 +29,12 @@ from util.training.record import saved_data, saved_origin
 
 CARD, UNKNOWN = "README.md", "not known"
 OF_THIS_MACHINE = ("num_workers", "pin_mem", "timeout", "evaluate")  # numbers that say nothing of the model
-WORDS = ("model", "precision", "lr_schedule", "solver", "time_grid", "cfg_schedule", "num_step_schedule", "head",
-         "objective", "condition", "pyramid", "latent_norm")  # options with a word out of a fixed list
+WORDS = ("model", "precision", "lr_schedule", "solver", "time_grid", "head", "objective", "condition",
+         "pyramid", "latent_norm")  # options with a word out of a fixed list
 RECIPE = ("epochs", "global_batch", "lr", "min_lr", "lr_schedule", "warmup_epochs", "weight_decay", "grad_clip",
           "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
-MEASURED = ("num_images", "labels", "weights", "num_step", "num_step_last", "solver", "cfg", "cfg_schedule", "guidance",
-            "temperature", "seed", "precision", "feature_extractor", "reference_sha256", "reference_images", "device")
+MEASURED = ("num_images", "labels", "weights", "num_step", "num_step_last", "solver", "cfg", "guidance", "seed",
+            "precision", "feature_extractor", "reference_sha256", "reference_images", "device")
 LISTED = 100  # classes: more are in config.json alone
 
 
@@ -65,23 +65,24 @@ def public_options(options):
 
 
 def public_vae(options, copied):
-    """(--vae, --vae_path) as a reader needs them: a name on the hub, or that of the file in the folder."""
-    vae, path = (str(options.get(name) or "") for name in ("vae", "vae_path"))
-    kind, _, spec = vae.partition(":")
-    remote = path if is_remote(path) else None
-    if kind not in ("", "kl16"):
+    """--vae_path as a reader needs it: a name on the hub, or that of the file in the folder. None: KL-16's, which is
+    found without a name, or one that this machine alone has.
+    """
+    path = saved_vae_path(options) or ""
+    kind, _, spec = path.partition(":")
+    if kind in VAES:
         is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not Path(spec.split(":")[0]).exists()
-        return (vae if is_repository or not spec else None), remote
-    if copied or remote or Path(path).name == Path(DEFAULT_PATH).name:  # the last is found without a name
-        return "kl16", copied or remote
-    return "kl16", Path(path).name or None
+        return path if is_repository or not spec else None
+    if copied or is_remote(path):
+        return copied or path
+    return Path(path).name if Path(path).name not in ("", Path(DEFAULT_PATH).name) else None
 
 
 def find_vae_file(args, content):
     """Path of the VAE file to put into the folder, None: none. FlowARError if it is not the one of the run."""
     options, origin = saved_options(content), saved_origin(content)
-    path = args.vae_path or options.get("vae_path")
-    if args.no_vae or not path or options.get("vae", "kl16") != "kl16" or is_remote(path):
+    path = args.vae_path or saved_vae_path(options)
+    if args.no_vae or not path or path.partition(":")[0] in VAES or is_remote(path):
         return None
     if Path(path).name == Path(DEFAULT_PATH).name:
         return None
@@ -97,19 +98,20 @@ def find_vae_file(args, content):
 def describe(args, path, content, model, copied):
     """config.json; a weights file holds a part of it."""
     options, origin, data = saved_options(content), saved_origin(content), saved_data(content)
-    vae, vae_path = public_vae(options, copied)
+    vae_path, own = public_vae(options, copied), saved_vae_path(options) or ""
     sampling, kind = saved_sampling(content, args.resume), find_model(content, path, args.weights).kind
-    given = {"vae": vae, "vae_path": vae_path, "vae_embed_dim": model.config["vae_embed_dim"],
+    given = {"vae_path": vae_path, "vae_embed_dim": model.config["vae_embed_dim"],
              "vae_stride": model.config["vae_stride"],
              **{option_name(field): sampling[field.name] for field in fields(Sampling) if field.name in sampling}}
-    file = vae_path or Path(str(options.get("vae_path") or "")).name
-    name = f"--vae_path {file}" if vae == "kl16" and file else f"--vae {vae}" if vae and vae != "kl16" else None
+    file = vae_path
+    if own.partition(":")[0] not in VAES:
+        file = vae_path or Path(own).name
     of_training = ("label_drop_prob", "attn_dropout", "proj_dropout", "use_checkpoint")
     learning = {name: options[name] for name in of_training if name in options}
     return {"model": {**model.config, **learning}, "parameters": sum(p.numel() for p in model.parameters()),
             "tensors_sha256": tensors_hash(model.state_dict()), "weights": kind,
             "weights_key": "model_ema" if kind == "ema" else "model", "sampling": sampling,
-            "vae": {**origin._asdict(), "name": name, "file": copied},
+            "vae": {**origin._asdict(), "name": f"--vae_path {file}" if file else None, "file": copied},
             "data": {key: data[key] for key in ("classes", "counts", "images", "sha256") if key in data},
             "args": {name: value for name, value in {**public_options(options), **given}.items() if value is not None}}
 

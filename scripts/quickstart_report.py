@@ -97,7 +97,7 @@ def main():
     results = read_report(root / "eval" / "results.json")
     plot_run.save(plot_run.draw([plot_run.read_run(root / "run")]), root / "loss.png")
     network = get_classifier(root, device)
-    extractor = build_extractors(results["feature_extractor"].split(",")[:1], None, device).parts[0]
+    extractor = build_extractors(results["feature_extractor"].split(",")[:1], device).parts[0]
     reference = load_statistics(results["reference"], extractor, results["img_size"])
     count, name = results["num_images"], extractor.distance
     test, test_labels, classes = real_images(root / "images" / "val", count)

@@ -72,7 +72,7 @@ def main():
     if Path(args.output).exists() or not args.output.endswith(".npz"):
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
     with cluster.first_on_host():  # one download
-        joint = build_extractors(args.feature_extractor, args.fid_weights, device)
+        joint = build_extractors(args.feature_extractor, device)
     listing = cluster.from_main(lambda: list_images(args.ref_images))
     options = dict(crop=args.img_size is not None, background=args.background)
     size, held_out = args.img_size, None

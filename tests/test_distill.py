@@ -40,8 +40,8 @@ def test_the_student_is_an_ordinary_checkpoint(project, student):
         assert moved == {name for name, _ in load_flowar(student).named_parameters()}
     args = content["args"]
     assert (args["num_step"], args["cfg"], args["time_grid"], args["solver"]) == (2, 1.0, "uniform", "euler")
-    assert args["teacher_sampling"] == {"num_steps": 6, "num_steps_last": None, "num_step_schedule": "linear", "cfg": 2.0, "guidance": 1.0,
-                                        "guidance_low": 0.0, "cfg_schedule": "linear", "temperature": 1.0, "solver": "euler", "time_grid": "release"}
+    assert args["teacher_sampling"] == {"num_steps": 6, "num_steps_last": None, "cfg": 2.0, "guidance": 1.0,
+                                        "guidance_low": 0.0, "solver": "euler", "time_grid": "release"}
     assert load_flowar(student).config["scale"] == (1, 2, 4)
     losses = [line["loss"] for line in read_log(student) if line["group"] == "train"]
     assert losses[-1] < losses[0]

@@ -118,10 +118,10 @@ def test_training_and_evaluation_need_no_extra(tmp_path):
     hidden = {module for module, packages in packages_distributions().items() if names & {package.lower() for package in packages}}
     assert {"gradio", "datasets", "diffusers", "sklearn", "matplotlib", "pytest"} <= hidden
     p, run = make_project(tmp_path, 2), tmp_path / "run"
-    commands = [training_command(p, run, "--epochs 1 --eval_freq 1 --online_eval --feature_extractor colours --ref_images "
+    commands = [training_command(p, run, "--epochs 1 --eval_freq 1 --online_eval --feature_extractor colours --fid_stats "
                                          f"{p}/images/val"),
                 f"eval.py --resume {run} --vae_path {p}/vae.pth --num_images 4 --num_step 2 --cfg 1,2 --device cpu "
-                f"--output_dir {p}/eval --feature_extractor colours --ref_images {p}/images/val"]
+                f"--output_dir {p}/eval --feature_extractor colours --fid_stats {p}/images/val"]
     done = subprocess.run([sys.executable, "-c", BARE, ",".join(hidden), *commands, run], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -80,11 +80,12 @@ def test_nothing_of_this_machine_is_published(project, monkeypatch, tmp_path):
             assert str(project).encode() not in content and project.name.encode() not in content and b"checkpoint-last" not in content, path
     options = vars(parse_options(TrainingOptions, ["--data_path", "secret", "--resume", "secret", "--log_dir", "secret", "--wandb", "secret"]))
     assert "secret" not in export.public_options(options).values() and export.public_options(options)["epochs"] == 400
-    assert export.public_vae({"vae": f"diffusers:{tmp_path}"}, None) == (None, None)
-    assert export.public_vae({"vae": "diffusers:some/vae:sub"}, None) == ("diffusers:some/vae:sub", None)
-    assert export.public_vae({"vae": "kl16", "vae_path": "/x/kl16.ckpt"}, None) == ("kl16", None)
-    assert export.public_vae({"vae": "kl16", "vae_path": "hf:a/b/c.pth"}, None) == ("kl16", "hf:a/b/c.pth")
-    assert export.public_vae({"vae": "kl16", "vae_path": "/x/my.pth"}, None) == ("kl16", "my.pth")
+    assert export.public_vae({"vae_path": f"diffusers:{tmp_path}"}, None) is None
+    assert export.public_vae({"vae_path": "diffusers:some/vae:sub"}, None) == "diffusers:some/vae:sub"
+    assert export.public_vae({"vae": "diffusers:some/vae:sub"}, None) == "diffusers:some/vae:sub"  # of an earlier version
+    assert export.public_vae({"vae": "kl16", "vae_path": "/x/kl16.ckpt"}, None) is None
+    assert export.public_vae({"vae": "kl16", "vae_path": "hf:a/b/c.pth"}, None) == "hf:a/b/c.pth"
+    assert export.public_vae({"vae_path": "/x/my.pth"}, None) == "my.pth"
 
 
 def card_of(folder):

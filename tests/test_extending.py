@@ -143,7 +143,7 @@ def test_a_dataset(probe, unchanged, project, tmp_path):
 
 
 def test_a_vae(probe, unchanged):
-    found = probe("Your own VAE", "--vae pixels --vae_embed_dim 48", evaluate=True)
+    found = probe("Your own VAE", "--vae_path pixels --vae_embed_dim 48", evaluate=True)
     assert {"train", "val"} <= moved(found, unchanged) and found["report"]["vae"] == "pixels"
 
 

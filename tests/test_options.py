@@ -13,7 +13,7 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from util.files import LOCK
 from util.command_line import parse_options
-from util.options import EvaluationOptions, SaveEvery, TrainingOptions, beyond_release, resolve_training, save_every, sweep
+from util.options import EvaluationOptions, SaveEvery, TrainingOptions, beyond_release, resolve_training, save_every, stored_settings, sweep
 
 LOGS = (".lock", "log.jsonl", "events.out", "run.json")  # how the names of the files begin that a training which ends with an error may leave
 
@@ -81,7 +81,7 @@ TABLE = [
     (TRAIN, "--data_path ''", "--data_path: '': expected a path"),
     (TRAIN, "--scales 1,x", "--scales: '1,x': expected a whole number at least 1"),
     (TRAIN, "--save_every 5h", "--save_every: '5h': expected a number of steps (500) or minutes (30m)"),
-    (TRAIN, "--background blueish", "--background: 'blueish': expected a colour: white, '#ff8000' or 255,128,0"),
+    (TRAIN, "--background blueish", "--background: 'blueish': unknown color specifier: 'blueish'"),
     (TRAIN, "--t_dist normal", "t_dist is 'normal': expected one of uniform, logit_normal, shift"),
     (EVAL, "--solver euler,rk5", "--solver: 'euler,rk5': expected one of euler, heun, ab2, midpoint, rk4"),
     (EVAL, "--guidance 0.5,1.5", "--guidance: '0.5,1.5': expected a number at least 0.0 and at most 1.0"),
@@ -95,8 +95,6 @@ TABLE = [
     (EVAL, "--cfg 2:3:4:5", "cfg has 4 values ((2.0, 3.0, 4.0, 5.0)): expected one for each of 3 scales"),
     (TRAIN, "--num_step 4:5", "num_steps has 2 values ((4, 5)): expected one for each of 3 scales"),
     (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: guidance would act nowhere"),
-    (EVAL, "--num_step_schedule cosine", "num_step_schedule is cosine: it needs num_steps_last"),
-    (EVAL, "--cfg 1:2:3 --cfg_schedule constant", "cfg is 1.0:2.0:3.0, one for each scale: leave out cfg_schedule constant"),
     (EVAL, "--weights raw --guide {p}/run --cfg 1", "--guide {p}/run needs --cfg above 1"),
     (EVAL, "--solver ancestral", "solver is 'ancestral': expected one of euler, heun, ab2, midpoint, rk4"),
     # geometry that cannot work
@@ -111,25 +109,19 @@ TABLE = [
     (TRAIN, "--compile graphs", "--compile graphs is for sampling: in training use --compile"),
     (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
     (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
-    (TRAIN, "--use_cached", "--use_cached needs --cached_path"),
     (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
-    (TRAIN, "--global_batch 24 --accum_iter 2", "--global_batch is 24, but --batch_size 16 x 1 processes x --accum_iter 2 is 32"),
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
     (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --epochs 5", "20 steps in a row were not finite, up to step 21: lower --lr"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
-    (EVAL, "--fid_stats {p}/stats.npz --background black", "--background is of transparent images in --ref_images: leave it out"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
-    (TRAIN, "--evaluate", "--log_freq is for training: leave it out with --evaluate"),
     # files and folders
     (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive or dataset"),
     (TRAIN, "--data_path {p}/empty", "--data_path {p}/empty: there is no train/ in it"),
-    (TRAIN, "--vae nothing", "--vae nothing: expected one of kl16, diffusers"),
     (TRAIN, "--vae_path {p}/file", "{p}/file: cannot be read"),
     (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
     (TRAIN, "--init_from nowhere.pth", "nowhere.pth: no such checkpoint"),
     (TRAIN, "--t_dist 'uniform;shift:2'", "t_dist has 2 values (('uniform', 'shift:2')): expected one for each of 3 scales"),
-    (TRAIN, "--no_val --cached_val_path {p}/shards", "--no_val and --cached_val_path: give one of them"),
     (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background (255, 255, 255), but --background is (0, 0, 0)"),
     (TRAIN, "--cached_path {p}/npz --img_size 32", "its latents are (4, 4, 4), but --img_size / --vae_stride is 8"),
     (TRAIN, "--cached_val_path {p}/empty", "{p}/empty: no cached latents there"),
@@ -145,10 +137,8 @@ TABLE = [
     (EVAL, "--resume {p}/empty", "{p}/empty: no such checkpoint file, nor a directory with checkpoint-last.pth"),
     (EVAL, "--vae_path {p}/channels2.pth", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
     (EVAL, "--model flowar_small", "201 tensors do not fit the model: encoder_pos_embed_learned is (1, 21, 128), the model's is (1, 21, 768)"),
-    (EVAL, "--fid_stats {p}/stats.npz --ref_images {p}/images/val", "--fid_stats and --ref_images are two references: give one"),
     (EVAL, "--fid_stats {p}/stats.npz", "--fid_stats {p}/stats.npz: its feature_extractor is inception, here it is efficientnet-lite0"),
-    (EVAL, "--ref_images {p}/empty", "{p}/empty: 0 images; expected images in class folders"),
-    (EVAL, "--fid_weights {p}/file", "--fid_weights is for inception, but --feature_extractor is efficientnet-lite0"),
+    (EVAL, "--fid_stats {p}/empty", "{p}/empty: 0 images; expected images in class folders"),
     (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: the evaluation there has cfg 2.0, now it is 3.0; choose another --output_dir"),
     # scripts
     (CACHE, "--img_size 18", "--img_size 18 is not a multiple of the VAE's stride 4"),
@@ -164,7 +154,7 @@ TABLE = [
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
     (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
     (SAMPLE, "--class_names {p}/file", "{p}/file: no folder, archive (.zip, .tar) or dataset of images is there"),
-    (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae or --vae_path, or one and --halves: give one of these"),
+    (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae_path, or one and --halves: give one of these"),
     (DISTANCE, "nowhere", "nowhere: no folder, archive (.zip, .tar) or dataset of images is there"),
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is kl16 (tensors "),
@@ -206,7 +196,7 @@ def resolved(options, processes, saved=None):
 
 
 @pytest.mark.parametrize("options,processes,saved,expected", [
-    ("--batch_size 64", 32, None, (64, 1, 2048)), ("--batch_size 64 --accum_iter 4", 8, None, (64, 4, 2048)),
+    ("--batch_size 64", 32, None, (64, 1, 2048)), ("--batch_size 64 --global_batch 4096", 32, None, (64, 2, 4096)),
     ("--batch_size 64 --global_batch 2048", 8, None, (64, 4, 2048)), ("--batch_size 64", 8, 2048, (64, 4, 2048)),
     ("--batch_size 48 --global_batch 256", 4, None, (32, 2, 256)), ("--batch_size 64 --global_batch 512", 8, 2048, (64, 1, 512))])
 def test_global_batch_on_any_number_of_processes(options, processes, saved, expected):
@@ -216,17 +206,11 @@ def test_global_batch_on_any_number_of_processes(options, processes, saved, expe
 @pytest.mark.parametrize("options,processes,saved,message", [
     ("--global_batch 256", 3, None, "a global batch of 256 cannot be split among 3 processes: use a divisor of it, or --global_batch"),
     ("--batch_size 64", 3, 256, "a global batch of 256 cannot be split among 3 processes"),
-    ("--global_batch 2", 4, None, "a global batch of 2 cannot be split among 4 processes"),
-    ("--global_batch 512 --accum_iter 2", 8, None, "--batch_size 64 x 8 processes x --accum_iter 2 is 1024: leave out --accum_iter")])
+    ("--global_batch 2", 4, None, "a global batch of 2 cannot be split among 4 processes")])
 def test_global_batches_that_cannot_be_split(options, processes, saved, message):
     with pytest.raises(FlowARError) as ended:
         resolved(options, processes, saved)
     assert message in str(ended.value)
-
-
-def test_a_base_rate_that_is_not_used_is_said(capsys):
-    resolved("--lr 1e-3 --blr 1e-4", 1)
-    assert "warning: --blr 0.0001 is not used: --lr is given" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text,expected", [
@@ -248,30 +232,36 @@ def test_values_from_python_are_checked_by_the_same_code(options, message):
 
 
 def test_text_and_values_make_the_same_options():
-    text = "--scales 1,2,4 --cfg 1:2:3 --num_step 5 --save_every 7 --t_dist uniform;shift:2;shift:3 --no_flip --background black --fid_weights x"
+    text = "--scales 1,2,4 --cfg 1:2:3 --num_step 5 --save_every 7 --t_dist uniform;shift:2;shift:3 --no_flip --background black --save_images " \
+           "--feature_extractor inception=a,efficientnet-lite0"
     values = dict(scales=[1, 2, 4], cfg=(1, 2, 3), num_step=5, save_every=SaveEvery(7), t_dist=["uniform", "shift:2", "shift:3"], flip=False,
-                  background=(0, 0, 0), fid_weights={"inception": "x"})
+                  background=(0, 0, 0), save_images=["png"], feature_extractor=["inception=a", "efficientnet-lite0"])
     assert parse_options(TrainingOptions, text.split()) == TrainingOptions(**values)
 
 
 def test_settings_come_from_the_options_then_the_checkpoint_then_the_release():
-    stored = {"num_steps": 50, "num_steps_last": 15, "num_step_schedule": "cosine", "cfg": 3.0, "cfg_schedule": "constant"}
-    assert Sampling.of(stored, {}) == Sampling(**stored) and Sampling.of(stored, {"cfg": 2}).cfg_schedule == "constant"
-    assert Sampling.of(stored, {"num_steps": 10}) == Sampling(num_steps=10, cfg=3.0, cfg_schedule="constant")
-    assert Sampling.of(stored, {"cfg": (1, 2)}).cfg_schedule == "linear"
+    stored = {"num_steps": 50, "num_steps_last": 15, "cfg": 3.0}
+    assert Sampling.of(stored, {}) == Sampling(**stored) and Sampling.of(stored, {"cfg": 2}) == Sampling(**{**stored, "cfg": 2})
+    assert Sampling.of(stored, {"num_steps": 10}) == Sampling(num_steps=10, cfg=3.0)
     with pytest.raises(FlowARError, match="steps: no setting of sampling; expected one of cfg, guidance, "):
         Sampling.of(stored, {"steps": 3})
 
 
+def test_a_stored_setting_that_was_removed_is_named_where_it_changed_images(capsys):
+    assert stored_settings({"num_step": 5, "cfg_schedule": "linear", "temperature": None}) == {"num_steps": 5} and not capsys.readouterr().out
+    assert stored_settings({"num_step": 5, "cfg_schedule": "constant"}) == {"num_steps": 5}
+    assert "warning: the checkpoint asks for --cfg_schedule constant, which was removed" in capsys.readouterr().out
+
+
 def test_a_sweep_has_every_combination():
-    args = parse_options(EvaluationOptions, "--cfg 1,2:3 --num_step 5 --solver euler,heun --temperature 0.9,1".split())
+    args = parse_options(EvaluationOptions, "--cfg 1,2:3 --num_step 5 --solver euler,heun --guidance_low 0,0.1".split())
     points = sweep(args)
-    assert len(points) == 8 and points["cfg2.0:3.0_solverheun_temperature0.9"].cfg == (2.0, 3.0)
+    assert len(points) == 8 and points["cfg2.0:3.0_guidance_low0.1_solverheun"].cfg == (2.0, 3.0)
     assert all(point.num_step == 5 for point in points.values())
 
 
 def test_what_is_chosen_beyond_the_release():
-    text = "--cfg_schedule constant --fsdp --no_flip --scales 1,4 --save_every 10"
+    text = "--time_grid uniform --fsdp --no_flip --scales 1,4 --save_every 10"
     chosen = beyond_release(parse_options(TrainingOptions, f"--epochs 3 --cfg 2 {text}".split()))
     assert sorted(chosen.split()) == sorted(text.split())
     assert beyond_release(TrainingOptions()) == ""

@@ -29,7 +29,7 @@ PUBLISHED_EVALUATION = """--model {} --diffloss_d {} --diffloss_w {} --eval_bsz 
 RELEASE_OPTIONS = """--lr 1e-4 --min_lr 1e-5 --lr_schedule constant --weight_decay 0.02 --ema_rate 0.9999 --grad_clip 3.0
     --attn_dropout 0.1 --proj_dropout 0.1 --label_drop_prob 0.1 --class_num 1000 --seed 1 --device cpu --num_workers 10
     --pin_mem --no_pin_mem --online_eval --eval_freq 40 --save_last_freq 5 --use_cached --log_dir logs --start_epoch 3 --buffer_size 0
-    --num_step_last 15 --cfg_schedule constant --temperature 1.0 --accum_iter 2 --scales 1,4,16 --precision bf16"""
+    --num_step_last 15 --global_batch 2048 --scales 1,4,16 --precision bf16"""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_commands_of_other_vaes(vae):
     text = (ROOT / "scripts" / f"flowar_s_{vae}vae.sh").read_text().replace("\\\n", " ")
     for program, options in (("main_flowar.py", TrainingOptions), ("eval.py", EvaluationOptions)):
         args = parse_options(options, shlex.split(re.search(rf"{re.escape(program)} (.*)", text)[1]))
-        assert args.model == "flowar_small" and args.vae == "$VAE"
+        assert args.model == "flowar_small" and args.vae_path == "$VAE"
 
 
 def test_options_of_the_release_and_new_ones():
@@ -149,7 +149,7 @@ def test_two_processes_of_two_forward_passes_train_as_one(project, untrained, tm
     common = (f"main_flowar.py {GEOMETRY} --vae_path {project}/vae.pth --data_path {project}/images --epochs 1 "
               "--warmup_epochs 0 --blr 1e-2 --num_workers 0 --device cpu --attn_dropout 0 --proj_dropout 0 "
               "--eval_freq 100 --num_step 2 --num_images 2")
-    run(f"{common} --batch_size 4 --accum_iter 2 --use_checkpoint --output_dir {tmp_path}/two", processes=2)
+    run(f"{common} --batch_size 4 --global_batch 16 --use_checkpoint --output_dir {tmp_path}/two", processes=2)
     one = train(project, tmp_path / "one", "--epochs 1 --warmup_epochs 0 --attn_dropout 0 --proj_dropout 0")
     two = torch.load(tmp_path / "two" / "checkpoint-last.pth", weights_only=True)
     # AdamW turns rounding of tiny gradients into steps of the learning rate's size: compare with how far training went.

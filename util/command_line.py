@@ -41,20 +41,19 @@ def list_of(kind):
 
 def several(kind):
     """One value of a kind, or a list of them separated by commas."""
+    as_list = list_of(kind)
+
     def convert(value):
         if not isinstance(value, (str, list)):
             return kind(value)
-        values = [kind(part) for part in (value.split(",") if isinstance(value, str) else value)]
+        values = list(as_list(value))
         return values if len(values) > 1 else values[0]
     return convert
 
 
 def color(value):
     """(red, green, blue)."""
-    try:
-        return value if isinstance(value, tuple) else parse_color(value)
-    except ValueError:
-        raise ValueError("expected a colour: white, '#ff8000' or 255,128,0") from None
+    return value if isinstance(value, tuple) else parse_color(value)
 
 
 # ---- dataclasses ----------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from util import cluster
 from util.cluster import AUTOCAST, log
 from util.files import check_place
 from util.speed.memory import FLOAT, STATES, image_bytes, largest_block
+from util.training.optimization import POWER_WIDTHS
 
 GIB, MIB = 2**30, 2**20
+HALF = 2  # bytes
 
 
 def run(args, build_run):
@@ -49,22 +51,16 @@ def place(build, device, dry_run, fsdp):
 def report(args, source, network, optimizer, progress):
     """Print what the training would be that has come this far. args: resolved; progress: where it begins."""
     check_place(Path(args.log_dir or args.output_dir))
-    steps = len(source.loader.dataset) // args.global_batch
     log(f"dry run of {args.dry_run} processes: nothing was written")
-    describe_recipe(args, network, optimizer)
-    describe_data(args, source, network, steps, progress)
-    describe_disk(args, network, steps)
-    describe_memory(args, network)
+    parameters = sum(p.numel() for p in network.parameters())
 
-
-def row(name, text):
-    log(f"{name:<14}{text}")
-
-
-def describe_recipe(args, network, optimizer):
-    decays = " and ".join(f"{sum(p.numel() for p in group['params']):,} with weight decay {group['weight_decay']:g}"
-                          for group in optimizer.param_groups)
-    row("model", f"{args.model}{describe(network)}, {parameters(network):,} parameters ({decays}), {args.precision}")
+    # ---- what is trained, and how
+    groups = []
+    for group in optimizer.param_groups:
+        size = sum(p.numel() for p in group["params"])
+        groups.append(f"{size:,} with weight decay {group['weight_decay']:g}")
+    row("model", f"{args.model}{describe(network)}, {parameters:,} parameters ({' and '.join(groups)}), "
+        f"{args.precision}")
     row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "
         f"{args.patch_size}, {args.class_num} classes; {network.tokens} tokens an image, in scales "
         f"{','.join(map(str, network.scale))}")
@@ -74,51 +70,55 @@ def describe_recipe(args, network, optimizer):
     row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; then {end}; gradients "
         f"clipped at {args.grad_clip:g}; EMA {args.ema_rate:g}")
 
-
-def describe_data(args, source, network, steps, progress):
+    # ---- on what, and how long
     images, kind = len(source.loader.dataset), "cached latents" if source.is_moments else "images, encoded on the fly"
+    steps = images // args.global_batch
     row("data", f"{images:,} {kind}; the last {images % args.global_batch:,} of each epoch's order are left out")
     row("steps", f"{steps:,} an epoch, {steps * args.epochs:,} in all; {network.tokens * args.global_batch:,} tokens a "
         "step")
     row("start", f"at step {progress.step:,}, in epoch {progress.epoch + 1}" if progress.step else "a new run")
 
-
-def describe_disk(args, network, steps):
-    """The size of a checkpoint, and what all take of the disk at most."""
-    posthoc = 2 if args.posthoc_ema else 0
-    size = FLOAT * parameters(network) * (4 + posthoc)  # weights, EMA, two moments, power averages
-    snapshots = steps * args.epochs // args.posthoc_ema if posthoc else 0
-    milestones = args.epochs // args.keep_every if args.keep_every else 0
-    total = size * (args.keep + 1 + milestones) + snapshots * 2 * parameters(network) * 2  # float16
+    # ---- what it takes of the disk at most: a checkpoint has weights, EMA, two moments, power averages
+    size, snapshots, milestones = FLOAT * parameters * 4, 0, 0
+    if args.posthoc_ema:
+        size += FLOAT * parameters * len(POWER_WIDTHS)
+        snapshots = steps * args.epochs // args.posthoc_ema
+    if args.keep_every:
+        milestones = args.epochs // args.keep_every
+    total = size * (args.keep + 1 + milestones) + snapshots * len(POWER_WIDTHS) * parameters * HALF
     free = shutil.disk_usage(check_place(Path(args.output_dir))).free
     row("disk", f"{total / 1e9:.1f} GB at most: {size / 1e9:.2f} a checkpoint, {args.keep} and the one that is written,"
         f" {milestones} for ever, {snapshots} snapshots for --posthoc_ema; {free / 1e9:.1f} GB are free here"
         + (", too few" if free < total else ""))
+    report_memory(args, network, parameters)
 
 
-def describe_memory(args, network):
-    """A GPU's, with and without --use_checkpoint."""
-    dtype, one, posthoc = AUTOCAST.get(args.precision), FLOAT * parameters(network), 2 if args.posthoc_ema else 0
-    fixed, low = one * (STATES + posthoc), 2 * parameters(network) if dtype else 0
+def row(name, text):
+    log(f"{name:<14}{text}")
+
+
+def report_memory(args, network, parameters):
+    """Print what a GPU's memory holds, with and without --use_checkpoint."""
+    dtype = AUTOCAST.get(args.precision)
+    states = FLOAT * parameters * (STATES + (len(POWER_WIDTHS) if args.posthoc_ema else 0))
+    copies = HALF * parameters if dtype else 0
     # A GPU's kernels of attention hold no weights, with or without dropout.
     an_image = [image_bytes(network, dtype, attn_dropout=0.0, use_checkpoint=recompute) for recompute in (True, False)]
-    sharded = fixed / args.dry_run + largest_block(network)
-
-    def line(name, values):
-        first, second = (f"{value / GIB:.{1 if value > GIB / 10 else 3}f}" for value in values)
-        log(f"  {name:<66}{first:>8}{second:>12}")
-
+    activations = [args.batch_size * size for size in an_image]
+    sharded = states / args.dry_run + largest_block(network)
     log(f"memory of a GPU, GiB{'':<48}{'with':>10}{'without':>12} --use_checkpoint")
-    line(f"weights, gradients, moments, EMA{', power averages' * bool(posthoc)}", [fixed] * 2)
-    if low:
-        line(f"copies of the weights in {args.precision}", [low] * 2)
+    line(f"weights, gradients, moments, EMA{', power averages' * bool(args.posthoc_ema)}", [states] * 2)
+    if dtype:
+        line(f"copies of the weights in {args.precision}", [copies] * 2)
     line(f"activations of {args.batch_size} images ({an_image[0] / MIB:.0f} and {an_image[1] / MIB:.0f} MiB each)",
-         [args.batch_size * size for size in an_image])
-    line("together", [fixed + low + args.batch_size * size for size in an_image])
+         activations)
+    line("together", [states + copies + size for size in activations])
     line(f"together with --fsdp: the first line over {args.dry_run}, one block whole",
-         [sharded + low + args.batch_size * size for size in an_image])
+         [sharded + copies + size for size in activations])
     log("  not counted: CUDA and NCCL themselves, fragments, and the VAE where it encodes images")
 
 
-def parameters(network):
-    return sum(p.numel() for p in network.parameters())
+def line(name, sizes):
+    """Print bytes with and without --use_checkpoint in GiB."""
+    first, second = (f"{size / GIB:.{1 if size > GIB / 10 else 3}f}" for size in sizes)
+    log(f"  {name:<66}{first:>8}{second:>12}")

@@ -6,24 +6,27 @@ from models import FlowARError
 GEOMETRY = dict(model="flowar_small", img_size=256, vae_stride=16, vae_embed_dim=16, patch_size=1, class_num=1000)
 
 
-def resolve_geometry(args, known=None):
-    """The options with the geometry that was not given: from `known` (of checkpoint and VAE), else the release's."""
-    known = {**GEOMETRY, **(known or {})}
-    args = replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
+def resolve_geometry(args, geometry=None):
+    """The options with what they do not give: from `geometry`, of checkpoint and VAE, else the release's."""
+    for name, value in {**GEOMETRY, **(geometry or {})}.items():
+        if getattr(args, name) is None:
+            args = replace(args, **{name: value})
     if args.scales is None:
         args = replace(args, scales=default_scales(args.img_size // (args.vae_stride * args.patch_size)))
     return args
 
 
 def default_scales(side):
-    """1, 2, 4, ... up to `side`; 32 for 512-pixel images."""
-    side = max(side, 1)
-    return (*(2**k for k in range(side.bit_length()) if 2**k < side), side)
+    """1, 2, 4, ... up to `side`, at least 1."""
+    scales = [1]
+    while scales[-1] < side:
+        scales.append(min(2 * scales[-1], side))
+    return tuple(scales)
 
 
-def check_geometry(args, known, file):
+def compare_geometry(args, geometry, file):
     """FlowARError that names the first option that contradicts what a checkpoint's tensors say."""
-    for option, value in known.items():
+    for option, value in geometry.items():
         if getattr(args, option) not in (None, value):
             why = " (they follow from --img_size, --vae_stride and --patch_size)" if option == "scales" else ""
             raise FlowARError(f"--{option} is {getattr(args, option)}, but {file} was trained with {value}{why}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from util.cluster import gather_to_main, is_main, world_size
+from util.cluster import gather_to_main, world_size
 from util.files import make_directory, read_json, write_json
 from util.training.record import shorten
 
@@ -33,7 +33,7 @@ def describe_start(record, device, **more):
     """
     machine, data, vae = describe_machine(device), record["data"], record["vae"]
     devices = gather_to_main(machine["device"])
-    if not is_main():
+    if devices is None:
         return None
     hardware = {"world_size": machine["world_size"], "devices": dict(Counter(devices)), "cpus": os.cpu_count()}
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "program": Path(sys.argv[0]).name,
@@ -56,20 +56,19 @@ def add_start(folder, description):
 
 def describe_machine(device):
     """{world_size, device, versions}: where figures come from."""
-    return {"world_size": world_size(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         **{name: package_version(name) for name in PACKAGES}}}
-
-
-def package_version(name):
-    with contextlib.suppress(PackageNotFoundError):
-        return version(name)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {"world_size": world_size(), "device": name, "versions": versions}
 
 
 def processor_name():
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "cpu"

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from models import MODELS, FlowARError
 from models.flow_matching import read_time_distribution
-from models.settings import FRACTION, Sampling, as_text, number, one_of, option_name, setting
+from models.settings import FRACTION, REMOVED, Sampling, as_text, number, one_of, option_name, setting
 from models.variants import ablated
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.command_line import (BELOW_ONE, COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Checked, choices_of,
-                               color, flag, list_of, optional_path, path, several, take_options, turned_off_by)
+                               color, flag, list_of, optional_path, path, several, turned_off_by)
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 BASE_RATE = 5e-5
@@ -32,14 +32,6 @@ def time_distribution(value):
     for part in parts:
         read_time_distribution(part)
     return tuple(parts) if len(parts) > 1 else parts[0]
-
-
-def extractor_files(value):
-    """{network: file} of 'NAME=FILE,NAME=FILE', or of Inception's FILE alone."""
-    if isinstance(value, dict):
-        return value
-    pairs = [part.rpartition("=") for part in value.split(",")]
-    return {name or "inception": path(file) for name, _, file in pairs}
 
 
 class SaveEvery(NamedTuple):
@@ -71,8 +63,8 @@ class Model(Checked):
     """model and VAE"""
     model: str = setting(None, "size; default: the checkpoint's, else flowar_small", one_of(*MODELS))
     img_size: int = setting(None, "pixels a side; default: the checkpoint's or the cache's, else 256", PIXELS)
-    vae_path: str = setting(None, "the VAE's file: a path, hf:OWNER/REPO/FILE or released:kl16; default: the run's, "
-                            "else pretrained_models/vae/kl16.ckpt", path)
+    vae_path: str = setting(None, "the VAE: a file, hf:OWNER/REPO/FILE, released:kl16 or diffusers:PATH_OR_REPOSITORY"
+                            "[:SUBFOLDER]; default: the run's, else pretrained_models/vae/kl16.ckpt", path)
     vae_embed_dim: int = setting(None, "latent channels; default: the VAE's, else 16", POSITIVE)
     vae_stride: int = setting(None, "pixels of a latent cell, a side; default: the VAE's, else 16", POSITIVE)
     patch_size: int = setting(None, "latent cells of a token, a side; default: the checkpoint's, else 1", POSITIVE)
@@ -80,8 +72,6 @@ class Model(Checked):
     diffloss_d: int = setting(None, "blocks of the flow head; default: the size's", POSITIVE)
     diffloss_w: int = setting(None, "width of the flow head; default: the size's", POSITIVE)
     buffer_size: int = setting(0, "only 0 exists", COUNT)
-    vae: str = setting("kl16", "kl16 (the file of --vae_path) or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]", str,
-                       beyond=True)
     scales: tuple = setting(None, "tokens a side of every scale, as 1,2,4,8,16; default: doubling up to the latent's "
                             "size", list_of(POSITIVE), beyond=True)
 
@@ -111,7 +101,7 @@ class Run(Checked):
 class Output(Checked):
     """files"""
     output_dir: str = setting("./output_dir", "where everything is written", path)
-    timeout: float = setting(TIMEOUT, "seconds after which a collective or a data worker counts as dead",
+    timeout: float = setting(TIMEOUT, "seconds that a process waits for the others, or for data, before the run ends",
                              number(float, 1.0, 1e6), beyond=True)
 
 
@@ -143,7 +133,7 @@ class Training(Checked):
     warmup_epochs: float = setting(100, "epochs of linear warm-up", REAL)
     batch_size: int = setting(64, "images of a process and forward pass", POSITIVE)
     lr: float = setting(None, "peak learning rate; default: blr x global batch / 256", REAL)
-    blr: float = setting(None, f"base learning rate; default {BASE_RATE:g}", REAL)
+    blr: float = setting(None, f"base learning rate, where --lr is not given; default {BASE_RATE:g}", REAL)
     min_lr: float = setting(1e-5, "learning rate at the end of the cosine", REAL)
     lr_schedule: str = setting("cosine", "after the warm-up", one_of(*LR_SCHEDULES))
     weight_decay: float = setting(0.02, "on parameters with two or more dimensions", REAL)
@@ -158,9 +148,9 @@ class Training(Checked):
     eval_freq: int = setting(40, "epochs between validation loss, samples and --online_eval", POSITIVE)
     online_eval: bool = flag("measure the EMA's images every --eval_freq epochs")
     log_dir: str = setting(None, "folder of TensorBoard's files; default: the output folder", path)
-    accum_iter: int = setting(1, "forward passes of an optimizer step", POSITIVE, beyond=True)
-    global_batch: int = setting(None, "images of an optimizer step; default: the checkpoint's, else batch_size x "
-                                "processes x accum_iter", POSITIVE, beyond=True)
+    global_batch: int = setting(None, "images of an optimizer step, in as many forward passes as it takes; default: "
+                                "the checkpoint's, else batch_size x processes", POSITIVE, beyond=True)
+    accum_iter: int = 1  # forward passes of an optimizer step: they follow, see resolve_training
     save_every: SaveEvery = setting(SaveEvery(minutes=30.0), "checkpoints within an epoch: after so many steps (500) "
                                     "or minutes (30m); 0: none", save_every, beyond=True)
     keep: int = setting(2, "checkpoints to keep", POSITIVE, beyond=True)
@@ -170,38 +160,36 @@ class Training(Checked):
                          nargs="?", const="flowar", metavar="PROJECT")
     init_from: str = setting("", "weights that a new run starts from; classes, image size and scales may differ",
                              optional_path, beyond=True)
-    ema_warmup: bool = flag("EMA rate of at most (1 + n) / (10 + n) at step n, which forgets the random start",
-                            beyond=True)
     posthoc_ema: int = setting(0, "steps between snapshots for scripts/posthoc_ema.py; 0: none", COUNT, beyond=True)
     fsdp: bool = flag("shard weights, gradients, optimizer and EMA among the processes (FSDP2)", beyond=True)
-    deterministic: bool = flag("deterministic algorithms on CUDA, where they are slower", beyond=True)
+    deterministic: bool = flag("on CUDA a resumed run has the same bits: slower, deterministic algorithms", beyond=True)
     t_dist: str | tuple = setting("uniform", "times of training: uniform, logit_normal:MEAN,STD or shift:K; or one for "
                                   "each scale, separated by ;", time_distribution, beyond=True)
-    condition_noise: float = setting(0.0, "largest std of the noise on the coarser scales that training reads", REAL,
-                                     beyond=True)
-    head: str = setting("scale", "tokens of a scale attend to each other in the flow head, or each token is alone",
+    head: str = setting("scale", "ablation: in the flow head the tokens of a scale attend to each other, or not",
                         one_of(*ablated.CHOICES["head"]), beyond=True)
-    objective: str = setting("flow", "flow matching, or DDPM's epsilon", one_of(*ablated.CHOICES["objective"]),
-                             beyond=True)
-    condition: str = setting("spatial_adaln", "how the transformer's condition enters the flow head",
+    objective: str = setting("flow", "ablation: flow matching, or DDPM's epsilon",
+                             one_of(*ablated.CHOICES["objective"]), beyond=True)
+    condition: str = setting("spatial_adaln", "ablation: how the transformer's condition enters the flow head",
                              one_of(*ablated.CHOICES["condition"]), beyond=True)
-    pyramid: str = setting("latent", "coarse scales are the latent downsampled, or latents of the image downsampled",
+    pyramid: str = setting("latent", "ablation: coarse scales are the downsampled latent, or of the downsampled image",
                            one_of(*ablated.CHOICES["pyramid"]), beyond=True)
     dry_run: int = setting(None, "check and describe this training of N processes, without a GPU, and write nothing",
                            POSITIVE, beyond=True, metavar="N")
 
 
-def sampling_option(field):
-    """(name, type, field) of an option for a setting of sampling: nothing chosen by default; lists are for sweeps."""
-    kind = field.metadata["kind"]
-    help = f"{field.metadata['help']}; default: the checkpoint's, else {field.default}"
-    more = {"metavar": choices_of(kind), "beyond": field.metadata.get("beyond", False)}
-    return option_name(field), object, setting(None, help, several(kind), **more)
+def sampling_options():
+    """(name, type, field) of an option for each setting of models.settings.Sampling; None is not chosen."""
+    options = []
+    for field in fields(Sampling):
+        kind, beyond = field.metadata["kind"], field.metadata.get("beyond", False)
+        help = f"{field.metadata['help']}; default: the checkpoint's, else {field.default}"
+        option = setting(None, help, several(kind), metavar=choices_of(kind), beyond=beyond)
+        options.append((option_name(field), object, option))
+    return options
 
 
-SamplingSettings = dataclasses.make_dataclass(
-    "SamplingSettings", map(sampling_option, fields(Sampling)),
-    namespace={"__doc__": "sampling (an evaluation takes several values of each, separated by commas)"})
+SamplingSettings = dataclasses.make_dataclass("SamplingSettings", sampling_options())
+SamplingSettings.__doc__ = "sampling (an evaluation takes several values of each, separated by commas)"
 
 
 @dataclass
@@ -215,10 +203,9 @@ class Drawing(SamplingSettings, Checked):
 @dataclass
 class Extractors(Checked):
     """feature networks"""
-    feature_extractor: tuple = setting(("inception",), "network of the metrics, or several, NAME,NAME; default "
-                                       "inception", list_of(str), beyond=True)
-    fid_weights: dict = setting(None, "their weights: NAME=FILE,NAME=FILE, or Inception's FILE; default: downloaded",
-                                extractor_files, beyond=True)
+    feature_extractor: tuple = setting(("inception",), "networks of the metrics, NAME,NAME, or NAME=FILE with their "
+                                       "weights, which otherwise are downloaded; default inception", list_of(str),
+                                       beyond=True)
 
 
 @dataclass
@@ -226,14 +213,13 @@ class Evaluation(Extractors):
     """evaluation"""
     num_images: int = setting(50000, "images to generate", POSITIVE)
     evaluate: bool = flag("evaluate --resume instead of training; eval.py always does")
-    fid_stats: str = setting(None, "reference statistics: mu and sigma, and features for KID, precision and recall; "
-                             "default: fid_stats/adm_in256_stats.npz", path, beyond=True)
-    ref_images: str = setting(None, "folder of reference images, instead of --fid_stats", path, beyond=True)
+    fid_stats: str = setting(None, "reference: an .npz of statistics, with features for KID, precision and recall, or "
+                             "a folder of images; default: fid_stats/adm_in256_stats.npz", path, beyond=True)
     labels: str = setting("balanced", "balanced, train (in the proportions of the training images), or a file with a "
                           "label or class name a line", path, beyond=True)
-    all_classes: bool = flag("sample classes without training images too", beyond=True)
-    save_images: bool = flag("write the images as PNGs to images/", beyond=True)
-    save_npz: bool = flag("write the images to samples.npz, as ADM's evaluator reads them", beyond=True)
+    save_images: tuple = setting((), "write the images: png to images/ (default), npz to samples.npz, as ADM's "
+                                 "evaluator reads them, or png,npz", list_of(one_of("png", "npz")), beyond=True,
+                                 nargs="?", const="png", metavar="KIND")
 
 
 @dataclass
@@ -245,8 +231,8 @@ class SamplingOptions(Model, Drawing, Weights, Run):
 class EvaluationOptions(Model, Drawing, Evaluation, Weights, Run, Output):
     """eval.py"""
     data_path: str = setting("./data/imagenet", "for the published commands; not read", path)
-    background: tuple = setting(None, "under transparent pixels of --ref_images: white (default), '#ff8000' or "
-                                "255,128,0", color, beyond=True)
+    background: tuple = setting(None, "under transparent pixels of the reference's images: white (default), "
+                                "'#ff8000' or 255,128,0", color, beyond=True)
 
 
 @dataclass
@@ -259,22 +245,30 @@ class TrainingOptions(Model, Training, Data, Drawing, Evaluation, Weights, Run, 
 
 def given_settings(args):
     """{setting: value} of the settings of sampling that the options choose."""
-    chosen = {field.name: getattr(args, option_name(field)) for field in fields(Sampling)}
-    return {name: value for name, value in chosen.items() if value is not None}
+    return stored_settings(vars(args))
 
 
 def stored_settings(options):
     """{setting: value} of the settings of sampling among {option: value}, as a checkpoint holds them."""
-    stored = {field.name: options.get(option_name(field)) for field in fields(Sampling)}
-    return {name: value for name, value in stored.items() if value is not None}
+    for name, neutral in REMOVED.items():
+        if options.get(name) not in (None, neutral):
+            log(f"warning: the checkpoint asks for --{name} {options[name]}, which was removed: its images are others")
+    stored = {}
+    for field in fields(Sampling):
+        value = options.get(option_name(field))
+        if value is not None:
+            stored[field.name] = value
+    return stored
 
 
 def sweep(args):
     """{name: options with one value each} for every combination of the settings that have several values."""
-    varied = {name: values for name, values in vars(args).items() if name in SETTINGS and isinstance(values, list)}
-    points = [dict(zip(varied, values)) for values in itertools.product(*varied.values())]
-    return {"_".join(name + as_text(value) for name, value in point.items()): replace(args, **point)
-            for point in points}
+    varied = {name: getattr(args, name) for name in SETTINGS if isinstance(getattr(args, name), list)}
+    combinations = {}
+    for values in itertools.product(*varied.values()):
+        name = "_".join(option + as_text(value) for option, value in zip(varied, values))
+        combinations[name] = replace(args, **dict(zip(varied, values)))
+    return combinations
 
 
 def check_single(args):
@@ -289,11 +283,10 @@ def check_single(args):
 
 def model_options(args):
     """FlowAR's arguments out of the options."""
-    names = {field.name for field in fields(args)}
-    ours = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
-            "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist",
-            "condition_noise", "head", "objective", "condition", "pyramid")
-    return {"scale": args.scales, **{name: getattr(args, name) for name in ours if name in names}}
+    names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
+             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist",
+             "head", "objective", "condition", "pyramid")
+    return {"scale": args.scales, **{name: value for name, value in vars(args).items() if name in names}}
 
 
 def chosen_beyond(args):
@@ -306,10 +299,12 @@ def beyond_release(args):
     """'--option value ...' of what is chosen beyond the release's options."""
     words = []
     for field in chosen_beyond(args):
-        name, value = option_name(field), getattr(args, field.name)
-        if isinstance(value, tuple) and not isinstance(value, SaveEvery):
-            value = (":" if name in SETTINGS else ";" if name == "t_dist" else ",").join(map(str, value))
-        words.append(f"--{name}" if isinstance(value, bool) else f"--{name} {value}")
+        value = getattr(args, field.name)
+        words.append(f"--{option_name(field)}")
+        if type(value) is tuple:
+            words.append((";" if field.name == "t_dist" else ",").join(map(str, value)))
+        elif not isinstance(value, bool):
+            words.append(str(value))
     return " ".join(words)
 
 
@@ -318,15 +313,11 @@ def check_training(args):
     check_single(args)
     if args.compile == "graphs":
         raise FlowARError("--compile graphs is for sampling: in training use --compile")
-    if args.use_cached and not args.cached_path:
-        raise FlowARError("--use_cached needs --cached_path")
-    if args.no_val and args.cached_val_path:
-        raise FlowARError("--no_val and --cached_val_path: give one of them")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}")
     if args.fsdp and args.precision == "fp16":
         raise FlowARError("--fsdp with --precision fp16: every process would scale its own loss; use bf16 or fp32")
-    ignored = ["guide", "weights", "save_images", "save_npz"]
+    ignored = ["guide", "weights", "save_images"]
     if not args.online_eval:
         ignored += [field.name for field in fields(Evaluation) if field.metadata.get("beyond")]
     for field in chosen_beyond(args):
@@ -334,38 +325,22 @@ def check_training(args):
             raise FlowARError(f"--{option_name(field)} is for an evaluation (--evaluate, or --online_eval in training)")
 
 
-def evaluation_options(args):
-    """eval.py's options out of a training's with --evaluate; FlowARError for one that an evaluation would ignore."""
-    read = {"deterministic", *(field.name for field in fields(EvaluationOptions))}
-    for field in chosen_beyond(args):
-        if field.name not in read:
-            raise FlowARError(f"--{option_name(field)} is for training: leave it out with --evaluate")
-    return take_options(EvaluationOptions, args)
-
-
 def resolve_training(args, world_size, saved_batch=None):
-    """The options with global batch, forward passes, peak learning rate. saved_batch: global batch before a resume."""
-    asked = args.batch_size * world_size * args.accum_iter
-    if args.global_batch and args.accum_iter > 1 and args.global_batch != asked:
-        raise FlowARError(f"--global_batch is {args.global_batch}, but --batch_size {args.batch_size} x {world_size} "
-                          f"processes x --accum_iter {args.accum_iter} is {asked}: leave out --accum_iter, which "
-                          "follows from the others")
-    args = replace(args, global_batch=args.global_batch or saved_batch or asked)
-    if args.global_batch != asked:
-        args = split_global_batch(args, world_size)
-    if args.lr is not None and args.blr is not None:
-        log(f"warning: --blr {args.blr:g} is not used: --lr is given")
+    """The options with the global batch, its batches (at most the one given) and forward passes, and the peak learning
+    rate. saved_batch: the global batch before a resume.
+    """
+    at_once = args.batch_size * world_size
+    args = replace(args, global_batch=args.global_batch or saved_batch or at_once)
+    if args.global_batch != at_once:
+        each, rest = divmod(args.global_batch, world_size)
+        if rest:
+            raise FlowARError(f"a global batch of {args.global_batch} cannot be split among {world_size} processes: "
+                              "use a divisor of it, or --global_batch")
+        batch = max(size for size in range(1, min(args.batch_size, each) + 1) if each % size == 0)
+        passes = each // batch
+        log(f"global batch {args.global_batch}: {batch} images x {world_size} processes x {passes} forward passes")
+        args = replace(args, batch_size=batch, accum_iter=passes)
     if args.lr is None:
-        args = replace(args, lr=peak_learning_rate(BASE_RATE if args.blr is None else args.blr, args.global_batch))
+        blr = BASE_RATE if args.blr is None else args.blr
+        args = replace(args, lr=peak_learning_rate(blr, args.global_batch))
     return args
-
-
-def split_global_batch(args, world_size):
-    """The options with --batch_size, at most the one given, and --accum_iter that make the global batch."""
-    each, rest = divmod(args.global_batch, world_size)
-    if rest:
-        raise FlowARError(f"a global batch of {args.global_batch} cannot be split among {world_size} processes: use a "
-                          "divisor of it, or --global_batch")
-    batch = max(size for size in range(1, min(args.batch_size, each) + 1) if each % size == 0)
-    log(f"global batch {args.global_batch}: {batch} images x {world_size} processes x {each // batch} forward passes")
-    return replace(args, batch_size=batch, accum_iter=each // batch)

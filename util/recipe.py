@@ -16,7 +16,7 @@ from util.evaluation.metrics import Measure, build_measure
 from util.evaluation.pipeline import build_sampler, plan_reports
 from util.evaluation.sampler import Sampler
 from util.evaluation.store import Plan
-from util.geometry import check_geometry
+from util.geometry import compare_geometry
 from util.options import beyond_release, check_training, given_settings, model_options, resolve_training
 from util.speed import prepare
 from util.training import checkpoint
@@ -101,7 +101,7 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     record = make_record(vars(args), data.identity, data.origin)
     if start:
         start.check_trained_on(record)
-        check_geometry(args, start.geometry(args.vae_embed_dim), start.path)
+        compare_geometry(args, start.geometry(args.vae_embed_dim), start.path)
     check_classes(record["data"]["classes"], args.class_num)
     plan = from_main(lambda: plan_reports(args, record["data"]))
     measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
@@ -114,7 +114,7 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     network.plan_sampling(Sampling.of({}, given_settings(args)))  # of the reports: refuses now what does not fit
     if args.init_from and start is None:
         load_initial_weights(args.init_from, network, record)
-    ema = EMA(network, args.ema_rate, args.ema_warmup, posthoc=args.posthoc_ema > 0)
+    ema = EMA(network, args.ema_rate, posthoc=args.posthoc_ema > 0)
     if args.compile and not args.dry_run:
         prepare.compile_training(network)
         prepare.compile_sampling(ema.module, args.compile)

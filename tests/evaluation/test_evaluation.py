@@ -37,7 +37,7 @@ def checkpoint(project):
 def whole(project, checkpoint):
     """An undisturbed evaluation of 10 images in batches of 4, and its folder."""
     output = project / "whole"
-    report = evaluate(project, checkpoint, output, f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val")
+    report = evaluate(project, checkpoint, output, f"--eval_bsz 4 --save_images png,npz --fid_stats {project}/images/val")
     return report, output
 
 
@@ -128,7 +128,7 @@ def test_compile_is_for_all_that_computes(project, checkpoint, whole, tmp_path, 
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(getattr(function, "__self__", None)) or function)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    report = evaluate(project, checkpoint, tmp_path, f"--eval_bsz 4 --compile --ref_images {project}/images/val")
+    report = evaluate(project, checkpoint, tmp_path, f"--eval_bsz 4 --compile --fid_stats {project}/images/val")
     names = [type(module).__name__ for module in compiled if module is not None]  # others: trials
     assert names == ["AttnMLPBlock"] + ["FinalLayer", "Decoder", "EfficientNetLite0"]
     assert report[METRIC] == whole[0][METRIC]
@@ -138,7 +138,7 @@ def test_compile_is_for_all_that_computes(project, checkpoint, whole, tmp_path, 
 
 
 def test_images_do_not_depend_on_processes_and_batches(project, checkpoint, whole, tmp_path):
-    images, options = pictures(whole[1]).astype(int), f"--save_images --ref_images {project}/images/val"
+    images, options = pictures(whole[1]).astype(int), f"--save_images --fid_stats {project}/images/val"
     run(evaluation_command(project, checkpoint, tmp_path / "two", f"--eval_bsz 4 {options}"), processes=2)
     two, three = json.loads((tmp_path / "two" / "results.json").read_text()), evaluate(project, checkpoint, tmp_path / "three", f"--eval_bsz 3 {options}")
     assert (two["world_size"], three["world_size"]) == (2, 1) and images.std() > 1
@@ -153,7 +153,7 @@ def test_images_do_not_depend_on_processes_and_batches(project, checkpoint, whol
     (seams.LATENTS, 2, 2), (seams.PNG, 6, 2), (seams.REMOVAL, 0, 0),
     *(pytest.param(*where, marks=pytest.mark.slow) for where in ((seams.KEPT_BATCH, 1, 2), (seams.NPZ, 0, 0), (seams.REPORT, 0, 0)))])
 def test_interrupted_it_goes_on(project, checkpoint, whole, tmp_path, monkeypatch, where, calls, left):
-    options = f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val"
+    options = f"--eval_bsz 4 --save_images png,npz --fid_stats {project}/images/val"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         seams.interrupt(patch, where, calls)
         evaluate(project, checkpoint, tmp_path / "out", options)
@@ -166,7 +166,7 @@ def test_interrupted_it_goes_on(project, checkpoint, whole, tmp_path, monkeypatc
 
 
 def test_a_torn_batch_is_sampled_again_by_another_commit_too(project, checkpoint, whole, tmp_path, monkeypatch, capsys):
-    options = f"--eval_bsz 4 --save_images --save_npz --ref_images {project}/images/val"
+    options = f"--eval_bsz 4 --save_images png,npz --fid_stats {project}/images/val"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(manifest, "code_version", lambda: "abc")
         seams.interrupt(patch, seams.METRICS)
@@ -175,7 +175,7 @@ def test_a_torn_batch_is_sampled_again_by_another_commit_too(project, checkpoint
     torn.write_bytes(torn.read_bytes()[:-100])
     (tmp_path / "out" / "images" / "000002.png").write_bytes(b"")  # of another batch, whose features are whole
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    (tmp_path / "out" / "settings.json").write_text(json.dumps({**settings, "code_sha256": "of an earlier version"}))
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({**settings, "code_sha256": "of an earlier version", "cfg_schedule": "linear"}))
     sampled = seams.count(monkeypatch, seams.LATENTS)
     assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0]) and len(sampled) == 2
     assert np.array_equal(pictures(tmp_path / "out"), pictures(whole[1]))
@@ -197,16 +197,16 @@ def test_a_moved_run_is_known_again(project, checkpoint, colors, tmp_path, monke
     for name, source in {"run": checkpoint, "images": project / "images" / "val"}.items():
         shutil.copytree(source, tmp_path / "a" / name)
     shutil.copy(project / "vae.pth", tmp_path / "a" / "vae.pth")
-    first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"{colors} --ref_images {tmp_path}/a/images")
+    first = evaluate(tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "out", f"{colors} --fid_stats {tmp_path}/a/images")
     assert len(first["labels_sha256"]) == len(first["reference_sha256"]) == 64
     (tmp_path / "a").rename(tmp_path / "b")
     calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (metrics, "extract_folder"))]
-    again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --ref_images {tmp_path}/b/images")
+    again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --fid_stats {tmp_path}/b/images")
     assert again == first and "evaluated already" in capsys.readouterr().out
     assert calls == [[], []]  # no image, no feature
     (tmp_path / "b" / "images" / "3" / "000.png").unlink()
     with pytest.raises(FlowARError, match="has reference_sha256 .*; choose another"):
-        evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --ref_images {tmp_path}/b/images")
+        evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --fid_stats {tmp_path}/b/images")
     torch.save({**torch.load(checkpoint / "checkpoint-last.pth", weights_only=True), "more": 1}, tmp_path / "other.pth")
     with pytest.raises(FlowARError, match="has checkpoint_sha256 "):
         evaluate(tmp_path / "b", tmp_path / "other.pth", tmp_path / "b" / "out", colors)
@@ -232,7 +232,7 @@ def test_a_sweeps_table_has_rows_of_other_settings_alike(project, checkpoint, tm
 
 
 def test_sweep(project, checkpoint, colors, tmp_path):
-    evaluate(project, checkpoint, tmp_path, f"--cfg 1,2.5 --guidance 0.5,1 --num_step 4 {colors} --ref_images {project}/images/val")
+    evaluate(project, checkpoint, tmp_path, f"--cfg 1,2.5 --guidance 0.5,1 --num_step 4 {colors} --fid_stats {project}/images/val")
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [(row["cfg"], row["guidance"]) for row in rows] == [("1.0", "0.5"), ("1.0", "1.0"), ("2.5", "0.5"), ("2.5", "1.0")]
     metric = "frechet_distance_colors"
@@ -255,7 +255,7 @@ def test_evaluations_of_the_network_are_reported(project, checkpoint, tmp_path):
 def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
     common, online = "--eval_freq 1 --attn_dropout 0.2", f"--online_eval {colors}"
     plain = train(project, tmp_path / "plain", common)
-    watched = train(project, tmp_path / "watched", f"{common} {online} --num_images 6 --ref_images {project}/images/val")
+    watched = train(project, tmp_path / "watched", f"{common} {online} --num_images 6 --fid_stats {project}/images/val")
     assert all(torch.equal(plain[key][name], watched[key][name]) for key in ("model", "model_ema") for name in plain[key])
     for epoch in (1, 2):
         result = json.loads((tmp_path / "watched" / f"eval_epoch000{epoch}" / "results.json").read_text())
@@ -266,7 +266,7 @@ def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
 
 def test_pictures_that_are_not_finite_end_no_training(project, colors, tmp_path, monkeypatch, capsys):
     seams.wrap(monkeypatch, seams.DECODED, lambda original, *args: (original(*args)[0], torch.zeros(len(args[1]), dtype=torch.bool)))
-    train(project, tmp_path, f"--epochs 1 --online_eval {colors} --num_images 6 --ref_images {project}/images/val")
+    train(project, tmp_path, f"--epochs 1 --online_eval {colors} --num_images 6 --fid_stats {project}/images/val")
     assert "warning: no evaluation: 6 of 6 images are not finite" in capsys.readouterr().out and not list(tmp_path.glob("eval*/results.json"))
 
 

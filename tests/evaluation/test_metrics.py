@@ -24,8 +24,8 @@ from torch_fidelity import feature_extractor_clip as clip
 from util.evaluation import extractors, metrics, references
 
 
-def build(feature_extractor="inception", fid_weights=None):
-    return extractors.EXTRACTORS[feature_extractor](torch.device("cpu"), fid_weights)
+def build(feature_extractor="inception", file=None):
+    return extractors.EXTRACTORS[feature_extractor](torch.device("cpu"), file)
 
 
 def extract(folder, *args, **options):
@@ -99,7 +99,7 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
         for i, file in enumerate(sorted((tmp_path / split).rglob("*.png"))[:10]):
             Image.open(file).convert("RGB").save(tmp_path / f"flat_{split}" / f"{i:03d}.png")
     files, cpu = {"inception": random_inception, **random_transformers}, torch.device("cpu")
-    joint = extractors.build_extractors(["dinov2-vit-b-14", "inception", "clip-vit-b-32"], files, cpu)
+    joint = extractors.build_extractors([f"{name}={files[name]}" for name in ("dinov2-vit-b-14", "inception", "clip-vit-b-32")], cpu)
     read = seams.count(monkeypatch, (references, "read_image"))
     measure = metrics.measure_against(references.list_images(tmp_path / "flat_val"), "flat_val", joint, 16, cpu)
     measure.open()
@@ -134,7 +134,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", fail)
-    with pytest.raises(FlowARError, match="--feature_extractor inception: its weights cannot be downloaded from .* .no network.: .*--fid_weights"):
+    with pytest.raises(FlowARError, match="--feature_extractor inception: its weights cannot be downloaded from .* .no network.: .*inception=FILE"):
         build()
 
 

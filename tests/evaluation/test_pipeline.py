@@ -170,11 +170,11 @@ def test_other_settings_and_precision_of_one_model(pipe, trained):
 
 def test_a_guide_and_lists_for_the_scales(pipe, trained):
     plain, raw = load_pipeline(trained, device="cpu", cfg=1), load_pipeline(trained, device="cpu", weights="raw", cfg=1)
-    guided = load_pipeline(trained, device="cpu", guide=raw_file(trained), cfg=3, cfg_schedule="constant", num_step=[6, 6, 4])
-    assert guided.settings()["cfg"] == 3.0 and guided.settings()["steps"] == [6, 6, 4] and guided.settings()["guide"] == raw_file(trained)
+    guided = load_pipeline(trained, device="cpu", guide=raw_file(trained), cfg=(3, 3, 3), num_step=[6, 6, 4])
+    assert guided.settings()["cfg"] == (3.0, 3.0, 3.0) and guided.settings()["steps"] == [6, 6, 4] and guided.settings()["guide"] == raw_file(trained)
     steps = {"num_steps": [6, 6, 4]}
     images = guided([3], seed=5)
-    assert not same(images, plain([3], seed=5, **steps)) and not same(images, pipe([3], seed=5, cfg=3.0, cfg_schedule="constant", **steps))
+    assert not same(images, plain([3], seed=5, **steps)) and not same(images, pipe([3], seed=5, cfg=(3, 3, 3), **steps))
     assert same(guided([3], seed=5, cfg=1.0), plain([3], seed=5, **steps)) and not same(plain([3], seed=5), raw([3], seed=5))
 
 
@@ -211,7 +211,7 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 @pytest.mark.parametrize("call,message", [
     (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5: expected a number"),
     (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling; expected one of cfg, guidance"),
-    (lambda pipe: pipe([1], num_step_schedule="cosine"), "needs num_steps_last"), (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"),
+    (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "give one that is not smaller"), (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"),
     (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):
     with pytest.raises(FlowARError, match=message):
@@ -247,10 +247,13 @@ class PixelVAE(vaes.NamedVAE):
 
 def test_a_vae_of_ones_own_kind_is_the_runs_and_can_be_named(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(vaes.VAES, "pixels", PixelVAE)
-    train(trained.parent, tmp_path / "run", "--vae pixels --vae_embed_dim 48 --epochs 1 --no_val")
-    images = [load_pipeline(tmp_path / "run", vae, device="cpu") for vae in (None, "pixels")]
-    assert [pipe.description["vae"] for pipe in images] == ["pixels", "pixels"] and same(*(pipe([3]) for pipe in images))
-    with pytest.raises(FlowARError, match="expected one of kl16, diffusers"):
+    train(trained.parent, tmp_path / "run", "--vae_path pixels --vae_embed_dim 48 --epochs 1 --no_val")
+    content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
+    content["args"].update(vae="pixels", vae_path=None)  # as earlier versions had it
+    torch.save(content, tmp_path / "before.pth")
+    images = [load_pipeline(tmp_path / run, vae, device="cpu") for run, vae in (("run", None), ("run", "pixels"), ("before.pth", None))]
+    assert all(pipe.description["vae"] == "pixels" and same(pipe([3]), images[0]([3])) for pipe in images)
+    with pytest.raises(FlowARError, match="pixels: no such file"):
         monkeypatch.delitem(vaes.VAES, "pixels")
         load_pipeline(tmp_path / "run", device="cpu")
     with pytest.raises(FlowARError, match="its VAE is"):

@@ -8,7 +8,7 @@ from helpers import CLASSES, inputs, small_model
 
 from models import MODELS, AutoencoderKL, FlowARError, build_model
 from models import flow_matching as fm
-from models.flowar import to_grid, to_tokens
+from models.flowar import to_tokens
 from models.settings import Sampling
 from util.evaluation.sampler import count_passes
 
@@ -134,11 +134,11 @@ def test_condition_depends_on_class_and_coarse_scales():
 
 
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("cfg,schedule", [(1.0, "linear"), (3.0, "linear"), (3.0, "constant")])
-def test_sampling_equals_the_plain_way(cross, cfg, schedule):
+@pytest.mark.parametrize("cfg", [1.0, 3.0, (3.0, 3.0, 3.0)])
+def test_sampling_equals_the_plain_way(cross, cfg):
     model = small_model(cross=cross)
     _, labels, _, noise = inputs(model)
-    options = dict(cfg=cfg, cfg_schedule=schedule, guidance=0.7, num_steps=10)
+    options = dict(cfg=cfg, guidance=0.7, num_steps=10)
     # An untrained network under guidance enlarges what two orders of float32 sums differ by: more on some processors.
     golden.assert_close(model.sample_tokens(labels, noise=noise, **options), plain.sample(model, labels, noise, **options),
                         5 * golden.TOLERANCE)
@@ -162,13 +162,6 @@ def test_batch_size_invariance():
     together = model.sample_tokens(labels, noise=noise, **options)
     alone = torch.cat([model.sample_tokens(labels[i:i + 1], noise=[e[i:i + 1] for e in noise], **options) for i in range(4)])
     golden.assert_close(alone, together)
-
-
-def test_temperature_scales_the_starting_noise():
-    model = small_model()
-    _, labels, _, noise = inputs(model)
-    golden.assert_close(model.sample_tokens(labels, num_steps=4, noise=noise, temperature=0.5),
-                        model.sample_tokens(labels, num_steps=4, noise=[0.5 * e for e in noise]))
 
 
 def test_dropped_labels_are_the_null_class():
@@ -254,13 +247,3 @@ def test_lists_for_the_scales_are_the_ramps_written_out():
     ramps = model.sample_tokens(labels, num_steps=10, num_steps_last=6, cfg=3.0, noise=noise)
     assert torch.equal(ramps, model.sample_tokens(labels, num_steps=[10, 8, 6], cfg=[1, 2, 3], noise=noise))
     assert not torch.equal(ramps, model.sample_tokens(labels, num_steps=[10, 8, 6], cfg=[1, 2, 3], guidance_low=0.3, noise=noise))
-
-
-def test_noise_on_what_is_read_changes_the_condition_and_not_the_target():
-    model = small_model()
-    latents, labels, t, noise = inputs(model)
-    added = [0.3 * torch.randn_like(e) for e in noise[:-1]]
-    plain, noisy = model.scale_losses(latents, labels, t=t, noise=noise), model.scale_losses(latents, labels, t=t, noise=noise, condition_noise=added)
-    assert torch.equal(plain[0], noisy[0]) and (plain[1:] != noisy[1:]).all()
-    grids = [x + to_grid(e, s) for x, e, s in zip(model.pyramid(latents), [*added, 0 * noise[-1]], model.scale)]
-    assert torch.equal(noisy, model.velocity_errors(model.pyramid(latents), model.condition_on(grids, labels), t, noise))

@@ -66,7 +66,7 @@ def saved(request, tmp_path_factory):
 def test_configuration_and_round_trip(saved):
     folder, name = saved
     make, stride, channels, scale, shift = NETWORKS[name]
-    vae, extra = find_vae(f"diffusers:{folder}:vae", None).open()
+    vae, extra = find_vae(f"diffusers:{folder}:vae").open()
     assert (vae.stride, vae.embed_dim, *vae.latent_scale) == (stride, channels, scale, shift) and extra == []
     network, images = vae.network, torch.rand(2, 3, 64, 64) * 2 - 1
     posterior = vae.encode(images)
@@ -86,14 +86,14 @@ def test_cache_training_sampling_and_decoding(saved, tmp_path, monkeypatch):
     _, stride, channels, scale, shift = NETWORKS[name]
     size, vae = 4 * stride, f"diffusers:{folder / 'vae'}"
     write_digits(tmp_path / "images", 2, size=32)
-    call(monkeypatch, f"scripts/cache_latents.py --data_path {tmp_path}/images --cached_path {tmp_path}/latents --vae {vae} --img_size {size} "
+    call(monkeypatch, f"scripts/cache_latents.py --data_path {tmp_path}/images --cached_path {tmp_path}/latents --vae_path {vae} --img_size {size} "
                       "--num_workers 0 --device cpu")
     index = ShardedMoments(tmp_path / "latents").index
     assert (index["stride"], index["channels"], *index["latent_scale"]) == (stride, channels, scale, shift)
-    options = (f"--model flowar_tiny --vae {vae} --class_num 10 --cached_path {tmp_path}/latents --data_path {tmp_path}/images "
+    options = (f"--model flowar_tiny --vae_path {vae} --class_num 10 --cached_path {tmp_path}/latents --data_path {tmp_path}/images "
                f"--output_dir {tmp_path}/run --epochs 1 --warmup_epochs 0 --batch_size 4 --num_workers 0 --device cpu --num_step 2")
     call(monkeypatch, f"main_flowar.py {options}")
-    call(monkeypatch, f"eval.py --resume {tmp_path}/run --vae {vae} --num_images 3 --num_step 2 --output_dir {tmp_path}/eval --save_images "
+    call(monkeypatch, f"eval.py --resume {tmp_path}/run --vae_path {vae} --num_images 3 --num_step 2 --output_dir {tmp_path}/eval --save_images "
                       "--feature_extractor efficientnet-lite0 --device cpu")
     report = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert report["scales"] == [1, 2, 4] and report["img_size"] == size and report["vae"] == vae
@@ -113,9 +113,9 @@ def test_tensors_that_are_missing_or_left_over(tmp_path, change, message):
     save_file(state, file)
     if message:
         with pytest.raises(FlowARError, match=message):
-            find_vae(f"diffusers:{tmp_path}", None).open()
+            find_vae(f"diffusers:{tmp_path}").open()
     else:
-        assert find_vae(f"diffusers:{tmp_path}", None).open()[1] == [f"--vae diffusers:{tmp_path}: not used: loss.logvar"]
+        assert find_vae(f"diffusers:{tmp_path}").open()[1] == [f"diffusers:{tmp_path}: not used: loss.logvar"]
 
 
 RAE = dict(encoder_hidden_size=64, encoder_patch_size=14, encoder_num_hidden_layers=1, decoder_hidden_size=32, decoder_num_hidden_layers=1,
@@ -128,7 +128,7 @@ def test_a_representation_autoencoder(tmp_path, encoder):
     pytest.importorskip("transformers")
     mean, std = torch.randn(64, 4, 4), torch.rand(64, 4, 4) + 0.5
     diffusers.AutoencoderRAE(encoder_type=encoder, latents_mean=mean, latents_std=std, **RAE).save_pretrained(tmp_path)
-    vae, notes = find_vae(f"diffusers:{tmp_path}", None).open()
+    vae, notes = find_vae(f"diffusers:{tmp_path}").open()
     plain = diffusers.AutoencoderRAE(encoder_type=encoder, **RAE)
     plain.load_state_dict({**vae.network.state_dict(), "_latents_mean": torch.zeros(1), "_latents_std": torch.ones(1)})
     images = torch.rand(2, 3, 16, 16)
@@ -147,11 +147,11 @@ def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
     small_kl(4).save_pretrained(tmp_path / "vae")
     write_digits(tmp_path / "images", 2)
     with pytest.raises(FlowARError, match="--vae_stride is 4, but the VAE diffusers:.* has 8"):
-        train(tmp_path, tmp_path / "out", f"--vae diffusers:{tmp_path}/vae")
+        train(tmp_path, tmp_path / "out", f"--vae_path diffusers:{tmp_path}/vae")
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"AutoencoderKL"', '"AutoencoderOobleck"'))
     with pytest.raises(FlowARError, match="its class is AutoencoderOobleck, expected one of AutoencoderKL"):
-        find_vae(f"diffusers:{tmp_path}/vae", None).open()
+        find_vae(f"diffusers:{tmp_path}/vae").open()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(FlowARError, match="needs: pip install diffusers"):
-        find_vae("diffusers:x", None).open()
+        find_vae("diffusers:x").open()

@@ -46,17 +46,6 @@ def test_ema_starts_from_the_initial_weights():
         assert not averaged.requires_grad
 
 
-def test_warm_up_forgets_the_random_start_at_once():
-    model = nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(1.0)
-    ema = EMA(model, 0.5, warmup=True)
-    model.weight.data.fill_(0.0)
-    for step in range(1, 12):  # (1 + n) / (10 + n) is 0.5 at n = 8
-        ema.update(model, step=step)
-        expected = math.prod(min(0.5, (1 + n) / (10 + n)) for n in range(1, step + 1))
-        assert ema.share_of_start(step) == pytest.approx(expected) and ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
-
-
 def walk(widths, steps):
     """A module of 256 numbers that walk at random, and {width: its power average} after each of so many steps."""
     model, generator = nn.Linear(256, 1, bias=False), torch.Generator().manual_seed(0)

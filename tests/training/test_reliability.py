@@ -51,13 +51,13 @@ def stopping_before(step, error=KeyboardInterrupt):
         yield
 
 
-@pytest.mark.parametrize("extra", ["--accum_iter 2 --posthoc_ema 2 --ema_warmup", pytest.param("--precision fp16", marks=pytest.mark.slow),
+@pytest.mark.parametrize("extra", ["--global_batch 32 --posthoc_ema 2", pytest.param("--precision fp16", marks=pytest.mark.slow),
                                    pytest.param("--save_every 2 --log_freq 3 --deterministic", marks=pytest.mark.slow)])
 def test_stopped_at_any_step_it_ends_with_the_same_bits_and_log(project, tmp_path, extra):
     common = f"--epochs 2 --save_every 1 --keep 1 --eval_freq 2 {DROPOUT} {extra}"
     try:
         train(project, tmp_path / "whole", f"{common} --save_every 0")
-        for step in (1, 2, 3) if "accum" in extra else (1, 4, 5, 6, 9):  # in the first epoch, at its end, in the second
+        for step in (1, 2, 3) if "global_batch" in extra else (1, 4, 5, 6, 9):  # in the first epoch, at its end, in the second
             with stopping_before(step):
                 train(project, tmp_path / "parts", f"{common} --resume {tmp_path}/parts")
         torch.rand(7)  # what was drawn before the restart must not matter

@@ -72,8 +72,8 @@ def open_training_data(args, device, class_num=None):
     The ranks meet three times: every host downloads the VAE once, all agree on it, and rank 0 lists the data for all.
     """
     # ---- 1. the VAE, which every rank opens by itself
-    named, vae, origin = find_vae(args.vae, args.vae_path), None, LatentOrigin()
-    fetch(named.path)
+    named, vae, origin = find_vae(args.vae_path), None, LatentOrigin()
+    fetch(named.name)
     if named.is_there():
         vae = open_vae_on(named, device)
         origin = origin_of(named, vae)
@@ -102,7 +102,7 @@ def open_training_data(args, device, class_num=None):
         scale = training.channel_scale()
     elif origin.latent_scale is None:
         raise FlowARError(f"{args.cached_path}: does not tell the scale of its latents: give the VAE that they are of "
-                          "(--vae, --vae_path), or --latent_norm channel")
+                          "(--vae_path), or --latent_norm channel")
     else:
         scale = LatentScale(*origin.latent_scale)
     origin = origin._replace(latent_scale=tuple(scale))
@@ -114,9 +114,8 @@ def open_training_data(args, device, class_num=None):
                    pin_memory=args.pin_mem and device.type == "cuda", timeout=args.timeout)
     loader = build_loader(training, args.batch_size, seed=args.seed, train=True, **workers)
     if len(loader) < args.accum_iter:
-        raise FlowARError(f"{len(training)} training images are fewer than one global batch of {args.global_batch} "
-                          f"(--batch_size {args.batch_size} x {world_size()} processes x "
-                          f"--accum_iter {args.accum_iter})")
+        raise FlowARError(f"{len(training)} training images are fewer than one global batch of {args.global_batch}: "
+                          "lower --batch_size, or --global_batch")
     sides = [s * args.patch_size for s in args.scales[:-1]] if args.pyramid == "image" else ()
     source, validation = Source(loader, vae, device, scale, sides), None
     if held_out is not None:
@@ -143,7 +142,7 @@ def list_data(args, named, vae, class_num):
         check_cache(data, args.cached_path, args)
         log(f"{len(data):,} cached latents in {args.cached_path}")
     elif vae is None:
-        raise FlowARError(f"{named.option}: no such file: give the VAE's path (training alone needs none, where "
+        raise FlowARError(f"--vae_path {named.name}: no such file: give the VAE's path (training alone needs none, where "
                           "--cached_path has latents)")
     else:
         args = resolve_geometry(args, {"class_num": class_num, "vae_embed_dim": vae.embed_dim,
@@ -161,7 +160,7 @@ def has_cache(args):
     if args.cached_path and find_cache(args.cached_path):
         return True
     command = (f"torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} "
-               f"--cached_path {args.cached_path} {find_vae(args.vae, args.vae_path).option} "
+               f"--cached_path {args.cached_path} --vae_path {find_vae(args.vae_path).name} "
                f"--img_size {args.img_size or 256}")
     if args.use_cached:
         raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")

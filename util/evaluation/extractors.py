@@ -162,24 +162,23 @@ def published(name, url, sha256=""):
             torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
         except OSError as error:  # of the network, by urllib
             raise FlowARError(f"--feature_extractor {name}: its weights cannot be downloaded from {url} ({error}): "
-                              f"fetch them elsewhere and give the file as --fid_weights, or put it at {path}"
+                              f"fetch them elsewhere and give them as {name}=FILE, or put them at {path}"
                               ) from error
     return path
 
 
-def build_extractors(names, files, device):
-    """The Joint of --feature_extractor, names, and --fid_weights, {name: file}; None, the published weights: downloaded
-    if they are not there.
+def build_extractors(choices, device):
+    """The Joint of --feature_extractor: each choice is NAME=FILE, or NAME, with the published weights, which are
+    downloaded if they are not there.
     """
-    files = files or {}
-    for name in names:
+    parts = []
+    for choice in choices:
+        name, _, file = choice.partition("=")
         if name not in EXTRACTORS:
             raise FlowARError(f"--feature_extractor {name}: expected one of {', '.join(EXTRACTORS)}")
-    for name in files:
-        if name not in names:
-            raise FlowARError(f"--fid_weights is for {name}, but --feature_extractor is {','.join(names)}")
-    with redirect_stderr(io.StringIO()):
-        return Joint([EXTRACTORS[name](device, files.get(name)) for name in names])
+        with redirect_stderr(io.StringIO()):
+            parts.append(EXTRACTORS[name](device, file or None))
+    return Joint(parts)
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ class Classes(NamedTuple):
     counts: np.ndarray | None = None
     path: str | None = None  # of the training checkpoint that says so, or does not
 
-    def sampled(self, all_classes=False):
+    def sampled(self):
         """The labels that images are drawn of: those that had images in training, all where that is not known."""
-        return np.arange(self.number) if all_classes or self.counts is None else np.flatnonzero(self.counts)
+        return np.arange(self.number) if self.counts is None else np.flatnonzero(self.counts)
 
 
 def classes_of(data, number, path, trained=False):
@@ -63,24 +63,21 @@ class Labels(NamedTuple):
                 "classes_sampled": len(np.unique(self.values)), "labels_file": self.file}
 
 
-def choose_labels(kind, count, classes, all_classes=False):
+def choose_labels(kind, count, classes):
     """Labels of `count` images: --labels. balanced: as many images of each class; train: in the proportions of the
     training images, each class's share of `count` rounded so that the largest remainders are rounded up; else those of
-    a file. classes: Classes. FlowARError for labels of classes that had no training images, unless all_classes.
+    a file, which alone may ask for classes that had no training images. classes: Classes.
     """
-    allowed = classes.sampled(all_classes)
+    allowed = classes.sampled()
     if kind == "balanced":
         if classes.path and classes.counts is None:
             log(f"{classes.path}: does not say which classes had training images: labels are drawn over all "
                 f"{classes.number}")
         elif classes.path and len(allowed) < classes.number:
             log(f"{classes.path}: {classes.number - len(allowed)} of {classes.number} classes had no training images "
-                "and are not sampled (--all_classes samples them)")
+                "and are not sampled (a file of --labels may ask for them)")
         return Labels(kind, allowed[image_label(np.arange(count), count, len(allowed))], classes, allowed)
     if kind == "train":
-        if all_classes:
-            raise FlowARError("--all_classes is for --labels balanced or a file: train draws the classes that had "
-                              "images")
         if classes.counts is None:
             raise FlowARError(f"--labels train: {classes.path or 'the checkpoint, or dataset,'} does not say how many "
                               "training images each class had: use balanced, or a file of labels")
@@ -89,10 +86,6 @@ def choose_labels(kind, count, classes, all_classes=False):
     if len(values) != count:
         raise FlowARError(f"--labels {kind}: {len(values)} lines, one for each image, but {count} images are asked "
                           f"for: give --num_images {len(values)}")
-    unseen = np.setdiff1d(values, allowed)
-    if len(unseen):
-        raise FlowARError(f"--labels {kind}: line {np.flatnonzero(values == unseen[0])[0] + 1} asks for class "
-                          f"{unseen[0]}, which had no training images; --all_classes samples it all the same")
     return Labels("file", values, classes, allowed, str(kind))
 
 

@@ -151,17 +151,15 @@ def one_or_all(values):
 
 def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is refused before anything is sampled or trained. All ranks call it:
-    each host downloads once, rank 0 lists --ref_images.
+    each host downloads once, rank 0 lists the reference's images.
     """
     with first_on_host():
-        joint = build_extractors(args.feature_extractor, args.fid_weights, device)
+        joint = build_extractors(args.feature_extractor, device)
     if args.compile and not getattr(args, "dry_run", False):
         prepare.compile_features(joint)
-    if args.fid_stats and args.ref_images:
-        raise FlowARError("--fid_stats and --ref_images are two references: give one")
-    if args.ref_images:
-        listing = from_main(lambda: list_images(args.ref_images))
-        measure = measure_against(listing, args.ref_images, joint, img_size, device, args.background or WHITE)
+    if args.fid_stats and not args.fid_stats.endswith(".npz"):
+        listing = from_main(lambda: list_images(args.fid_stats))
+        measure = measure_against(listing, args.fid_stats, joint, img_size, device, args.background or WHITE)
     else:
         measure = Measure(joint, [find_statistics(args.fid_stats, part, img_size) for part in joint.parts])
     if any(measure.references) and len(labels.values) < 2:

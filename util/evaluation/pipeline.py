@@ -19,7 +19,7 @@ from models.registry import open_model, read_variant, recognise_size
 from models.settings import Sampling, as_text, check_value
 from models.vae import LatentScale
 from models.variants.ablated import describe
-from models.vaes import DEFAULT_PATH, VAES, find_vae, read_latent_scale
+from models.vaes import DEFAULT_PATH, VAES, find_vae, read_latent_scale, saved_vae_path
 from models.weights import file_hash, find_model, recognise_geometry, saved_options, tensors_hash
 from util import manifest
 from util.cluster import (AUTOCAST, PRECISIONS, autocast, fetch, from_main, is_main, log, select_device,
@@ -31,13 +31,11 @@ from util.evaluation.labels import Classes, choose_labels, class_names, classes_
 from util.evaluation.metrics import build_measure
 from util.evaluation.sampler import Sampler
 from util.evaluation.store import Plan
-from util.geometry import GEOMETRY, check_geometry, check_vae, resolve_geometry
+from util.geometry import GEOMETRY, compare_geometry, check_vae, resolve_geometry
 from util.options import SamplingOptions, check_single, given_settings, model_options, stored_settings, sweep
 from util.speed import prepare
 from util.training.checkpoint import open_on_all
 from util.training.record import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
-
-KL16_VAE = "kl16"  # --vae's default
 
 
 class Opened(NamedTuple):
@@ -98,8 +96,8 @@ def open_vae(args, checkpoint):
     """(NamedVAE, VAE, its LatentOrigin) for the weights of a Checkpoint; FlowARError for another than they were trained
     with. Rank 0 chooses.
     """
-    named = find_vae(*from_main(lambda: choose_vae(args, checkpoint)))
-    fetch(named.path)
+    named = find_vae(from_main(lambda: choose_vae(args, checkpoint)))
+    fetch(named.name)
     vae, notes = named.open()
     for note in notes:  # which may explain what is refused
         log(note)
@@ -116,19 +114,15 @@ def open_vae(args, checkpoint):
 
 
 def choose_vae(args, checkpoint):
-    """(--vae, --vae_path): those given, else the run's own, else KL-16's default file if it is there, else released."""
-    if args.vae != KL16_VAE or args.vae_path:
-        return args.vae, args.vae_path
-    vae, file = checkpoint.options.get("vae"), checkpoint.options.get("vae_path")
-    if isinstance(vae, str) and vae != KL16_VAE:
-        return vae, file
-    if vae == KL16_VAE and file:  # the release's own checkpoints name a file too, of their machine, but no kind
-        if "weights_key" in checkpoint.content:  # an export, whose VAE may lie beside it
-            file = name_beside(file, args.resume, checkpoint.path)
-        return KL16_VAE, file
-    if Path(DEFAULT_PATH).is_file():
-        return KL16_VAE, DEFAULT_PATH
-    return KL16_VAE, "released:kl16"
+    """--vae_path: the one given, else the run's own, else KL-16's default file if it is there, else the released."""
+    if args.vae_path:
+        return args.vae_path
+    own, content = saved_vae_path(checkpoint.options), checkpoint.content
+    if own and ("vae" in content or "vae" in checkpoint.options):  # not of the release's: a file of their machine
+        if "weights_key" in content and own.partition(":")[0] not in VAES:  # an export: its VAE may lie beside it
+            own = name_beside(own, args.resume, checkpoint.path)
+        return own
+    return DEFAULT_PATH if Path(DEFAULT_PATH).is_file() else "released:kl16"
 
 
 def open_guide(name, model, origin):
@@ -164,7 +158,7 @@ def recognise(args, state, path, vae):
     """The options with the size and geometry that checkpoint and VAE tell; FlowARError where they contradict them."""
     geometry = recognise_geometry(state, path, vae.embed_dim)
     geometry["img_size"] = geometry["scales"][-1] * geometry["patch_size"] * vae.stride
-    check_geometry(args, geometry, path)
+    compare_geometry(args, geometry, path)
     known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
     if args.model is None:
         size = recognise_size(state, path)
@@ -184,20 +178,18 @@ def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=
 def plan_reports(args, data):
     """The Plan of the reports during training; data: what checkpoints remember of it, see util.training.record."""
     classes = classes_of(data, args.class_num, "the training set")
-    return Plan(choose_labels(args.labels, args.num_images, classes, args.all_classes), persistent=False)
+    return Plan(choose_labels(args.labels, args.num_images, classes), persistent=False)
 
 
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     opened = open_for_sampling(args, device, identify=True)
     samplers = {name: opened.build_sampler(point) for name, point in sweep(args).items()}
-    labels = from_main(lambda: choose_labels(args.labels, args.num_images, opened.classes, args.all_classes))
-    if args.background and not args.ref_images:
-        raise FlowARError("--background is of transparent images in --ref_images: leave it out")
+    labels = from_main(lambda: choose_labels(args.labels, args.num_images, opened.classes))
     measure = build_measure(args, opened.model.img_size, labels, device)
     record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
     start = manifest.describe_start(record, device, evaluated=opened.description)
-    plan = Plan(labels, args.save_images, args.save_npz, start=start)
+    plan = Plan(labels, "png" in args.save_images, "npz" in args.save_images, start=start)
     return samplers, plan, measure, opened.description, Path(args.output_dir)
 
 
@@ -205,11 +197,10 @@ def open_evaluation(args, device):
 
 
 def load_pipeline(resume, vae=None, device=None, precision=None, **options):
-    """The Pipeline of weights and a VAE, by path or name as --resume and --vae_path or --vae take them.
+    """The Pipeline of weights and a VAE, by path or name as --resume and --vae_path take them.
 
-    vae: a file, or a kind of models.vaes.VAES ("diffusers:..."); by default the run's, else KL-16. device: "cpu" or
-    "cuda", by default CUDA where there is one. options: of util.options.SamplingOptions, weights="raw", cfg=3.0,
-    num_step=(25, 25, 12). Raises FlowARError.
+    vae: by default the run's, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one. options: of
+    util.options.SamplingOptions, weights="raw", cfg=3.0, num_step=(25, 25, 12). Raises FlowARError.
     """
     names = [field.name for field in fields(SamplingOptions)]
     for name in options:
@@ -218,7 +209,7 @@ def load_pipeline(resume, vae=None, device=None, precision=None, **options):
         if isinstance(options[name], list):  # of an option, several values
             options[name] = tuple(options[name])
     if vae is not None:
-        options["vae" if str(vae).partition(":")[0] in VAES else "vae_path"] = vae
+        options["vae_path"] = vae
     args = SamplingOptions(resume=str(resume), device=str(device or "auto"), precision=precision, **options)
     return open_pipeline(args, select_device(args.device))
 

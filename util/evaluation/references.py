@@ -46,7 +46,7 @@ def find_statistics(fid_stats, extractor, img_size):
         return load_statistics(fid_stats or DEFAULT_STATS, extractor, img_size)
     hint = f", or put ADM's statistics at {DEFAULT_STATS}" if default else ""
     left_out = "left out" if extractor.name == Inception.name else "left out, and nothing else is measured"
-    log(f"warning: no reference: the {extractor.distance} is {left_out}. Give --fid_stats or --ref_images{hint}")
+    log(f"warning: no reference: the {extractor.distance} is {left_out}. Give --fid_stats{hint}")
     return None
 
 

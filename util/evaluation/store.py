@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models import FlowARError
+from models.settings import drop_removed
 from models.weights import writing
 from util.cluster import log
 from util.evaluation.labels import Labels
@@ -73,7 +74,7 @@ class Store:
         if not any(path.exists() for path in places):
             return
         file = self.folder / SETTINGS
-        before = read_json(file) if file.is_file() else {}
+        before = drop_removed(read_json(file)) if file.is_file() else {}
         for key in {**before, **settings}:
             if key not in NOT_COMPARED and before.get(key) != settings.get(key):
                 raise FlowARError(f"{self.folder}: the evaluation there has {key} {before.get(key)}, now it is "

@@ -65,25 +65,15 @@ class EMA:
     posthoc: keep the power averages of POWER_WIDTHS too, {width: PowerEMA} in `powers`.
     """
 
-    def __init__(self, model, rate, warmup=False, posthoc=False):
-        self.rate, self.warmup = rate, warmup
+    def __init__(self, model, rate, posthoc=False):
+        self.rate = rate
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.powers = {f"{width:g}": PowerEMA(model, width) for width in POWER_WIDTHS if posthoc}
 
-    def rate_at(self, step):
-        """At optimizer step 1, 2, ...; with warm-up at first lower, so that it holds the last ninth of the steps."""
-        return min(self.rate, (1 + step) / (10 + step)) if self.warmup else self.rate
-
-    def share_of_start(self, steps):
-        """Part of the weights it began with that it still holds after so many steps."""
-        return math.prod(map(self.rate_at, range(1, steps + 1)))
-
     @torch.no_grad()
     def update(self, model, step=None):
-        """ema + (1 - rate) (parameter - ema). step: this optimizer step's number, from 1 on, for warm-up and power
-        averages.
-        """
-        update_average(self.module.parameters(), model, self.rate_at(step))
+        """ema + (1 - rate) (parameter - ema). step: this optimizer step's number, from 1 on, for power averages."""
+        update_average(self.module.parameters(), model, self.rate)
         for power in self.powers.values():
             power.update(model, step)
 

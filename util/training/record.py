@@ -16,7 +16,7 @@ from util.cluster import log
 
 class LatentOrigin(NamedTuple):
     """The VAE that latents are of; None: not known."""
-    name: str | None = None  # for messages: a path, or --vae's
+    name: str | None = None  # for messages: a path, or the option
     sha256: str | None = None  # NamedVAE.identity
     latent_scale: tuple | None = None  # (scale, shift), see models.vae.LatentScale
     tensors: str | None = None  # SHA-256 over its tensors: the same in whatever file
@@ -31,7 +31,8 @@ def make_record(options, data, origin):
 
 def origin_of(named, vae):
     """LatentOrigin of an opened VAE; named: NamedVAE."""
-    return LatentOrigin(named.option, named.identity(vae), tuple(vae.latent_scale), tensors_hash(vae.state_dict()))
+    return LatentOrigin(f"--vae_path {named.name}", named.identity(vae), tuple(vae.latent_scale),
+                        tensors_hash(vae.state_dict()))
 
 
 def check_origin(what, saved, expected):
