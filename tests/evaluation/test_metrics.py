@@ -44,7 +44,7 @@ def random_inception(tmp_path_factory):
     """A weights file of Inception's shape, since the real one needs a download."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.manual_seed(0)
-    benchmark.random_inception(path)
+    benchmark.write_random_inception(path)
     return str(path)
 
 

@@ -142,8 +142,8 @@ def list_data(args, named, vae, class_num):
         check_cache(data, args.cached_path, args)
         log(f"{len(data):,} cached latents in {args.cached_path}")
     elif vae is None:
-        raise FlowARError(f"--vae_path {named.name}: no such file: give the VAE's path (training alone needs none, where "
-                          "--cached_path has latents)")
+        raise FlowARError(f"--vae_path {named.name}: no such file: give the VAE's path (training alone needs none, "
+                          "where --cached_path has latents)")
     else:
         args = resolve_geometry(args, {"class_num": class_num, "vae_embed_dim": vae.embed_dim,
                                        "vae_stride": vae.stride, "background": WHITE})
