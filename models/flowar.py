@@ -329,7 +329,7 @@ class Reader:
 
     def __init__(self, model, labels):
         self.model, self.c = model, model.class_emb(labels)
-        self.caches = [KVCache(model.tokens) for _ in model.blocks]
+        self.caches = [KVCache() for _ in model.blocks]
 
     def condition(self, k, pyramid):
         """z of scale k, (len(labels), s*s, D), of a pyramid whose coarser scales are there."""

@@ -92,23 +92,19 @@ def spans(scales):
 
 
 class KVCache:
-    """Keys (rotated) and values of one attention layer for the scales generated so far, of `tokens` tokens in all.
-    The sampler owns it; the modules hold no state.
+    """Keys (rotated) and values of one attention layer for the scales generated so far. The sampler owns it; the modules
+    hold no state.
     """
 
-    def __init__(self, tokens):
-        self.tokens, self.length = tokens, 0
+    def __init__(self):
         self.k = self.v = None
 
     def extend(self, k, v):
         """Append keys and values, B heads N head_dim, and return all."""
-        if self.k is None:
-            size = (*k.shape[:2], self.tokens, k.shape[3])
-            self.k, self.v = k.new_empty(size), v.new_empty(size)
-        new = slice(self.length, self.length + k.shape[2])
-        self.k[:, :, new], self.v[:, :, new] = k, v
-        self.length = new.stop
-        return self.k[:, :, :new.stop], self.v[:, :, :new.stop]
+        if self.k is not None:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v = k, v
+        return k, v
 
 
 def split_heads(x, num_heads):

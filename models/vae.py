@@ -10,9 +10,6 @@ from models.checks import check_images
 from models.errors import FlowARError
 from models.weights import VAE, find_weights, load_state, read_file
 
-GROUPS = 32
-MIN_GROUP = 4  # channels
-
 
 class LatentScale(NamedTuple):
     """The affine map between a VAE's raw latents and those that FlowAR models, whose std is about 1: both parts are
@@ -74,7 +71,7 @@ class DiagonalGaussian:
 
 def group_norm(channels):
     """32 groups, as in the release; fewer in layers under 128 channels, whose groups would be single channels."""
-    return nn.GroupNorm(min(GROUPS, channels // MIN_GROUP), channels, eps=1e-6)
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

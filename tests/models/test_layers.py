@@ -71,7 +71,7 @@ def test_cross_attention_equals_the_plain_way():
 
 
 def test_the_cache_holds_scale_after_scale():
-    cache, parts = KVCache(5), torch.randn(2, 2, 3, 5, 4)
+    cache, parts = KVCache(), torch.randn(2, 2, 3, 5, 4)
     for piece in (slice(0, 1), slice(1, 5)):
         k, v = cache.extend(*parts[:, :, :, piece])
         assert torch.equal(k, parts[0, :, :, :piece.stop]) and torch.equal(v, parts[1, :, :, :piece.stop])
