@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -191,8 +190,7 @@ def describe_shard(path, settings):
     posterior = DiagonalGaussian(moments[:, 0].float())
     mean, std = posterior.mean.double(), (0.5 * posterior.logvar.double()).exp()
     sums = torch.stack([part.mean(dim=(2, 3)).sum(0) for part in (mean, mean.square() + std.square())])
-    with safe_open(path, framework="pt") as file:
-        bits = file.get_tensor("converted")
+    bits = latents.open_file(path).get_tensor("converted")
     return {"file": path.name, "images": len(moments), "bytes": path.stat().st_size, "sha256": file_hash(path),
             "skipped": latents.read_texts(path, "skipped"), "sums": sums,
             "converted": [int((bits >> number & 1).sum()) for number in range(len(CONVERSIONS))]}

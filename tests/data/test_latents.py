@@ -20,7 +20,7 @@ from models.weights import file_hash
 from util.data import EpochSampler, Images, build_loader, latents
 from util.data.latents import ShardedMoments
 from util.data.other_latents import NpzMoments
-from util.data.source import find_cache
+from util.data.source import open_latents
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_interrupted_it_ends_with_the_same_files(project, shards, tmp_path, monk
         seams.interrupt(patch, (cache_latents, "write_bytes"), 1)
         call(patch, cache_command(project, folder, "--dtype float32"))
     with pytest.raises(FlowARError, match="not complete; run scripts/cache_latents.py again"):
-        find_cache(folder)
+        open_latents(folder)
     kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
     make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)

@@ -14,7 +14,7 @@ from models.vae import KL16_LATENT_SCALE
 from models.vaes import load_vae
 from util.data import latents
 from util.data.other_latents import LightningLatents, NpzMoments
-from util.data.source import find_cache
+from util.data.source import open_latents
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def npz(project):
 def test_npz_and_shards_hold_the_same(project, npz, tmp_path):
     shards = tmp_path / "shards"
     make(cache_command(project, shards, "--dtype float32"))
-    files = NpzMoments(npz)
-    assert find_cache(npz) is NpzMoments and files.origin.latent_scale == load_vae(project / "vae.pth").latent_scale and files.shape == (4, 4, 4)
+    files = open_latents(npz)
+    assert isinstance(files, NpzMoments) and files.origin.latent_scale == load_vae(project / "vae.pth").latent_scale and files.shape == (4, 4, 4)
     names = [files.listing.name(i).removesuffix(".npz") for i in range(len(files))]
     content = load_file(shards / "shard-00002.safetensors")
     for row, name in enumerate(latents.read_texts(shards / "shard-00002.safetensors", "names")):
@@ -62,7 +62,7 @@ def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_
 def test_caches_of_mar_are_kl16(tmp_path):
     (tmp_path / "n01440764").mkdir()
     np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((32, 16, 16), np.float32))
-    assert find_cache(tmp_path) is NpzMoments and NpzMoments(tmp_path).origin.latent_scale == KL16_LATENT_SCALE
+    assert open_latents(tmp_path).origin.latent_scale == KL16_LATENT_SCALE
     np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((8, 16, 16), np.float32))
     with pytest.raises(FlowARError, match="must be a KL-16 cache with 16 channels, not 4"):
         NpzMoments(tmp_path)

@@ -138,14 +138,19 @@ def scale_of_channels(mean, std, path):
     return LatentScale(*read_latent_scale((inverse, list(mean)), f"{path}: of its channels' mean and std"))
 
 
+def open_file(path):
+    """A safetensors file, mapped; FlowARError if it is none."""
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors has no common error
+        raise FlowARError(f"{path}: cannot be read ({error})") from error
+
+
 def open_shard(path, index, images=None):
     """(moments as a lazy slice (images, variants, 2C, h, w), labels (images,)) of a shard; FlowARError unless they are
     what the index, or the settings of a cache that is being written, says.
     """
-    try:
-        file = safe_open(path, framework="pt")
-    except Exception as error:  # safetensors has no common error
-        raise FlowARError(f"{path}: cannot be read ({error})") from error
+    file = open_file(path)
     moments, labels = file.get_slice("moments"), file.get_tensor("labels").numpy()
     side = index["img_size"] // index["stride"]
     expected = [len(labels) if images is None else images, index["variants"], 2 * index["channels"], side, side]
@@ -165,6 +170,5 @@ def texts_tensor(texts):
 
 def read_texts(path, name):
     """Texts in a shard: `names`, its images' paths in their split, or `skipped`, what could not be read."""
-    with safe_open(path, framework="pt") as file:
-        content = bytes(file.get_tensor(name).numpy())
+    content = bytes(open_file(path).get_tensor(name).numpy())
     return [os.fsdecode(text) for text in content.split(b"\0") if text]

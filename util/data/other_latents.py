@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from models import FlowARError
@@ -12,7 +11,7 @@ from models.vae import KL16_LATENT_SCALE, DiagonalGaussian
 from models.vaes import read_latent_scale
 from models.weights import content_hash, read_file
 from util.data.folders import Folder
-from util.data.latents import SAFETENSORS, ShardedMoments, scale_of_channels
+from util.data.latents import SAFETENSORS, ShardedMoments, open_file, scale_of_channels
 from util.files import read_json
 from util.training.record import LatentOrigin
 
@@ -64,10 +63,7 @@ class LightningLatents(ShardedMoments):
 
 def open_lightning(path):
     """((latents, latents_flip) as lazy slices, labels (N,)) of a file of LightningDiT; FlowARError if it is none."""
-    try:
-        file = safe_open(path, framework="pt")
-    except Exception as error:  # safetensors has no common error
-        raise FlowARError(f"{path}: cannot be read ({error})") from error
+    file = open_file(path)
     latents, flipped = file.get_slice("latents"), file.get_slice("latents_flip")
     shape, labels = latents.get_shape(), file.get_tensor("labels").numpy()
     if shape != flipped.get_shape() or len(shape) != 4 or latents.get_dtype() not in SAFETENSORS.values():

@@ -27,7 +27,7 @@ from util.data.pixels import WHITE
 from util.geometry import check_vae, resolve_geometry
 from util.training.record import LatentOrigin, check_origin, origin_of
 
-CACHES = [ShardedMoments, LightningLatents, NpzMoments]  # the first that is_at(path) reads cached latents
+CACHES = [ShardedMoments, LightningLatents, NpzMoments]  # of the first that is_at(path), a dataset is opened
 
 
 class Source:
@@ -133,18 +133,18 @@ def open_vae_on(named, device):
 
 def list_data(args, named, vae, class_num):
     """(resolved options, training set, validation set or None, identity of the training set)."""
-    cached = has_cache(args)
-    if args.pyramid == "image" and (cached or args.cached_val_path):
+    data = open_latents(args.cached_path, args.seed, train=True, flip=args.flip)
+    if args.pyramid == "image" and (data is not None or args.cached_val_path):
         raise FlowARError("--pyramid image encodes images at every scale: leave out --cached_path, --cached_val_path")
-    if cached:
-        data = open_latents(args.cached_path, args.seed, train=True, flip=args.flip)
+    if data is not None:
         args = resolve_geometry(args, {"class_num": class_num, **data.geometry})
         check_cache(data, args.cached_path, args)
         log(f"{len(data):,} cached latents in {args.cached_path}")
-    elif vae is None:
-        raise FlowARError(f"--vae_path {named.name}: no such file: give the VAE's path (training alone needs none, "
-                          "where --cached_path has latents)")
     else:
+        explain_caching(args, named)
+        if vae is None:
+            raise FlowARError(f"--vae_path {named.name}: no such file: give the VAE's path (training alone needs none, "
+                              "where --cached_path has latents)")
         args = resolve_geometry(args, {"class_num": class_num, "vae_embed_dim": vae.embed_dim,
                                        "vae_stride": vae.stride, "background": WHITE})
         data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True, flip=args.flip,
@@ -155,35 +155,24 @@ def list_data(args, named, vae, class_num):
     return args, data, open_validation(args, data.classes, vae), data.identity()
 
 
-def has_cache(args):
-    """Whether there are cached latents in --cached_path; if not, say how to make them."""
-    if args.cached_path and find_cache(args.cached_path):
-        return True
+def open_latents(path, seed=0, train=False, flip=True):
+    """The dataset of the cached latents at a path, None without any; FlowARError for a cache that is not finished."""
+    if path and Path(path).is_dir():
+        for cache in CACHES:
+            if cache.is_at(path):
+                return cache(path, seed, train, flip)
+    return None
+
+
+def explain_caching(args, named):
+    """How to make the cache that is not there: a line, or with --use_cached an error."""
     command = (f"torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} "
-               f"--cached_path {args.cached_path} --vae_path {find_vae(args.vae_path).name} "
+               f"--cached_path {args.cached_path} --vae_path {named.name} "
                f"--img_size {args.img_size or 256}")
     if args.use_cached:
         raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")
     if args.cached_path:
         log(f"no cached latents in {args.cached_path}: encoding images on the fly. To make a cache: {command}")
-    return False
-
-
-def find_cache(path):
-    """The class in CACHES of the cached latents at a path, None without; FlowARError for one that is not finished."""
-    if Path(path).is_dir():
-        for cache in CACHES:
-            if cache.is_at(path):
-                return cache
-    return None
-
-
-def open_latents(path, seed=0, train=False, flip=True):
-    """The dataset of the cached latents at a path."""
-    cache = find_cache(path)
-    if cache is None:
-        raise FlowARError(f"{path}: no cached latents there")
-    return cache(path, seed, train, flip)
 
 
 def check_cache(data, path, args):
@@ -204,6 +193,8 @@ def open_validation(args, classes, vae):
         return None
     if args.cached_val_path:
         data = open_latents(args.cached_val_path)
+        if data is None:
+            raise FlowARError(f"--cached_val_path {args.cached_val_path}: no cached latents there")
         check_cache(data, args.cached_val_path, args)
         check_same_classes(data, args.cached_val_path, classes)
         return data
