@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models import FlowARError, settings
 from models.vae import DiagonalGaussian
-from models.vaes import VAEFile, find_vae
+from models.vaes import find_vae
 from models.weights import file_hash, writing
 from util import cluster
 from util.data import Images, find_split, latents
@@ -37,8 +37,8 @@ from util.command_line import PIXELS, POSITIVE, SEED, WORKERS, Parser, as_type, 
 
 MOST_CROPS = 1000
 DIGEST_BYTES = 16  # of an image's file
-# Settings that may change: a run may begin to skip when it meets a bad image, and images may be copied.
-FREE = ("complete", "on_bad_image", "left_out")
+# Settings that may change: a run may begin to skip when it meets a bad image, and images and VAE may be copied.
+FREE = ("complete", "on_bad_image", "left_out", "vae")
 NEWER = ("source_sha256", "background", "vae_tensors")  # that older caches do not know
 
 
@@ -320,12 +320,12 @@ def main():
     settings = {
         "source_images": len(images), "source_sha256": images.identity()["sha256"],
         "left_out": dict(listing.left_out), "background": list(args.background), "classes": images.classes,
-        "img_size": args.img_size,
-        "crops": args.crops, "variants": 2 * data.crops,
+        "img_size": args.img_size, "crops": args.crops, "variants": 2 * data.crops,
         "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
-        "vae": "kl16" if isinstance(named, VAEFile) else named.name, "vae_sha256": origin.sha256, "vae_tensors": origin.tensors, "channels": vae.embed_dim,
-        "stride": vae.stride, "latent_scale": json.loads(json.dumps(vae.latent_scale))}  # lists, as the file will say
+        "vae": str(named.name), "vae_sha256": origin.sha256, "vae_tensors": origin.tensors,
+        "channels": vae.embed_dim, "stride": vae.stride,
+        "latent_scale": json.loads(json.dumps(vae.latent_scale))}  # lists, as the file will say
     write = cache_shards if args.format == "shards" else cache_npz
     write(data, vae, args, device, Path(args.cached_path), settings)
 

@@ -157,9 +157,9 @@ TABLE = [
     (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae_path, or one and --halves: give one of these"),
     (DISTANCE, "nowhere", "nowhere: no folder, archive (.zip, .tar) or dataset of images is there"),
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
-    (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is kl16 (tensors "),
+    (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
     (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
-    (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is kl16 (tensors "),
+    (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
 ]
 
 
