@@ -108,7 +108,7 @@ def draw(pipe, request, report):
     pictures, pyramids, start = [], [], time.perf_counter()
     for first in range(0, len(request.seeds), at_once):
         seeds = request.seeds[first:first + at_once]
-        noise = [torch.cat(scale) for scale in zip(*(pipe.noise(number, [0]) for number in seeds))]
+        noise = [torch.cat(scale) for scale in zip(*(pipe.noise(seed, [0]) for seed in seeds))]
         with reporting(pipe.sampler.model, report, first + 1, len(request.seeds)):
             pyramid = pipe.latents([request.label] * len(seeds), noise)
         pictures += pipe.pictures(pyramid[-1])
@@ -134,16 +134,16 @@ def vary(pipe, drawing, keep, count, report):
     return pictures, time.perf_counter() - start
 
 
-def settings_of(pipe, request, number, words, variation=None):
-    """What the PNG of an image with seed `number` carries; variation: (index, scales kept, count) of one of it.
+def settings_of(pipe, request, seed, words, variation=None):
+    """What the PNG of an image with this seed carries; variation: (index, scales kept, count) of one of it.
     words: the options that the page was started with.
     """
     tuned = pipe.using(request.precision, **request.settings)
-    command = [*words, "--labels", request.label, "--seeds", number, "--precision", request.precision]
+    command = [*words, "--labels", request.label, "--seeds", seed, "--precision", request.precision]
     for option, value in tuned.sampler.sampling.by_option().items():
         if value is not None:
             command += [f"--{option}", as_text(value)]
-    settings = {**tuned.settings(), "commit": code_version(), "seed": number, "label": request.label,
+    settings = {**tuned.settings(), "commit": code_version(), "seed": seed, "label": request.label,
                 "class_name": pipe.names[request.label]}
     if variation is None:
         return {**settings, "picture": "folder", "command": list(map(str, [*command, "--folder", "samples"]))}

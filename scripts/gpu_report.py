@@ -55,7 +55,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def plan(args, device):
+def list_stages(args, device):
     """Stages, the most important first."""
     stages, first, on_cuda = [], args.batches[0], device.type == "cuda"
     base, compiled = args.sizes[0], "--compile" * on_cuda  # a rehearsal waits for no compiler
@@ -104,8 +104,8 @@ def run_stage(stage):
             "figures": figures}
 
 
-def report(about, stages, results):
-    """Markdown. results: {name of a stage: of run_stage} of those that have run."""
+def as_markdown(about, stages, results):
+    """The report. results: {name of a stage: of run_stage} of those that have run."""
     speed = ["| | ms an image | GFLOP an image | GFLOP/s of a matrix product | share | GiB | ratio |", "|---" * 7 + "|"]
     evaluation, runs, outputs = ["| | ms an image |", "|---|---|"], ["| | | s |", "|---|---|---|"], []
     for stage in stages:
@@ -137,7 +137,7 @@ def main():
     device, end = select_device(args.device), time.monotonic() + 60 * args.minutes
     make_directory(args.store)
     make_directory(args.output)
-    stages, results = plan(args, device), {}
+    stages, results = list_stages(args, device), {}
     for stage in stages:
         file = args.store / f"{file_name(stage.name)}.json"
         if file.is_file() and (before := read_json(file))["command"] == stage.command:
@@ -150,7 +150,7 @@ def main():
     about = {"device": describe_machine(device)["device"], "devices": torch.cuda.device_count(),
              "torch": torch.__version__, "cuda": torch.version.cuda, "commit": code_version()}
     path = args.output / file_name(about["device"])
-    write_bytes(report(about, stages, results).encode(), path.with_suffix(".md"))
+    write_bytes(as_markdown(about, stages, results).encode(), path.with_suffix(".md"))
     write_json({**about, "stages": results}, path.with_suffix(".json"))
     left = "" if len(results) == len(stages) else ": the same command goes on"
     print(f"{len(results)} of {len(stages)} stages are done; {path}.md{left}")

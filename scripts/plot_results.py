@@ -2,17 +2,17 @@
 
     python scripts/plot_results.py uniform/results.csv annealed/results.csv --x nfe --output nfe.png
 """
-import argparse
 import csv
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from util.cluster import run_main
+from util.command_line import Parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", type=Path, help="results.csv files; a line is named by its folder and --by")
     parser.add_argument("--x", default="nfe", help="column of the horizontal axis")
     parser.add_argument("--y", help="column of the vertical axis; default: the first distance")

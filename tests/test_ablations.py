@@ -36,7 +36,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     (tmp_path / "val_stats.npz").touch()
     commands = []
 
-    def start(args, command, output):
+    def run_program(args, command, output):
         commands.append(command)
         output.mkdir(parents=True, exist_ok=True)
         if command.startswith("main"):
@@ -51,7 +51,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         for i in range(4):
             Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(output / "images" / f"{i:06d}.png")
 
-    monkeypatch.setattr(ablations, "start", start)
+    monkeypatch.setattr(ablations, "run_program", run_program)
     monkeypatch.setattr(ablations, "get_classifier", lambda root, device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
     monkeypatch.setattr(ablations, "own_scales_losses", lambda run, root, device: [0.6, 0.7])
     monkeypatch.setitem(ablations.VARIANTS, "guidance", {ablations.BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1")})

@@ -19,7 +19,7 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     bench = f"scripts/benchmark.py evaluate {SMALL} --eval_bsz 2 --num_images 2 --num_step 1 --time_grid uniform --device cpu"
     stages = [Stage("evaluate", bench.split()), Stage("broken", ["-c", "raise SystemExit('the kernel is missing')"]),
               Stage("endless", ["-c", "import time; print('waiting', flush=True); time.sleep(99)"], 3), Stage("sample tiny", ["sample"])]
-    monkeypatch.setattr(gpu_report, "plan", lambda args, device: stages)
+    monkeypatch.setattr(gpu_report, "list_stages", lambda args, device: stages)
     done = {"command": ["sample"], "status": "ok", "seconds": 7.0, "last_lines": [], "figures": SAMPLE}
     (tmp_path / "sample-tiny.json").write_text(json.dumps(done))
     command = f"scripts/gpu_report.py --device cpu --store {tmp_path} --output {tmp_path}/out"
@@ -42,7 +42,7 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_stages_are_commands_that_benchmark_takes(monkeypatch, device):
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--extra", SMALL])
-    planned = gpu_report.plan(gpu_report.parse_args(), torch.device(device))
+    planned = gpu_report.list_stages(gpu_report.parse_args(), torch.device(device))
     assert (planned[0].name == "checks") == (device == "cuda") and len({stage.name for stage in planned}) == len(planned)
     measured = set()
     for stage in planned[device == "cuda":]:

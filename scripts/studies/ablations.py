@@ -102,14 +102,16 @@ class Point:
         self.seed = seed
 
     def train(self, args, epochs):
-        start(args, f"{TRAINING} {self.training} --seed {self.seed} --epochs {epochs} --warmup_epochs {epochs * 0.05} "
-                    f"--output_dir {self.run} --resume {self.run} --device {args.device}", self.run)
+        command = (f"{TRAINING} {self.training} --seed {self.seed} --epochs {epochs} --warmup_epochs {epochs * 0.05} "
+                   f"--output_dir {self.run} --resume {self.run} --device {args.device}")
+        run_program(args, command, self.run)
 
     def evaluate(self, args):
         first = min(self.run.glob("checkpoint-0*.pth"), default="")  # of the first epoch
-        start(args, f"{SAMPLING} {self.sampling.format(first=first)} --resume {self.run} --seed {self.seed} "
-                    f"--num_images {args.samples} --eval_bsz {min(args.samples, 250)} --output_dir {self.output} "
-                    f"--device {args.device}", self.output)
+        command = (f"{SAMPLING} {self.sampling.format(first=first)} --resume {self.run} --seed {self.seed} "
+                   f"--num_images {args.samples} --eval_bsz {min(args.samples, 250)} --output_dir {self.output} "
+                   f"--device {args.device}")
+        run_program(args, command, self.output)
 
     def figures(self, network, root, device):
         """(a number for each of COLUMNS, parameters)."""
@@ -117,14 +119,14 @@ class Point:
         files = [self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
         labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
         figures = []
-        for start_of in ("frechet_distance", "kid_mean", "precision", "recall"):
-            figures += [report[name] for name in report["metrics"] if name.startswith(start_of)]
+        for prefix in ("frechet_distance", "kid_mean", "precision", "recall"):
+            figures += [report[name] for name in report["metrics"] if name.startswith(prefix)]
         figures.append(accuracy(network, gray(load_uint8(files)), labels, device))
         losses = [line["loss"] for line in read_lines(self.run / "log.jsonl") if line.get("group") == "val_ema"]
         return [*figures, losses[-1], *own_scales_losses(self.run, root, device)], report["parameters"]
 
 
-def start(args, command, output):
+def run_program(args, command, output):
     """Run a program of the project, with its share of the cores; what it prints goes to a file beside what it makes."""
     command = command.format(root=args.root)
     threads = str(max(1, (os.cpu_count() or 1) // args.at_once))

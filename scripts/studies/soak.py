@@ -7,7 +7,6 @@ data workers. Every few seconds a rank or all of them are killed (SIGKILL), a ra
 or the newest checkpoint is cut short. The same command is then run again. In the end weights, EMA, optimizer state and
 logged losses must be those of the undisturbed run, bit by bit; the figures go to <output>/soak.json.
 """
-import argparse
 import collections
 import contextlib
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 from models import FlowARError
 from scripts.studies.runs import assert_same_run, finish, make_project, ranks_of, start, training_command
 from util.cluster import run_main
+from util.command_line import Parser
 from util.files import write_bytes, write_json
 from util.training import checkpoint
 from util.training.logging import read_lines
@@ -29,7 +29,7 @@ LIFE = (1.0, 10.0)  # seconds of training before something happens
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=15, help="of disturbance; then the run is left to end")
     parser.add_argument("--epochs", type=int, default=60, help="of 50 steps; enough that the run does not end before")
     parser.add_argument("--output", type=Path, default="output/soak", help="folder for everything, new")
