@@ -106,7 +106,7 @@ def test_the_card_says_what_is_known(project):
 
 def test_a_card_without_a_run_says_what_is_not_known(project, tmp_path, monkeypatch):
     write_file(load_flowar(project / "run").state_dict(), tmp_path / "bare.pth")
-    monkeypatch.setattr("models.weights.KL16", {"vae_embed_dim": 4, "vae_stride": 4})
+    monkeypatch.setattr("models.registry.KL16", {"vae_embed_dim": 4, "vae_stride": 4})
     call(monkeypatch, f"scripts/export.py --resume {tmp_path}/bare.pth --output {tmp_path}/out --license mit")
     header, text = card_of(tmp_path / "out")
     assert header["license"] == "mit"
