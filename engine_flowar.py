@@ -9,16 +9,14 @@ import time
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from models import FlowARError
 from util import manifest
 from util.cluster import (Preempted, all_reduce_sum, autocast, barrier, from_main, gather_to_main, is_main, log, rank,
                           stop_signals, world_size)
 from util.evaluation import reports
-from util.evaluation.reports import Stopwatch
-from util.evaluation.sampler import SideStream, measure_batches
-from util.evaluation.store import PngWriter, Store, write_png
+from util.evaluation.sampler import count_passes, sample_and_measure
+from util.evaluation.store import Store, write_png
 from util.training.checkpoint import content_of
 from util.training.health import report_bad_step
 from util.training.optimization import adjust_learning_rate
@@ -74,7 +72,7 @@ def report(run):
         if reports.sampler is not None and is_main():
             log_samples(run, "ema", reports.sampler)
             if run.ema.rate**step > 0.01:  # the average is partly the random start, and its pictures noise
-                log_samples(run, "raw", reports.sampler._replace(model=run.network.eval(), weights="the model"))
+                log_samples(run, "raw", reports.sampler._replace(model=run.network.eval(), name="the model"))
         if reports.sampler is not None and reports.measure is not None:
             description = {"model": reports.model, "epoch": epoch, "weights": "ema"}
             output = reports.output / f"eval_epoch{epoch:04d}"
@@ -90,7 +88,7 @@ def report(run):
 def log_samples(run, name, sampler):
     """A grid of samples to the log and to a file of the output folder."""
     try:
-        grid = sampler.grid()
+        grid = sampler.grid(run.reports.plan.labels.allowed)
     except FlowARError as error:  # such as a VAE that overflows in fp16: no reason to end a training
         log(f"warning: no samples: {error}")
         return
@@ -278,10 +276,7 @@ def evaluate_sweep(samplers, plan, measure, description, output):
             continue
         reports.print_report(report, output / name)
         if len(samplers) > 1:
-            rows = reports.sweep_rows(output, report)  # with those of earlier sweeps into the same folder
-            reports.write_table(rows, output / "results.csv")
-            if report["metrics"] and all(report["metrics"][0] in row for row in rows):
-                reports.plot_sweep(rows, report["metrics"][0], sampler.sampling.by_option(), output / "sweep.png")
+            reports.write_sweep(output, report, sampler.sampling.by_option())
 
 
 def evaluate(sampler, plan, measure, description, output):
@@ -315,42 +310,19 @@ def evaluate(sampler, plan, measure, description, output):
     seconds = time.time() - start  # of the slowest rank
     if parts is None:
         return None
-    measured = {number: tensors for part in parts for number, tensors in part.items()}
-    measured = [measured[number] if number in measured else store.load(number) for number in batches]
-    bad = torch.cat([part["bad"] for part in measured]).tolist()
+    for part in parts:
+        store.finished.update(part)
+    measured = [store.finished[number] for number in batches]
+    bad = torch.cat([batch["bad"] for batch in measured]).tolist()
     if bad and not plan.persistent:  # no reason to end a training, which would meet them again when it is resumed
         log(f"warning: no evaluation: {len(bad)} of {count} images are not finite")
         return None
     sampler.refuse_not_finite(bad, count)
     report = {**measure.compute(measured, sampler.device), **settings,
-              **reports.timing(measured, list(batches.values())),
+              **reports.describe_speed(measured, count, count_passes(sampler.model, sampler.sampling)),
               "images_per_second": sum(len(batches[number]) for number in missing) / max(seconds, 1e-9),
               **manifest.describe_machine(sampler.device)}
     if plan.save_npz:
         store.write_npz(len(batches), plan.labels.values)
     store.finish(report)
     return report
-
-
-def sample_and_measure(sampler, plan, extractor, batches, store):
-    """{batch number: {features, logits if any, bad, seconds, calls}} of {batch number: indices of its images}."""
-    writer = PngWriter(store.folder) if plan.save_images else None
-    watch, passes, measured = Stopwatch(sampler.device), sampler.passes(), {}
-    with SideStream(sampler.device) as beside, tqdm(
-            total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
-            mininterval=2) as progress:
-        for number, indices, tensors, images, wait in measure_batches(
-                sampler, plan, extractor, batches, writer, watch, beside):
-            if plan.persistent and len(tensors["bad"]) == len(images):
-                sampler.refuse_not_finite(tensors["bad"].tolist(), plan.num_images)  # all of a batch: the others too
-            with watch("writing"):
-                wait()
-                calls = torch.tensor([[len(scale), len(indices) * sum(scale)] for scale in passes])
-                measured[number] = {**tensors, "seconds": watch.take(), "calls": calls}
-                if plan.persistent:
-                    pixels = {"images": images.permute(0, 2, 3, 1).contiguous()} if plan.save_npz else {}
-                    store.save(number, {**measured[number], **pixels})
-            progress.update(len(indices))
-    if measured:
-        measured[number]["seconds"] += watch.take()  # of writing the last batch
-    return measured

@@ -40,8 +40,8 @@ from util.command_line import BELOW_ONE, POSITIVE, Parser, flag, list_of, parse_
 from util.evaluation.extractors import Inception, build_extractors
 from util.evaluation.labels import Classes, choose_labels
 from util.evaluation.metrics import Measure
-from util.evaluation.pipeline import build_sampler
-from util.evaluation.references import extract_folder, list_images
+from util.evaluation.references import Reference, extract_folder, list_reference
+from util.evaluation.sampler import Sampler
 from util.evaluation.store import Plan
 from util.files import check_output, read_json, write_json
 from util.geometry import resolve_geometry
@@ -103,7 +103,6 @@ class Evaluate(Benchmark, SamplingSettings):
     """evaluations"""
     eval_bsz: int = setting(64, "images of a batch", POSITIVE)
     num_images: int = setting(50000, "images", POSITIVE)
-    resume = guide = ""  # build_sampler asks for them
 
 
 def parse_args():
@@ -267,7 +266,7 @@ def extract_through_files(sampler, plan, extractor, folder):
         indices = range(first, min(first + sampler.batch, plan.num_images))
         for index, image in zip(indices, sampler.images(plan.labels.of(indices), first)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
-    extract_folder(list_images(folder), extractor, sampler.device)
+    extract_folder(list_reference(folder), extractor, sampler.device)
 
 
 def write_random_inception(path):
@@ -283,7 +282,7 @@ def benchmark_evaluate(args, device):
     check_single(args)
     model, vae = build_network(args, device), build_vae(args, device)
     prepare.for_evaluation([model], vae, AUTOCAST.get(args.precision), args.compile)
-    sampler = build_sampler(args, model, vae, args.precision)
+    sampler = Sampler(model, vae, Sampling.of({}, given_settings(args)), args.precision, args.seed, args.eval_bsz)
     with tempfile.TemporaryDirectory() as folder:
         choices, file = list(args.feature_extractor), Path(folder) / "inception.pth"
         if Inception.name in choices:
@@ -295,7 +294,7 @@ def benchmark_evaluate(args, device):
     for count in (args.eval_bsz, args.num_images):  # the first warms up
         plan = Plan(choose_labels("balanced", count, Classes(args.class_num)))
         with tempfile.TemporaryDirectory() as folder:
-            measure, start = Measure(extractor, [None] * len(extractor.parts)), time.perf_counter()
+            measure, start = Measure(extractor, [Reference()] * len(extractor.parts)), time.perf_counter()
             report = evaluate(sampler, plan, measure, {}, Path(folder))
             in_memory = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:

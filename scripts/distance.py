@@ -19,7 +19,7 @@ from util.data import to_uint8
 from util.data.source import open_vae_on
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
-from util.evaluation.references import extract_folder, list_images
+from util.evaluation.references import extract_folder, list_reference
 from util.evaluation.sampler import decoded_at_once
 from util.command_line import PIXELS, SEED, Parser, add_options, as_type, color, path
 from util.options import Extractors
@@ -52,11 +52,6 @@ def through_vae(vae):
     return reconstruct
 
 
-def distance(a, b):
-    """Frechet distance of two of: features (n, dim), or what has statistics mu and sigma."""
-    return frechet_distance(*({"mu": x.mu, "sigma": x.sigma} if hasattr(x, "mu") else statistics(x) for x in (a, b)))
-
-
 def halves(features, count, seed):
     """Two random sets, without an image in common, of `count` of the features (n, dim)."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
@@ -69,30 +64,36 @@ def main():
     cluster.set_precision(None, device)  # as an evaluation does
     with cluster.first_on_host():  # one download
         joint = build_extractors(args.feature_extractor, device)
-    through = [None] * len(args.folders)
+    passes = [(folder, None) for folder in args.folders]
     if args.vae_path:
         named = find_vae(args.vae_path)
-        through.append(through_vae(open_vae_on(named, device)))
-    folders = (args.folders * 2)[:len(through)]
-    crop, measured = args.img_size is not None, []
-    for folder, way in zip(folders, through):
-        listing = cluster.from_main(lambda: list_images(folder))
-        measured.append(extract_folder(listing, joint, device, args.img_size, crop, through=way, background=args.background))
+        passes.append((args.folders[0], through_vae(open_vae_on(named, device))))
+    measured = []
+    for folder, through in passes:
+        listing = cluster.from_main(lambda: list_reference(folder))
+        measured.append(extract_folder(listing, joint, device, args.img_size, crop=args.img_size is not None, through=through,
+                                       background=args.background))
     if measured[0] is None:  # rank 0 has them
         return
-    if len({part.img_size for part in measured}) > 1:
-        raise FlowARError(f"images of {measured[0].img_size} pixels in {folders[0]}, of {measured[1].img_size} in {folders[1]}: "
-                          "give --img_size")
-    half = min(LARGEST_HALF, *(part.count // 2 for part in measured))
-    for extractor, *mine in zip(joint.parts, *(part.split(joint) for part in measured)):
+    sizes, counts = [references[0].img_size for references in measured], [references[0].images for references in measured]
+    if len(set(sizes)) > 1:
+        raise FlowARError(f"images of {sizes[0]} pixels in {args.folders[0]}, of {sizes[1]} in {args.folders[1]}: give --img_size")
+    half = min(LARGEST_HALF, min(counts) // 2)
+    for extractor, *references in zip(joint.parts, *measured):
         warn_of_few(half, extractor)
-        parts, name = [halves(part.features, half, args.seed) for part in mine], extractor.distance
-        if len(measured) == 2:
-            what = f"{args.folders[0]} to {args.folders[1] if not through[1] else f'itself through the VAE {named.name}'}"
-            print(f"{name} of {what}: {frechet_distance(*(part.statistics for part in mine)):.4f} ({measured[0].count} and {measured[1].count} images)")
-            print(f"{name} of {what}: {distance(parts[0][0], parts[1][1]):.4f} ({half} and {half} images)")
-        for folder, part in zip(args.folders, parts):
-            print(f"{name} of two halves of {folder}, the floor: {distance(*part):.4f} ({half} and {half} images)")
+        name, parts = extractor.distance, [halves(reference.features, half, args.seed) for reference in references]
+        if len(references) == 2:
+            first, second = references
+            what = f"{first.name} to {second.name}"
+            if passes[1][1]:
+                what = f"{first.name} to itself through the VAE {named.name}"
+            value = frechet_distance(first.statistics, second.statistics)
+            print(f"{name} of {what}: {value:.4f} ({counts[0]} and {counts[1]} images)")
+            value = frechet_distance(statistics(parts[0][0]), statistics(parts[1][1]))
+            print(f"{name} of {what}: {value:.4f} ({half} and {half} images)")
+        for folder, (one, other) in zip(args.folders, parts):
+            value = frechet_distance(statistics(one), statistics(other))
+            print(f"{name} of two halves of {folder}, the floor: {value:.4f} ({half} and {half} images)")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from scripts import plot_run
-from scripts.distance import distance, through_vae
+from scripts.distance import through_vae
 from models.vaes import load_vae
 from models.weights import read_file, write_file
 from util.data import list_images
 from util.cluster import log, run_main, select_device
 from util.evaluation.labels import image_label
 from util.evaluation.extractors import build_extractors, extract
+from util.evaluation.metrics import frechet_distance, statistics
 from util.evaluation.references import load_statistics, load_uint8
-from util.evaluation.reports import read_report
-from util.files import write_bytes, write_json
+from util.files import read_json, write_bytes, write_json
 
 STEPS, BATCH = 600, 128
 
@@ -94,7 +94,7 @@ def get_classifier(root, device):
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
-    results = read_report(root / "eval" / "results.json")
+    results = read_json(root / "eval" / "results.json")
     plot_run.save(plot_run.draw([plot_run.read_run(root / "run")]), root / "loss.png")
     network = get_classifier(root, device)
     extractor = build_extractors(results["feature_extractor"].split(",")[:1], device).parts[0]
@@ -111,13 +111,17 @@ def main():
         "test images through the VAE": (decoded, test_labels),
         "training images (the floor)": (train, train_labels),
     }
-    summary = {row: {"classifier_accuracy": accuracy(network, gray(images), labels, device),
-                     name: distance(extract(extractor, images.to(device))[0], reference)} for row, (images, labels) in rows.items()}
+    summary = {}
+    for row, (images, labels) in rows.items():
+        features, _ = extract(extractor, images.to(device))
+        summary[row] = {"classifier_accuracy": accuracy(network, gray(images), labels, device),
+                        name: frechet_distance(statistics(features), reference.statistics)}
     summary["test images"] = {"classifier_accuracy": accuracy(network, gray(test), test_labels, device)}
     write_json({"images": count, **summary}, root / "summary.json")
     table = [f"| {count} images | classifier finds the label | {name} to the test split |", "|---|---|---|"]
-    table += [f"| {row} | {values['classifier_accuracy']:.1%} | {format(values[name], '.1f') if name in values else ''} |"
-              for row, values in summary.items()]
+    for row, values in summary.items():
+        distance = f"{values[name]:.1f}" if name in values else ""
+        table.append(f"| {row} | {values['classifier_accuracy']:.1%} | {distance} |")
     write_bytes(("\n".join(table) + "\n").encode(), root / "results.md")
     print("\n".join(table))
 

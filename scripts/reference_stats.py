@@ -17,7 +17,7 @@ from models.weights import tensors_hash, writing
 from util import cluster
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, warn_of_few
-from util.evaluation.references import extract_folder, list_images
+from util.evaluation.references import extract_folder, list_reference
 from util.files import check_output
 from util.command_line import PIXELS, Parser, add_options, as_type, color, path
 from util.options import Extractors
@@ -36,30 +36,26 @@ def parse_args():
     return parser.parse_args()
 
 
-def describe(reference, extractor, held_out):
-    """What a file holds of one extractor, of FolderFeatures in it; held_out: those of the held-out images, or None."""
-    content = {**reference.statistics, "feature_extractor": extractor.name,
-               "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize}
-    if reference.features is not None:
-        content["features"] = np.asarray(reference.features, dtype=np.float32)
-    if held_out is not None:
-        warn_of_few(min(reference.count, held_out.count), extractor)
-        content["held_out"] = np.array([frechet_distance(held_out.statistics, reference.statistics), held_out.count], dtype=np.float64)
-    return content
-
-
-def save_statistics(path, reference, joint, held_out=None):
-    """Write FolderFeatures of a Joint of extractors, with the features if they were kept, and their description to an
-    .npz; see OWN of util.evaluation.references. held_out: those of other images, or None.
+def save_statistics(path, references, joint, held_out=None):
+    """Write the Reference of each part of a Joint, with its features if there are any, to an .npz, see OWN of
+    util.evaluation.references. held_out: those of other images, for FDr.
     """
-    content = {"feature_extractor": joint.name, "num_images": reference.count, "img_size": reference.img_size,
-               "left_out": sum(reference.listing.left_out.values())}
-    if reference.classes:
-        content.update(classes=np.array(list(reference.classes)), class_counts=np.array(list(reference.classes.values())))
-    others = held_out.split(joint) if held_out else [None] * len(joint.parts)
-    for extractor, part, other in zip(joint.parts, reference.split(joint), others):
+    first = references[0]
+    content = {"feature_extractor": joint.name, "num_images": first.images, "img_size": first.img_size,
+               "left_out": sum(first.left_out.values())}
+    if first.classes:
+        content.update(classes=np.array(list(first.classes)), class_counts=np.array(list(first.classes.values())))
+    for number, (extractor, reference) in enumerate(zip(joint.parts, references)):
+        own = {**reference.statistics, "feature_extractor": extractor.name,
+               "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize}
+        if reference.features is not None:
+            own["features"] = np.asarray(reference.features, dtype=np.float32)
+        if held_out:
+            other = held_out[number]
+            warn_of_few(min(reference.images, other.images), extractor)
+            own["held_out"] = np.array([frechet_distance(other.statistics, reference.statistics), other.images], dtype=np.float64)
         suffix = extractor.suffix if len(joint.parts) > 1 else ""
-        content.update({name + suffix: value for name, value in describe(part, extractor, other).items()})
+        content.update((name + suffix, value) for name, value in own.items())
     with writing(path) as file:
         np.savez(file, **content)
 
@@ -73,20 +69,20 @@ def main():
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
     with cluster.first_on_host():  # one download
         joint = build_extractors(args.feature_extractor, device)
-    listing = cluster.from_main(lambda: list_images(args.ref_images))
+    listing = cluster.from_main(lambda: list_reference(args.ref_images))
     options = dict(crop=args.img_size is not None, background=args.background)
     size, held_out = args.img_size, None
     if args.held_out:  # first: they are fewer
-        others = cluster.from_main(lambda: list_images(args.held_out))
+        others = cluster.from_main(lambda: list_reference(args.held_out))
         if others.identity() == listing.identity():
             raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
         held_out = extract_folder(others, joint, device, size, keep=False, **options)
-        size = cluster.from_main(lambda: held_out.img_size)
-    reference = extract_folder(listing, joint, device, size, keep=args.keep_features, **options)
-    if reference is None:
+        size = cluster.from_main(lambda: held_out[0].img_size)
+    references = extract_folder(listing, joint, device, size, keep=args.keep_features, **options)
+    if references is None:
         return
-    save_statistics(args.output, reference, joint, held_out)
-    print(f"{args.output}: {reference.count} images of {args.ref_images}, {reference.img_size} pixels, in {joint.name} features")
+    save_statistics(args.output, references, joint, held_out)
+    print(f"{args.output}: {len(listing)} images of {args.ref_images}, {references[0].img_size} pixels, in {joint.name} features")
 
 
 if __name__ == "__main__":

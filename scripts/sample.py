@@ -14,7 +14,7 @@ from models import FlowARError
 from scripts.pictures import check_picture, draw_table, read_settings, save
 from util.cluster import run_main, select_device
 from util.command_line import COUNT, POSITIVE, SEED, as_type, list_of, make_parser, path, take_options
-from util.data import center_crop, list_images, open_image
+from util.data import center_crop, open_image
 from util.evaluation.pipeline import open_pipeline
 from util.files import make_directory
 from util.manifest import code_version
@@ -51,7 +51,6 @@ def sample_parser():
     add("--seeds", type=as_type(seed_list), help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
     add("--per_class", type=as_type(POSITIVE), default=8, help="samples of each class")
     add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: 3, or all but one of fewer")
-    add("--class_names", help="folder whose class folders name the classes; default: the checkpoint's names, or ImageNet's")
     add("--again", metavar="PICTURE", help="take the options that a picture was made with; those given here come first")
     return parser
 
@@ -89,14 +88,6 @@ def outputs(args):
     if args.folder:
         make_directory(Path(args.folder))
     return files
-
-
-def name_the_classes(pipe, folder):
-    """Let class folders name the classes."""
-    names = list_images(folder).classes
-    if len(names) > len(pipe.names):
-        raise FlowARError(f"--class_names {folder}: {len(names)} class folders, but the model has {len(pipe.names)} classes")
-    pipe.names[:len(names)] = names
 
 
 def samples(pipe, labels, args):
@@ -137,9 +128,7 @@ def main():
     args, words = parse_args()
     files = outputs(args)
     pipe = open_pipeline(take_options(SamplingOptions, args), select_device(args.device), identify=True)
-    if args.class_names:
-        name_the_classes(pipe, args.class_names)
-    labels = [pipe.label(label.strip()) for label in args.labels or map(str, pipe.classes.sampled()[:10])]
+    labels = [pipe.label(label) for label in args.labels or pipe.classes.sampled()[:10]]
     settings = {**pipe.settings(), "commit": code_version(), "command": words}
     for kind, file in files.items():
         rows, names, titles = draw(kind, pipe, labels, args)

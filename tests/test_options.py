@@ -153,7 +153,6 @@ TABLE = [
     (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
     (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
-    (SAMPLE, "--class_names {p}/file", "{p}/file: no folder, archive (.zip, .tar) or dataset of images is there"),
     (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae_path, or one and --halves: give one of these"),
     (DISTANCE, "nowhere", "nowhere: no folder, archive (.zip, .tar) or dataset of images is there"),
     (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),

@@ -13,7 +13,7 @@ from util.cluster import from_main, is_main, log, world_size
 from util.data.loaders import rank_cpus
 from util.data.source import Source, check_classes, open_training_data
 from util.evaluation.metrics import Measure, build_measure
-from util.evaluation.pipeline import build_sampler, plan_reports
+from util.evaluation.pipeline import plan_reports
 from util.evaluation.sampler import Sampler
 from util.evaluation.store import Plan
 from util.geometry import compare_geometry
@@ -136,7 +136,8 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
                     save_epochs=(args.save_last_freq, args.keep_every), report_epochs=args.eval_freq)
     sampler = None
     if vae is not None:
-        sampler = build_sampler(replace(args, resume=""), ema.module, vae, args.precision, plan.labels.allowed)
+        sampling = Sampling.of({}, given_settings(args))
+        sampler = Sampler(ema.module, vae, sampling, args.precision, args.seed, args.eval_bsz)
     reports = Reports(data.validation, sampler, plan, measure, args.model, Path(args.output_dir))
     writer = None
     if is_main():

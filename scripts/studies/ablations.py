@@ -34,8 +34,8 @@ from util.data.latents import ShardedMoments
 from util.evaluation import load_pipeline
 from util.evaluation.labels import image_label
 from util.evaluation.references import load_uint8
-from util.evaluation.reports import RESULTS, read_report
-from util.files import write_bytes, write_json
+from util.evaluation.reports import RESULTS
+from util.files import read_json, write_bytes, write_json
 from util.manifest import describe_machine
 from util.training.logging import read_lines
 
@@ -115,7 +115,7 @@ class Point:
 
     def figures(self, network, root, device):
         """(a number for each of COLUMNS, parameters)."""
-        report = read_report(self.output / RESULTS)
+        report = read_json(self.output / RESULTS)
         files = [self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
         labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
         figures = []

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from models import FlowARError
 from util.data import Images, find_split, list_images
 from util.data.folders import Folder
-from util.evaluation.references import class_counts
+from util.evaluation.references import count_classes
 
 PICTURE = Image.new("RGB", (4, 4), (200, 10, 10))
 
@@ -61,7 +61,7 @@ def test_images_outside_of_class_folders_are_left_out_by_one_rule(tmp_path):
     put(tmp_path, "a/1.png", "b/2.png", "top.png")
     found = list_images(tmp_path, flat=True)
     assert names(found) == [("a/1.png", 0), ("b/2.png", 1)] and found.left_out == {"outside of the class folders": 1}
-    assert list_images(tmp_path).identity() == found.identity() and class_counts(found) == {"a": 1, "b": 1}
+    assert list_images(tmp_path).identity() == found.identity() and count_classes(found) == {"a": 1, "b": 1}
 
 
 def test_a_flat_set_is_one_without_classes(tmp_path):

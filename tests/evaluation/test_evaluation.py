@@ -86,10 +86,10 @@ def test_report(whole):
 
 def test_distance_in_memory_equals_that_of_saved_images(project, whole):
     report, output = whole
-    extractor = extractors.EfficientNetLite0(torch.device("cpu"))
-    saved, reference = (references.extract_folder(references.list_images(folder), extractor, torch.device("cpu")).statistics
+    joint = extractors.Joint([extractors.EfficientNetLite0(torch.device("cpu"))])
+    saved, reference = (references.extract_folder(references.list_reference(folder), joint, torch.device("cpu"))[0]
                         for folder in (output / "images", project / "images" / "val"))
-    distance = metrics.frechet_distance(saved, reference)
+    distance = metrics.frechet_distance(saved.statistics, reference.statistics)
     assert report[METRIC] == pytest.approx(distance, rel=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_images_do_not_depend_on_processes_and_batches(project, checkpoint, whol
 
 
 @pytest.mark.parametrize("where,calls,left", [
-    (seams.LATENTS, 2, 2), (seams.PNG, 6, 2), (seams.REMOVAL, 0, 0),
+    (seams.LATENTS, 2, 1), (seams.PNG, 6, 2), (seams.REMOVAL, 0, 0),
     *(pytest.param(*where, marks=pytest.mark.slow) for where in ((seams.KEPT_BATCH, 1, 2), (seams.NPZ, 0, 0), (seams.REPORT, 0, 0)))])
 def test_interrupted_it_goes_on(project, checkpoint, whole, tmp_path, monkeypatch, where, calls, left):
     options = f"--eval_bsz 4 --save_images png,npz --fid_stats {project}/images/val"
@@ -277,9 +277,9 @@ def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, 
     trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
     for extra in ("", GEOMETRY):
         args = parse_options(EvaluationOptions, shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
-        model, vae, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
-        assert description["model"] == "flowar_tiny" and model.scale == (1, 2, 4) and vae.stride == 4
-    for name, value in model.state_dict().items():
+        sampler, description, *_ = open_for_sampling(args, torch.device("cpu"))
+        assert description["model"] == "flowar_tiny" and sampler.model.scale == (1, 2, 4) and sampler.vae.stride == 4
+    for name, value in sampler.model.state_dict().items():
         expected = trained["model_ema"][name]
         assert torch.equal(value[tuple(map(slice, expected.shape))], expected)  # layers are padded for sampling
 
@@ -288,8 +288,8 @@ def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_
     trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
     for extra, kind, key in (("", "ema", "model_ema"), ("--weights raw", "raw", "model")):
         args = parse_options(EvaluationOptions, shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
-        model, _, _, description, *_ = open_for_sampling(args, torch.device("cpu"))
-        assert torch.equal(model.class_emb.weight, trained[key]["class_emb.weight"])
+        sampler, description, *_ = open_for_sampling(args, torch.device("cpu"))
+        assert torch.equal(sampler.model.class_emb.weight, trained[key]["class_emb.weight"])
         assert (description["weights"], description["weights_key"]) == (kind, key)
         assert f"under '{key}'" in capsys.readouterr().out
 

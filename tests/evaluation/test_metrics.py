@@ -29,7 +29,8 @@ def build(feature_extractor="inception", file=None):
 
 
 def extract(folder, *args, **options):
-    return references.extract_folder(references.list_images(folder), *args, **options)
+    """References to a folder's images, one for each network."""
+    return references.extract_folder(references.list_reference(folder), *args, **options)
 
 
 def test_distance_and_statistics_are_torch_fidelitys():
@@ -101,7 +102,7 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     files, cpu = {"inception": random_inception, **random_transformers}, torch.device("cpu")
     joint = extractors.build_extractors([f"{name}={files[name]}" for name in ("dinov2-vit-b-14", "inception", "clip-vit-b-32")], cpu)
     read = seams.count(monkeypatch, (references, "read_image"))
-    measure = metrics.measure_against(references.list_images(tmp_path / "flat_val"), "flat_val", joint, 16, cpu)
+    measure = metrics.measure_against(references.list_reference(tmp_path / "flat_val"), joint, 16, cpu)
     measure.open()
     measure.open()
     assert len(read) == 10
@@ -186,14 +187,14 @@ class Flat(extractors.Extractor):
 
 
 @pytest.mark.parametrize("changed,message", [
-    ({"mu": np.zeros(3)}, r"mu is \(3,\) and sigma \(4, 4\), expected \(4,\)"), ({"mu": np.full(4, np.nan)}, "mu is not finite"),
+    ({"mu": np.zeros(3)}, r"mu is \(3,\), expected \(4,\)"),
     ({"feature_extractor": "other"}, "its feature_extractor is other, here it is flat"), ({"img_size": 32}, "its img_size is 32, here it is 16"),
     ({"resize": "bicubic"}, "its resize is bicubic, here it is none"), ({"weights_sha256": "x"}, "its weights_sha256 is x")])
 def test_statistics_of_something_else_are_refused(tmp_path, changed, message):
     content = dict(mu=np.zeros(4), sigma=np.eye(4), feature_extractor="flat", img_size=16)
     np.savez(tmp_path / "stats.npz", **content)
     reference = references.load_statistics(tmp_path / "stats.npz", Flat(), 16)
-    assert reference.sigma.shape == (4, 4) and reference.features is None and len(reference.sha256) == 64
+    assert reference.statistics["sigma"].shape == (4, 4) and reference.features is None and len(reference.sha256) == 64
     np.savez(tmp_path / "stats.npz", **{**content, **changed})
     with pytest.raises(FlowARError, match=f"stats.npz: {message}"):
         references.load_statistics(tmp_path / "stats.npz", Flat(), 16)
@@ -202,11 +203,11 @@ def test_statistics_of_something_else_are_refused(tmp_path, changed, message):
 def test_more_images_than_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys):
     write_digits(tmp_path, 1)
     monkeypatch.setattr(metrics, "MOST_FEATURES", 9)
-    listing = references.list_images(tmp_path / "val")
-    measure = metrics.measure_against(listing, "val", extractors.Joint([Flat()]), 16, torch.device("cpu"))
+    listing = references.list_reference(tmp_path / "val")
+    measure = metrics.measure_against(listing, extractors.Joint([Flat()]), 16, torch.device("cpu"))
     measure.open()
     reference, = measure.references
-    assert reference.features is None and reference.sigma.shape == (4, 4)
+    assert reference.features is None and reference.statistics["sigma"].shape == (4, 4)
     assert "KID, precision and recall are left out: they compare every pair of images, and these are more than 9" in capsys.readouterr().out
 
 
@@ -214,10 +215,10 @@ def test_more_images_than_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys
 def test_statistics_say_what_they_are(tmp_path, keep):
     path, features = tmp_path / "stats.npz", torch.randn(20, 4)
     statistics = metrics.statistics(features)
-    listing = references.Listing("nowhere", [], [(0, f"{i}.png", 0, 0, 0) for i in range(20)], {".txt": 2})
-    reference_stats.save_statistics(path, references.FolderFeatures(statistics, features if keep else None, 16, listing), extractors.Joint([Flat()]))
+    written = references.Reference(statistics=statistics, features=features if keep else None, images=20, img_size=16, left_out={".txt": 2})
+    reference_stats.save_statistics(path, [written], extractors.Joint([Flat()]))
     found = references.load_statistics(path, Flat(), 16)
-    np.testing.assert_array_equal(found.mu, features.double().numpy().mean(axis=0))
+    np.testing.assert_array_equal(found.statistics["mu"], features.double().numpy().mean(axis=0))
     assert (found.features is not None) == keep and (not keep or torch.equal(found.features, features))
     with np.load(path) as file:
         assert file["num_images"] == 20 and file["resize"] == "none" and file["left_out"] == 2
@@ -230,7 +231,7 @@ def test_statistics_of_others_are_taken_for_inceptions(tmp_path):
     for more in ({}, {"mu_s": np.zeros(7), "sigma_s": np.eye(7), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}):
         np.savez(path, mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32), **more)
         for size in (32, 256, 512):
-            assert references.load_statistics(path, inception, size).mu.shape == (4,)
+            assert references.load_statistics(path, inception, size).statistics["mu"].shape == (4,)
     with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .a file that does not say it"):
         references.load_statistics(path, Flat(), 256)
 
@@ -238,11 +239,12 @@ def test_statistics_of_others_are_taken_for_inceptions(tmp_path):
 def test_statistics_know_their_classes(tmp_path):
     write_digits(tmp_path, 2)
     (tmp_path / "val" / "3" / "000.png").unlink()
-    found = extract(tmp_path / "val", Flat(), torch.device("cpu"))
+    joint, cpu = extractors.Joint([Flat()]), torch.device("cpu")
+    found, = extract(tmp_path / "val", joint, cpu)
     assert found.classes == {str(digit): 2 - (digit == 3) for digit in range(10)}
-    reference_stats.save_statistics(tmp_path / "stats.npz", found, extractors.Joint([Flat()]))
+    reference_stats.save_statistics(tmp_path / "stats.npz", [found], joint)
     assert references.load_statistics(tmp_path / "stats.npz", Flat(), 16).classes == found.classes
-    assert extract(tmp_path / "val" / "0", Flat(), torch.device("cpu")).classes is None  # flat
+    assert extract(tmp_path / "val" / "0", joint, cpu)[0].classes is None  # flat
 
 
 class Alike(Flat):
@@ -256,14 +258,14 @@ def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
     train, val = (extract(tmp_path / split, joint, cpu) for split in ("train", "val"))
     reference_stats.save_statistics(path, train, joint, val)
     with np.load(path) as file:  # where others look for Inception's
-        np.testing.assert_allclose(file["mu"], metrics.statistics(joint.split(train.features)[1])["mu"], atol=1e-9)
+        np.testing.assert_allclose(file["mu"], metrics.statistics(train[1].features)["mu"], atol=1e-9)
     assert references.load_statistics(path, Alike(seed=1), 16).held_out[1] == 30
     measure = metrics.Measure(joint, [references.load_statistics(path, part, 16) for part in joint.parts])
     assert not capsys.readouterr().out.count("warning")
-    generated = val.features + torch.tensor([0.1, 0, 0, 0, 0.3, 0, 0, 0])
+    generated = torch.cat([part.features for part in val], dim=1) + torch.tensor([0.1, 0, 0, 0, 0.3, 0, 0, 0])
     found = measure.compute([{"features": generated}], cpu)
-    for extractor, mine, theirs, reals in zip(joint.parts, *map(joint.split, (generated, train.features, val.features))):
-        near, far = (metrics.frechet_distance(*map(metrics.statistics, pair)) for pair in ((reals, theirs), (mine, theirs)))
+    for extractor, mine, theirs, reals in zip(joint.parts, joint.split(generated), train, val):
+        near, far = (metrics.frechet_distance(metrics.statistics(x), theirs.statistics) for x in (reals.features, mine))
         assert found[extractor.distance] == pytest.approx(far, rel=1e-4)
         assert found[f"fdr{extractor.suffix}"] == pytest.approx(far / near, rel=1e-3) and far > 2 * near
     assert found["fdr_mean_of_2"] == pytest.approx((found["fdr"] + found["fdr_flat"]) / 2) and found["fdr"] != found["fdr_flat"]
@@ -276,11 +278,11 @@ def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
 
 def test_features_of_a_folder_crop_and_refuse(tmp_path):
     write_digits(tmp_path / "digits", 1)
-    folder, flat, cpu = tmp_path / "digits" / "val", Flat(), torch.device("cpu")
-    found = extract(folder, flat, cpu)
+    folder, flat, cpu = tmp_path / "digits" / "val", extractors.Joint([Flat()]), torch.device("cpu")
+    found, = extract(folder, flat, cpu)
     assert found.features.shape == (10, 4) and found.img_size == 16
-    assert extract(folder, flat, cpu, 8, crop=True).img_size == 8
-    sums = extract(folder, flat, cpu, keep=False)
+    assert extract(folder, flat, cpu, 8, crop=True)[0].img_size == 8
+    sums, = extract(folder, flat, cpu, keep=False)
     assert sums.features is None
     for key, value in metrics.statistics(found.features).items():
         np.testing.assert_allclose(sums.statistics[key], value, atol=1e-9)
@@ -293,3 +295,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
         Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
     with pytest.raises(FlowARError, match="1.png: 9x9 pixels, but .*0.png is 8x8"):
         references.load_uint8(sorted(tmp_path.glob("*.png")))
+    joint = extractors.Joint([Flat()])
+    joint.batch = 1  # of batches of one size each
+    with pytest.raises(FlowARError, match="1.png: 9x9 pixels, expected 8x8"):
+        extract(tmp_path, joint, torch.device("cpu"))

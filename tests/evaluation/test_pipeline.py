@@ -198,8 +198,6 @@ def test_inpainting_keeps_what_is_not_white(pipe, monkeypatch, tmp_path):
     monkeypatch.undo()
     image.save(tmp_path / "i.png"), mask.save(tmp_path / "m.png")
     assert same(pipe.inpaint(tmp_path / "i.png", str(tmp_path / "m.png"), 8, count=2, seed=4), drawn)
-    with pytest.raises(FlowARError, match="the mask is 8x8 pixels, the image 16x16"):
-        pipe.inpaint(image, Image.new("L", (8, 8), 255), 8)
 
 
 def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
@@ -211,7 +209,7 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 @pytest.mark.parametrize("call,message", [
     (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5: expected a number"),
     (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling; expected one of cfg, guidance"),
-    (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "give one that is not smaller"), (lambda pipe: load_pipeline("x", cgf=3), "cgf: no option of this name"),
+    (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "give one that is not smaller"),
     (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):
     with pytest.raises(FlowARError, match=message):
@@ -290,8 +288,3 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
     assert same([Image.open("after.png")], [Image.open("before.png")]) and read_settings("after.png")["command"][-2:] == ["--edit", "after.png"]
     script(f"--resume {trained} --device cpu --grid")
     assert same([Image.open("grid.png").crop((11, 2, 75, 66))], [pipe(list(range(10)))[0].resize((64, 64), 0)])
-
-
-def test_a_model_does_not_guide_itself(trained):
-    with pytest.raises(FlowARError, match="it is the model itself, which guides nowhere"):
-        load_pipeline(trained, device="cpu", guide=str(trained), cfg=2)

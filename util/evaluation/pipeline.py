@@ -5,7 +5,6 @@
 
 Of this room, this module alone knows the options.
 """
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from PIL import Image
 from models import FlowARError
 from models.hub import is_remote, name_beside, release_of
 from models.registry import open_model, read_variant, recognise_size
-from models.settings import Sampling, as_text, check_value
+from models.settings import Sampling, as_text, check_value, one_of
 from models.vae import LatentScale
 from models.variants.ablated import describe
 from models.vaes import DEFAULT_PATH, VAES, find_vae, read_latent_scale, saved_vae_path
@@ -24,7 +23,6 @@ from models.weights import file_hash, find_model, recognise_geometry, saved_opti
 from util import manifest
 from util.cluster import (AUTOCAST, PRECISIONS, autocast, fetch, from_main, is_main, log, select_device,
                           set_precision)
-from util.command_line import SEED
 from util.data import center_crop, open_image, to_tensor
 from util.data.pixels import WHITE, over
 from util.evaluation.labels import Classes, choose_labels, class_names, classes_of, find_label
@@ -39,19 +37,12 @@ from util.training.record import LatentOrigin, check_origin, origin_of, saved_da
 
 
 class Opened(NamedTuple):
-    """What samples are made with."""
-    model: torch.nn.Module
-    vae: torch.nn.Module
-    precision: str
+    """What --resume and its VAE are opened as."""
+    sampler: Sampler  # with the settings of the checkpoint
     description: dict  # for a report
     classes: Classes
-    sampling: dict  # settings that the checkpoint asks for, see saved_sampling
-    guide: torch.nn.Module | None  # of autoguidance
-    data: dict  # that it was trained on, {} if it does not say it
+    data: dict  # that the model was trained on, {} if the checkpoint does not say it
     origin: LatentOrigin  # the VAE
-
-    def build_sampler(self, args):
-        return build_sampler(args, self.model, self.vae, self.precision, stored=self.sampling, guide=self.guide)
 
 
 def open_for_sampling(args, device, identify=False):
@@ -66,18 +57,16 @@ def open_for_sampling(args, device, identify=False):
     checkpoint = open_on_all(args.resume)
     path, content = checkpoint.path, checkpoint.content
     weights = find_model(content, path, args.weights)
-    sampling = saved_sampling(content, args.resume)
-    if "teacher_sampling" in checkpoint.options and args.cfg not in (None, 1.0):
-        log(f"warning: {path}: a student, which learned without the null class: --cfg above 1 is nothing it knows")
-    named, vae, origin = open_vae(args, checkpoint)
-    args = recognise(args, weights.tensors, path, vae)
-    check_vae(vae, args, named.name)
+    sampling = Sampling.of({}, saved_sampling(content, args.resume))
+    vae_name, vae, origin = open_vae(args, checkpoint)
+    args = recognise_model(args, weights.tensors, path, vae)
+    check_vae(vae, args, vae_name)
     choices = {**model_options(args), **read_variant(weights.tensors, path)}  # the file tells which ablation it is
     model, left_out = open_model(weights.tensors, path, args.model, **choices)
     log(f"{path}: {weights.describe(left_out)}")
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
                    "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
-                   "weights_key": weights.key, "vae": named.name, "vae_sha256": origin.sha256}
+                   "weights_key": weights.key, "vae": vae_name, "vae_sha256": origin.sha256}
     if identify and is_main():
         description["checkpoint_sha256"] = file_hash(path)
     networks, guide = [model], None
@@ -88,12 +77,13 @@ def open_for_sampling(args, device, identify=False):
     model, vae = model.to(device), vae.to(device)
     prepare.for_evaluation(networks, vae, AUTOCAST.get(precision), args.compile)
     log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
-    classes = classes_of(content.get("data"), args.class_num, path, trained=checkpoint.has_optimizer)
-    return Opened(model, vae, precision, description, classes, sampling, guide, saved_data(content), origin)
+    sampler = Sampler(model, vae, sampling, precision, args.seed, args.eval_bsz, args.resume, guide)
+    data = saved_data(content)
+    return Opened(sampler, description, classes_of(data, args.class_num, path), data, origin)
 
 
 def open_vae(args, checkpoint):
-    """(NamedVAE, VAE, its LatentOrigin) for the weights of a Checkpoint; FlowARError for another than they were trained
+    """(name, VAE, its LatentOrigin) for the weights of a Checkpoint; FlowARError for another than they were trained
     with. Rank 0 chooses.
     """
     named = find_vae(from_main(lambda: choose_vae(args, checkpoint)))
@@ -103,14 +93,10 @@ def open_vae(args, checkpoint):
         log(note)
     trained_with = saved_origin(checkpoint.content)
     if checkpoint.options.get("latent_norm") == "channel":
-        if trained_with.latent_scale is None:
-            raise FlowARError(f"{checkpoint.path}: was trained with --latent_norm channel, but does not hold the mean "
-                              "and std of its latents' channels ('vae': {'latent_scale': ...}): nothing can be decoded;"
-                              " take the run's own checkpoint")
         vae.latent_scale = LatentScale(*read_latent_scale(trained_with.latent_scale, checkpoint.path))
     origin = from_main(lambda: origin_of(named, vae))
     check_origin(checkpoint.path, trained_with, origin)
-    return named, vae, origin
+    return named.name, vae, origin
 
 
 def choose_vae(args, checkpoint):
@@ -126,7 +112,7 @@ def choose_vae(args, checkpoint):
 
 
 def open_guide(name, model, origin):
-    """(model of --guide, of another model's geometry and latents, SHA-256 over its tensors)."""
+    """(model of --guide, SHA-256 over its tensors); its geometry and latents are those of another model."""
     checkpoint = open_on_all(name)
     path = checkpoint.path
     check_origin(f"--guide {path}", saved_origin(checkpoint.content), origin)
@@ -135,10 +121,7 @@ def open_guide(name, model, origin):
     geometry = {name: model.config[name] for name in GEOMETRY.keys() - {"model"} | {"scale"}}
     guide, left_out = open_model(weights.tensors, path, size.pop("model"), **geometry, **size)
     log(f"--guide {path}: {weights.describe(left_out)}")
-    sha256 = tensors_hash(guide.state_dict())
-    if sha256 == tensors_hash(model.state_dict()):
-        raise FlowARError(f"--guide {path}: it is the model itself, which guides nowhere: give weaker weights")
-    return guide, sha256
+    return guide, tensors_hash(guide.state_dict())
 
 
 def saved_sampling(content, name):
@@ -146,33 +129,38 @@ def saved_sampling(content, name):
     release = release_of(name)
     stored = release.sampling if release else stored_settings(saved_options(content))
     sampling, default = Sampling.of({}, stored), Sampling().by_option()
-    unlike = [f"--{option} {as_text(value)}" for option, value in sampling.by_option().items()
+    chosen = [f"--{option} {as_text(value)}" for option, value in sampling.by_option().items()
               if value != default[option]]
-    if unlike:
-        together = " (--num_step replaces both)" if sampling.num_steps_last else ""
-        log(f"{name}: sampled with {', '.join(unlike)} where no option says otherwise{together}")
+    if chosen:
+        log(f"{name}: sampled with {', '.join(chosen)} where no option says otherwise")
     return {setting: getattr(sampling, setting) for setting in stored}
 
 
-def recognise(args, state, path, vae):
+def recognise_model(args, state, path, vae):
     """The options with the size and geometry that checkpoint and VAE tell; FlowARError where they contradict them."""
     geometry = recognise_geometry(state, path, vae.embed_dim)
     geometry["img_size"] = geometry["scales"][-1] * geometry["patch_size"] * vae.stride
     compare_geometry(args, geometry, path)
-    known = {"vae_embed_dim": vae.embed_dim, "vae_stride": vae.stride, **geometry}
+    geometry.update(vae_embed_dim=vae.embed_dim, vae_stride=vae.stride)
     if args.model is None:
         size = recognise_size(state, path)
-        known.update({name: size[name] for name in ("model", "diffloss_d", "diffloss_w")})
-    return resolve_geometry(args, known)
+        geometry.update({name: size[name] for name in ("model", "diffloss_d", "diffloss_w")})
+    return resolve_geometry(args, geometry)
 
 
-def build_sampler(args, model, vae, precision, classes=None, stored=None, guide=None):
-    """The Sampler of options with one value each; classes, guide: see Sampler; stored: see saved_sampling."""
-    sampling = Sampling.of(stored or {}, given_settings(args))
-    _, _, guidance_scales = model.plan_sampling(sampling)  # refuses now what would fail at the first image
-    if args.guide and max(guidance_scales) <= 1:
+def change_settings(sampler, settings):
+    """A Sampler with other settings of models.settings.Sampling; FlowARError for what is none of them."""
+    sampling = Sampling.of(vars(sampler.sampling), settings)
+    sampler.model.plan_sampling(sampling)  # refuses what does not fit
+    return sampler._replace(sampling=sampling)
+
+
+def choose_settings(sampler, args):
+    """A Sampler with the settings that options, one value each, choose."""
+    sampler = change_settings(sampler, given_settings(args))
+    if args.guide and max(sampler.sampling.guidance_scales(len(sampler.model.scale))) <= 1:
         raise FlowARError(f"--guide {args.guide} needs --cfg above 1")
-    return Sampler(model, vae, sampling, precision, args.seed, args.eval_bsz, args.resume or "the EMA", classes, guide)
+    return sampler
 
 
 def plan_reports(args, data):
@@ -184,9 +172,9 @@ def plan_reports(args, data):
 def open_evaluation(args, device):
     """What engine_flowar.evaluate_sweep takes: ({name: Sampler}, Plan, Measure, description, output folder)."""
     opened = open_for_sampling(args, device, identify=True)
-    samplers = {name: opened.build_sampler(point) for name, point in sweep(args).items()}
+    samplers = {name: choose_settings(opened.sampler, point) for name, point in sweep(args).items()}
     labels = from_main(lambda: choose_labels(args.labels, args.num_images, opened.classes))
-    measure = build_measure(args, opened.model.img_size, labels, device)
+    measure = build_measure(args, opened.sampler.model.img_size, labels, device)
     record = {"args": vars(args), "data": opened.data, "vae": opened.origin._asdict()}
     start = manifest.describe_start(record, device, evaluated=opened.description)
     plan = Plan(labels, "png" in args.save_images, "npz" in args.save_images, start=start)
@@ -202,12 +190,9 @@ def load_pipeline(resume, vae=None, device=None, precision=None, **options):
     vae: by default the run's, else KL-16. device: "cpu" or "cuda", by default CUDA where there is one. options: of
     util.options.SamplingOptions, weights="raw", cfg=3.0, num_step=(25, 25, 12). Raises FlowARError.
     """
-    names = [field.name for field in fields(SamplingOptions)]
-    for name in options:
-        if name not in names:
-            raise FlowARError(f"{name}: no option of this name; expected one of {', '.join(sorted(names))}")
-        if isinstance(options[name], list):  # of an option, several values
-            options[name] = tuple(options[name])
+    for name, value in options.items():
+        if isinstance(value, list):  # which for an option is a sweep
+            options[name] = tuple(value)
     if vae is not None:
         options["vae_path"] = vae
     args = SamplingOptions(resume=str(resume), device=str(device or "auto"), precision=precision, **options)
@@ -217,8 +202,8 @@ def load_pipeline(resume, vae=None, device=None, precision=None, **options):
 def open_pipeline(args, device, identify=False):
     """The Pipeline of SamplingOptions, one value each. identify: see open_for_sampling."""
     check_single(args)
-    opened = open_for_sampling(args, device, identify)
-    return Pipeline(opened.build_sampler(args), class_names(opened.classes), opened.classes, opened.description)
+    sampler, description, classes, *_ = open_for_sampling(args, device, identify)
+    return Pipeline(choose_settings(sampler, args), class_names(classes), classes, description)
 
 
 class Pipeline:
@@ -234,13 +219,9 @@ class Pipeline:
 
     def __call__(self, labels, *, seed=0, **settings):
         """One image for each of a list of labels."""
-        if hasattr(labels, "tolist"):  # an array
-            labels = labels.tolist()
-        if not isinstance(labels, (list, tuple, range)):
+        if isinstance(labels, (str, int)):
             labels = [labels]
         labels = [self.label(label) for label in labels]
-        if not labels:
-            raise FlowARError("no labels: expected one or more")
         return self.draw(labels, self.noise(seed, range(len(labels))), **settings)
 
     def settings(self):
@@ -249,14 +230,14 @@ class Pipeline:
 
     def using(self, precision=None, **settings):
         """The same with other settings, and in another precision; fp32 and tf32 are modes of the whole process."""
-        sampler, rounded = change_settings(self.sampler, settings), self.sampler.model.z_proj.weight.dtype
-        if precision not in (None, sampler.precision) and rounded != torch.float32:
+        sampler = change_settings(self.sampler, settings)
+        precision = check_value("precision", one_of(*PRECISIONS), precision or sampler.precision)
+        rounded = sampler.model.z_proj.weight.dtype
+        if precision != sampler.precision and rounded != torch.float32:
             raise FlowARError(f"precision {precision}: this pipeline was opened with weights rounded to {rounded}, "
                               "open it in fp32 to choose later")
-        if precision not in (None, *PRECISIONS):
-            raise FlowARError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
-        precision = set_precision(precision or sampler.precision, sampler.device)
-        return Pipeline(sampler._replace(precision=precision), self.names, self.classes, self.description)
+        sampler = sampler._replace(precision=set_precision(precision, sampler.device))
+        return Pipeline(sampler, self.names, self.classes, self.description)
 
     def label(self, label):
         """Number of a class by number or name."""
@@ -264,9 +245,7 @@ class Pipeline:
 
     def noise(self, seed, indices):
         """Starting noise of the images with these indices, see Sampler.noise."""
-        if not len(indices):
-            raise FlowARError("count is 0 or less: expected 1 image or more")
-        return self.sampler._replace(seed=check_value("seed", SEED, seed)).noise(indices)
+        return self.sampler._replace(seed=seed).noise(indices)
 
     def draw(self, labels, noise, **settings):
         """One image for each label and noise; settings may hold `given` and `known` of FlowAR.sample_pyramid."""
@@ -274,14 +253,13 @@ class Pipeline:
 
     def latents(self, labels, noise, *, given=(), known=None, **settings):
         """The pyramid of all images, see FlowAR.sample_pyramid."""
-        sampler = change_settings(self.sampler, settings)
-        parts = []
+        sampler, parts = change_settings(self.sampler, settings), []
         for first in range(0, len(labels), sampler.batch):
             part = slice(first, first + sampler.batch)
-            options = {"noise": [e[part] for e in noise], "given": [x[part] for x in given]}
+            kept = {"given": [x[part] for x in given]}
             if known is not None:
-                options["known"] = [x[part] for x in known[0]], known[1]
-            parts.append(sampler.pyramid(labels[part], **options))
+                kept["known"] = [x[part] for x in known[0]], known[1]
+            parts.append(sampler.pyramid(labels[part], [e[part] for e in noise], **kept))
         return [torch.cat(scale) for scale in zip(*parts)]
 
     def pictures(self, grids):
@@ -310,44 +288,39 @@ class Pipeline:
         """`count` images that share the first keep_scales latents of pipe([label], seed=seed), which is the first.
         keep_scales: by default 3, or all but one of a model with fewer.
         """
-        given = self.kept(label, keep_scales, seed, settings)
+        given = self.first_scales(label, keep_scales, seed, settings)
         given = [x.expand(count, -1, -1, -1) for x in given]
         return self.draw([self.label(label)] * count, self.noise(seed, range(count)), given=given, **settings)
 
     def edit(self, label_from, label_to, keep_scales=None, *, seed=0, **settings):
         """One image: that of pipe([label_from], seed=seed) whose later scales are drawn for label_to, of one noise."""
-        given = self.kept(label_from, keep_scales, seed, settings)
+        given = self.first_scales(label_from, keep_scales, seed, settings)
         return self.draw([self.label(label_to)], self.noise(seed, [0]), given=given, **settings)
 
-    def kept(self, label, keep_scales, seed, settings):
+    def first_scales(self, label, keep_scales, seed, settings):
+        """The first keep_scales latents of pipe([label], seed=seed)."""
         scales = len(self.sampler.model.scale)
         keep_scales = min(3, scales - 1) if keep_scales is None else keep_scales
-        if not isinstance(keep_scales, int) or not 0 <= keep_scales <= scales:
+        if not 0 <= keep_scales <= scales:
             raise FlowARError(f"keep_scales is {keep_scales}: expected 0 to {scales}, the model's scales")
         return self.latents([self.label(label)], self.noise(seed, [0]), **settings)[:keep_scales]
 
     def interpolate(self, label, seed_a, seed_b, count=8, **settings):
-        """`count` images between those of two seeds, both included: their noise on the arc between theirs."""
-        if count < 2:
-            raise FlowARError(f"count is {count}: expected at least 2, the ends")
-        ends = self.noise(seed_a, [0]), self.noise(seed_b, [0])
-        noise = [torch.cat([slerp(a, b, i / (count - 1)) for i in range(count)]) for a, b in zip(*ends)]
+        """`count` images, two or more, between those of two seeds: their noise on the arc between theirs."""
+        noise = []
+        for a, b in zip(self.noise(seed_a, [0]), self.noise(seed_b, [0])):
+            noise.append(torch.cat([slerp(a, b, i / (count - 1)) for i in range(count)]))
         return self.draw([self.label(label)] * count, noise, **settings)
 
     def inpaint(self, image, mask, label, *, count=1, seed=0, **settings):
         """`count` images with the white parts of `mask` drawn anew. image, mask: PIL, or paths, of one size; both are
         cropped to the model's. A cell of a scale is kept if no pixel of it is white.
         """
-        image, mask = map(as_rgb, (image, mask))
-        if image.size != mask.size:
-            raise FlowARError(f"the mask is {mask.width}x{mask.height} pixels, the image {image.width}x{image.height}: "
-                              "expected one size")
         sampler, size = self.sampler, self.sampler.model.img_size
-        keep = to_tensor(center_crop(mask, size)).amax(dim=0)[None, None] <= -1 + 2 * DARK
-        if keep.all():
-            raise FlowARError("the mask has no white part: nothing would be drawn anew")
+        image, mask = (to_tensor(center_crop(as_rgb(picture), size))[None] for picture in (image, mask))
+        keep = mask.amax(dim=1, keepdim=True) <= -1 + 2 * DARK
         with torch.no_grad(), autocast(sampler.device, sampler.vae_precision):
-            latents = sampler.vae.encode(to_tensor(center_crop(image, size))[None].to(sampler.device)).mode()
+            latents = sampler.vae.encode(image.to(sampler.device)).mode()
         pyramid = sampler.model.pyramid(sampler.vae.latent_scale.normalize(latents.float()))
         cells = [F.interpolate(keep.float(), size=(s, s), mode="area") == 1 for s in sampler.model.scale]
         known = [x.expand(count, -1, -1, -1) for x in pyramid], cells
@@ -366,13 +339,6 @@ class Pipeline:
         return self.pictures(torch.cat([*path, last]))
 
 
-def change_settings(sampler, settings):
-    """A Sampler with other settings of models.settings.Sampling; FlowARError for what is none of them."""
-    sampling = Sampling.of(vars(sampler.sampling), settings)
-    sampler.model.plan_sampling(sampling)  # refuses what does not fit
-    return sampler._replace(sampling=sampling)
-
-
 DARK = 0.5  # of white; darker is kept
 
 
@@ -383,9 +349,9 @@ def as_rgb(image):
 
 def slerp(a, b, part):
     """Between two tensors of normal noise on the arc from a to b: the norm stays that of noise."""
-    if part in (0, 1):
-        return b if part else a
+    if part == 1:
+        return b
     angle = torch.arccos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1))
-    if angle < 1e-6:
+    if part == 0 or angle < 1e-6:
         return a
     return (torch.sin((1 - part) * angle) * a + torch.sin(part * angle) * b) / torch.sin(angle)

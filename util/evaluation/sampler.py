@@ -1,19 +1,21 @@
 """Images of a model: an image's label and index, with the seed, decide it, not the batch or process that makes it."""
-import contextlib
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from models import flow_matching as fm
 from models.errors import FlowARError, name_some
 from models.settings import Sampling
-from util.cluster import autocast
+from util.cluster import autocast, is_main
 from util.data import to_uint8
 from util.evaluation.extractors import extract
 from util.evaluation.labels import image_label
+from util.evaluation.reports import Stopwatch
+from util.evaluation.store import write_pngs
 from util.training.randomness import image_noise
 
 GRID_IMAGES = 16
@@ -29,13 +31,21 @@ def count_passes(model, sampling):
     """For each scale a list of the evaluations of the flow head (their number is its NFE): how many passes an image
     takes in each, 2 where guidance acts, else 1. Solvers ask for the same times whatever the velocity is.
     """
-    (solver, times, weights), passes = model.plan_sampling(sampling), []
-    for grid, weight in zip(times, weights):
-        counts = []
-        velocity = fm.guided_velocity(lambda x, t: counts.append(1) or x, lambda x, t: counts.append(2) or (x, x),
-                                      weight, sampling.guidance_low, sampling.guidance)
+    solver, times, guidance = model.plan_sampling(sampling)
+    passes = []
+
+    def unguided(x, t):
+        passes[-1].append(1)
+        return x
+
+    def guided(x, t):
+        passes[-1].append(2)
+        return x, x
+
+    for grid, weight in zip(times, guidance):
+        passes.append([])
+        velocity = fm.guided_velocity(unguided, guided, weight, sampling.guidance_low, sampling.guidance)
         solver(velocity, torch.zeros(1), grid, torch.Generator())
-        passes.append(counts)
     return passes
 
 
@@ -47,8 +57,7 @@ class Sampler(NamedTuple):
     precision: str
     seed: int
     batch: int  # images at once
-    weights: str = "the EMA"  # where they come from, for messages
-    classes: np.ndarray | None = None  # labels that a grid may have; None: all
+    name: str = "the EMA"  # of the model, for messages
     guide: torch.nn.Module | None = None  # see FlowAR.sample_pyramid
 
     @property
@@ -64,16 +73,16 @@ class Sampler(NamedTuple):
         """Starting noise of images by their index, see FlowAR.draw_noise."""
         return image_noise(self.model, self.seed, indices)
 
-    def passes(self):
-        """See count_passes."""
-        return count_passes(self.model, self.sampling)
-
     @torch.no_grad()
-    def pyramid(self, labels, noise, **known):
-        """Latents of every scale for a list of labels and noise(indices); known: see FlowAR.sample_pyramid."""
+    def pyramid(self, labels, noise, **kept):
+        """Latents of every scale for a list of labels and noise(indices); kept: given, known of FlowAR.sample_pyramid."""
         labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
-            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **known, **vars(self.sampling))
+            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **kept, **vars(self.sampling))
+
+    def latents(self, labels, indices):
+        """Scaled latents (n, C, h, w) of images: a list of their labels, and their indices."""
+        return self.model.unpatchify(self.pyramid(labels, self.noise(indices))[-1])
 
     @torch.no_grad()
     def decode(self, latents):
@@ -90,26 +99,24 @@ class Sampler(NamedTuple):
         """(n, 3, H, W) uint8 on the CPU of labels in order, with indices from `first` on; FlowARError if not finite."""
         images, bad = [], []
         for start in range(0, len(labels), self.batch):
-            some = labels[start:start + self.batch]
-            indices = range(first + start, first + start + len(some))
-            pixels, finite = self.decode(self.model.unpatchify(self.pyramid(some, self.noise(indices))[-1]))
+            some, index = labels[start:start + self.batch], first + start
+            pixels, finite = self.decode(self.latents(some, range(index, index + len(some))))
             images.append(pixels.cpu())
-            bad += [index for index, ok in zip(indices, finite.tolist()) if not ok]
+            bad += (index + (~finite).nonzero().flatten()).tolist()
         self.refuse_not_finite(bad, len(labels))
         return torch.cat(images)
 
-    def grid(self):
-        """(3, H, W) uint8: a grid of images of classes spread over all."""
+    def grid(self, classes):
+        """(3, H, W) uint8: a grid of images of classes spread over all of an array of labels."""
         from torchvision.utils import make_grid  # heavy: not for those who draw none
-        classes = range(self.model.class_num) if self.classes is None else self.classes.tolist()
-        labels = [classes[image_label(i, GRID_IMAGES, len(classes))] for i in range(GRID_IMAGES)]
+        labels = classes[image_label(np.arange(GRID_IMAGES), GRID_IMAGES, len(classes))].tolist()
         return make_grid(self.images(labels), nrow=math.isqrt(GRID_IMAGES), padding=1)
 
     def refuse_not_finite(self, bad, count):
         """FlowARError that names images whose pixels are not finite, if there are any."""
         if bad:
             raise FlowARError(f"{len(bad)} of {count} images are not finite: {name_some(map(str, sorted(bad)), 8)}; "
-                              f"the weights of {self.weights} are damaged, or --precision {self.precision} overflows")
+                              f"the weights of {self.name} are damaged, or --precision {self.precision} overflows")
 
     def settings(self):
         """What a reader needs to make the images again."""
@@ -119,80 +126,65 @@ class Sampler(NamedTuple):
                 "precision": self.precision, "seed": self.seed, "eval_bsz": self.batch}
 
 
-# ---- a batch of an evaluation: decoded, measured and written while the next one is sampled ---------------------
+# ---- an evaluation's batches -----------------------------------------------------------------------------------
 
 
-def measure_batches(sampler, plan, extractor, batches, writer, watch, beside):
-    """Yield (number, indices, {features, logits if any, bad: indices of images that are not finite}, images
-    (n, 3, H, W) uint8 on the CPU, a function that waits for their files) of {batch number: indices of its images}.
+def sample_and_measure(sampler, plan, extractor, batches, store):
+    """{batch number: what measure_batch returns} of {batch number: range of the indices of its images}.
 
-    While a batch is sampled, the one before is decoded, measured and written. writer: PngWriter or None; watch:
-    Stopwatch; beside: SideStream.
+    On CUDA a batch is decoded, measured and written while the next one is sampled.
     """
-    before = None
-    for number, indices in batches.items():
-        with watch("sampling"):
-            pyramid = sampler.pyramid(plan.labels.of(indices), sampler.noise(indices))
-            latents = sampler.model.unpatchify(pyramid[-1])
-        if before:
-            yield *before[:2], *before[2]()
-        before = number, indices, beside(decode_and_measure, sampler, extractor, writer, watch, latents, indices)
-    if before:
-        yield *before[:2], *before[2]()
+    measuring, before = {}, None
+    with open_side(sampler.device) as side, tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)",
+                                                 unit="img", disable=not is_main(), mininterval=2) as progress:
+        for number, indices in batches.items():
+            watch = Stopwatch(sampler.device)
+            with watch("sampling"):
+                latents = sampler.latents(plan.labels.of(indices), indices)
+            if before is not None:
+                before.result()
+            before = side.submit(measure_batch, sampler, plan, extractor, store, number, indices, latents, watch)
+            measuring[number] = before
+            progress.update(len(indices))
+        return {number: future.result() for number, future in measuring.items()}
 
 
-def decode_and_measure(sampler, extractor, writer, watch, latents, indices):
-    """The last three of what measure_batches yields, of a batch's scaled latents."""
+def measure_batch(sampler, plan, extractor, store, number, indices, latents, watch):
+    """{features, logits if any, bad: indices of images that are not finite, seconds of each stage} of scaled latents;
+    the store keeps them and the images, as the plan wants it.
+    """
     with watch("decoding"):
         images, finite = sampler.decode(latents)
     with watch("features"):
         features, logits = extract(extractor, images)
-    with watch("writing"):
-        images = images.cpu()
-        wait = writer.start(images, indices) if writer else list
-    bad = [index for index, ok in zip(indices, finite.tolist()) if not ok]
-    tensors = {"features": features, "bad": torch.tensor(bad, dtype=torch.long)}
+    bad = indices.start + (~finite).nonzero().flatten().cpu()
+    if plan.persistent and len(bad) == len(images):  # those of the other batches will be, too
+        sampler.refuse_not_finite(bad.tolist(), plan.num_images)
+    measured = {"features": features, "bad": bad, "seconds": watch.seconds}
     if logits is not None:
-        tensors["logits"] = logits
-    return tensors, images, wait
+        measured["logits"] = logits
+    with watch("writing"):
+        images = images.permute(0, 2, 3, 1).contiguous().cpu()
+        if plan.save_images:
+            write_pngs(images.numpy(), store.folder, indices)
+        if plan.persistent:
+            store.save(number, {**measured, "images": images} if plan.save_npz else measured)
+    return measured
 
 
-class SideStream:
-    """Calls functions beside the caller's own work: on CUDA on another thread and stream, in order; elsewhere at once,
-    where all cores are busy anyway.
+class AtOnce(Executor):
+    """Calls what is submitted there and then."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def open_side(device):
+    """An Executor for what is done beside sampling: on CUDA a thread with its own stream. Stages of a Stopwatch end
+    when the device is done, so that each stream finds what the other one made. A CPU's cores are busy anyway.
     """
-
-    def __init__(self, device, threaded=None):
-        self.device, self.stream = device, None
-        self.pool = ThreadPoolExecutor(1) if (device.type == "cuda" if threaded is None else threaded) else None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-    def __call__(self, function, *args):
-        """A function that waits for the result of function(*args) and returns it, or raises what it raised."""
-        if self.pool is None:
-            result = function(*args)
-            return lambda: result
-        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-        return self.pool.submit(self.run, ready, function, *args).result
-
-    def run(self, ready, function, *args):
-        with torch.no_grad(), self.own_stream(ready):
-            return function(*args)
-
-    @contextlib.contextmanager
-    def own_stream(self, ready):
-        """What this thread gives the device does not wait for what others give it, but for `ready`."""
-        if ready is None:
-            yield
-            return
-        self.stream = self.stream or torch.cuda.Stream(self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self.stream.wait_event(ready)
-            yield
-            self.stream.synchronize()  # the arguments' memory may go back to the stream that made them
+    if device.type != "cuda":
+        return AtOnce()
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=[torch.cuda.Stream(device)])

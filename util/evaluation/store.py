@@ -17,7 +17,7 @@ from models.settings import drop_removed
 from models.weights import writing
 from util.cluster import log
 from util.evaluation.labels import Labels
-from util.evaluation.reports import RESULTS, read_report
+from util.evaluation.reports import RESULTS
 from util.files import holds_bytes, lock_folder, make_directory, read_json, write_bytes, write_json
 
 SETTINGS, PARTIAL, IMAGES, NPZ = "settings.json", "partial", "images", "samples.npz"
@@ -49,29 +49,35 @@ class Store:
     safetensors files, renamed when whole."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        self.lock = None
+        self.folder, self.lock = Path(folder), None
+        self.finished = {}  # on rank 0: {batch number: what was measured of it}
 
     def open(self, settings, batches):
-        """(the results if it is finished, else None, numbers of the batches that are missing); on rank 0. FlowARError
-        for a folder with an evaluation of other settings, or that another process has.
+        """(the results if there are any, else None, numbers of the batches that are not finished); on rank 0.
+        FlowARError for a folder with an evaluation of other settings, or that another process has.
         """
         make_directory(self.folder)
         self.lock = lock_folder(self.folder)
         settings = json.loads(json.dumps(settings))
         self.check_settings(settings)
         if (self.folder / RESULTS).is_file():
-            return read_report(self.folder / RESULTS), []
+            return read_json(self.folder / RESULTS), []
         write_json(settings, self.folder / SETTINGS)
-        missing = [number for number, indices in batches.items() if not self.has(number, indices, settings)]
-        if len(missing) < len(batches):
+        for number, indices in batches.items():
+            try:
+                measured = self.load(number)
+            except (OSError, SafetensorError):  # there is none, or a crash tore it
+                continue
+            if not settings["save_images"] or all(map(holds_bytes, picture_paths(self.folder, indices))):
+                self.finished[number] = measured
+        missing = [number for number in batches if number not in self.finished]
+        if self.finished:
             log(f"{self.folder}: resumes, {len(missing)} of {len(batches)} batches are missing")
         return None, missing
 
     def check_settings(self, settings):
-        places = self.folder / RESULTS, self.folder / NPZ, *self.folder.glob(f"{PARTIAL}/*"), *self.folder.glob(
-            f"{IMAGES}/*")
-        if not any(path.exists() for path in places):
+        kept = [path for pattern in (RESULTS, NPZ, f"{PARTIAL}/*", f"{IMAGES}/*") for path in self.folder.glob(pattern)]
+        if not kept:
             return
         file = self.folder / SETTINGS
         before = drop_removed(read_json(file)) if file.is_file() else {}
@@ -86,16 +92,8 @@ class Store:
     def path(self, number):
         return self.folder / PARTIAL / f"batch-{number:06d}.safetensors"
 
-    def has(self, number, indices, settings):
-        """Whether a batch is whole, and so are its pictures: a crash may have torn them."""
-        try:
-            self.load(number)
-        except (OSError, SafetensorError):
-            return False
-        return not settings["save_images"] or all(map(holds_bytes, picture_paths(self.folder, indices)))
-
     def save(self, number, tensors):
-        make_directory(self.path(number).parent)
+        make_directory(self.folder / PARTIAL)
         write_bytes(save(tensors), self.path(number))
 
     def load(self, number):
@@ -135,18 +133,11 @@ def picture_paths(folder, indices):
     return [folder / IMAGES / f"{index:06d}.png" for index in indices]
 
 
-class PngWriter:
-    """Writes images as <folder>/images/<index>.png with threads."""
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        make_directory(self.folder / IMAGES)
-        self.pool = ThreadPoolExecutor(WRITERS)
-
-    def start(self, images, indices):
-        """images: (n, 3, H, W) uint8. Returns a function that waits for the files."""
-        images = images.permute(0, 2, 3, 1).numpy()
-        futures = [self.pool.submit(write_png, *pair) for pair in zip(images, picture_paths(self.folder, indices))]
-        return lambda: [future.result() for future in futures]
+def write_pngs(images, folder, indices):
+    """Write images (n, H, W, 3) uint8 as <folder>/images/<index>.png, with threads."""
+    make_directory(folder / IMAGES)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write_png, images, picture_paths(folder, indices)))  # raises what a thread raised
 
 
 def write_png(image, path):
