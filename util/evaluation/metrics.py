@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from models import FlowARError
 from models.weights import tensors_hash
 from util.cluster import exact_products, first_on_host, from_main, log
 from util.data.pixels import WHITE

@@ -44,11 +44,11 @@ class Reference:
 
 def find_statistics(fid_stats, extractor, img_size):
     """Reference of --fid_stats or the default statistics file; one without statistics where there is no file."""
-    default = extractor.name == Inception.name and img_size == ADM_SIZE
-    if fid_stats or default and DEFAULT_STATS.is_file():
-        return load_statistics(fid_stats or DEFAULT_STATS, extractor, img_size)
-    hint = f", or put ADM's statistics at {DEFAULT_STATS}" if default else ""
-    log(f"warning: no reference: the {extractor.distance} is left out; give --fid_stats{hint}")
+    if not fid_stats and extractor.name == Inception.name and img_size == ADM_SIZE and DEFAULT_STATS.is_file():
+        fid_stats = DEFAULT_STATS
+    if fid_stats:
+        return load_statistics(fid_stats, extractor, img_size)
+    log(f"warning: no reference: the {extractor.distance} is left out; give --fid_stats")
     return Reference()
 
 
