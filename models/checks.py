@@ -1,5 +1,5 @@
-"""What FlowAR and its VAE refuse, as it would give wrong numbers: scales that do not fit, labels outside of the classes,
-wrong shapes.
+"""What FlowAR and its VAE refuse, as it would give wrong numbers: scales that do not fit, labels of no class, wrong
+shapes.
 """
 import torch
 
@@ -21,7 +21,7 @@ def check_scales(img_size, vae_stride, patch_size, scale):
 
 
 def check_labels(labels, limit):
-    """FlowARError for a label outside 0..limit - 1; on an accelerator an assertion, for which the host does not wait."""
+    """FlowARError for a label outside 0..limit - 1; on a GPU an assertion, for which the host does not wait."""
     try:
         torch.empty(limit, device=labels.device).index_select(0, labels)
     except IndexError:

@@ -168,8 +168,8 @@ class FlowHead(nn.Module):
         return fm.guided_velocity(velocity, pair, *guidance)
 
     def prepare(self, z, scales=None, contexts=True):
-        """The Condition of z: all of a velocity that depends neither on x nor on t. contexts=False leaves the contexts to
-        the blocks, which then hold them no longer than they need them.
+        """The Condition of z: all of a velocity that depends neither on x nor on t. contexts=False leaves the contexts
+        to the blocks, which then hold them no longer than they need them.
         """
         rope_table = self.res_blocks[0].attn.rope.table(scales or (math.isqrt(z.shape[1]),))
         of_blocks = [block.context(z, rope_table) if contexts else z for block in self.res_blocks]

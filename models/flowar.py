@@ -189,7 +189,7 @@ class FlowAR(nn.Module):
         return self.run_transformer(tokens, c, self.pattern)
 
     def condition(self, latents, labels):
-        """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,), or class_num, the null."""
+        """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,), class_num the null."""
         check_labels(labels, self.class_num + 1)
         return self.condition_on(self.pyramid(latents), labels)
 

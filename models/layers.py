@@ -43,7 +43,7 @@ class GatedMLP(nn.Module):
 
 class RotaryEmbedding(nn.Module):
     """2-D axial RoPE: half of the channels turn with the row, half with the column. The released files have the buffer
-    `freqs`, (head_dim / 4,) float32, in every attention; all are the same, so a network's first makes the table for all.
+    `freqs`, (head_dim / 4,) float32, in every attention; all are the same, so the first makes the table for all.
     """
 
     def __init__(self, head_dim):
@@ -92,9 +92,7 @@ def spans(scales):
 
 
 class KVCache:
-    """Keys (rotated) and values of one attention layer for the scales generated so far. The sampler owns it; the modules
-    hold no state.
-    """
+    """Keys (rotated) and values of one attention layer for the scales generated so far. The sampler owns it."""
 
     def __init__(self):
         self.k = self.v = None

@@ -114,8 +114,8 @@ def read_latent_scale(value, path):
     except (TypeError, ValueError):
         is_one = False
     if not is_one:
-        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift], the scale above 0, each "
-                          "a number or a list of one for each channel or each position (channel, row, column)")
+        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift], the scale above 0, "
+                          "each a number or a list of one for each channel or each position (channel, row, column)")
     return as_tuples(scale.tolist()), as_tuples(shift.tolist())
 
 

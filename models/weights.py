@@ -197,8 +197,8 @@ def find_weights(content, path, what, names, choice=None):
     tensors = {WRAPPERS.sub("", name): value for name, value in states[key].items() if isinstance(value, torch.Tensor)}
     for name in names:
         if name not in tensors:
-            raise FlowARError(f"{path}: no {what} weights under {key!r}: {name} is missing (--weights takes another key "
-                              "of the file)")
+            raise FlowARError(f"{path}: no {what} weights under {key!r}: {name} is missing (--weights takes another "
+                              "key of the file)")
     return Weights(tensors, key)
 
 
@@ -208,9 +208,9 @@ def find_model(content, path, choice=None):
 
 
 def load_state(network, state, path, what="model"):
-    """Load a state dict. Returns its names that are not the network's and mean nothing to it: of a loss, a discriminator,
-    counters. FlowARError with the first names that are missing, of other shapes or kinds of numbers, or that the network
-    lacks in one of its own modules: without them it would compute something else.
+    """Load a state dict. Returns its names that are not the network's and mean nothing to it: of a loss, counters.
+    FlowARError with the first names that are missing, of other shapes or kinds of numbers, or that the network lacks in
+    one of its own modules: without them it would compute something else.
     """
     own, wrong, left_out = network.state_dict(), [], []
     modules = {name.partition(".")[0] for name in own}
