@@ -1,11 +1,13 @@
 """Distil a FlowAR into a student that samples in one or two steps a scale, without guidance (docs/few-step.md).
 
-    torchrun --standalone --nproc_per_node=8 scripts/distill.py --resume pretrained_models/FlowAR-S.pth --cfg 4.3 --num_step 25 \\
-        --guidance 0.9 --output_dir output/student --data_path imagenet --cached_path imagenet_feature --vae_path kl16.ckpt
+    torchrun --standalone --nproc_per_node=8 scripts/distill.py --resume pretrained_models/FlowAR-S.pth \\
+        --cfg 4.3 --num_step 25 --guidance 0.9 --output_dir output/student --data_path imagenet \\
+        --cached_path imagenet_feature --vae_path kl16.ckpt
 
---resume is the teacher, and the sampling options are its own, as in eval.py. The student begins as the teacher and learns what
-they make of noise. Training, data, files and reports are those of main_flowar.py, with other defaults; the same command goes on.
---output_dir is a run like any other, which eval.py, scripts/sample.py and load_pipeline sample with --student_steps steps a scale.
+--resume is the teacher, and the sampling options are its own, as in eval.py. The student begins as the teacher and
+learns what they make of noise. Training, data, files and reports are those of main_flowar.py, with other defaults; the
+same command resumes. --output_dir is a run like any other: eval.py, scripts/sample.py and load_pipeline sample it with
+--student_steps steps a scale.
 """
 from dataclasses import dataclass, replace
 
@@ -35,11 +37,14 @@ DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99
 @dataclass
 class DistillationOptions(TrainingOptions):
     """distillation"""
-    student_steps: int = setting(2, "steps a scale that the student samples with where no option says otherwise", POSITIVE, beyond=True)
-    reuse: int = setting(4, "times drawn for every pair of noise and the teacher's solution, in one pass", POSITIVE, beyond=True)
-    at_noise: float = setting(0.25, "part of the times that are exactly 1, where sampling begins; 1: for one step alone", FRACTION, beyond=True)
-    condition_on: str = setting("own", "coarser scales that the condition is of: what the teacher draws, as in sampling, or the training images'",
-                                one_of("own", "latents"), beyond=True)
+    student_steps: int = setting(2, "steps a scale that the student samples with where no option says otherwise",
+                                 POSITIVE, beyond=True)
+    reuse: int = setting(4, "times drawn for every pair of noise and the teacher's solution, in one pass", POSITIVE,
+                         beyond=True)
+    at_noise: float = setting(0.25, "part of the times that are exactly 1, where sampling begins; 1: for one step "
+                              "alone", FRACTION, beyond=True)
+    condition_on: str = setting("own", "coarser scales that the condition is of: what the teacher draws, as in "
+                                "sampling, or the training images'", one_of("own", "latents"), beyond=True)
     teacher: str | None = None  # these three are no options: checkpoints remember them
     teacher_sha256: str | None = None
     teacher_sampling: dict | None = None
@@ -51,11 +56,13 @@ def open_teacher(args):
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
     for name in ("dry_run", "init_from", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
-            raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that draws and drops nothing")
+            raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that "
+                              "draws and drops nothing")
     start = checkpoint.open_on_all(args.resume)
     teacher = load_flowar(start.path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR:
-        raise FlowARError(f"{start.path}: a distillation is of the released ways alone, without the options of the ablations")
+        raise FlowARError(f"{start.path}: a distillation is of the released ways alone, without the options of the "
+                          "ablations")
     sampling = Sampling.of(saved_sampling(start.content, args.resume), given_settings(args))
     teacher.plan_sampling(sampling)  # refuses now what does not fit
     return teacher, start, sampling
@@ -67,7 +74,8 @@ def student_options(args, teacher, path, sampling):
     for name in ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num"):
         geometry[name] = teacher.config[name]
     compare_geometry(args, geometry, path)
-    own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform", "solver": "euler", "cfg": 1.0}
+    own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform",
+           "solver": "euler", "cfg": 1.0}
     origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(sampling))
     return replace(args, **geometry, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
 
@@ -80,7 +88,8 @@ def check_same(args):
     before = {**start.options, "teacher_sampling": drop_removed(start.options.get("teacher_sampling") or {})}
     for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
         if before.get(name) != getattr(args, name):
-            raise FlowARError(f"{start.path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the same, or another --output_dir")
+            raise FlowARError(f"{start.path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the "
+                              "same, or another --output_dir")
 
 
 def main():
@@ -96,7 +105,8 @@ def main():
 
     def build(args, record):
         start.check_trained_on(record)
-        student = RectifiedFlowAR(teacher, vars(sampling), args.reuse, args.at_noise, args.condition_on == "latents", args.t_dist)
+        student = RectifiedFlowAR(teacher, vars(sampling), args.reuse, args.at_noise, args.condition_on == "latents",
+                                  args.t_dist)
         student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:

@@ -3,9 +3,10 @@
     python scripts/posthoc_ema.py --resume output/run --width 0.07                        # output/run/ema_width0.07.pth
     python scripts/posthoc_ema.py --resume output/run --width 0.03,0.05,0.1 --output output/widths
 
-The width is relative: an EMA of 0.07 averages over 7 % of the training, by a power of the step. Those of 0.05 and 0.10 were tracked; any other
-is made of their snapshots in the run's folder, by least squares over the profiles; a line has the error of its profile. eval.py,
-scripts/sample.py, load_flowar and load_pipeline take the file as any weights, with the run's settings of sampling, class names and VAE.
+The width is relative: an EMA of 0.07 averages over 7 % of the training, by a power of the step. Those of 0.05 and 0.10
+were tracked; any other is made of their snapshots in the run's folder, by least squares over the profiles; a line has
+the error of its profile. eval.py, scripts/sample.py, load_flowar and load_pipeline take the file as any weights, with
+the run's settings of sampling, class names and VAE.
 """
 import math
 from pathlib import Path
@@ -28,11 +29,15 @@ LARGEST_ERROR = 0.05  # of a profile, relative
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=as_type(path), required=True, help="run: a folder with checkpoint-last.pth, or a checkpoint, beside its snapshots posthoc-*.pth")
-    add("--width", type=as_type(list_of(number(float, 0.001, 0.28))), required=True, help="relative width of the EMA; of several, separated by commas, a file each")
+    add("--resume", type=as_type(path), required=True,
+        help="run: a folder with checkpoint-last.pth, or a checkpoint, beside its snapshots posthoc-*.pth")
+    add("--width", type=as_type(list_of(number(float, 0.001, 0.28))), required=True,
+        help="relative width of the EMA; of several, separated by commas, a file each")
     add("--step", type=as_type(POSITIVE), help="optimizer step that it is the EMA of; default: the checkpoint's")
-    add("--output", type=as_type(path), help="file to write, of several widths a folder; default: ema_width<WIDTH>.pth in the run's folder")
-    add("--largest_error", type=as_type(FRACTION), default=LARGEST_ERROR, help="relative error of a profile above which a width is refused")
+    add("--output", type=as_type(path),
+        help="file to write, of several widths a folder; default: ema_width<WIDTH>.pth in the run's folder")
+    add("--largest_error", type=as_type(FRACTION), default=LARGEST_ERROR,
+        help="relative error of a profile above which a width is refused")
     return parser.parse_args()
 
 
@@ -48,7 +53,8 @@ def read_averages(checkpoint, step):
         for width in POWER_WIDTHS:
             tensors = snapshot["posthoc"][f"{width:g}"]
             if shapes_of(tensors) != shapes:
-                raise FlowARError(f"{file}: its tensors are not those of {checkpoint.path}, as if of another model: move it away")
+                raise FlowARError(f"{file}: its tensors are not those of {checkpoint.path}, as if of another model: "
+                                  "move it away")
             averages[snapshot["step"], width] = tensors
     return averages
 
@@ -85,8 +91,9 @@ def rebuild(checkpoint, averages, step, width, largest_error):
     factors, error = rebuild_power(list(averages), (step, width))
     source = "tracked" if error == 0 else f"of {len(averages)} averages, error of its profile {error:.2%}"
     if error > largest_error:
-        raise FlowARError(f"--width {width} at step {step}: {source}, more than {largest_error:.0%}: give another (between 0.05 and 0.1 the error "
-                          "is smallest), train with more snapshots (a smaller --posthoc_ema), or accept it with --largest_error")
+        raise FlowARError(f"--width {width} at step {step}: {source}, more than {largest_error:.0%}: give another "
+                          "(between 0.05 and 0.1 the error is smallest), train with more snapshots (a smaller "
+                          "--posthoc_ema), or accept it with --largest_error")
     log(f"{path}: width {width} at step {step}: {source}")
     record = {name: content[name] for name in ("args", "images", "data", "vae") if name in content}
     tensors = {**find_model(content, path, "raw first").tensors, **combine(averages.values(), factors)}
@@ -97,7 +104,8 @@ def main():
     args = parse_args()
     checkpoint = open_newest(args.resume)
     if "posthoc" not in checkpoint.content:
-        raise FlowARError(f"{checkpoint.path}: it has no averages to rebuild others from: expected a checkpoint of a training with --posthoc_ema")
+        raise FlowARError(f"{checkpoint.path}: it has no averages to rebuild others from: expected a checkpoint of a "
+                          "training with --posthoc_ema")
     last = checkpoint.content["progress"]["step"]
     step = args.step or last
     if step > last:

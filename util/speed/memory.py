@@ -35,22 +35,9 @@ class Shapes(FakeTensorMode):
         return result
 
 
-def without_numbers(model, **changes):
-    """(The model again on a CPU, without numbers; the Shapes in which it runs). changes: of its arguments."""
-    with torch.device("meta"):
-        copy = type(model)(**{**model.config, **changes})
-    with Shapes() as mode:
-        for module in copy.modules():
-            for name, value in module.named_parameters(recurse=False):
-                module.register_parameter(name, torch.nn.Parameter(torch.empty(value.shape)))
-            for name, value in module.named_buffers(recurse=False):
-                module.register_buffer(name, torch.empty(value.shape, dtype=value.dtype))
-    return copy.train(), mode
-
-
 def bytes_for_backward(model, mode, batch, dtype=None):
     """Bytes that the backward pass of a batch needs, low-precision copies of the weights included; model, mode: of
-    without_numbers. dtype: of autocast, None for none.
+    image_bytes. dtype: of autocast, None for none.
     """
     side, kept = model.scale[-1] * model.patch_size, {}
     mode.attended.clear()
@@ -74,8 +61,15 @@ def image_bytes(model, dtype=None, **changes):
     """Bytes of activations an image: everything grows in proportion to the batch but the weights. model: anywhere, the
     meta device too; changes: of its arguments.
     """
-    counted = without_numbers(model, **changes)
-    return bytes_for_backward(*counted, 2, dtype) - bytes_for_backward(*counted, 1, dtype)
+    with torch.device("meta"):
+        copy = type(model)(**{**model.config, **changes}).train()
+    with Shapes() as mode:  # on the CPU, as autocast needs it
+        for module in copy.modules():
+            for name, value in module.named_parameters(recurse=False):
+                module.register_parameter(name, torch.nn.Parameter(torch.empty(value.shape)))
+            for name, value in module.named_buffers(recurse=False):
+                module.register_buffer(name, torch.empty(value.shape, dtype=value.dtype))
+    return bytes_for_backward(copy, mode, 2, dtype) - bytes_for_backward(copy, mode, 1, dtype)
 
 
 def largest_block(model):
