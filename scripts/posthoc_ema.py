@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.settings import FRACTION, number
 from models import FlowARError
+from models.settings import FRACTION, number
 from models.weights import find_model, read_file, write_file
 from util.cluster import log, run_main
-from util.files import check_output
 from util.command_line import POSITIVE, Parser, as_type, list_of, path
+from util.files import check_output
 from util.training.checkpoint import list_numbered, open_newest, shapes_of, step_of
 from util.training.optimization import POWER_WIDTHS, power_exponent
 
