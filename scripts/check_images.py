@@ -37,7 +37,8 @@ def advice(listing, sides, img_size):
     """Lines on what may be a mistake, each with what to do."""
     classes, counts = listing.classes, listing.counts
     if empty := [name for name, count in zip(classes, counts) if not count]:
-        yield f"{len(empty)} of {len(classes)} class folders hold no image ({name_some(empty, 3)}) and keep their labels"
+        yield (f"{len(empty)} of {len(classes)} class folders hold no image ({name_some(empty, 3)}) and keep their "
+               "labels")
     if len(classes) == 1:
         yield f"one class folder, {classes[0]}: every image gets the same label"
     if not listing.labels_from:
@@ -50,15 +51,18 @@ def advice(listing, sides, img_size):
         yield "class names are numbers, and labels follow the order of text: 10 comes before 2; use leading zeros"
     if small := [side for side in sides if side < img_size]:
         yield (f"{len(small)} of {len(sides)} images are smaller than --img_size {img_size} (shorter side from "
-               f"{min(small)} pixels on; median of all {int(np.median(sides))}): the model learns the blur of enlarging")
+               f"{min(small)} pixels on; median of all {int(np.median(sides))}): the model learns the blur of "
+               "enlarging")
 
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=as_type(path),
                         help="class folders of images, an archive or a dataset, see docs/data.md, or a flat set")
-    parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels of training, to name smaller images")
-    parser.add_argument("--num_workers", type=as_type(WORKERS), help="processes that read; default: the CPUs, at most 10")
+    parser.add_argument("--img_size", type=as_type(PIXELS), default=256,
+                        help="pixels of training, to name smaller images")
+    parser.add_argument("--num_workers", type=as_type(WORKERS),
+                        help="processes that read; default: the CPUs, at most 10")
     args = parser.parse_args()
     listing = list_images(args.folder, flat=True)
     print(f"{args.folder}: {listing.summary()}")

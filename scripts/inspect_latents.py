@@ -1,10 +1,11 @@
 """Look at a cache of latents: statistics, decoded samples beside their originals, and one image's pyramid.
 
-Prints mean and standard deviation of each channel of the scaled latents (about 0 and 1 if the latent scale is right), and
-writes one picture: originals, what the VAE makes of their latents, and below the latents of the first image at every
-scale, enlarged and decoded: what scale-wise generation goes through.
+Prints mean and standard deviation of each channel of the scaled latents (about 0 and 1 if the latent scale is right),
+and writes one picture: originals, what the VAE makes of their latents, and below the latents of the first image at
+every scale, enlarged and decoded: what scale-wise generation goes through.
 
-    python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt --output latents.png
+    python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt \\
+        --output latents.png
 """
 import numpy as np
 import torch
@@ -31,8 +32,10 @@ def parse_args():
     parser.add_argument("--data_path", help="the images it was made of; without them only decoded ones are drawn")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--vae_path", type=as_type(path),
-                        help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: pretrained_models/vae/kl16.ckpt")
-    parser.add_argument("--scales", type=as_type(list_of(POSITIVE)), help="scales of the pyramid; default: doubling up to the latent's size")
+                        help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "
+                        "pretrained_models/vae/kl16.ckpt")
+    parser.add_argument("--scales", type=as_type(list_of(POSITIVE)),
+                        help="scales of the pyramid; default: doubling up to the latent's size")
     parser.add_argument("--images", type=as_type(POSITIVE), default=8, help="images to draw")
     parser.add_argument("--output", type=as_type(path), required=True, help="PNG to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
@@ -41,8 +44,8 @@ def parse_args():
 
 def print_statistics(index):
     measured, scale, side = index["measured"], index["latent_scale"], index["img_size"] // index["stride"]
-    print(f"{index['images']} images, {index['crops']} crops of {index['img_size']} pixels, {index['dtype']}, {len(index['shards'])} shards, "
-          f"{len(index['skipped'])} skipped")
+    print(f"{index['images']} images, {index['crops']} crops of {index['img_size']} pixels, {index['dtype']}, "
+          f"{len(index['shards'])} shards, {len(index['skipped'])} skipped")
     own, shift = shorten(scale)
     print(f"latent scale {own}, shift {shift}; measured {measured['scale']:.4f}, {measured['shift']:.4f}")
     print("channel   mean     std   (scaled)")
@@ -57,13 +60,14 @@ def print_statistics(index):
 def originals(data, chosen, args):
     """The crops that were encoded."""
     index = data.index
-    images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"], train=index["crops"] != "center",
-                    flip=False, background=tuple(index["background"] or WHITE))
+    images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"],
+                    train=index["crops"] != "center", flip=False, background=tuple(index["background"] or WHITE))
     position = {images.listing.name(i): i for i in range(len(images))}
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
     missing = [names[i] for i in chosen if names[i] not in position]
     if missing:
-        raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other images")
+        raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other "
+                          "images")
     return pictures_of(to_uint8(torch.stack([images[(0, position[names[i]])][0] for i in chosen])))
 
 
@@ -80,7 +84,8 @@ def decode(vae, latent_scale, latents, device):
 def pyramid(latents, scales):
     """The latent (1, C, side, side) at every scale by area, enlarged to full size by bicubic interpolation."""
     size = latents.shape[-2:]
-    return torch.cat([F.interpolate(F.interpolate(latents, size=(s, s), mode="area"), size=size, mode="bicubic") for s in scales])
+    small = [F.interpolate(latents, size=(s, s), mode="area") for s in scales]
+    return torch.cat([F.interpolate(part, size=size, mode="bicubic") for part in small])
 
 
 def main():
@@ -88,7 +93,8 @@ def main():
     device = select_device(args.device)
     check_picture(args.output)
     if not ShardedMoments.is_at(args.cached_path):
-        raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes one")
+        raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes "
+                          "one")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
     named = find_vae(args.vae_path)
@@ -102,7 +108,8 @@ def main():
     if args.data_path:
         rows.insert(0, originals(data, chosen, args))
         names.insert(0, "original")
-    growing = draw_table([decode(vae, scale, pyramid(latents[:1], scales), device)], ["pyramid"], [f"{s}x{s}" for s in scales])
+    growing = draw_table([decode(vae, scale, pyramid(latents[:1], scales), device)], ["pyramid"],
+                         [f"{s}x{s}" for s in scales])
     save(stack(draw_table(rows, names), growing), args.output)
 
 

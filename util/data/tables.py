@@ -66,9 +66,11 @@ def parquet_files(path):
             if any(entry.is_dir() and not is_hidden(entry.name) for entry in entries):
                 return []
         return sorted(glob.glob(os.path.join(glob.escape(str(path)), "*.parquet")))
-    whole, part = f"{glob.escape(name)}.parquet", f"{glob.escape(name)}-[0-9]*.parquet"
-    places = [os.path.join(glob.escape(folder), pattern) for pattern in (whole, part, os.path.join("data", part))]
-    return next(filter(None, (sorted(glob.glob(place)) for place in places)), [])
+    folder, name = glob.escape(folder), glob.escape(name)
+    for pattern in (f"{name}.parquet", f"{name}-[0-9]*.parquet", f"data/{name}-[0-9]*.parquet"):
+        if files := sorted(glob.glob(os.path.join(folder, pattern))):
+            return files
+    return []
 
 
 def split_names(path):
