@@ -182,7 +182,9 @@ def sampling_options():
     options = []
     for field in fields(Sampling):
         kind, beyond = field.metadata["kind"], field.metadata.get("beyond", False)
-        help = f"{field.metadata['help']}; default: the checkpoint's, else {field.default}"
+        help = f"{field.metadata['help']}; default: the checkpoint's"
+        if field.default is not None:
+            help += f", else {field.default}"
         option = setting(None, help, several(kind), metavar=choices_of(kind), beyond=beyond)
         options.append((option_name(field), object, option))
     return options
