@@ -29,7 +29,6 @@ from unittest import mock
 
 import torch
 from PIL import Image
-from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from engine_flowar import evaluate
 from models import AutoencoderKL, FlowARError, build_model
@@ -271,6 +270,8 @@ def extract_through_files(sampler, plan, extractor, folder):
 
 def write_random_inception(path):
     """A file of weights for Inception, always the same; the published one is a download."""
+    from torch_fidelity import feature_extractor_inceptionv3 as inception  # heavy: not for those who measure no features
+
     torch.manual_seed(0)
     with (mock.patch.object(inception, "load_state_dict_from_url"),
           mock.patch.object(torch.nn.Module, "load_state_dict")):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import AutoencoderKL, FlowARError
@@ -133,6 +132,8 @@ def evaluate(vae, data, args, device):
     """Mean PSNR in dB over a dataset (posterior means, pixels not rounded), and a picture: originals above
     reconstructions.
     """
+    from torchvision.utils import make_grid  # heavy: not for --help
+
     loader = build_loader(data, args.batch_size, num_workers=args.num_workers)
     psnr = []
     for images, _ in loader:

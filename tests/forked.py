@@ -20,6 +20,7 @@ def run_program(words, environment, output, error):
     for stream, path in ((1, output), (2, error)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(environment)
+    tempfile.tempdir = None  # that of TMPDIR, which the preloaded modules have asked for before
     os.chdir(ROOT)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

@@ -1,9 +1,11 @@
 """Small models, and the programs run in this process. run(): in forks, see forked.py; start(): in real ones, see scripts/studies/runs.py."""
+import gc
 import importlib
 import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import torch
@@ -19,6 +21,7 @@ from util.recipe import build_run
 from util.training import checkpoint
 
 SCALES = (1, 2, 4)
+engine_flowar.gc = SimpleNamespace(collect=gc.collect, freeze=int, unfreeze=int)  # conftest.py's freeze stays
 
 
 def small_model(**options):

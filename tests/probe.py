@@ -3,6 +3,7 @@
 Reads lines of JSON, {tree, output, project, options, settings, evaluate, sweep, commands}, and answers each with one line of JSON. Each runs in a process of its own,
 forked before anything of the project was imported: so the heavy libraries are imported once.
 """
+import gc
 import hashlib
 import json
 import os
@@ -70,6 +71,7 @@ def answer(task, pipe):
 
 
 def main():
+    gc.freeze()  # what is imported: a fork would copy it to count its references, and each training looks through it
     for line in sys.stdin:
         ours, theirs = os.pipe()
         if os.fork() == 0:

@@ -1,6 +1,4 @@
 """scripts/distill.py: an ordinary run of the project's loop, whose settings of sampling are used wherever it is sampled."""
-import shutil
-
 import pytest
 import seams
 import torch
@@ -16,7 +14,7 @@ from util.files import read_json
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     project = make_project(tmp_path_factory.mktemp("project"))
-    train(project, project / "teacher", "--cfg 2 --guidance 1 --num_step 6")
+    train(project, project / "teacher", "--epochs 1 --cfg 2 --guidance 1 --num_step 6")
     return project
 
 
@@ -83,20 +81,6 @@ def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
         call(monkeypatch, command(project, student).replace("--reuse 2", "--reuse 3"))
     with pytest.raises(FlowARError, match="--proj_dropout is not for a distillation"):
         call(monkeypatch, command(project, student, "--proj_dropout 0.1"))
-
-
-@pytest.mark.slow  # as the loop that it shares with main_flowar.py, which is tested always
-def test_compile_changes_nothing(project, student, tmp_path, monkeypatch):
-    """The student's blocks and the teacher's, through torch.compile without code generation."""
-    compiled, real = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: (
-        compiled.append(function), real(function, **options, backend="aot_eager"))[1])
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    call(monkeypatch, command(project, tmp_path, "--save_every 4 --epochs 1 --compile"))
-    torch._dynamo.reset()
-    assert len(compiled) == 1 + 1 + 2 + 1 + 1  # a trial; flow block of the teacher; blocks of the student; flow block of its average
-    a, b = ([line["loss"] for line in read_log(folder) if line["group"] == "train"] for folder in (tmp_path, student))
-    assert a[0] == pytest.approx(b[0], rel=1e-4)  # before the schedules of one epoch and of two part
 
 
 @pytest.mark.slow

@@ -95,19 +95,13 @@ def test_a_change_acts_in_training_validation_and_sampling_alike(probe, unchange
     found = probe(title)
     assert moved(found, unchanged) == expected
     assert found["train"][0] != unchanged["train"][0]  # from the first step on
-
-
-def test_weights_of_the_scales_are_those_of_the_page(probe, unchanged):
-    """The first step's loss is the sum of the scales' losses, which the change leaves alone, with the new weights."""
-    found = probe("Another weight of the scales in the loss")
-    losses = found["scale_losses"]
-    assert losses == unchanged["scale_losses"]
-    assert found["train"][0] == pytest.approx(sum(loss * side / 4 for loss, side in zip(losses, (1, 2, 4))))
+    if "weight" in title:  # the first step's loss is the sum of the scales' losses, which the change leaves alone, with the page's weights
+        assert found["scale_losses"] == unchanged["scale_losses"]
+        assert found["train"][0] == pytest.approx(sum(loss * side / 4 for loss, side in zip(found["scale_losses"], (1, 2, 4))))
 
 
 def test_a_solver(probe, unchanged):
-    found, euler = probe("A solver", settings={"solver": "ralston"}, extra="--solver ralston"), probe("A solver")
-    assert moved(euler, unchanged) == set() and moved(found, unchanged) == {"samples"}
+    assert moved(probe("A solver", settings={"solver": "ralston"}, extra="--solver ralston"), unchanged) == {"samples"}
 
 
 def test_a_sampling_option(probe, unchanged):

@@ -12,7 +12,6 @@ import seams
 import torch
 from helpers import GEOMETRY, ROOT, call, inputs, make_project, run, small_model, train
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from models import FlowARError, build_model
 from util.command_line import parse_options
@@ -166,10 +165,6 @@ def test_bf16_trains(project, trained, untrained, tmp_path):
     assert 0 < distance(trained[0], bf16) < 0.5 * distance(trained[0], untrained)
 
 
-def test_no_flip(project, tmp_path, trained):
-    assert distance(train(project, tmp_path, "--no_flip"), trained[0]) > 0
-
-
 def test_weight_decay_of_the_options_holds_after_a_resume(project, tmp_path):
     train(project, tmp_path, "--epochs 1")
     content = train(project, tmp_path, f"--epochs 2 --weight_decay 0.5 --resume {tmp_path}")
@@ -212,26 +207,27 @@ def test_compile_changes_nothing(project, tmp_path, monkeypatch):
 
 def test_learns_real_images():
     """A few seconds of training on handwritten digits: the loss falls, and stays below that of predicting the mean."""
+    from sklearn.datasets import load_digits
+
     data = torch.from_numpy(load_digits().images).float()[:, None]
     labels = torch.from_numpy(load_digits().target)
     data = (data - data.mean()) / data.std()
-    model = small_model(img_size=8, vae_stride=1, vae_embed_dim=1, scale=(1, 2, 4, 8), encoder_embed_dim=64,
-                        decoder_embed_dim=64, encoder_num_heads=4, decoder_num_heads=4)
+    model = small_model(img_size=8, vae_stride=1, vae_embed_dim=1, scale=(1, 4, 8))
     grids = model.pyramid(data)
     # The best constant velocity at every position is -mean, and its error is 1 (the noise) + the data's variance.
     mean_predictor = sum(w * (1 + grid.var(dim=0).mean()) for w, grid in zip(model.scale_weights(), grids)).item()
-    optimizer = build_optimizer(model, 2e-3, 0.02)
+    optimizer = build_optimizer(model, 4e-3, 0.02)
     model.train()
     losses = []
-    for step in range(60):
+    for step in range(50):
         g = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(data), (32,), generator=g)
-        _, _, t, noise = inputs(model, batch=32, seed=step)
-        loss = model(data[chosen], labels[chosen], t=t, noise=noise, drop=torch.zeros(32, dtype=torch.bool))
+        chosen = torch.randint(len(data), (16,), generator=g)
+        _, _, t, noise = inputs(model, batch=16, seed=step)
+        loss = model(data[chosen], labels[chosen], t=t, noise=noise, drop=torch.zeros(16, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    late = losses[-15:]
+    late = losses[-10:]
     assert max(late) < 0.75 * mean_predictor
     assert np.mean(late) < 0.6 * np.mean(losses[:5])

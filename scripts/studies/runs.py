@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from models import AutoencoderKL
 from models.vae import LatentScale
@@ -21,7 +20,7 @@ from models.weights import content_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny --diffloss_d 1"
+GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny --diffloss_d 1 --diffloss_w 64"
 CLASSES = 10
 
 
@@ -32,6 +31,8 @@ def small_vae():
 
 def write_digits(root, per_class, size=16, splits=("train", "val"), val_per_class=None):
     """Class folders of scikit-learn's digits, real handwriting: <root>/<split>/<digit>/<number>.png."""
+    from sklearn.datasets import load_digits  # late: it is heavy
+
     digits = load_digits()
     for label in range(CLASSES):
         images = digits.images[digits.target == label]

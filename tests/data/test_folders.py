@@ -7,7 +7,6 @@ import pytest
 from helpers import call
 from PIL import Image
 from scripts.studies.runs import write_digits
-from torchvision.datasets import ImageFolder
 
 from models import FlowARError
 from util.data import Images, find_split, list_images
@@ -31,6 +30,8 @@ def names(listing):
 
 
 def test_ordinary_folders_are_read_as_by_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder  # late, as all that is heavy: each process imports every file of tests
+
     write_digits(tmp_path, 3, splits=("train",))
     put(tmp_path / "train", "3/b/1.png", "3/a c/1.png", "3/a/z.png", "3/a/B.PNG", "10/x.jpeg", "Z/é.bmp", "Z/00.webp")
     found, expected = Folder(tmp_path / "train"), ImageFolder(tmp_path / "train")

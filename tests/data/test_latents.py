@@ -194,22 +194,6 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
 
 
 @pytest.mark.parametrize("extra,message", [
-    ("--img_size 32", "this cache has img_size 16, but --img_size is 32"),
-    ("--class_num 7", "the training set has 10 classes .0, 1, 2 and 7 more., but the model has 7 .--class_num")])
-def test_training_refuses_a_cache_of_other_settings(project, shards, tmp_path, extra, message):
-    with pytest.raises(FlowARError, match=message):
-        train(project, tmp_path / "out", f"--cached_path {shards} {extra}")
-
-
-def test_training_refuses_a_cache_of_another_vae(project, shards, tmp_path):
-    content = torch.load(project / "vae.pth", weights_only=True)
-    content["model"]["encoder.conv_in.bias"] += 1
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(FlowARError, match="shards: its VAE is .*vae.pth .tensors .*, but --vae_path .*other.pth has tensors"):
-        train(project, tmp_path / "out", f"--cached_path {shards} --vae_path {tmp_path}/other.pth")
-
-
-@pytest.mark.parametrize("extra,message", [
     ("--img_size 8", "made with img_size 16, now it is 8"), ("--crops 2", "made with crops center, now it is 2")])
 def test_caches_are_not_mixed(project, shards, extra, message):
     with pytest.raises(FlowARError, match=message):

@@ -240,6 +240,7 @@ def test_sweep(project, checkpoint, colors, tmp_path):
     single = json.loads((tmp_path / "cfg2.5_guidance0.5" / "results.json").read_text())
     assert float(rows[2][metric]) == single[metric] and float(rows[2]["nfe"]) == 12
     assert Image.open(tmp_path / "sweep.png").size == (1200, 400)
+    assert {path.parent.name for path in tmp_path.rglob("run.json")} == {f"cfg{cfg}_guidance{guidance}" for cfg in (1.0, 2.5) for guidance in (0.5, 1.0)}
 
 
 def test_evaluations_of_the_network_are_reported(project, checkpoint, tmp_path):

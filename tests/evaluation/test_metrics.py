@@ -6,21 +6,16 @@ from scripts import benchmark
 import numpy as np
 import pytest
 from scripts import reference_stats
-import timm
 import torch
 import torch.nn.functional as F
-import torch_fidelity
 from helpers import write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch_fidelity import registry
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import seams
 from models import FlowARError
 from models.weights import file_hash
-from torch_fidelity import feature_extractor_clip as clip
 from util.evaluation import extractors, metrics, references
 
 
@@ -34,6 +29,8 @@ def extract(folder, *args, **options):
 
 
 def test_distance_and_statistics_are_torch_fidelitys():
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric  # late, as all that is heavy
+
     a, b = (torch.randn(200, 16, generator=torch.Generator().manual_seed(i)) + i for i in range(2))
     expected = fid_statistics_to_metric(fid_features_to_statistics(a.double()), fid_features_to_statistics(b.double()), False)
     actual = metrics.frechet_distance(metrics.statistics(a), metrics.statistics(b))
@@ -74,6 +71,9 @@ class PlainDINOv2(nn.Module):
 @pytest.fixture
 def random_transformers(tmp_path, monkeypatch):
     """{name: weights file} of small random DINOv2 and CLIP, of which torch-fidelity's have the same."""
+    import timm
+    from torch_fidelity import feature_extractor_clip as clip
+
     torch.manual_seed(0)
     heads, create = 2, timm.create_model
     small = dict(embed_dim=32, depth=2, num_heads=heads)
@@ -94,6 +94,9 @@ def random_transformers(tmp_path, monkeypatch):
 
 def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_transformers, monkeypatch):
     """Every metric of two folders in all extractors, in one pass over the images, against calculate_metrics on the same folders."""
+    import torch_fidelity
+    from torch_fidelity import registry
+
     write_digits(tmp_path, 2)
     for split in ("train", "val"):  # torch-fidelity reads flat folders
         (tmp_path / f"flat_{split}").mkdir()
@@ -158,6 +161,8 @@ class Tower(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_only_the_weights_of_a_network_are_taken(tmp_path, random_transformers, monkeypatch):
+    from torch_fidelity import feature_extractor_clip as clip
+
     other = tmp_path / "other.safetensors"
     save_file({"visual.proj": torch.zeros(64, 24)}, other)
     for name, file in (("clip-vit-b-32", other), ("dinov2-vit-b-14", random_transformers["clip-vit-b-32"])):

@@ -261,15 +261,15 @@ def no_codegen(monkeypatch):
 @pytest.mark.parametrize("cross,what", [(True, "blocks"), pytest.param(False, "blocks", marks=pytest.mark.slow),
                                         pytest.param(True, "graphs", marks=pytest.mark.slow)])
 def test_sampling_compiles_once_for_all_scales_steps_and_batches(cross, what, graphs, no_codegen):
-    model = small_model(cross=cross, scale=(1, 2, 4, 8), img_size=32)
+    model = small_model(cross=cross)
     _, labels, _, noise = inputs(model, batch=3)
-    options = dict(cfg=3.0, guidance=0.5, num_steps=4)
+    options = dict(cfg=3.0, guidance=0.5, num_steps=2)
     expected = model.sample_tokens(labels, noise=noise, **options)
     prepare.compile_sampling(model, what)
     golden.assert_close(model.sample_tokens(labels, noise=noise, **options), expected)
     first = graphs()
     assert 1 <= first <= 4  # of a block and of the last layer; the 1x1 scale has graphs of its own, views of the doubled batch may
-    for batch, num_steps in ((3, 6), (7, 4)):
+    for batch, num_steps in ((3, 3), (7, 2)):
         _, labels, _, noise = inputs(model, batch=batch)
         model.sample_tokens(labels, noise=noise, cfg=2.0, num_steps=num_steps)
     assert graphs() == first

@@ -83,7 +83,7 @@ def test_bad_images():
 def test_train_vae(tmp_path, monkeypatch, capsys):
     """The script learns, reports PSNR, draws, and its file loads; killed after a snapshot it ends with the same weights."""
     write_digits(tmp_path / "images", 10)
-    monkeypatch.setattr(train_vae, "SNAPSHOT_STEPS", 30)
+    monkeypatch.setattr(train_vae, "SNAPSHOT_STEPS", 20)
 
     def run_to(output, last_step=None):
         original, steps = train_vae.autoencoder_loss, []
@@ -97,16 +97,16 @@ def test_train_vae(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(train_vae, "autoencoder_loss", loss)
             call(patch, f"scripts/train_vae.py --data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
-                        f"--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu --steps 60 --output {output}")
+                        f"--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu --steps 40 --output {output}")
         return len(steps)
 
-    assert run_to(tmp_path / "whole.pth") == 60
+    assert run_to(tmp_path / "whole.pth") == 40
     assert float(capsys.readouterr().out.split("held-out images: ")[1].split()[0]) > 13
     vae = load_vae(tmp_path / "whole.pth")
     assert vae.stride == 2 and vae.latent_scale.scale > 0
     assert (tmp_path / "whole.pth.png").is_file() and not (tmp_path / "whole.pth.training").exists()
     with pytest.raises(KeyboardInterrupt):
-        run_to(tmp_path / "parts.pth", 32)
-    assert run_to(tmp_path / "parts.pth") == 30  # from the snapshot
+        run_to(tmp_path / "parts.pth", 22)
+    assert run_to(tmp_path / "parts.pth") == 20  # from the snapshot
     whole, parts = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())

@@ -1,11 +1,10 @@
 """Autoencoders of diffusers, real classes with small random weights: cache, training, sampling and decoding end to end."""
+import importlib
 import json
 import sys
 
-import diffusers
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from helpers import call, train, write_digits
 from safetensors.torch import load_file, save_file
 
@@ -14,30 +13,34 @@ from models.vaes import find_vae
 from util.data.latents import ShardedMoments
 
 
+def diffusers():
+    return importlib.import_module("diffusers")  # late: it is heavy
+
+
 def small_kl(levels, **options):
-    return AutoencoderKL(block_out_channels=(8,) * levels, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * levels,
+    return diffusers().AutoencoderKL(block_out_channels=(8,) * levels, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * levels,
                          up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=4, **options)
 
 
 def small_dc():
     blocks = dict(encoder_block_types=("ResBlock",) * 6, decoder_block_types=("ResBlock",) * 6)
-    return AutoencoderDC(latent_channels=32, attention_head_dim=4, encoder_block_out_channels=(8,) * 5 + (32,),
+    return diffusers().AutoencoderDC(latent_channels=32, attention_head_dim=4, encoder_block_out_channels=(8,) * 5 + (32,),
                          decoder_block_out_channels=(8,) * 5 + (32,), encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6,
                          encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41, **blocks)
 
 
 def small_tiny():
-    return AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+    return diffusers().AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
                            num_decoder_blocks=(1,) * 4, latent_channels=4)
 
 
 def small_asymmetric():
-    return AsymmetricAutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, down_block_out_channels=(8,) * 3, norm_num_groups=4,
+    return diffusers().AsymmetricAutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, down_block_out_channels=(8,) * 3, norm_num_groups=4,
                                    up_block_types=("UpDecoderBlock2D",) * 3, up_block_out_channels=(8,) * 3, latent_channels=4)
 
 
 def small_vq():
-    return VQModel(block_out_channels=(8,) * 3, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 3,
+    return diffusers().VQModel(block_out_channels=(8,) * 3, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 3,
                    up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=3, vq_embed_dim=5, num_vq_embeddings=7)
 
 
@@ -127,9 +130,9 @@ def test_a_representation_autoencoder(tmp_path, encoder):
     """Images of [-1, 1] become its [0, 1]; it normalises by position itself; one image size."""
     pytest.importorskip("transformers")
     mean, std = torch.randn(64, 4, 4), torch.rand(64, 4, 4) + 0.5
-    diffusers.AutoencoderRAE(encoder_type=encoder, latents_mean=mean, latents_std=std, **RAE).save_pretrained(tmp_path)
+    diffusers().AutoencoderRAE(encoder_type=encoder, latents_mean=mean, latents_std=std, **RAE).save_pretrained(tmp_path)
     vae, notes = find_vae(f"diffusers:{tmp_path}").open()
-    plain = diffusers.AutoencoderRAE(encoder_type=encoder, **RAE)
+    plain = diffusers().AutoencoderRAE(encoder_type=encoder, **RAE)
     plain.load_state_dict({**vae.network.state_dict(), "_latents_mean": torch.zeros(1), "_latents_std": torch.ones(1)})
     images = torch.rand(2, 3, 16, 16)
     assert (vae.stride, vae.embed_dim, tuple(vae.latent_scale), notes) == (4, 64, (1.0, 0.0), [])

@@ -28,7 +28,7 @@ def sgd(model, lr, weight_decay):
 
 
 def muon(model, lr, weight_decay):
-    return torch.optim.Muon([p for p in model.encoder_blocks[0].parameters() if p.ndim == 2], lr=lr)  # one block: bf16 is slow on many CPUs
+    return torch.optim.Muon([p for p in model.encoder_blocks[0].parameters() if p.ndim == 2][:1], lr=lr)  # one matrix: bf16 is slow on many CPUs
 
 
 OPTIMIZERS = [adamw, sgd, pytest.param(muon, marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon"))]
@@ -102,20 +102,21 @@ def saved_state(output, step):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_bad_step_changes_nothing_with_any_optimizer(project, tmp_path, monkeypatch, bad_states, optimizer):
     """Step 4: it leaves everything as step 3 did, it is not saved, and step 5 is made. The whole run's twin, resumed at step 6, ends alike."""
+    options = f"--epochs 1 --batch_size 8 --blr 1e-3 {DROPOUT}"  # 10 steps
     monkeypatch.setattr(recipe, "build_optimizer", optimizer)
     spoil_gradient(monkeypatch, 3)
-    content = train(project, tmp_path / "run", f"--save_every 1 --keep 20 --blr 1e-3 {DROPOUT}")
+    content = train(project, tmp_path / "run", f"--save_every 1 --keep 20 {options}")
     after, = bad_states
     assert after == saved_state(tmp_path / "run", 3) != saved_state(tmp_path / "run", 5)
     assert steps_of(tmp_path / "run") == [10, 9, 8, 7, 6, 5, 3, 2, 1]
     assert content["progress"]["bad_steps"] == 1 and content["progress"]["bad_in_a_row"] == 0
     line, = [line for line in read_log(tmp_path / "run") if line["group"] == "bad_step"]
     assert line["step"] == 4 and "gradient norm nan; its gradient, not the loss of any rank" in line["message"]
-    assert [line["bad_steps"] for line in read_log(tmp_path / "run") if line["group"] == "train"] == [0, 1, 1, 1, 1, 1]
+    assert [line["bad_steps"] for line in read_log(tmp_path / "run") if line["group"] == "train"] == [0, 1, 1, 1, 1]
     (tmp_path / "run" / checkpoint.LAST).unlink()
     for step in range(7, 11):
         (tmp_path / "run" / f"checkpoint-{step:09d}.pth").unlink()
-    again = train(project, tmp_path / "run", f"--blr 1e-3 {DROPOUT} --resume {tmp_path}/run")
+    again = train(project, tmp_path / "run", f"{options} --resume {tmp_path}/run")
     assert state_of(again["model"], again["model_ema"], again["optimizer"]) == state_of(content["model"], content["model_ema"], content["optimizer"])
 
 
