@@ -29,7 +29,7 @@ def project(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimization.EMA, "update", track)
-        train(project, project / "run", "--epochs 4 --save_every 0 --posthoc_ema 2 --cfg 2 --guidance 1 --blr 0.1 --diffloss_w 128")
+        train(project, project / "run", "--epochs 4 --save_every 0 --posthoc_ema 2 --cfg 2 --guidance 1 --blr 0.1")
     return project
 
 
