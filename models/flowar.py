@@ -34,10 +34,12 @@ class Draws(NamedTuple):
     t: torch.Tensor  # (scales, n)
     noise: list  # of (n, s*s, token_channels), coarse to fine
     drop: torch.Tensor  # (n,) bool: labels to replace by the null class
+    condition_noise: list = []  # like noise, of all scales but the last: what is added to what the transformer reads
 
     def take(self, images):
         """The draws of a slice of the images."""
-        return Draws(self.t[:, images], [e[images] for e in self.noise], self.drop[images])
+        t, noise, drop, condition_noise = self
+        return Draws(t[:, images], [e[images] for e in noise], drop[images], [e[images] for e in condition_noise])
 
 
 class CausalBlock(nn.Module):
@@ -71,6 +73,7 @@ class FlowAR(nn.Module):
         buffer_size: kept for the release's signature; only 0 exists.
         use_checkpoint: recompute each block's activations in the backward pass.
         t_dist: times of training, of flow_matching.TIME_DISTRIBUTIONS; a list has one for each scale.
+        condition_noise: std, at most, of the noise on the scales that the transformer reads in training.
 
     Raises FlowARError for a geometry that cannot work.
     """
@@ -80,7 +83,7 @@ class FlowAR(nn.Module):
                  class_num=1000, encoder_embed_dim=1024, encoder_depth=8, encoder_num_heads=16,
                  decoder_embed_dim=1024, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
                  label_drop_prob=0.1, attn_dropout=0.0, proj_dropout=0.0, diffloss_d=3, diffloss_w=1024,
-                 cross=False, buffer_size=0, use_checkpoint=False, t_dist="uniform"):
+                 cross=False, buffer_size=0, use_checkpoint=False, t_dist="uniform", condition_noise=0.0):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_scales(img_size, vae_stride, patch_size, scale)
@@ -88,7 +91,7 @@ class FlowAR(nn.Module):
             raise FlowARError(f"buffer_size is {buffer_size}: only 0 is supported (the class is the one token before)")
         self.img_size, self.vae_stride, self.vae_embed_dim = img_size, vae_stride, vae_embed_dim
         self.patch_size, self.scale, self.class_num = patch_size, tuple(scale), class_num
-        self.label_drop_prob = label_drop_prob
+        self.label_drop_prob, self.condition_noise = label_drop_prob, condition_noise
         t_dists = fm.of_each_scale("t_dist", t_dist, len(self.scale))
         self.time_distributions = [fm.read_time_distribution(text) for text in t_dists]
         self.use_checkpoint = use_checkpoint
@@ -203,25 +206,29 @@ class FlowAR(nn.Module):
             t = torch.stack([times(u) for times, u in zip(self.time_distributions, t)])
         noise = self.draw_noise(batch, generator)
         drop = torch.rand(batch, generator=generator, device=device) < self.label_drop_prob
-        return Draws(t, noise, drop)
+        if not self.condition_noise or not self.training:
+            return Draws(t, noise, drop)
+        std = self.condition_noise * torch.rand(batch, 1, 1, generator=generator, device=device)
+        return Draws(t, noise, drop, [std * e for e in self.draw_noise(batch, generator)[:-1]])
 
     def draw_noise(self, batch, generator=None):
         """Noise e of every scale, x at t = 1: a list of (batch, s*s, token_channels), coarse to fine."""
         device = (generator or self.class_emb.weight).device
         return [torch.randn(batch, s * s, self.token_channels, generator=generator, device=device) for s in self.scale]
 
-    def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None):
+    def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):
         """Mean squared velocity error of every scale and image, (scales, B), unweighted.
 
         Args:
             latents: (B, C, H, W), scaled; labels: (B,) in 0..class_num - 1.
-            t, noise, drop: see Draws; what is None is drawn. No label is dropped in eval mode unless `drop` says so.
+            t, noise, drop, condition_noise: see Draws; what is None is drawn, condition_noise with t. No label is
+                dropped in eval mode unless `drop` says so.
         """
         check_labels(labels, self.class_num)
         if t is None or noise is None or drop is None and self.training:
             draws = self.draw(len(labels))
             if t is None:
-                t = draws.t
+                t, condition_noise = draws.t, draws.condition_noise
             if noise is None:
                 noise = draws.noise
             if drop is None and self.training:
@@ -229,7 +236,10 @@ class FlowAR(nn.Module):
         if drop is not None:
             labels = torch.where(drop, self.class_num, labels)
         pyramid = self.training_pyramid(latents)
-        return self.velocity_errors(pyramid, self.condition_on(pyramid, labels), t, noise)
+        read = list(pyramid)  # what the transformer reads
+        for k, e in enumerate(condition_noise):
+            read[k] = read[k] + to_grid(e, self.scale[k])
+        return self.velocity_errors(pyramid, self.condition_on(read, labels), t, noise)
 
     def velocity_errors(self, pyramid, z, t, noise):
         """The scale_losses of a pyramid, given the condition z."""

@@ -54,7 +54,7 @@ def open_teacher(args):
     """(FlowAR on the CPU, its Checkpoint, its Sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
-    for name in ("dry_run", "init_from", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
+    for name in ("dry_run", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that "
                               "draws and drops nothing")

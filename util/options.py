@@ -165,6 +165,8 @@ class Training(Checked):
     deterministic: bool = flag("on CUDA a resumed run has the same bits: slower, deterministic algorithms", beyond=True)
     t_dist: str | tuple = setting("uniform", "times of training: uniform, logit_normal:MEAN,STD or shift:K; or one for "
                                   "each scale, separated by ;", time_distribution, beyond=True)
+    condition_noise: float = setting(0.0, "largest std of the noise on the coarser scales that training reads", REAL,
+                                     beyond=True)
     head: str = setting("scale", "ablation: in the flow head the tokens of a scale attend to each other, or not",
                         one_of(*ablated.CHOICES["head"]), beyond=True)
     objective: str = setting("flow", "ablation: flow matching, or DDPM's epsilon",
@@ -286,7 +288,7 @@ def check_single(args):
 def model_options(args):
     """FlowAR's arguments out of the options."""
     names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
-             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist",
+             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist", "condition_noise",
              "head", "objective", "condition", "pyramid")
     return {"scale": args.scales, **{name: value for name, value in vars(args).items() if name in names}}
 

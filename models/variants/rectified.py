@@ -15,7 +15,8 @@ class RectifiedFlowAR(FlowAR):
     """
 
     def __init__(self, teacher, solution, reuse=4, at_noise=0.25, forced=False, t_dist="uniform"):
-        super().__init__(**{**teacher.config, "attn_dropout": 0.0, "proj_dropout": 0.0, "t_dist": t_dist})
+        super().__init__(**{**teacher.config, "attn_dropout": 0.0, "proj_dropout": 0.0, "condition_noise": 0.0,
+                            "t_dist": t_dist})
         self.load_state_dict(teacher.state_dict())
         self.solve = lambda labels, **given: teacher.sample_pyramid(labels, **given, **solution)
         self.reuse, self.at_noise, self.forced = reuse, at_noise, forced
@@ -27,7 +28,7 @@ class RectifiedFlowAR(FlowAR):
             t = torch.stack([times(u) for times, u in zip(self.time_distributions, t)])
         return draws._replace(t=torch.where(chosen < self.at_noise, 1.0, t))  # (scales, batch, reuse)
 
-    def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None):
+    def scale_losses(self, latents, labels, *, t=None, noise=None, drop=None, condition_noise=()):
         """As FlowAR's, with x' in the latents' place, the mean over the times of a pair; it uses t and noise alone."""
         check_labels(labels, self.class_num)
         if t is None or noise is None:

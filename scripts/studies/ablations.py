@@ -1,6 +1,6 @@
 """Change one thing at a time on the quickstart's model: train, evaluate, and put all into one table and one figure.
 
-    python scripts/studies/ablations.py --root output/quickstart --variants times,latents,guidance
+    python scripts/studies/ablations.py --root output/quickstart --variants times,reading,guidance
 
 Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few
 options more, for as many images and with each of the seeds; variants that differ in sampling alone share a training.
@@ -52,6 +52,8 @@ RELEASED = {BASE: ("", "")}
 VARIANTS = {  # group: {name: (options of training, options of sampling)}
     "times": {**RELEASED, "shift 0.5": ("--t_dist shift:0.5", ""), "shift 2": ("--t_dist shift:2", ""),
               "logit-normal 0, 1": ("--t_dist logit_normal:0,1", "")},
+    "reading": {**RELEASED, "condition noise 0.1": ("--condition_noise 0.1", ""),
+                "condition noise 0.3": ("--condition_noise 0.3", "")},
     "latents": {**RELEASED, "scaled by channel": ("--latent_norm channel", "")},
     "scales": {**RELEASED, "1, 4": ("--scales 1,4", ""), "1, 2, 3, 4": ("--scales 1,2,3,4", "")},
     "head": {**RELEASED, "every token by itself": ("--head token", "")},
@@ -165,7 +167,7 @@ def own_scales_losses(run, root, device):
 def own_scales_error(model, latents, labels, time):
     """scale_losses of the images' pyramid, read with the model's own coarse scales from `time` on; with fixed draws."""
     generator, pyramid = torch.Generator(latents.device).manual_seed(0), model.pyramid(latents)
-    t, noise, _ = model.draw(len(labels), generator)
+    t, noise, _, _ = model.draw(len(labels), generator)
     start_noise, times = model.draw_noise(len(labels), generator), time * fm.time_grid(OWN_STEPS, "uniform")
     read = list(pyramid)
     for k, span in enumerate(model.spans[:-1]):

@@ -8,7 +8,7 @@ from helpers import CLASSES, inputs, small_model
 
 from models import MODELS, AutoencoderKL, FlowARError, build_model
 from models import flow_matching as fm
-from models.flowar import to_tokens
+from models.flowar import to_grid, to_tokens
 from models.settings import Sampling
 from util.evaluation.sampler import count_passes
 
@@ -247,3 +247,13 @@ def test_lists_for_the_scales_are_the_ramps_written_out():
     ramps = model.sample_tokens(labels, num_steps=10, num_steps_last=6, cfg=3.0, noise=noise)
     assert torch.equal(ramps, model.sample_tokens(labels, num_steps=[10, 8, 6], cfg=[1, 2, 3], noise=noise))
     assert not torch.equal(ramps, model.sample_tokens(labels, num_steps=[10, 8, 6], cfg=[1, 2, 3], guidance_low=0.3, noise=noise))
+
+
+def test_noise_on_what_is_read_changes_the_condition_and_not_the_target():
+    model = small_model()
+    latents, labels, t, noise = inputs(model)
+    added = [0.3 * torch.randn_like(e) for e in noise[:-1]]
+    plain, noisy = model.scale_losses(latents, labels, t=t, noise=noise), model.scale_losses(latents, labels, t=t, noise=noise, condition_noise=added)
+    assert torch.equal(plain[0], noisy[0]) and (plain[1:] != noisy[1:]).all()
+    grids = [x + to_grid(e, s) for x, e, s in zip(model.pyramid(latents), [*added, 0 * noise[-1]], model.scale)]
+    assert torch.equal(noisy, model.velocity_errors(model.pyramid(latents), model.condition_on(grids, labels), t, noise))

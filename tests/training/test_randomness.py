@@ -60,21 +60,29 @@ def test_an_image_draws_the_same_in_any_company():
 
 def test_draws_are_distributed_as_the_method_says():
     model = small_model(label_drop_prob=0.3)
-    t, noise, drop = model.draw(20000, torch.Generator().manual_seed(0))
+    t, noise, drop, condition_noise = model.draw(20000, torch.Generator().manual_seed(0))
     assert t.shape == (3, 20000) and 0 <= t.min() and t.max() < 1 and abs(t.mean() - 0.5) < 0.01 and abs(t.var() - 1 / 12) < 0.01
     assert not torch.equal(t[0], t[1])  # each scale has a time of its own
     assert [tuple(e.shape) for e in noise] == [(20000, s * s, 4) for s in model.scale]
     assert all(abs(e.mean()) < 0.02 and abs(e.var() - 1) < 0.03 for e in noise) and abs(drop.float().mean() - 0.3) < 0.01
+    assert condition_noise == []
 
 
-def test_times_of_training_follow_their_distributions_and_those_of_validation_are_uniform():
-    model, plain = (small_model(**options).train() for options in ({"t_dist": ("uniform", "shift:3", "logit_normal:0,1")}, {}))
+def test_training_times_and_noise_on_what_is_read_are_drawn_after_all_else_and_not_in_validation():
+    model, plain = (small_model(**options).train() for options in ({"t_dist": ("uniform", "shift:3", "logit_normal:0,1"), "condition_noise": 0.5}, {}))
     found, expected = (network.draw(20000, torch.Generator().manual_seed(0)) for network in (model, plain))
     assert torch.equal(found.t[0], expected.t[0]) and torch.equal(found.drop, expected.drop) and all(map(torch.equal, found.noise, expected.noise))
     torch.testing.assert_close(found.t[1], 3 * expected.t[1] / (1 + 2 * expected.t[1]))
     logits = found.t[2].logit()
     assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
-    assert torch.equal(model.eval().draw(4, torch.Generator().manual_seed(0)).t, plain.draw(4, torch.Generator().manual_seed(0)).t)
+    assert [e.shape for e in found.condition_noise] == [e.shape for e in found.noise[:-1]]
+    std = found.condition_noise[1].flatten(1).square().mean(dim=1).sqrt()  # uniform up to 0.5: an image, not a scale
+    assert abs(std.mean() - 0.25) < 0.02 and torch.corrcoef(torch.stack([std, found.condition_noise[0].flatten(1).abs().mean(dim=1)]))[0, 1] > 0.5
+    mine = draw(model, 6, 1, "cpu").take(slice(1, 6, 2)).draws
+    assert torch.equal(mine.condition_noise[0], draw(model, 6, 1, "cpu").draws.condition_noise[0][1::2])
+    for drawn in (model.eval().draw(4, torch.Generator().manual_seed(0)), draw_each(model, 1, VALIDATION, [4, 5]).draws):
+        assert drawn.condition_noise == []
+    assert torch.equal(model.draw(4, torch.Generator().manual_seed(0)).t, plain.draw(4, torch.Generator().manual_seed(0)).t)
 
 
 def test_training_and_validation_draw_in_flowar_draw_and_nowhere_else(tmp_path, monkeypatch):

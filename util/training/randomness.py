@@ -43,9 +43,11 @@ def draw(model, count, seed, device):
 
 
 def draw_each(model, seed, stream, indices, device="cpu"):
-    """BatchDraws of images by their index, drawn on the CPU: they do not depend on what else is in a batch."""
+    """BatchDraws of images by their index, drawn on the CPU: they do not depend on what else is in a batch. model: in
+    eval mode, which draws no condition_noise.
+    """
     parts = [draw(model, 1, derive_seed(seed, stream, index), "cpu") for index in indices]
-    t, noise, drop = zip(*(part.draws for part in parts))
+    t, noise, drop, _ = zip(*(part.draws for part in parts))
     noise = [torch.cat(scale).to(device) for scale in zip(*noise)]
     draws = Draws(torch.cat(t, dim=1).to(device), noise, torch.cat(drop).to(device))
     return BatchDraws(draws, torch.cat([part.posterior for part in parts]).to(device))
