@@ -71,7 +71,7 @@ def test_the_loss_under_own_scales(monkeypatch):
     model = small_model().eval()
     latents, labels = inputs(model, 3)[:2]
     generator = torch.Generator().manual_seed(0)
-    t, noise, _ = model.draw(3, generator)
+    t, noise, _, _ = model.draw(3, generator)
     drawn = model.sample_pyramid(labels, num_steps=ablations.OWN_STEPS, time_grid="uniform", noise=model.draw_noise(3, generator))
     seen, condition_on = [], model.condition_on
     monkeypatch.setattr(model, "condition_on", lambda pyramid, labels: seen.append(pyramid) or condition_on(pyramid, labels))
