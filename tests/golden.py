@@ -24,15 +24,19 @@ def released_shapes(name):
 def formula_tensor(name, shape, seed):
     a = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
     if name.endswith(("_ln.weight", "norm.weight")) or "norm2_" in name:
-        a = 1 + 0.1 * a
+        a *= 0.1
+        a += 1
     elif len(shape) == 2 and not name.startswith("class_emb"):
-        a = a * 0.7 / np.sqrt(shape[1])
+        a *= 0.7
+        a /= np.sqrt(shape[1])
     elif len(shape) == 4:
-        a = a * 0.7 / np.sqrt(shape[1] * shape[2] * shape[3])
+        a *= 0.7
+        a /= np.sqrt(shape[1] * shape[2] * shape[3])
     elif "norm" in name and name.endswith(".weight"):
-        a = 1 + 0.1 * a
+        a *= 0.1
+        a += 1
     else:
-        a = 0.1 * a
+        a *= 0.1
     return torch.from_numpy(np.asarray(a, dtype=np.float32))
 
 

@@ -221,12 +221,12 @@ def slowly(content, path):
     time.sleep(1)
     write_file(content, path)
 
-def fail(run, *args):
+def fail(*args):
     if cluster.rank() == 1:
         raise checkpoint.FlowARError("no report")
     time.sleep(60)
 
-checkpoint.write_file, engine_flowar.report = slowly, fail
+checkpoint.write_file, engine_flowar.validate = slowly, fail
 cluster.run_main(main_flowar.main)
 """
 

@@ -288,16 +288,16 @@ class Pipeline:
         """`count` images that share the first keep_scales latents of pipe([label], seed=seed), which is the first.
         keep_scales: by default 3, or all but one of a model with fewer.
         """
-        given = self.first_scales(label, keep_scales, seed, settings)
+        given = self._first_scales(label, keep_scales, seed, settings)
         given = [x.expand(count, -1, -1, -1) for x in given]
         return self.draw([self.label(label)] * count, self.noise(seed, range(count)), given=given, **settings)
 
     def edit(self, label_from, label_to, keep_scales=None, *, seed=0, **settings):
         """One image: that of pipe([label_from], seed=seed) whose later scales are drawn for label_to, of one noise."""
-        given = self.first_scales(label_from, keep_scales, seed, settings)
+        given = self._first_scales(label_from, keep_scales, seed, settings)
         return self.draw([self.label(label_to)], self.noise(seed, [0]), given=given, **settings)
 
-    def first_scales(self, label, keep_scales, seed, settings):
+    def _first_scales(self, label, keep_scales, seed, settings):
         """The first keep_scales latents of pipe([label], seed=seed)."""
         scales = len(self.sampler.model.scale)
         keep_scales = min(3, scales - 1) if keep_scales is None else keep_scales
