@@ -288,8 +288,8 @@ def check_single(args):
 def model_options(args):
     """FlowAR's arguments out of the options."""
     names = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "diffloss_d", "diffloss_w",
-             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist", "condition_noise",
-             "head", "objective", "condition", "pyramid")
+             "buffer_size", "attn_dropout", "proj_dropout", "label_drop_prob", "use_checkpoint", "t_dist",
+             "condition_noise", "head", "objective", "condition", "pyramid")
     return {"scale": args.scales, **{name: value for name, value in vars(args).items() if name in names}}
 
 

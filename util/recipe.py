@@ -1,4 +1,4 @@
-"""From the options of a training to the Run that engine_flowar.train takes: data, networks, optimizer, checkpoint, files."""
+"""From the options of a training to the Run that engine_flowar.train takes: data, networks, optimizer, files."""
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple

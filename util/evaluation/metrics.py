@@ -38,7 +38,7 @@ def warn_of_few(count, extractor):
             "is biased upwards")
 
 
-# The metrics of a report: function(features, logits, reference, device) -> {name: number}, {} where it cannot be computed.
+# The metrics of a report: function(features, logits, reference, device) -> {name: number}, {} where it cannot be.
 # features (n, dim), logits (n, classes) or None, reference: references.Reference. Formulas: torch-fidelity's.
 
 

@@ -46,7 +46,8 @@ def reports_of(run):
     last; those of other folders' checkpoints are left out.
     """
     run, reports = Path(run).resolve(), []
-    paths = {*run.glob(RESULTS), *run.glob(f"*/{RESULTS}"), *run.glob(f"*/*/{RESULTS}"), *run.parent.glob(f"*/{RESULTS}")}
+    paths = {*run.glob(RESULTS), *run.glob(f"*/{RESULTS}"), *run.glob(f"*/*/{RESULTS}"),
+             *run.parent.glob(f"*/{RESULTS}")}
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         report = read_json(path)
         if Path(str(report.get("checkpoint", ""))).parent.name == run.name:

@@ -75,7 +75,9 @@ class Sampler(NamedTuple):
 
     @torch.no_grad()
     def pyramid(self, labels, noise, **kept):
-        """Latents of every scale for a list of labels and noise(indices); kept: given, known of FlowAR.sample_pyramid."""
+        """Latents of every scale for a list of labels and noise(indices). kept: `given` and `known` of
+        FlowAR.sample_pyramid.
+        """
         labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
             return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **kept, **vars(self.sampling))
