@@ -68,3 +68,13 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error, limit = (actual - expected).abs().max(), tolerance * expected.abs().max()
     assert error <= limit, f"largest difference {error:.2e}, allowed {limit:.2e}"
+
+
+def check_flowar_small():
+    from models import build_model
+
+    arrays, meta = load("flowar_small")
+    model = fill(build_model(meta["model"], **meta["kwargs"]), meta["weights_seed"])
+    latents = model.sample_tokens(torch.from_numpy(arrays["labels"]), cfg=meta["cfg"], guidance=meta["guidance"],
+                                  num_steps=meta["num_steps"], noise=noise(meta["noise_seed"], 1, model.scale))
+    assert_close(latents, arrays["sample"])
