@@ -9,9 +9,9 @@ Run the same command again to resume. --help lists the options, which are in uti
 """
 from engine_flowar import evaluate_sweep, train
 from util import cluster, dry_run
-from util.command_line import parse_options, take_options
+from util.command_line import parse_options
 from util.evaluation.pipeline import open_evaluation
-from util.options import EvaluationOptions, TrainingOptions
+from util.options import TrainingOptions, evaluation_options
 from util.recipe import build_run
 
 
@@ -23,7 +23,7 @@ def main():
         return dry_run.run(args, build_run)
     device = cluster.init(args.device, args.timeout)
     if args.evaluate:
-        return evaluate_sweep(*open_evaluation(take_options(EvaluationOptions, args), device))
+        return evaluate_sweep(*open_evaluation(evaluation_options(args), device))
     train(build_run(args, device))
 
 

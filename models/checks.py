@@ -23,7 +23,7 @@ def check_scales(img_size, vae_stride, patch_size, scale):
 def check_labels(labels, limit):
     """FlowARError for a label outside 0..limit - 1; on a GPU an assertion, for which the host does not wait."""
     try:
-        torch.empty(limit, device=labels.device).index_select(0, labels)
+        torch.empty(limit, device=labels.device).index_select(0, labels.long())
     except IndexError:
         bad = labels[(labels < 0) | (labels >= limit)][0].item()
         raise FlowARError(f"label {bad} is outside 0..{limit - 1}") from None

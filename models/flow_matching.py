@@ -13,6 +13,7 @@ from models.errors import FlowARError
 
 UNIFORM_STEPS = 50  # the one step count that the release integrates on a uniform grid
 TIME_GRIDS = {"release": 2, "uniform": 1}  # the fewest steps of each
+CFG_SCHEDULES = ("linear", "constant")
 
 
 def interpolate(x, noise, t):
@@ -99,9 +100,9 @@ def scale_steps(num_steps, num_steps_last, num_scales):
     return steps
 
 
-def guidance_scales(cfg, num_scales):
-    """The guidance scale w of each scale: a list as it is, else a ramp from 1 to cfg."""
-    if num_scales == 1 or isinstance(cfg, (list, tuple)):
+def guidance_scales(cfg, num_scales, schedule="linear"):
+    """The guidance scale w of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
+    if schedule == "constant" or num_scales == 1 or isinstance(cfg, (list, tuple)):
         return of_each_scale("cfg", cfg, num_scales)
     return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]
 

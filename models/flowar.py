@@ -294,7 +294,7 @@ class FlowAR(nn.Module):
             forced: a pyramid that the transformer reads in place of what is drawn, as in training.
             settings: of models.settings.Sampling: num_steps, cfg, guidance, solver, ...
         """
-        check_labels(labels, self.class_num)
+        check_labels(labels.cpu(), self.class_num)  # an error, where a GPU has an assertion that ends the process
         settings = Sampling.of({}, settings)
         solver, times, guidance_scales = self.plan_sampling(settings)
         if noise is None:
@@ -307,28 +307,30 @@ class FlowAR(nn.Module):
             branches = torch.cat((labels, torch.full_like(labels, self.class_num)))
         training = self.training
         self.eval()
-        reader = Reader(self, branches)
-        guide_reader = Reader(guide, labels) if guide is not None else None
-        pyramid = []
-        for k, s in enumerate(self.scale):
-            z, guide_head = reader.condition(k, forced or pyramid), None
-            if guide is not None:
-                guide_head = guide.flownet, guide_reader.condition(k, forced or pyramid)
-            if k < len(given):
-                x = to_tokens(given[k])
-            else:
-                guidance = guidance_scales[k], settings.guidance_low, settings.guidance
-                velocity = self.flownet.guided(z, len(labels), guidance, guide_head)
-                e = noise[k].to(z.device)
-                if known:
-                    x_known, cells = to_tokens(known[0][k]).to(e), to_tokens(known[1][k]).to(e.device)
-                    velocity = fm.keep_cells(velocity, x_known, e, cells)
-                x = solver(velocity, e, times[k], generator)
-                if known:
-                    x = torch.where(cells, x_known, x)
-            pyramid.append(to_grid(x.to(reader.c), s))
-        self.train(training)
-        return pyramid
+        try:
+            reader = Reader(self, branches)
+            guide_reader = Reader(guide, labels) if guide is not None else None
+            pyramid = []
+            for k, s in enumerate(self.scale):
+                z, guide_head = reader.condition(k, forced or pyramid), None
+                if guide is not None:
+                    guide_head = guide.flownet, guide_reader.condition(k, forced or pyramid)
+                if k < len(given):
+                    x = to_tokens(given[k])
+                else:
+                    guidance = guidance_scales[k], settings.guidance_low, settings.guidance
+                    velocity = self.flownet.guided(z, len(labels), guidance, guide_head)
+                    e = noise[k].to(z.device) * settings.temperature
+                    if known:
+                        x_known, cells = to_tokens(known[0][k]).to(e), to_tokens(known[1][k]).to(e.device)
+                        velocity = fm.keep_cells(velocity, x_known, e, cells)
+                    x = solver(velocity, e, times[k], generator)
+                    if known:
+                        x = torch.where(cells, x_known, x)
+                pyramid.append(to_grid(x.to(reader.c), s))
+            return pyramid
+        finally:
+            self.train(training)
 
 
 class Reader:

@@ -90,16 +90,18 @@ def check_fields(options):
 STEPS = number(int, 1, 10_000)
 FRACTION = number(float, 0.0, 1.0)
 SOLVERS = (*fm.SOLVERS, "ancestral")  # the last: of the diffusion objective alone
-# Settings that earlier versions had and stored, each with the value that changes nothing.
-REMOVED = {"num_step_schedule": "linear", "cfg_schedule": "linear", "temperature": 1.0}
+# What earlier versions had and stored, each with the value that changes nothing.
+REMOVED = {"num_step_schedule": "linear"}
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are drawn. The defaults are the release's."""
     cfg: float | tuple = setting(
-        1.0, "classifier-free guidance at the last scale, rising from 1 (none) at the first; or one for each, 1:1.5:3",
+        1.0, "classifier-free guidance at the last scale, 1 is none; or one for each scale, 1:1.5:3",
         per_scale(number(float, 1.0)))
+    cfg_schedule: str = setting(
+        "linear", "guidance over the scales: linear, from 1 to cfg, or constant", one_of(*fm.CFG_SCHEDULES))
     guidance: float = setting(0.9, "guidance acts only at times t <= this (t = 1 is noise)", FRACTION)
     guidance_low: float = setting(0.0, "guidance acts only at times t > this", FRACTION, beyond=True)
     num_steps: int | tuple = setting(
@@ -111,6 +113,7 @@ class Sampling:
     solver: str = setting(
         "euler", "euler or ab2 (one evaluation a step), heun or midpoint (two), rk4 (four); with --objective diffusion "
         "euler (DDIM) or ancestral", one_of(*SOLVERS), beyond=True)
+    temperature: float = setting(1.0, "factor of the starting noise", number(float, 0.0, 1e6))
     time_grid: str = setting(
         "release", "times of the steps: the release's, or uniform, with exactly num_step Euler steps",
         one_of(*fm.TIME_GRIDS), beyond=True)
@@ -128,11 +131,15 @@ class Sampling:
         if self.guidance_low >= self.guidance > 0:
             raise FlowARError(f"guidance_low is {self.guidance_low}, guidance {self.guidance}: guidance would act "
                               "nowhere; cfg 1 is no guidance")
+        if isinstance(self.cfg, tuple) and self.cfg_schedule != "linear":
+            raise FlowARError(f"cfg is {as_text(self.cfg)}, one for each scale: leave out cfg_schedule "
+                              f"{self.cfg_schedule}")
 
     @classmethod
     def of(cls, stored, given):
         """The Sampling of {name: value} that are stored, as in a checkpoint, and of those given, which come first;
-        given num_steps replace stored num_steps_last too. FlowARError for a name that is none.
+        given num_steps replace stored num_steps_last too, a given list of cfg the stored cfg_schedule. FlowARError for
+        a name that is none.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
@@ -140,6 +147,8 @@ class Sampling:
                 raise FlowARError(f"{name}: no setting of sampling; expected one of {', '.join(names)}")
         if "num_steps" in given:
             stored = {**stored, "num_steps_last": None}
+        if isinstance(given.get("cfg"), (list, tuple)):
+            stored = {**stored, "cfg_schedule": "linear"}
         return cls(**{**stored, **given})
 
     def by_option(self):
@@ -153,7 +162,7 @@ class Sampling:
 
     def guidance_scales(self, num_scales):
         """The guidance weight of every scale."""
-        return fm.guidance_scales(self.cfg, num_scales)
+        return fm.guidance_scales(self.cfg, num_scales, self.cfg_schedule)
 
 
 def drop_removed(stored):

@@ -54,7 +54,7 @@ from util.training.randomness import draw, image_noise
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 # settings of the sampler of tests/plain.py
-PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "guidance_low": 0.0}
+PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "temperature": 1.0, "guidance_low": 0.0}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def benchmark_sample(args, device):
     labels = torch.arange(args.eval_bsz, device=device) % model.class_num
     noise = [e.to(device) for e in image_noise(model, args.seed, range(args.eval_bsz))]
     options, latents = vars(Sampling.of({}, given_settings(args))), {}
-    counted = {name: options[name] for name in ("cfg", "guidance", "num_steps")}
+    counted = {name: options[name] for name in ("cfg", "guidance", "num_steps", "cfg_schedule")}
 
     def sample(name, function):
         with autocast(device, args.precision):

@@ -203,6 +203,11 @@ def draw(runs):
     return figure
 
 
+def save(figure, path):
+    with matplotlib.rc_context(LOOK):
+        figure.savefig(path, dpi=200)
+
+
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=as_type(path), help="output folders of trainings, or their log.jsonl")
@@ -220,9 +225,7 @@ def main():
         if names.count(names[i]) > 1:  # folders of one name by their paths
             runs[i] = runs[i]._replace(name=run)
     check_output(output)
-    figure = draw(runs)
-    with matplotlib.rc_context(LOOK):
-        figure.savefig(output, dpi=200)
+    save(draw(runs), output)
     print(output)
 
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from models import FlowARError
+from models.settings import REMOVED
 from scripts.pictures import check_picture, draw_table, read_settings, save
 from util.cluster import run_main, select_device
 from util.command_line import COUNT, POSITIVE, SEED, as_type, list_of, make_parser, path, take_options
@@ -55,6 +56,19 @@ def sample_parser():
     return parser
 
 
+def by_options_of_now(words):
+    """The command of a picture that an earlier version drew, in the options of this one."""
+    renewed = []
+    for word, value in zip(words, [*words[1:], ""]):
+        if renewed and renewed[-1] is None:  # the value of what is left out
+            renewed.pop()
+        elif (word, value) == ("--vae", "kl16") or word.startswith("--") and REMOVED.get(word[2:]) == value:
+            renewed.append(None)
+        else:
+            renewed.append("--vae_path" if word == "--vae" else word)
+    return renewed
+
+
 def parse_args():
     """(options, the words that ask for them). Of --again: those of one picture, then the words that are given."""
     again = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -62,7 +76,7 @@ def parse_args():
     (picture, words), before, args = again.parse_known_args(), [], None
     if picture.again:
         settings = read_settings(picture.again)
-        before, kind = settings["command"], settings["picture"]
+        before, kind = by_options_of_now(settings["command"]), settings["picture"]
         if settings.get("commit") != (commit := code_version()):
             print(f"{picture.again}: drawn by commit {settings.get('commit')}, this is {commit}")
         args = sample_parser().parse_args(before)

@@ -39,7 +39,7 @@ def test_the_student_is_an_ordinary_checkpoint(project, student):
     args = content["args"]
     assert (args["num_step"], args["cfg"], args["time_grid"], args["solver"]) == (2, 1.0, "uniform", "euler")
     assert args["teacher_sampling"] == {"num_steps": 6, "num_steps_last": None, "cfg": 2.0, "guidance": 1.0,
-                                        "guidance_low": 0.0, "solver": "euler", "time_grid": "release"}
+                                        "guidance_low": 0.0, "cfg_schedule": "linear", "temperature": 1.0, "solver": "euler", "time_grid": "release"}
     assert load_flowar(student).config["scale"] == (1, 2, 4)
     losses = [line["loss"] for line in read_log(student) if line["group"] == "train"]
     assert losses[-1] < losses[0]

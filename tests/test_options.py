@@ -46,6 +46,7 @@ def project(tmp_path_factory):
     save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 2), num_res_blocks=1), p / "stride2.pth")
     save_vae(AutoencoderKL(embed_dim=4, ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, latent_scale=LatentScale(3.0, 0.1)), p / "other.pth")
     np.savez(p / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(p / "other.npz", feature_extractor="efficientnet-lite0", mu=np.full(1280, np.nan))
     (p / "file").write_text("nothing\n")
     (p / "empty").mkdir()
     return p
@@ -124,6 +125,8 @@ TABLE = [
     (TRAIN, "--t_dist 'uniform;shift:2'", "t_dist has 2 values (('uniform', 'shift:2')): expected one for each of 3 scales"),
     (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background (255, 255, 255), but --background is (0, 0, 0)"),
     (TRAIN, "--cached_path {p}/npz --img_size 32", "its latents are (4, 4, 4), but --img_size / --vae_stride is 8"),
+    (TRAIN, "--evaluate", "--log_freq is for training: leave it out with --evaluate"),
+    (EVAL, "--fid_stats {p}/other.npz", "--fid_stats {p}/other.npz: expected finite numbers mu of shape (1280,)"),
     (TRAIN, "--cached_val_path {p}/empty", "{p}/empty: no cached latents there"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights under 'model'"),
     (TRAIN, "--resume {p}/run --diffloss_w 128", "22 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (64, 256)"),
@@ -242,14 +245,15 @@ def test_settings_come_from_the_options_then_the_checkpoint_then_the_release():
     stored = {"num_steps": 50, "num_steps_last": 15, "cfg": 3.0}
     assert Sampling.of(stored, {}) == Sampling(**stored) and Sampling.of(stored, {"cfg": 2}) == Sampling(**{**stored, "cfg": 2})
     assert Sampling.of(stored, {"num_steps": 10}) == Sampling(num_steps=10, cfg=3.0)
-    with pytest.raises(FlowARError, match="steps: no setting of sampling; expected one of cfg, guidance, "):
+    assert Sampling.of({"cfg_schedule": "constant"}, {"cfg": (1, 2)}).cfg_schedule == "linear"
+    with pytest.raises(FlowARError, match="steps: no setting of sampling; expected one of cfg, cfg_schedule, "):
         Sampling.of(stored, {"steps": 3})
 
 
 def test_a_stored_setting_that_was_removed_is_named_where_it_changed_images(capsys):
-    assert stored_settings({"num_step": 5, "cfg_schedule": "linear", "temperature": None}) == {"num_steps": 5} and not capsys.readouterr().out
-    assert stored_settings({"num_step": 5, "cfg_schedule": "constant"}) == {"num_steps": 5}
-    assert "warning: the checkpoint asks for --cfg_schedule constant, which was removed" in capsys.readouterr().out
+    assert stored_settings({"num_step": 5, "num_step_schedule": "linear", "temperature": None}) == {"num_steps": 5} and not capsys.readouterr().out
+    assert stored_settings({"num_step": 5, "num_step_schedule": "cosine"}) == {"num_steps": 5}
+    assert "warning: the checkpoint asks for --num_step_schedule cosine, which was removed" in capsys.readouterr().out
 
 
 def test_a_sweep_has_every_combination():

@@ -28,6 +28,7 @@ PUBLISHED_EVALUATION = """--model {} --diffloss_d {} --diffloss_w {} --eval_bsz 
 RELEASE_OPTIONS = """--lr 1e-4 --min_lr 1e-5 --lr_schedule constant --weight_decay 0.02 --ema_rate 0.9999 --grad_clip 3.0
     --attn_dropout 0.1 --proj_dropout 0.1 --label_drop_prob 0.1 --class_num 1000 --seed 1 --device cpu --num_workers 10
     --pin_mem --no_pin_mem --online_eval --eval_freq 40 --save_last_freq 5 --use_cached --log_dir logs --start_epoch 3 --buffer_size 0
+    --cfg_schedule constant --temperature 1.0
     --num_step_last 15 --global_batch 2048 --scales 1,4,16 --precision bf16"""
 
 

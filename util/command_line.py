@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         text = f"error: {message.removeprefix('argument ')}\n"
-        self.exit(2, text if os.environ.get("LOCAL_RANK", "0") == "0" else None)  # once a host: all have these options
+        # Once a host: all ranks have these options.
+        self.exit(2, None if "RANK" in os.environ and os.environ.get("LOCAL_RANK") not in (None, "0") else text)
 
 
 def as_type(kind):

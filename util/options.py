@@ -16,7 +16,7 @@ from models.settings import FRACTION, REMOVED, Sampling, as_text, number, one_of
 from models.variants import ablated
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.command_line import (BELOW_ONE, COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Checked, choices_of,
-                               color, flag, list_of, optional_path, path, several, turned_off_by)
+                               color, flag, list_of, optional_path, path, several, take_options, turned_off_by)
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 BASE_RATE = 5e-5
@@ -327,6 +327,15 @@ def check_training(args):
     for field in chosen_beyond(args):
         if field.name in ignored:
             raise FlowARError(f"--{option_name(field)} is for an evaluation (--evaluate, or --online_eval in training)")
+
+
+def evaluation_options(args):
+    """eval.py's options out of a training's with --evaluate; FlowARError for one that an evaluation would ignore."""
+    read = {"deterministic", *(field.name for field in fields(EvaluationOptions))}
+    for field in chosen_beyond(args):
+        if field.name not in read:
+            raise FlowARError(f"--{option_name(field)} is for training: leave it out with --evaluate")
+    return take_options(EvaluationOptions, args)
 
 
 def resolve_training(args, world_size, saved_batch=None):

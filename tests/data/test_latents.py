@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from models.weights import file_hash
 from util.data import EpochSampler, Images, build_loader, latents
 from util.data.latents import ShardedMoments
 from util.data.other_latents import NpzMoments
-from util.data.source import open_latents
+from util.data.source import check_cache, open_latents
+from util.options import TrainingOptions
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,13 @@ def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards
     assert said.count("with other options than before") == 1 and "epochs 1 -> 2" in said and "background" not in said
     train(project, tmp_path, f"--epochs 3 --warmup_epochs 0 --batch_size 80 --resume {tmp_path} --background black")
     assert "background (255, 255, 255) -> (0, 0, 0)" in capsys.readouterr().out
+
+
+def test_a_cache_that_knows_its_background_goes_with_one_that_does_not(shards):
+    args = TrainingOptions(img_size=16, vae_stride=4, vae_embed_dim=4)
+    check_cache(open_latents(shards), shards, args)
+    with pytest.raises(FlowARError, match=r"this cache has background \(255, 255, 255\), but --background is \(0, 0, 0\)"):
+        check_cache(open_latents(shards), shards, replace(args, background=(0, 0, 0)))
 
 
 # ---- interrupted -------------------------------------------------------------------------------------------------

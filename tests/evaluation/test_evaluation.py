@@ -175,7 +175,7 @@ def test_a_torn_batch_is_sampled_again_by_another_commit_too(project, checkpoint
     torn.write_bytes(torn.read_bytes()[:-100])
     (tmp_path / "out" / "images" / "000002.png").write_bytes(b"")  # of another batch, whose features are whole
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    (tmp_path / "out" / "settings.json").write_text(json.dumps({**settings, "code_sha256": "of an earlier version", "cfg_schedule": "linear"}))
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({**settings, "code_sha256": "of an earlier version", "num_step_schedule": "linear"}))
     sampled = seams.count(monkeypatch, seams.LATENTS)
     assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0]) and len(sampled) == 2
     assert np.array_equal(pictures(tmp_path / "out"), pictures(whole[1]))

@@ -198,6 +198,8 @@ def test_inpainting_keeps_what_is_not_white(pipe, monkeypatch, tmp_path):
     monkeypatch.undo()
     image.save(tmp_path / "i.png"), mask.save(tmp_path / "m.png")
     assert same(pipe.inpaint(tmp_path / "i.png", str(tmp_path / "m.png"), 8, count=2, seed=4), drawn)
+    with pytest.raises(FlowARError, match="the mask is 8x8 pixels, the image 16x16"):
+        pipe.inpaint(image, Image.new("L", (8, 8), 255), 8)
 
 
 def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
@@ -286,5 +288,7 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
     assert f"before.png: drawn by commit {said['commit']}, this is def" in capsys.readouterr().out
     assert not Path("grid.png").exists()  # that picture alone
     assert same([Image.open("after.png")], [Image.open("before.png")]) and read_settings("after.png")["command"][-2:] == ["--edit", "after.png"]
+    words = ["--num_step_schedule", "linear", "--vae", "kl16", "--vae", "diffusers:x", "--grid", "--cfg", "2"]
+    assert sample.by_options_of_now(words) == ["--vae_path", "diffusers:x", "--grid", "--cfg", "2"]  # of an earlier version
     script(f"--resume {trained} --device cpu --grid")
     assert same([Image.open("grid.png").crop((11, 2, 75, 66))], [pipe(list(range(10)))[0].resize((64, 64), 0)])

@@ -134,11 +134,11 @@ def test_condition_depends_on_class_and_coarse_scales():
 
 
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("cfg", [1.0, 3.0, (3.0, 3.0, 3.0)])
-def test_sampling_equals_the_plain_way(cross, cfg):
+@pytest.mark.parametrize("cfg,schedule", [(1.0, "linear"), (3.0, "linear"), (3.0, "constant")])
+def test_sampling_equals_the_plain_way(cross, cfg, schedule):
     model = small_model(cross=cross)
     _, labels, _, noise = inputs(model)
-    options = dict(cfg=cfg, guidance=0.7, num_steps=10)
+    options = dict(cfg=cfg, cfg_schedule=schedule, guidance=0.7, num_steps=10)
     # An untrained network under guidance enlarges what two orders of float32 sums differ by: more on some processors.
     golden.assert_close(model.sample_tokens(labels, noise=noise, **options), plain.sample(model, labels, noise, **options),
                         5 * golden.TOLERANCE)
@@ -162,6 +162,13 @@ def test_batch_size_invariance():
     together = model.sample_tokens(labels, noise=noise, **options)
     alone = torch.cat([model.sample_tokens(labels[i:i + 1], noise=[e[i:i + 1] for e in noise], **options) for i in range(4)])
     golden.assert_close(alone, together)
+
+
+def test_temperature_scales_the_starting_noise():
+    model = small_model()
+    _, labels, _, noise = inputs(model)
+    golden.assert_close(model.sample_tokens(labels, num_steps=4, noise=noise, temperature=0.5),
+                        model.sample_tokens(labels, num_steps=4, noise=[0.5 * e for e in noise]))
 
 
 def test_dropped_labels_are_the_null_class():

@@ -78,7 +78,7 @@ def run_main(main):
     except FlowARError as error:
         status = 2
         # What is wrong before the processes join, such as an option, is wrong on all: the first of a host says it.
-        on_all_ranks = getattr(error, "on_all_ranks", not dist.is_initialized())
+        on_all_ranks = getattr(error, "on_all_ranks", "RANK" in os.environ and not dist.is_initialized())
         if not on_all_ranks or is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             who = f" (rank {rank()})" if world_size() > 1 else ""
             message = str(error).rpartition("FlowARError: ")[2]  # a data worker's has its traceback before it

@@ -97,11 +97,10 @@ class Listing:
         if not self.classes:
             raise FlowARError(f"{self.root}: {len(self):,} images but no class folders: put them into a folder for "
                               f"each class, or all into one, as {self.root}/all")
-        if not self.labels_from and self.depths.min() > 1:
-            folders = {tuple(self.name(index).split("/")[:2]) for index in range(len(self))}
-            if len(folders) > len(self.classes):  # with one in each class, as images/, the labels are right
-                raise FlowARError(f"{self.root}: its class folders hold only folders, as {'/'.join(min(folders))}: "
-                                  "move those up if they are the classes, else put images into the class folders")
+        if len(self.classes) == 1 and not self.labels_from and self.depths.min() > 1:
+            raise FlowARError(f"{self.root}: one class folder, which holds only folders, as "
+                              f"{os.path.dirname(self.name(0))}: move them up if they are the classes; images of one "
+                              f"class lie in {self.classes[0]} itself")
 
 
 class Folder(Listing):

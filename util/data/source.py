@@ -177,9 +177,10 @@ def explain_caching(args, named):
 
 def check_cache(data, path, args):
     """FlowARError that names the first thing in which cached latents differ from the options."""
+    given = {**vars(args), "background": args.background or WHITE}
     for option, value in data.geometry.items():
-        if getattr(args, option) != value:
-            raise FlowARError(f"{path}: this cache has {option} {value}, but --{option} is {getattr(args, option)}")
+        if given[option] != value:
+            raise FlowARError(f"{path}: this cache has {option} {value}, but --{option} is {given[option]}")
     side = args.img_size // args.vae_stride
     if data.shape[1:] != (side, side):
         raise FlowARError(f"{path}: its latents are {data.shape}, but --img_size / --vae_stride is {side}")

@@ -219,6 +219,7 @@ class Pipeline:
 
     def __call__(self, labels, *, seed=0, **settings):
         """One image for each of a list of labels."""
+        labels = getattr(labels, "tolist", lambda: labels)()  # of an array
         if isinstance(labels, (str, int)):
             labels = [labels]
         labels = [self.label(label) for label in labels]
@@ -317,7 +318,11 @@ class Pipeline:
         cropped to the model's. A cell of a scale is kept if no pixel of it is white.
         """
         sampler, size = self.sampler, self.sampler.model.img_size
-        image, mask = (to_tensor(center_crop(as_rgb(picture), size))[None] for picture in (image, mask))
+        image, mask = as_rgb(image), as_rgb(mask)
+        if image.size != mask.size:
+            raise FlowARError(f"the mask is {mask.width}x{mask.height} pixels, the image {image.width}x{image.height}: "
+                              "expected one size")
+        image, mask = (to_tensor(center_crop(picture, size))[None] for picture in (image, mask))
         keep = mask.amax(dim=1, keepdim=True) <= -1 + 2 * DARK
         with torch.no_grad(), autocast(sampler.device, sampler.vae_precision):
             latents = sampler.vae.encode(image.to(sampler.device)).mode()

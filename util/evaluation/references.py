@@ -75,8 +75,10 @@ def load_statistics(path, extractor, img_size):
             raise FlowARError(f"--fid_stats {path}: its {name} is {arrays[name].item()}, here it is {value} (a file "
                               "that does not say it is taken as Inception's); make statistics with "
                               "scripts/reference_stats.py")
-    if arrays["mu"].shape != (extractor.dim,):
-        raise FlowARError(f"--fid_stats {path}: mu is {arrays['mu'].shape}, expected ({extractor.dim},)")
+    for name, shape in (("mu", (extractor.dim,)), ("sigma", (extractor.dim,) * 2)):
+        if name not in arrays or arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
+            raise FlowARError(f"--fid_stats {path}: expected finite numbers {name} of shape {shape}; make statistics "
+                              "with scripts/reference_stats.py")
     kinds = {"mu": np.float64, "sigma": np.float64, "features": np.float32, "held_out": np.float64}
     tensors = {name: torch.from_numpy(arrays[name].astype(kind)) for name, kind in kinds.items() if name in arrays}
     reference = Reference(str(path), {name: tensors[name].numpy() for name in ("mu", "sigma")}, tensors.get("features"))

@@ -263,6 +263,8 @@ class Checkpoint:
         for name, before in self.options.items():
             if name in options and name not in UNNAMED and options[name] != before:
                 changed.append(f"{name} {before} -> {options[name]}")
+        if self.options.get("ema_warmup"):  # of earlier versions
+            changed.append("no --ema_warmup, which was removed: give a lower --ema_rate")
         return ", ".join(changed)
 
 
@@ -278,7 +280,7 @@ def open_newest(name):
     for candidate in candidates[:-1]:
         try:
             return Checkpoint.open(candidate)
-        except FlowARError as error:
+        except (FlowARError, OSError) as error:
             log(f"warning: {error}; the checkpoint before it is resumed")
     return Checkpoint.open(candidates[-1])
 
