@@ -294,7 +294,8 @@ class FlowAR(nn.Module):
             forced: a pyramid that the transformer reads in place of what is drawn, as in training.
             settings: of models.settings.Sampling: num_steps, cfg, guidance, solver, ...
         """
-        check_labels(labels.cpu(), self.class_num)  # an error, where a GPU has an assertion that ends the process
+        # An error, where a GPU has an assertion that ends the process.
+        check_labels(labels.cpu() if labels.is_cuda else labels, self.class_num)
         settings = Sampling.of({}, settings)
         solver, times, guidance_scales = self.plan_sampling(settings)
         if noise is None:

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from models import AutoencoderKL, FlowARError, MODELS
 from models.vaes import save_vae
 from models.weights import file_hash
-from util import cluster, dry_run
+from util import cluster
 from util.data import latents
 from util.files import write_bytes, write_json
 from util.speed import memory
@@ -68,7 +68,7 @@ def published(size, cache, output):
     pytest.param("h", 32, 1024, None, None, marks=pytest.mark.slow)])
 def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, world, batch, sharded, blocks):
     sizes = {True: 45 * 2**20, False: 471 * 2**20}  # of FlowAR-S, as they were counted; below those of the page are counted again
-    monkeypatch.setattr(dry_run, "image_bytes", lambda *args, use_checkpoint, **changes: sizes[use_checkpoint])
+    monkeypatch.setattr(memory, "image_bytes", lambda *args, use_checkpoint, **changes: sizes[use_checkpoint])
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, f"{published(size, cache, tmp_path / 'out')} --dry_run {world}")
     said = capsys.readouterr().out

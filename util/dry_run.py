@@ -15,11 +15,10 @@ from models.variants.ablated import describe
 from util import cluster
 from util.cluster import AUTOCAST, log
 from util.files import check_place
-from util.speed.memory import FLOAT, STATES, image_bytes, largest_block
 from util.training.optimization import POWER_WIDTHS
 
 GIB, MIB = 2**30, 2**20
-HALF = 2  # bytes
+HALF, FLOAT = 2, 4  # bytes
 
 
 def run(args, build_run):
@@ -99,6 +98,7 @@ def row(name, text):
 
 def report_memory(args, network, parameters):
     """Print what a GPU's memory holds, with and without --use_checkpoint."""
+    from util.speed.memory import STATES, image_bytes, largest_block  # here: it needs a private class of torch
     dtype = AUTOCAST.get(args.precision)
     states = FLOAT * parameters * (STATES + (len(POWER_WIDTHS) if args.posthoc_ema else 0))
     copies = HALF * parameters if dtype else 0

@@ -15,8 +15,7 @@ class Shapes(FakeTensorMode):
     """Inside, tensors have shapes and no numbers, whatever their device; a number that is read is True.
 
     FakeTensorMode is no public part of torch: the meta device, which is, has no autocast, and that decides on half of
-    what a pass keeps. If torch moves it, this import fails, and with it the programs: --dry_run and `benchmark.py
-    memory` alone need it.
+    what a pass keeps. If torch moves it, this import fails, and with it --dry_run and scripts/benchmark.py.
 
     attended: storages of what attention gave, by their identity.
     """
