@@ -1,7 +1,6 @@
 """The page of scripts/app.py: what it draws, what its buttons show, and that visitors wait for each other."""
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -76,21 +75,6 @@ def test_steps_of_ones_own_are_not_annealed_to_the_checkpoints(pipe):
     annealed = pipe.using(num_steps=10, num_steps_last=8)
     drawn_with = [annealed.using(**asked(annealed, steps=steps, precision="fp32").settings).sampler.sampling for steps in (10, 6)]
     assert [(sampling.num_steps, sampling.num_steps_last) for sampling in drawn_with] == [(10, 8), (6, None)]
-
-
-@pytest.mark.parametrize("change,message", [
-    (dict(label="zebra"), "'zebra': no class of this name"), (dict(first_seed=2**32 - 1), "Last seed is 4294967296: expected"),
-    (dict(guidance="all"), "Guidance interval is 'all': expected a number"), (dict(solver="rk9"), "Solver is 'rk9': expected one of")])
-def test_bad_values_are_named(pipe, change, message):
-    with pytest.raises(FlowARError, match=re.escape(message)):
-        asked(pipe, **change)
-
-
-def test_bad_variations_are_named(pipe):
-    with pytest.raises(FlowARError, match="no image to vary"):
-        app.vary(pipe, None, 1, 3, ignore)
-    with pytest.raises(FlowARError, match="Scales to keep is 4: expected"):
-        app.vary(pipe, app.draw(pipe, asked(pipe, count=1), ignore), 4, 3, ignore)
 
 
 def test_a_drawing_reports_every_step_and_ends_at_one_that_is_refused(pipe):

@@ -12,7 +12,7 @@ from helpers import call, evaluate, make_project, train
 
 from models import FlowAR, FlowARError, load_flowar
 from models import hub
-from models.weights import read_file, write_file
+from models.weights import read_file
 from scripts import export
 from util.evaluation import load_pipeline
 from util.command_line import parse_options
@@ -104,18 +104,6 @@ def test_the_card_says_what_is_known(project):
     assert "These weights have not been measured" in card_of(project / "raw")[1]
 
 
-def test_a_card_without_a_run_says_what_is_not_known(project, tmp_path, monkeypatch):
-    write_file(load_flowar(project / "run").state_dict(), tmp_path / "bare.pth")
-    monkeypatch.setattr("models.registry.KL16", {"vae_embed_dim": 4, "vae_stride": 4})
-    call(monkeypatch, f"scripts/export.py --resume {tmp_path}/bare.pth --output {tmp_path}/out --license mit")
-    header, text = card_of(tmp_path / "out")
-    assert header["license"] == "mit"
-    for line in ("| options | not known |", "| images | not known |", "have not been measured", "VAE: not known, not among these files",
-                 "not called an average by their file"):
-        assert line in text
-    assert torch.equal(load_flowar(tmp_path / "out").class_emb.weight, load_flowar(project / "run").class_emb.weight)
-
-
 def test_the_hub_has_the_vae_beside(project, tmp_path, monkeypatch):
     assert hub.name_beside("vae.pth", "hf:me/it", tmp_path) == "hf:me/it/vae.pth"
     assert hub.name_beside("vae.pth", "hf:me/it/sub.pth@v1", tmp_path) == "hf:me/it/vae.pth@v1"
@@ -131,20 +119,6 @@ def test_a_vae_of_another_run_is_refused(project, tmp_path, monkeypatch):
     with pytest.raises(FlowARError, match="is not the VAE that the run was trained with"):
         call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/out --vae_path {project}/run/checkpoint-last.pth")
     assert not list((tmp_path / "out").glob("*"))
-
-
-def test_a_vae_that_is_gone_is_said(project, tmp_path, monkeypatch, capsys):
-    (project / "vae.pth").rename(tmp_path / "away.pth")
-    try:
-        call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/out")
-        assert "vae.pth is not there: the export is without it (give --vae_path FILE)" in capsys.readouterr().out
-        assert "not among these files" in card_of(tmp_path / "out")[1]
-        with pytest.raises(FlowARError, match="out/vae.pth: no such file"):
-            load_pipeline(tmp_path / "out", device="cpu")
-        call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/again --vae_path {tmp_path}/away.pth")
-        assert (tmp_path / "again" / "vae.pth").read_bytes() == (tmp_path / "away.pth").read_bytes()
-    finally:
-        (tmp_path / "away.pth").rename(project / "vae.pth")
 
 
 class Api:

@@ -8,7 +8,6 @@ import pytest
 from helpers import call
 from PIL import Image
 
-from models import FlowARError
 
 FRECHET = "frechet_distance_efficientnet_lite0"
 REPORT = {"metrics": [FRECHET], FRECHET: 80.0, "images_per_second": 1.0, "cfg": 1.0, "guidance": 0.9, "nfe": [24], "seconds_per_image": {},
@@ -77,25 +76,6 @@ def test_what_is_not_there_has_no_panel(tmp_path, monkeypatch):
     call(monkeypatch, f"scripts/plot_run.py {run}/log.1.jsonl")
     picture = Image.open(run / "plot_run.png")
     assert picture.width == 1400 and np.asarray(picture.convert("L")).min() < 50
-
-
-def test_long_runs_are_thinned():
-    steps, values = plot_run.thin(list(range(1000)), [1.0, 3.0] * 500)
-    assert len(steps) <= plot_run.POINTS and steps[0] == 1 and np.mean(values) == pytest.approx(2, abs=0.01)
-    assert plot_run.thin([], []) == ([], []) and plot_run.thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
-
-
-def test_another_distance_is_left_out_and_that_is_said(folder, tmp_path, capsys):
-    fid = write_run(tmp_path / "fid", [{"group": "eval", "step": 20, "epoch": 1, "fid": 3.0}])
-    figure = plot_run.draw([plot_run.read_run(fid), plot_run.read_run(folder)])
-    assert figure.axes[-1].get_title() == "fid" and len(figure.axes[-1].get_lines()) == 1
-    assert "a: another distance than fid: left out of its panel" in capsys.readouterr().out
-
-
-def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "log.jsonl").write_text('[1]\n{"group": "val", "step": 3, "loss": 1}\n')
-    with pytest.raises(FlowARError, match="log.jsonl: no line of training in it"):
-        call(monkeypatch, f"scripts/plot_run.py {tmp_path}")
 
 
 def test_sweeps_are_compared(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import evaluate, make_project, train
-from PIL import Image
 
 from models import FlowARError
 from util.evaluation.extractors import Joint
@@ -107,12 +106,6 @@ def test_a_reference_of_another_mix_is_said(capsys, kind, classes, reference, sh
     assert (share is None and not found) or f"{share} of the images are of other classes, which the distance counts too" in found
 
 
-def test_imagenets_own_mix_is_no_warning(capsys):
-    counts = np.array([1300] * 895 + np.linspace(942, 1299, 105).astype(int).tolist())
-    warn_of_mix(choose_labels("balanced", 50000, Classes(1000)), Reference("train", classes=dict(zip(map(str, range(1000)), counts))))
-    assert not capsys.readouterr().out
-
-
 # ---- the distance between folders ----------------------------------------------------------------------------------
 
 
@@ -145,10 +138,3 @@ def test_distance_script(project, monkeypatch, capsys):
     assert ask(monkeypatch, capsys, a, "--seed", 1)[0][1] != floor[1]
     through, *_ = ask(monkeypatch, capsys, a, "--vae_path", project / "vae.pth")
     assert through[0] == f"{a} to itself through the VAE {project}/vae.pth" and through[1] > floor[1]  # it is untrained
-
-
-def test_images_of_other_sizes_have_no_distance(project, tmp_path, monkeypatch, capsys):
-    for i in range(2):
-        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
-    with pytest.raises(FlowARError, match="images of 16 pixels in .*, of 20 in .*: give --img_size"):
-        ask(monkeypatch, capsys, project / "images" / "val", tmp_path)

@@ -293,14 +293,3 @@ def test_features_of_a_folder_crop_and_refuse(tmp_path):
         np.testing.assert_allclose(sums.statistics[key], value, atol=1e-9)
     with pytest.raises(FlowARError, match="16x16 pixels, expected 8x8; scripts/reference_stats.py --img_size"):
         extract(folder, flat, cpu, 8)
-
-
-def test_images_of_several_sizes_are_refused(tmp_path):
-    for i, size in enumerate((8, 9)):
-        Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
-    with pytest.raises(FlowARError, match="1.png: 9x9 pixels, but .*0.png is 8x8"):
-        references.load_uint8(sorted(tmp_path.glob("*.png")))
-    joint = extractors.Joint([Flat()])
-    joint.batch = 1  # of batches of one size each
-    with pytest.raises(FlowARError, match="1.png: 9x9 pixels, expected 8x8"):
-        extract(tmp_path, joint, torch.device("cpu"))
