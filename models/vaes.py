@@ -4,6 +4,7 @@ A VAE has attributes embed_dim (latent channels C), stride (pixels a latent cell
 methods encode(images (B, 3, H, W) in [-1, 1]) -> DiagonalGaussian and decode(raw latents (B, C, h, w)) -> images. A row
 in VAES makes --vae_path, the caches and the reports know it.
 """
+import os
 import sys
 
 import torch
@@ -196,7 +197,7 @@ class Diffusers(NamedVAE):
             import diffusers  # here: it is heavy, and only some need it
         except ImportError as error:
             raise FlowARError(f"{self.name} needs: pip install diffusers") from error
-        source, _, subfolder = self.spec.partition(":")
+        source, _, subfolder = os.path.expanduser(self.spec).partition(":")
         options = {"subfolder": subfolder} if subfolder else {}
         name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
         if name not in CLASSES:

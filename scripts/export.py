@@ -43,7 +43,7 @@ def parse_args():
     add = parser.add_argument
     add("--resume", type=as_type(path), required=True, help="run: its folder, a checkpoint, or a name (hf:, released:)")
     add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
-    add("--output", type=Path, required=True, help="folder to write, new or empty")
+    add("--output", type=as_type(path), required=True, help="folder to write, new or empty")
     add("--format", choices=("safetensors", "pth"), default="safetensors", help="pth: a bare state dict as released")
     add("--vae_path", type=as_type(path), help="the run's VAE, where it is not any more where the run had it")
     add("--no_vae", action="store_true", help="leave the run's own VAE out (kl16.ckpt always is: it is released:kl16)")
@@ -196,7 +196,7 @@ def find_report(path, kind):
 
 def main():
     args = parse_args()
-    folder = args.output
+    folder = Path(args.output)
     make_directory(folder)
     if any(folder.iterdir()):
         raise FlowARError(f"--output {folder}: is not empty: give a new folder")

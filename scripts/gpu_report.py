@@ -19,7 +19,7 @@ import torch
 
 from models.settings import one_of
 from util.cluster import run_main, select_device
-from util.command_line import DEVICE, POSITIVE, REAL, Parser, as_type, list_of
+from util.command_line import DEVICE, POSITIVE, REAL, Parser, as_type, list_of, path
 from util.files import make_directory, read_json, write_bytes, write_json
 from util.manifest import code_version, describe_machine
 
@@ -50,8 +50,8 @@ def parse_args():
     add("--sizes", type=as_type(list_of(one_of(*PUBLISHED))), default=tuple(PUBLISHED)[:3], help="models")
     add("--batches", type=as_type(list_of(POSITIVE)), default=(64, 256, 1), help="images at once")
     add("--extra", type=shlex.split, default=[], help="options for every benchmark, such as a small geometry")
-    add("--store", type=Path, default="output/gpu_report", help="folder for what each stage measured")
-    add("--output", type=Path, default="docs/gpu", help="folder for the report")
+    add("--store", type=as_type(path), default="output/gpu_report", help="folder for what each stage measured")
+    add("--output", type=as_type(path), default="docs/gpu", help="folder for the report")
     return parser.parse_args()
 
 
@@ -135,11 +135,12 @@ def as_markdown(about, stages, results):
 def main():
     args = parse_args()
     device, end = select_device(args.device), time.monotonic() + 60 * args.minutes
-    make_directory(args.store)
-    make_directory(args.output)
+    store, output = Path(args.store), Path(args.output)
+    make_directory(store)
+    make_directory(output)
     stages, results = list_stages(args, device), {}
     for stage in stages:
-        file = args.store / f"{file_name(stage.name)}.json"
+        file = store / f"{file_name(stage.name)}.json"
         if file.is_file() and (before := read_json(file))["command"] == stage.command:
             results[stage.name] = before
         elif time.monotonic() < end:
@@ -149,7 +150,7 @@ def main():
             print(f"   {results[stage.name]['status']}, {results[stage.name]['seconds']:.0f} s", flush=True)
     about = {"device": describe_machine(device)["device"], "devices": torch.cuda.device_count(),
              "torch": torch.__version__, "cuda": torch.version.cuda, "commit": code_version()}
-    path = args.output / file_name(about["device"])
+    path = output / file_name(about["device"])
     write_bytes(as_markdown(about, stages, results).encode(), path.with_suffix(".md"))
     write_json({**about, "stages": results}, path.with_suffix(".json"))
     left = "" if len(results) == len(stages) else ": the same command goes on"

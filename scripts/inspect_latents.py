@@ -29,7 +29,8 @@ from util.training.record import check_origin, origin_of, shorten
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--cached_path", type=as_type(path), required=True, help="cache of shards")
-    parser.add_argument("--data_path", help="the images it was made of; without them only decoded ones are drawn")
+    parser.add_argument("--data_path", type=as_type(path),
+                        help="the images it was made of; without them only decoded ones are drawn")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--vae_path", type=as_type(path),
                         help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "

@@ -8,17 +8,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from util.cluster import run_main
-from util.command_line import Parser
+from util.command_line import Parser, as_type, path
 
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="+", type=Path, help="results.csv files; a line is named by its folder and --by")
+    parser.add_argument("tables", nargs="+", type=as_type(path),
+                        help="results.csv files; a line is named by its folder and --by")
     parser.add_argument("--x", default="nfe", help="column of the horizontal axis")
     parser.add_argument("--y", help="column of the vertical axis; default: the first distance")
     parser.add_argument("--by", default="solver", help="column that separates lines")
     parser.add_argument("--log", action="store_true", help="logarithmic horizontal axis")
-    parser.add_argument("--output", required=True, help="picture to write")
+    parser.add_argument("--output", type=as_type(path), required=True, help="picture to write")
     return parser.parse_args()
 
 
@@ -26,8 +27,8 @@ def main():
     args = parse_args()
     figure = Figure(figsize=(7, 4.5), dpi=100)
     axis = figure.subplots()
-    for path, style in zip(args.tables, ("o-", "s--", "^:", "d-.") * len(args.tables)):
-        with open(path, newline="") as file:
+    for table, style in zip(args.tables, ("o-", "s--", "^:", "d-.") * len(args.tables)):
+        with open(table, newline="") as file:
             rows = list(csv.DictReader(file))
         y = args.y or next(name for name in rows[0] if name == "fid" or "distance" in name)
         lines = {}
@@ -35,7 +36,7 @@ def main():
             if ":" not in row[args.x]:  # a list, one number for each scale, has no place on an axis
                 lines.setdefault(row[args.by], []).append((float(row[args.x]), float(row[y])))
         for name, points in lines.items():
-            axis.plot(*zip(*sorted(points)), style, label=f"{name}, {path.parent.name}")
+            axis.plot(*zip(*sorted(points)), style, label=f"{name}, {Path(table).parent.name}")
     axis.set(xlabel=args.x, ylabel=y, xscale="log" if args.log else "linear")
     axis.grid(alpha=0.3, which="both")
     axis.legend()

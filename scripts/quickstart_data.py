@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from util.command_line import as_type, path
+
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 SPLITS = {"train": ("train", 2000), "val": ("t10k", 200)}  # name of its files, images of a class: for 15 minutes
@@ -41,8 +43,8 @@ def write_images(folder, images, labels, limit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    output = parser.parse_args().output
+    parser.add_argument("--output", type=as_type(path), required=True, help="folder to make")
+    output = Path(parser.parse_args().output)
     if output.is_dir():
         print(f"{output} is there already")
         return

@@ -18,6 +18,7 @@ from models.vaes import load_vae
 from models.weights import read_file, write_file
 from util.data import list_images
 from util.cluster import log, run_main, select_device
+from util.command_line import as_type, path
 from util.evaluation.labels import image_label
 from util.evaluation.extractors import build_extractors, extract
 from util.evaluation.metrics import frechet_distance, statistics
@@ -29,7 +30,7 @@ STEPS, BATCH = 600, 128
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--root", required=True, help="the quickstart's folder")
+    parser.add_argument("--root", type=as_type(path), required=True, help="the quickstart's folder")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 

@@ -22,6 +22,7 @@ export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIS
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from sbatch
 OUTPUT="${OUTPUT:-./output_dir/}"
+OUTPUT="${OUTPUT/#\~/$HOME}"
 failures="$OUTPUT/failures" # a line for each in a row
 mkdir -p "$OUTPUT"
 

@@ -1,11 +1,13 @@
 """Wrong options: each ends in one line that names the option or the file, with status 2, and nothing is lost or half-written."""
+import argparse
+import contextlib
 import re
 import shlex
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, evaluate, evaluation_command, make_project, run, train, training_command
+from helpers import ROOT, call, evaluate, evaluation_command, make_project, run, train, training_command
 
 from models import AutoencoderKL, FlowARError
 from models.settings import Sampling
@@ -74,18 +76,10 @@ TRAIN, EVAL, CACHE, VAE, SAMPLE, DISTANCE, INSPECT = (
 # Program, options, the essential part of the message. {p} is the fixture `project`, {out} the output folder.
 TABLE = [
     # names and values
-    (TRAIN, "--no_such_option 3", "unrecognized arguments: --no_such_option 3"),
-    (TRAIN, "--epochs", "--epochs: expected one argument"),
     (TRAIN, "--epochs 0", "--epochs: '0': expected a whole number at least 1 and at most 2147483647"),
-    (TRAIN, "--warmup_epochs inf", "--warmup_epochs: 'inf': expected a number at least 0.0"),
-    (TRAIN, "--ema_rate 1", "--ema_rate: '1': expected a number at least 0.0 and less than 1.0"),
     (TRAIN, "--data_path ''", "--data_path: '': expected a path"),
-    (TRAIN, "--scales 1,x", "--scales: '1,x': expected a whole number at least 1"),
-    (TRAIN, "--save_every 5h", "--save_every: '5h': expected a number of steps (500) or minutes (30m)"),
-    (TRAIN, "--background blueish", "--background: 'blueish': unknown color specifier: 'blueish'"),
     (TRAIN, "--t_dist normal", "t_dist is 'normal': expected one of uniform, logit_normal, shift"),
     (EVAL, "--solver euler,rk5", "--solver: 'euler,rk5': expected one of euler, heun, ab2, midpoint, rk4"),
-    (EVAL, "--guidance 0.5,1.5", "--guidance: '0.5,1.5': expected a number at least 0.0 and at most 1.0"),
     (SAMPLE, "--seeds 0:7", "--seeds: '0:7': expected 0-15, or 1,4,9"),
     # an option that would be ignored
     (TRAIN, "--feature_extractor efficientnet-lite0", "--feature_extractor is for an evaluation (--evaluate, or --online_eval in training)"),
@@ -93,19 +87,14 @@ TABLE = [
     # settings of sampling
     (EVAL, "--num_step 4:5:6 --num_step_last 3", "num_steps_last is 3, num_steps 4:5:6: steps are annealed down from one number"),
     (EVAL, "--num_step 4:1:6", "num_steps is 4:1:6, num_steps_last None: the release time grid needs at least 2"),
-    (EVAL, "--cfg 2:3:4:5", "cfg has 4 values ((2.0, 3.0, 4.0, 5.0)): expected one for each of 3 scales"),
-    (TRAIN, "--num_step 4:5", "num_steps has 2 values ((4, 5)): expected one for each of 3 scales"),
     (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: guidance would act nowhere"),
     (EVAL, "--weights raw --guide {p}/run --cfg 1", "--guide {p}/run needs --cfg above 1"),
-    (EVAL, "--solver ancestral", "solver is 'ancestral': expected one of euler, heun, ab2, midpoint, rk4"),
     # geometry that cannot work
     (TRAIN, "--scales 1,2", "scale ends with 2: expected 4, the latent's size in tokens"),
     (TRAIN, "--img_size 18", "img_size 18 is not a multiple of vae_stride x patch_size = 4 x 1"),
     (TRAIN, "--vae_embed_dim 8", "--vae_embed_dim is 8, but the VAE {p}/vae.pth has 4"),
     (TRAIN, "--vae_path {p}/stride2.pth", "--vae_stride is 4, but the VAE {p}/stride2.pth has 2"),
     (TRAIN, "--class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 7 (--class_num"),
-    (TRAIN, "--diffloss_w 100", "diffloss_w is 100: expected a multiple of the flow head's head size, 64"),
-    (TRAIN, "--buffer_size 2", "buffer_size is 2: only 0 is supported"),
     # contradictions
     (TRAIN, "--compile graphs", "--compile graphs is for sampling: in training use --compile"),
     (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
@@ -117,7 +106,6 @@ TABLE = [
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
     # files and folders
     (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive or dataset"),
-    (TRAIN, "--data_path {p}/empty", "--data_path {p}/empty: there is no train/ in it"),
     (TRAIN, "--vae_path {p}/file", "{p}/file: cannot be read"),
     (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
@@ -127,38 +115,25 @@ TABLE = [
     (TRAIN, "--cached_path {p}/npz --img_size 32", "its latents are (4, 4, 4), but --img_size / --vae_stride is 8"),
     (TRAIN, "--evaluate", "--log_freq is for training: leave it out with --evaluate"),
     (EVAL, "--fid_stats {p}/other.npz", "--fid_stats {p}/other.npz: expected finite numbers mu of shape (1280,)"),
-    (TRAIN, "--cached_val_path {p}/empty", "{p}/empty: no cached latents there"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights under 'model'"),
     (TRAIN, "--resume {p}/run --diffloss_w 128", "22 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (64, 256)"),
     (TRAIN, "--resume {p}/run --class_num 12", "--class_num is 12, but {p}/run/checkpoint-000000005.pth was trained with 10"),
     (TRAIN, "--output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite"),
     (TRAIN, "--output_dir {p}/file", "{p}/file: cannot be made"),
     # evaluation
-    (EVAL, "--labels {p}/file", "--labels {p}/file: line 1 is 'nothing', expected a label from 0 to 9"),
-    (EVAL, "--feature_extractor resnet", "--feature_extractor resnet: expected one of inception, "),
-    (EVAL, "--resume ''", "--resume is missing: give a checkpoint"),
     (EVAL, "--resume {p}/empty", "{p}/empty: no such checkpoint file, nor a directory with checkpoint-last.pth"),
     (EVAL, "--vae_path {p}/channels2.pth", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
-    (EVAL, "--diffloss_w 128", "22 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (64, 256), the model's is (128, 256)"),
     (EVAL, "--fid_stats {p}/stats.npz", "--fid_stats {p}/stats.npz: its feature_extractor is inception, here it is efficientnet-lite0"),
     (EVAL, "--fid_stats {p}/empty", "{p}/empty: 0 images; expected images in class folders"),
     (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: the evaluation there has cfg 2.0, now it is 3.0; choose another --output_dir"),
     # scripts
     (CACHE, "--img_size 18", "--img_size 18 is not a multiple of the VAE's stride 4"),
     (CACHE, "--format npz --crops 2", "--format npz is MAR's layout, which holds the centre crop only: leave out --crops"),
-    (CACHE, "--data_path {p}/images/train", "--data_path {p}/images/train: there is no train/ in it"),
     (CACHE, "--cached_path {p}/shards --seed 3", "{p}/shards: this cache was made with seed 0, now it is 3; choose another --cached_path"),
     (CACHE, "--cached_path {p}/npz", "{p}/npz: this cache was made with another --format"),
-    (VAE, "--img_size 17", "--img_size 17 is not a multiple of the VAE's stride 2 (2 levels)"),
-    (VAE, "--batch_size 1000", "{p}/images/train: 80 images are fewer than --batch_size 1000"),
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),
     (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already: choose another --output"),
-    (VAE, "--output {p}/images", "{p}/images: is a directory, expected a file to write"),
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
-    (SAMPLE, "--grid {out}/grid.xyz", "{out}/grid.xyz: no kind of picture ends so, expected .png or the like"),
-    (DISTANCE, "--vae_path {p}/vae.pth --halves", "two folders, or one and --vae_path, or one and --halves: give one of these"),
-    (DISTANCE, "nowhere", "nowhere: no folder, archive (.zip, .tar) or dataset of images is there"),
-    (INSPECT, "--cached_path {p}/npz", "--cached_path {p}/npz: no cache of shards there; scripts/cache_latents.py makes one"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
     (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
     (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
@@ -187,6 +162,29 @@ def test_status_and_last_line(command, message):
     done = run(command, check=False)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr and "usage" not in done.stderr
+
+
+TEXTS = {"weights", "wandb", "labels", "feature_extractor", "image_column_name", "label_column_name", "dataset_config_name", "host", "license", "push",
+         "extra", "x", "y", "by"}  # what else may hold any text
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in (".", "scripts", "scripts/studies") for path in (ROOT / folder).glob("*.py")
+                  if "parse_" in path.read_text() and "__main__" in path.read_text())
+
+
+def test_every_path_of_every_program_knows_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    actions, make = [], argparse.Action.__init__
+    monkeypatch.setattr(argparse.Action, "__init__", lambda action, *args, **options: (actions.append(action), make(action, *args, **options))[1])
+    for program in PROGRAMS:
+        with pytest.raises(SystemExit):
+            call(monkeypatch, f"{program} {'train ' * ('benchmark' in program)}--help")
+    texts, paths = set(), set()
+    for action in actions:
+        if action.nargs == 0 or action.choices:
+            continue
+        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+            value = (action.type or str)("~/x")
+            (paths if value == "/home/me/x" else texts).add(action.dest)
+    assert texts <= TEXTS and {"again", "inpaint", "folder", "output", "tables", "root", "store", "data_path", "vae_path"} <= paths
 
 
 # ---- what follows from good ones ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from models import FlowARError
 from scripts.studies.runs import assert_same_run, finish, make_project, ranks_of, start, training_command
 from util.cluster import run_main
-from util.command_line import Parser
+from util.command_line import Parser, as_type, path
 from util.files import write_bytes, write_json
 from util.training import checkpoint
 from util.training.logging import read_lines
@@ -32,7 +32,7 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=15, help="of disturbance; then the run is left to end")
     parser.add_argument("--epochs", type=int, default=60, help="of 50 steps; enough that the run does not end before")
-    parser.add_argument("--output", type=Path, default="output/soak", help="folder for everything, new")
+    parser.add_argument("--output", type=as_type(path), default="output/soak", help="folder for everything, new")
     parser.add_argument("--seed", type=int, default=0, help="of what happens when")
     return parser.parse_args()
 
@@ -84,7 +84,7 @@ def strike(what, process, output, rng):
 
 def main():
     args = parse_args()
-    folder, rng = args.output.resolve(), random.Random(args.seed)
+    folder, rng = Path(args.output).resolve(), random.Random(args.seed)
     folder.mkdir(parents=True)
     project, output = make_project(folder / "project", per_class=80), folder / "run"
     status, text = finish(start(command(project, folder / "undisturbed", args.epochs), PROCESSES), timeout=3600)

@@ -20,6 +20,7 @@ MOST_UNREADABLE = 100  # images one after the other that may be skipped: more ar
 
 def list_images(path, flat=False):
     """Listing of the images at a path, in class folders or, where flat is True, also of a flat set without classes."""
+    path = os.path.expanduser(path)
     for reader in READERS:
         if reader.is_at(path):
             listing = reader(path)
