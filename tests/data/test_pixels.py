@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from models import FlowARError
 from util.data import Images, open_image
@@ -226,3 +226,16 @@ def test_a_dataset_lays_its_background_under_transparency(tmp_path):
     (tmp_path / "a").mkdir()
     drawing().save(tmp_path / "a" / "0.png")
     assert Images(tmp_path, 8, background=(0, 0, 255))[(0, 0)][0][:, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_pictures_beyond_pillows_limits_are_read():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("x", "y" * 2**21, zip=True)
+    for _ in range(70):
+        texts.add_text("x", "y" * 2**20, zip=True)
+    image = Image.new("RGB", (4, 4), INK)
+    assert open_image(saved(image, "PNG", pnginfo=texts, icc_profile=bytes(2**21))).tobytes() == image.tobytes()
+    large = bytearray(saved(image, "PNG").getvalue())
+    large[16:24] = struct.pack(">II", 14000, 14000)  # its header alone
+    large[29:33] = struct.pack(">I", zlib.crc32(large[12:29]))
+    assert Image.open(io.BytesIO(large)).size == (14000, 14000)

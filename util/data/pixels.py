@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor, PngImagePlugin, UnidentifiedImageError
 
 from models import FlowARError
 from models.errors import first_sentence
@@ -27,6 +27,9 @@ from models.weights import LFS
 # Of any name; others start programs (Ghostscript). HEIF is pillow-heif's.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
 WHITE = (255, 255, 255)
+# Pillow's limits are a web server's: a picture with large texts or profiles, or of 196 megapixels, is no attack here.
+Image.MAX_IMAGE_PIXELS = 2**31
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 258, 262, 339  # of EXIF; of TIFF
 SIGNED, WHITE_IS_ZERO = 2, 0  # values of SAMPLE_FORMAT, PHOTOMETRIC
 
