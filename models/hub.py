@@ -3,11 +3,13 @@
 huggingface_hub downloads, once: its cache (HF_HOME), its offline switch (HF_HUB_OFFLINE=1), its token (HF_TOKEN), its
 errors.
 """
+import contextlib
+import errno
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from models.errors import FlowARError
+from models.errors import FlowARError, first_sentence
 from models.weights import EXPORTED
 
 HUB, RELEASE_PREFIX = "hf:", "released:"
@@ -45,9 +47,35 @@ def local_file(name):
     """Path of a file by path or name; downloaded if it is not there, once for several processes that ask together."""
     if not is_remote(name):
         return Path(name).expanduser()
-    from huggingface_hub import hf_hub_download  # here: it is heavy
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # here: it is heavy
+    from huggingface_hub.errors import HfHubHTTPError
     repository, file, revision = split_hub_name(name)
-    return Path(hf_hub_download(repository, file or EXPORTED, revision=revision))
+    with explain(name):
+        try:
+            return Path(hf_hub_download(repository, file or EXPORTED, revision=revision))
+        except HfHubHTTPError:
+            raise
+        except Exception:  # the client passes a proxy's on without looking into its cache
+            cached = try_to_load_from_cache(repository, file or EXPORTED, revision=revision)
+            if not isinstance(cached, str):
+                raise
+            return Path(cached)
+
+
+@contextlib.contextmanager
+def explain(name):
+    """What a user can put right of a download ends in one line."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in (errno.EACCES, errno.EROFS):
+            raise FlowARError(f"{name}: {cause}: set HF_HOME (or HF_HUB_CACHE, HF_DATASETS_CACHE) to a folder that can "
+                              "be written") from error
+        if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
+            raise FlowARError(f"{name}: the hub refuses it ({first_sentence(cause)}): is the token right, that of "
+                              "HF_TOKEN or of hf auth login, and may it read this?") from error
+        raise
 
 
 def name_beside(file, name, path):

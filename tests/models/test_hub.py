@@ -1,11 +1,10 @@
 """Weights by name, with the hub's own client against a small server on this machine that speaks its protocol."""
-import contextlib
 import hashlib
 import http.server
 import threading
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from helpers import make_project, small_model
 from models import FlowARError, load_flowar, load_vae
@@ -16,15 +15,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """files: {(repository, revision, file): bytes}; gets: paths of what was downloaded; cut: bytes after which it hangs up."""
+    """files: {(repository, revision, file): bytes}; gets: paths of what was downloaded; status: of each answer."""
 
     def __init__(self):
-        self.files, self.gets, self.cut = {}, [], None
+        self.files, self.gets, self.status = {}, [], None
 
     def find(self, path):
         """(status, error code, content) of /OWNER/REPO/resolve/REVISION/FILE."""
-        if "/resolve/" not in path:
-            return 404, None, b""
+        if self.status or "/resolve/" not in path:
+            return self.status or 404, None, b""
         owner, repo, _, revision, file = path.lstrip("/").split("/", 4)
         content = self.files.get((f"{owner}/{repo}", revision, file))
         return (200, None, content) if content is not None else (404, "EntryNotFound", b"")
@@ -45,11 +44,13 @@ class Hub:
                 self.end_headers()
                 if body:
                     hub.gets += [self.path] * ("/resolve/" in self.path)
-                    with contextlib.suppress(OSError):
-                        self.wfile.write(content[:hub.cut])
+                    self.wfile.write(content)
 
             def do_GET(self):
                 self.do_HEAD(body=True)
+
+            def do_CONNECT(self):  # of a proxy
+                self.send_error(403)
         return Handler
 
 
@@ -65,6 +66,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         yield served
         http_server.shutdown()
+    close_session()
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +85,46 @@ def test_a_file_is_downloaded_once(server, weights, monkeypatch):
     assert hub.local_file("hf:me/it/deep/x.pth") == path
 
 
+def test_a_proxy_that_refuses_leaves_what_is_in_the_cache(server, weights, monkeypatch):
+    server.files[("me/it", "main", "x.pth")] = weights
+    path = hub.local_file("hf:me/it/x.pth")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "https://hub.invalid/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("https_proxy", server.address)
+    close_session()
+    assert hub.local_file("hf:me/it/x.pth") == path
+    with pytest.raises(Exception, match="403 Forbidden"):  # the client's own
+        hub.local_file("hf:me/it/y.pth")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_is_refused_is_named(server, weights, monkeypatch, status):
+    server.files[("me/it", "main", "x.pth")] = weights
+    path, server.status = hub.local_file("hf:me/it/x.pth"), status
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert hub.local_file("hf:me/it/x.pth") == path
+    with pytest.raises(FlowARError, match=f"hf:me/it/y.pth: the hub refuses it .*{status}.*: is the token right, that of HF_TOKEN"):
+        hub.local_file("hf:me/it/y.pth")
+
+
+def test_a_cache_that_cannot_be_written_is_read_or_named(server, weights, monkeypatch):
+    server.files[("me/it", "main", "x.pth")] = server.files[("me/it", "main", "y.pth")] = weights
+    path = hub.local_file("hf:me/it/x.pth")
+
+    def denied(name, *args, **options):
+        raise PermissionError(13, "Permission denied", name)
+    monkeypatch.setattr("os.makedirs", denied)
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    assert hub.local_file("hf:me/it/x.pth") == path
+    with pytest.raises(FlowARError, match="hf:me/it/y.pth: .*Permission denied.*: set HF_HOME .* to a folder that can be written"):
+        hub.local_file("hf:me/it/y.pth")
+
+
 @pytest.mark.parametrize("name", ["hf:me", "hf:me/it/x.pth@"])
 def test_what_is_no_name_is_refused(name):
     with pytest.raises(FlowARError, match="expected hf:OWNER/REPO/FILE, or hf:OWNER/REPO/FILE@REVISION"):
         hub.local_file(name)
     with pytest.raises(FlowARError, match="expected one of released:flowar_small, .*released:kl16"):
         hub.local_file("released:flowar_base")
-
-
-def test_a_connection_cut_in_the_middle_leaves_nothing(server, weights):
-    server.files[("me/it", "main", "x.pth")] = weights
-    server.cut = len(weights) // 2
-    with pytest.raises(Exception):  # the hub's own
-        hub.local_file("hf:me/it/x.pth")
-    server.cut = None
-    assert hub.local_file("hf:me/it/x.pth").read_bytes() == weights
 
 
 def test_released_names_are_the_authors_files(server, weights, tmp_path):
@@ -120,5 +147,3 @@ def test_our_own_safetensors_say_what_they_are(server, tmp_path):
         with pytest.raises(FlowARError, match="no model of the registry has this size"):
             load_flowar(name)  # its tensors were found
     assert hub.local_file("hf:me/it").name == hub.EXPORTED
-
-
