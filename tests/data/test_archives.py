@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -146,6 +147,41 @@ def test_a_split_lies_in_an_archive_or_is_one(tmp_path):
     assert find_split(tmp_path, "train") == f"{tmp_path}/train"  # a folder comes first
 
 
+def test_backslashes_are_separators_where_the_system_has_them(tmp_path):
+    zip_of(tmp_path / "fat.zip", "set\\train\\0\\1.png", system=0)
+    assert list_images(find_split(tmp_path / "fat.zip" / "set", "train")).path(0) == f"{tmp_path}/fat.zip/set/train/0/1.png"
+    zip_of(tmp_path / "unix.zip", "0/a\\b.png")
+    assert list_images(tmp_path / "unix.zip").name(0) == "0/a\\b.png"
+
+
+def refusal(path, pattern):
+    """Groups of a pattern in the line that refuses the images at a path."""
+    with pytest.raises(FlowARError, match=pattern) as refused:
+        list_images(path)
+    return re.search(pattern, str(refused.value)).groups()
+
+
+def test_tars_of_tars_and_webdatasets_are_named_with_what_unpacks_them(tmp_path):
+    for name in ("a", "b"):
+        put(tmp_path / "images", f"{name}/1.png")
+        put(tmp_path / "samples", f"{name}1.png")
+        (tmp_path / "samples" / f"{name}1.cls").write_text("10" if name == "a" else "9")
+    (tmp_path / "classes").mkdir(), (tmp_path / "shards").mkdir()
+    for name in ("a", "b"):
+        make_archive(tmp_path / "images" / name, tmp_path / "classes" / f"{name}.tar")
+    shard = make_archive(tmp_path / "samples", tmp_path / "shards" / "00000.tar")
+    refusal(make_archive(tmp_path / "classes", tmp_path / "all.tar"), "0 images; left out: 2 .tar; (unpack) them where they lie")
+    unpack_classes, unpack_shards = refusal(tmp_path / "classes", "if each is a class: (for .* done); if they are shards: (.*)")
+    assert refusal(shard, r"its labels are in .cls files: .*folder \((.*)\), and") == (unpack_shards,)
+    subprocess.run(["bash", "-c", unpack_classes], cwd=tmp_path / "classes", check=True)
+    assert list_images(tmp_path / "classes").identity() == list_images(tmp_path / "images").identity()
+    subprocess.run(["bash", "-c", unpack_shards], cwd=tmp_path / "shards", check=True)
+    (sort,) = refusal(tmp_path / "shards", "make class folders there: (.*)")
+    subprocess.run(["bash", "-c", sort], cwd=tmp_path / "shards", check=True)
+    sorted_listing = list_images(tmp_path / "shards")
+    assert [sorted_listing.name(i) for i in range(2)] == ["00009/b1.png", "00010/a1.png"]
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------
 
 
@@ -160,10 +196,10 @@ def tar_of(path, *members):
     return path
 
 
-def zip_of(path, name, mode=0o644):
+def zip_of(path, name, mode=0o644, system=3):
     with zipfile.ZipFile(path, "w") as file:
         info = zipfile.ZipInfo(name)
-        info.external_attr, info.create_system = mode << 16, 3
+        info.external_attr, info.create_system = mode << 16, system
         file.writestr(info, b"\0" * 700)
     return path
 

@@ -25,6 +25,10 @@ LABELS_FILE = "dataset.json"  # of EDM's tools
 THREADS = 16  # a network disk answers many at once
 HIDDEN, REPEATED, OUTSIDE = "hidden or a system's", "folders already read", "outside of the class folders"
 NO_SUFFIX = "without a suffix"
+UNPACK_CLASSES = 'for t in *.tar; do mkdir "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
+UNPACK_SHARDS = "cat *.tar | tar -xif -"  # of WebDataset, whose NAME.cls holds the label of NAME.png
+SORT_SHARDS = ('for c in *.cls; do d=$(printf %05d "$(cat "$c")") && mkdir -p "$d" && mv "${c%.cls}".[!c]* "$d" && '
+               'rm "$c"; done')
 
 
 def is_hidden(name):
@@ -92,6 +96,12 @@ class Listing:
 
     def check_classes(self):
         """FlowARError without images, without classes, or where the classes are likely one folder deeper."""
+        if self.left_out[".cls"]:
+            raise FlowARError(f"{self.root}: its labels are in .cls files: unpack the tars into one folder "
+                              f"({UNPACK_SHARDS}), and make class folders there: {SORT_SHARDS}")
+        if not len(self) and self.left_out[".tar"]:
+            raise FlowARError(f"{self.root}: {self.summary()}; unpack them where they lie, if each is a class: "
+                              f"{UNPACK_CLASSES}; if they are shards: {UNPACK_SHARDS}")
         if not len(self):
             raise FlowARError(f"{self.root}: {self.summary()}; expected images in class folders")
         if not self.classes:
