@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,10 @@ from util.data.loaders import with_workers
 from util.data.other_latents import NPZ_INFO
 from util.data.pixels import CONVERSIONS, RESIZE_MARGIN, read_image
 from util.data.source import open_vae_on
+from util.data.tables import Columns
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 from util.training.record import origin_of, shorten
-from util.command_line import PIXELS, POSITIVE, SEED, WORKERS, Parser, as_type, color, path
+from util.command_line import PIXELS, POSITIVE, SEED, WORKERS, Parser, add_options, as_type, color, path
 
 MOST_CROPS = 1000
 DIGEST_BYTES = 16  # of an image's file
@@ -50,6 +52,7 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", type=as_type(path), required=True,
                         help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
+    add_options(parser, fields(Columns))
     parser.add_argument("--cached_path", type=as_type(path), required=True, help="folder to write")
     parser.add_argument("--vae_path", type=as_type(path),
                         help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "
@@ -312,8 +315,9 @@ def main():
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride}")
     center = args.crops == "center"
-    images = cluster.from_main(lambda: Images(find_split(args.data_path, args.split), args.img_size, args.seed,
-                                              train=not center, flip=False, background=args.background))
+    images = cluster.from_main(lambda: Images(find_split(args.data_path, args.split, columns=args), args.img_size,
+                                              args.seed, train=not center, flip=False, background=args.background,
+                                              columns=args))
     listing = images.listing
     cluster.log(f"{listing.summary()} in {listing.root}")
     data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")

@@ -2,6 +2,8 @@
 
     python scripts/check_images.py imagenet/train            # or an archive, a dataset, a folder of reference images
 """
+from dataclasses import fields
+
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -12,7 +14,8 @@ from util.cluster import run_main
 from util.data import list_images
 from util.data.loaders import with_workers
 from util.data.pixels import read_image
-from util.command_line import PIXELS, WORKERS, Parser, as_type, path
+from util.data.tables import Columns
+from util.command_line import PIXELS, WORKERS, Parser, add_options, as_type, path
 
 BATCH = 64
 
@@ -63,8 +66,9 @@ def main():
                         help="pixels of training, to name smaller images")
     parser.add_argument("--num_workers", type=as_type(WORKERS),
                         help="processes that read; default: the CPUs, at most 10")
+    add_options(parser, fields(Columns))
     args = parser.parse_args()
-    listing = list_images(args.folder, flat=True)
+    listing = list_images(args.folder, flat=True, columns=args)
     print(f"{args.folder}: {listing.summary()}")
     loader = with_workers(Sides(listing), args.num_workers, batch_size=BATCH, collate_fn=list)
     bad, sides = 0, []

@@ -17,6 +17,7 @@ from models.vaes import find_vae
 from util import cluster
 from util.data import to_uint8
 from util.data.source import open_vae_on
+from util.data.tables import Columns
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, statistics, warn_of_few
 from util.evaluation.references import extract_folder, list_reference
@@ -33,7 +34,7 @@ def parse_args():
     parser.add_argument("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
     parser.add_argument("--vae_path", type=as_type(path), help="VAE: kl16.ckpt, a file of scripts/train_vae.py or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
     parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
-    add_options(parser, fields(Extractors))
+    add_options(parser, (*fields(Extractors), *fields(Columns)))
     parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--seed", type=as_type(SEED), default=0, help="of the halves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
@@ -70,7 +71,7 @@ def main():
         passes.append((args.folders[0], through_vae(open_vae_on(named, device))))
     measured = []
     for folder, through in passes:
-        listing = cluster.from_main(lambda: list_reference(folder))
+        listing = cluster.from_main(lambda: list_reference(folder, args))
         measured.append(extract_folder(listing, joint, device, args.img_size, crop=args.img_size is not None, through=through,
                                        background=args.background))
     if measured[0] is None:  # rank 0 has them

@@ -7,6 +7,8 @@ every scale, enlarged and decoded: what scale-wise generation goes through.
     python scripts/inspect_latents.py --cached_path imagenet_feature --data_path imagenet --vae_path kl16.ckpt \\
         --output latents.png
 """
+from dataclasses import fields
+
 import numpy as np
 import torch
 from PIL import Image
@@ -21,7 +23,8 @@ from util.cluster import run_main, select_device
 from util.data.pixels import WHITE
 from util.data.latents import ShardedMoments, read_texts
 from util.data.source import open_vae_on
-from util.command_line import POSITIVE, Parser, as_type, list_of, path
+from util.data.tables import Columns
+from util.command_line import POSITIVE, Parser, add_options, as_type, list_of, path
 from util.geometry import default_scales
 from util.training.record import check_origin, origin_of, shorten
 
@@ -31,6 +34,7 @@ def parse_args():
     parser.add_argument("--cached_path", type=as_type(path), required=True, help="cache of shards")
     parser.add_argument("--data_path", type=as_type(path),
                         help="the images it was made of; without them only decoded ones are drawn")
+    add_options(parser, fields(Columns))
     parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
     parser.add_argument("--vae_path", type=as_type(path),
                         help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "
@@ -61,8 +65,9 @@ def print_statistics(index):
 def originals(data, chosen, args):
     """The crops that were encoded."""
     index = data.index
-    images = Images(find_split(args.data_path, args.split), index["img_size"], index["seed"],
-                    train=index["crops"] != "center", flip=False, background=tuple(index["background"] or WHITE))
+    images = Images(find_split(args.data_path, args.split, columns=args), index["img_size"], index["seed"],
+                    train=index["crops"] != "center", flip=False, background=tuple(index["background"] or WHITE),
+                    columns=args)
     position = {images.listing.name(i): i for i in range(len(images))}
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
     missing = [names[i] for i in chosen if names[i] not in position]

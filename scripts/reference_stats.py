@@ -15,6 +15,7 @@ import numpy as np
 from models import FlowARError
 from models.weights import tensors_hash, writing
 from util import cluster
+from util.data.tables import Columns
 from util.evaluation.extractors import build_extractors
 from util.evaluation.metrics import frechet_distance, warn_of_few
 from util.evaluation.references import extract_folder, list_reference
@@ -31,7 +32,7 @@ def parse_args():
     parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
     parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
     parser.add_argument("--keep_features", action="store_true", help="store the features too")
-    add_options(parser, fields(Extractors))
+    add_options(parser, (*fields(Extractors), *fields(Columns)))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 
@@ -69,11 +70,11 @@ def main():
         raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
     with cluster.first_on_host():  # one download
         joint = build_extractors(args.feature_extractor, device)
-    listing = cluster.from_main(lambda: list_reference(args.ref_images))
+    listing = cluster.from_main(lambda: list_reference(args.ref_images, args))
     options = dict(crop=args.img_size is not None, background=args.background)
     size, held_out = args.img_size, None
     if args.held_out:  # first: they are fewer
-        others = cluster.from_main(lambda: list_reference(args.held_out))
+        others = cluster.from_main(lambda: list_reference(args.held_out, args))
         if others.identity() == listing.identity():
             raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
         held_out = extract_folder(others, joint, device, size, keep=False, **options)

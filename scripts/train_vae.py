@@ -10,6 +10,7 @@ import argparse
 import itertools
 import math
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from models.weights import load_state, read_file, write_file
 from util.cluster import autocast, run_main, select_device, set_precision
-from util.command_line import (COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, as_type, color, list_of,
-                               path)
+from util.command_line import (COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, add_options, as_type, color,
+                               list_of, path)
 from util.data import Images, build_loader, find_split, to_uint8
+from util.data.tables import Columns
 from util.evaluation.store import write_png
 from util.files import check_output
 
@@ -39,6 +41,7 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or hf:...")
+    add_options(parser, fields(Columns))
     add("--output", type=as_type(path), required=True, help="file to write; <output>.png shows reconstructions")
     add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
     add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side")
@@ -154,11 +157,11 @@ def main():
     check_output(output)
     if output.is_file() and not Path(f"{output}.training").is_file():
         raise FlowARError(f"{output}: a file is there already: choose another --output, or remove it")
-    data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True,
-                  center=args.crop == "center", flip=args.flip, background=args.background)
+    data = Images(find_split(args.data_path, "train", columns=args), args.img_size, args.seed, train=True,
+                  center=args.crop == "center", flip=args.flip, background=args.background, columns=args)
     print(f"{data.listing.summary()} in {data.listing.root}")
-    val = find_split(args.data_path, "val", needed=False)
-    held_out = val and Images(val, args.img_size, background=args.background)
+    val = find_split(args.data_path, "val", needed=False, columns=args)
+    held_out = val and Images(val, args.img_size, background=args.background, columns=args)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(embed_dim=args.embed_dim, ch=args.ch, ch_mult=args.ch_mult, num_res_blocks=args.num_res_blocks)
     if args.img_size % vae.stride:

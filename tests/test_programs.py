@@ -101,11 +101,11 @@ def test_options_of_the_release_and_new_ones():
 def test_every_option_is_read(options, unused, files):
     """No option is parsed and then ignored: each name is used outside the dataclass."""
     sources = "".join((ROOT / file).read_text() for file in [
-        *files, "util/evaluation/pipeline.py", "util/evaluation/metrics.py", "util/data/source.py", "util/geometry.py"])
+        *files, "util/evaluation/pipeline.py", "util/evaluation/metrics.py", "util/data/source.py", "util/data/tables.py", "util/geometry.py"])
     sources += (ROOT / "util" / "options.py").read_text().split("# ---- what follows")[1]
     for field in fields(options):
         if field.name not in {*unused, *SETTINGS}:
-            assert re.search(rf"args\.{field.name}\b|\"{field.name}\"", sources), field.name
+            assert re.search(rf"(args|columns)\.{field.name}\b|\"{field.name}\"", sources), field.name
 
 
 @pytest.mark.parametrize("side,expected", [(16, (1, 2, 4, 8, 16)), (32, (1, 2, 4, 8, 16, 32)), (8, (1, 2, 4, 8)),

@@ -17,6 +17,7 @@ from models.variants import ablated
 from util.cluster import PRECISIONS, TIMEOUT, log
 from util.command_line import (BELOW_ONE, COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Checked, choices_of,
                                color, flag, list_of, optional_path, path, several, take_options, turned_off_by)
+from util.data.tables import Columns
 from util.training.optimization import LR_SCHEDULES, peak_learning_rate
 
 BASE_RATE = 5e-5
@@ -232,7 +233,7 @@ class SamplingOptions(Model, Drawing, Weights, Run):
 
 
 @dataclass
-class EvaluationOptions(Model, Drawing, Evaluation, Weights, Run, Output):
+class EvaluationOptions(Model, Drawing, Evaluation, Columns, Weights, Run, Output):
     """eval.py"""
     data_path: str = setting("./data/imagenet", "for the published commands; not read", path)
     background: tuple = setting(None, "under transparent pixels of the reference's images: white (default), "
@@ -240,7 +241,7 @@ class EvaluationOptions(Model, Drawing, Evaluation, Weights, Run, Output):
 
 
 @dataclass
-class TrainingOptions(Model, Training, Data, Drawing, Evaluation, Weights, Run, Output):
+class TrainingOptions(Model, Training, Data, Columns, Drawing, Evaluation, Weights, Run, Output):
     """main_flowar.py, which evaluates too"""
 
 

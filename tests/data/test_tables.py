@@ -8,6 +8,7 @@ from helpers import call, make_project, train
 
 from models import FlowARError
 from util.data import Images, build_loader, find_split, list_images
+from util.data.tables import Columns
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,8 @@ def write(datasets, path, images, labels, **features):
     """Two parquet files of a split, as on the hub."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)]), **features}
-    data = datasets.Dataset.from_dict(dict(zip(kinds, (images, labels))), features=datasets.Features(kinds))
+    columns = images, labels, [row % 2 for row in range(len(images))], images[::-1]  # the latter two where there are features for them
+    data = datasets.Dataset.from_dict(dict(zip(kinds, columns)), features=datasets.Features(kinds))
     for part in range(2):
         data.shard(2, part, contiguous=True).to_parquet(f"{path}-{part:05d}-of-00002.parquet")
 
@@ -38,7 +40,7 @@ def write(datasets, path, images, labels, **features):
 def project(datasets, tmp_path_factory):
     project = make_project(tmp_path_factory.mktemp("tables"), per_class=4)
     for split, name in (("train", "data/train"), ("val", "data/validation")):
-        write(datasets, project / "hub" / name, *rows_of(project / "images" / split))
+        write(datasets, project / "hub" / name, *rows_of(project / "images" / split), parity=datasets.ClassLabel(names=["even", "odd"]))
     return project
 
 
@@ -58,11 +60,13 @@ def test_data_workers_and_other_ranks_read_them_too(project):
 
 
 def test_a_training_and_a_cache_are_those_of_the_folder(project, monkeypatch, tmp_path):
-    packed = train(project, tmp_path / "run", f"--epochs 1 --data_path {project}/hub")
-    assert packed["data"]["sha256"] == Images(project / "images" / "train", 16).identity()["sha256"]
+    packed = train(project, tmp_path / "run", f"--epochs 1 --data_path {project}/hub --label_column_name parity")
+    assert packed["data"]["classes"] == ["even", "odd"] and packed["data"]["counts"] == [20, 20]
     command = f"scripts/cache_latents.py --cached_path {tmp_path}/cache --vae_path {project}/vae.pth --img_size 16 --num_workers 0 --device cpu"
     call(monkeypatch, f"{command} --data_path {project}/images")
     call(monkeypatch, f"{command} --data_path {project}/hub")  # the finished cache is one of these images
+    with pytest.raises(FlowARError, match="cache: the images are not those of this cache"):
+        call(monkeypatch, f"{command} --data_path {project}/hub --label_column_name parity")
     with pytest.raises(FlowARError, match="--format npz: .* these images have those of the dataset: leave it out"):
         call(monkeypatch, f"{command.replace('/cache ', '/npz ')} --format npz --data_path {project}/hub")
 
@@ -71,16 +75,17 @@ def test_a_name_on_the_hub_is_a_repository_a_split_and_a_revision(project, datas
     """The hub's part of the package is replaced: no network."""
     original, asked = datasets.load_dataset, []
 
-    def load(path, split, revision=None, data_files=None, **options):
-        asked.append((path, split, revision))
+    def load(path, config, split, revision=None, data_files=None, **options):
+        asked.append((path, config, split, revision))
         return original("parquet", data_files={split: f"{project}/hub/data/{split}-*.parquet"}, split=split, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, revision=None: ["train", "validation", "test"])
-    place = find_split("hf:somebody/pictures@v2", "val")
-    assert place == "hf:somebody/pictures/validation@v2" and Images(place, 16).identity()["sha256"] == Images(project / "images" / "val", 16).identity()["sha256"]
-    assert ("somebody/pictures", "validation", "v2") in asked
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, revision=None: ["test"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config, revision=None: ["train", "validation", "test"][:2 if config else 3])
+    large = Columns(dataset_config_name="large")
+    place = find_split("hf:somebody/pictures@v2", "val", columns=large)
+    assert place == "hf:somebody/pictures/validation@v2" and Images(place, 16, columns=large).identity()["sha256"] == Images(project / "images" / "val", 16).identity()["sha256"]
+    assert ("somebody/pictures", "large", "validation", "v2") in asked
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config, revision=None: ["test"])
     with pytest.raises(FlowARError, match="--data_path hf:somebody/pictures: there is no train/ in it, only test"):
         find_split("hf:somebody/pictures", "train")
     with pytest.raises(FlowARError, match="hf:somebody/pictures: expected hf:OWNER/NAME/SPLIT, of which there are test"):
@@ -108,7 +113,27 @@ def test_rows_without_image_or_label_are_named(project, datasets, tmp_path, chan
         list_images(tmp_path / "train")
 
 
-def test_columns_that_are_not_known_are_named(datasets, tmp_path):
-    datasets.Dataset.from_dict({"x": [1], "y": [2]}).to_parquet(f"{tmp_path}/train.parquet")
-    with pytest.raises(FlowARError, match="train: which of its columns .x, y. is image. Rename it"):
-        list_images(tmp_path / "train")
+def test_columns_and_configurations_are_chosen(project, datasets, tmp_path, monkeypatch):
+    images, labels = rows_of(project / "images" / "train")
+    write(datasets, tmp_path / "large" / "train", images, labels, cls=datasets.Value("int64"), picture=datasets.Image())
+    with pytest.raises(FlowARError, match="expected --label_column_name with one of its columns: image, label, cls, picture"):
+        list_images(tmp_path / "large" / "train", columns=Columns(label_column_name="style"))
+    chosen = Columns("picture", "cls", "large")
+    data = pickle.loads(pickle.dumps(Images(find_split(tmp_path, "train", columns=chosen), 16, columns=chosen)))
+    assert data.classes == ["0", "1"] and data.identity()["counts"] == [20, 20]
+    assert sorted(map(data.listing.read, range(20))) == sorted(image["bytes"] for image in images[::-1][::2])
+
+
+def test_scripts_take_the_column(project, monkeypatch, tmp_path):
+    for command in (f"check_images.py {project}/hub/train", f"train_vae.py --data_path {project}/hub --output {tmp_path}/vae.pth",
+                    f"distance.py {project}/hub/train --halves --feature_extractor efficientnet-lite0 --device cpu"):
+        with pytest.raises(FlowARError, match="expected --label_column_name with one of its columns: image, label, parity"):
+            call(monkeypatch, f"scripts/{command} --label_column_name style")
+
+
+def test_a_cache_that_cannot_be_written_is_named(project, datasets, monkeypatch):
+    def denied(*args, **options):
+        raise PermissionError(13, "Permission denied", "/home/x.lock")
+    monkeypatch.setattr(datasets, "load_dataset", denied)
+    with pytest.raises(FlowARError, match="hub/train: .*/home/x.lock.*set HF_HOME .or HF_HUB_CACHE, HF_DATASETS_CACHE. to a folder"):
+        list_images(project / "hub" / "train")

@@ -11,32 +11,36 @@ from models.errors import name_some
 from util.data.archives import SUFFIXES, Archive, find_archive, index_archive, names_below
 from util.data.folders import Folder
 from util.data.pixels import WHITE, center_crop, random_crop, read_image, to_tensor
-from util.data.tables import Table, is_hub, split_names
+from util.data.tables import Columns, Table, is_hub, split_names
 
 READERS = [Table, Archive, Folder]  # of the first that is_at(path), a Listing is opened
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}  # what Hugging Face's datasets call them
 MOST_UNREADABLE = 100  # images one after the other that may be skipped: more are not damaged, they are gone
 
 
-def list_images(path, flat=False):
-    """Listing of the images at a path, in class folders or, where flat is True, also of a flat set without classes."""
+def list_images(path, flat=False, columns=Columns()):
+    """Listing of the images at a path, in class folders or, where flat is True, also of a flat set without classes.
+    columns: of a Table.
+    """
     path = os.path.expanduser(path)
     for reader in READERS:
         if reader.is_at(path):
-            listing = reader(path)
+            listing = reader(path, columns) if reader is Table else reader(path)
             if not flat or not len(listing):
                 listing.check_classes()
             return listing
     raise FlowARError(f"{path}: no folder, archive (.zip, .tar) or dataset of images is there")
 
 
-def find_split(data_path, split, needed=True):
+def find_split(data_path, split, needed=True, columns=Columns()):
     """Path of the images of a split, train or val, of --data_path. Without any None, or FlowARError if it is needed."""
     if is_hub(data_path):
         repository, at, revision = str(data_path).partition("@")
-        names = split_names(data_path)
+        names = split_names(data_path, columns.dataset_config_name)
         paths = [f"{repository}/{name}{at}{revision}" for name in SPLITS[split] if name in names]
     else:
+        if columns.dataset_config_name:
+            data_path = os.path.join(data_path, columns.dataset_config_name)
         names = [split, *(split + suffix for suffix in SUFFIXES), *SPLITS[split]]
         paths = [path for path in (os.path.join(data_path, name) for name in names)
                  if any(reader.is_at(path) for reader in READERS)]
@@ -64,8 +68,9 @@ class Images(Dataset):
     """
     is_moments = False
 
-    def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad=None, background=WHITE):
-        self.listing = list_images(root)
+    def __init__(self, root, size, seed=0, train=False, center=False, flip=True, on_bad=None, background=WHITE,
+                 columns=Columns()):
+        self.listing = list_images(root, columns=columns)
         self.classes, self.size, self.seed = self.listing.classes, size, seed
         self.random, self.flip = train and not center, train and flip
         self.on_bad, self.background = on_bad, background

@@ -6,7 +6,7 @@ a key (epoch, index). With is_moments = False the tensor is an image (3, img_siz
 decides; `origin`, a LatentOrigin; perhaps channel_scale() -> LatentScale, see --latent_norm, and order(seed, epoch) ->
 permutation.
 """
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from util.data.latents import ShardedMoments
 from util.data.loaders import build_loader
 from util.data.other_latents import LightningLatents, NpzMoments
 from util.data.pixels import WHITE
+from util.data.tables import Columns
 from util.geometry import check_vae, resolve_geometry
 from util.training.record import LatentOrigin, check_origin, origin_of
 
@@ -147,8 +148,8 @@ def list_data(args, named, vae, class_num):
                               "where --cached_path has latents)")
         args = resolve_geometry(args, {"class_num": class_num, "vae_embed_dim": vae.embed_dim,
                                        "vae_stride": vae.stride, "background": WHITE})
-        data = Images(find_split(args.data_path, "train"), args.img_size, args.seed, train=True, flip=args.flip,
-                      on_bad=args.on_bad_image, background=args.background)
+        data = Images(find_split(args.data_path, "train", columns=args), args.img_size, args.seed, train=True,
+                      flip=args.flip, on_bad=args.on_bad_image, background=args.background, columns=args)
         log(f"{data.listing.summary()} in {data.listing.root}, encoded on the fly")
     if args.class_num is None:
         args = replace(args, class_num=len(data.classes))
@@ -169,6 +170,9 @@ def explain_caching(args, named):
     command = (f"torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path {args.data_path} "
                f"--cached_path {args.cached_path} --vae_path {named.name} "
                f"--img_size {args.img_size or 256}")
+    for field in fields(Columns):
+        if value := getattr(args, field.name):
+            command += f" --{field.name} {value}"
     if args.use_cached:
         raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")
     if args.cached_path:
@@ -200,11 +204,11 @@ def open_validation(args, classes, vae):
         check_same_classes(data, args.cached_val_path, classes)
         return data
     try:
-        path = None if vae is None else find_split(args.data_path, "val", needed=False)
+        path = None if vae is None else find_split(args.data_path, "val", needed=False, columns=args)
         if path is None:
             log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
             return None
-        data = Images(path, args.img_size, on_bad=args.on_bad_image, background=args.background or WHITE)
+        data = Images(path, args.img_size, on_bad=args.on_bad_image, background=args.background or WHITE, columns=args)
         check_same_classes(data, path, classes)
     except FlowARError as error:
         log(f"warning: no validation loss: {error}; mend it, or leave it out with --no_val")

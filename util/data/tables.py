@@ -6,21 +6,34 @@ An image is named CLASS/NAME, as in class folders, and so is the order; labels a
 import glob
 import os
 from collections import Counter
+from dataclasses import dataclass
 
 from models import FlowARError
-from models.hub import HUB, split_hub_name
+from models.hub import HUB, explain, split_hub_name
+from models.settings import setting
 from util.data.folders import Listing, is_hidden, number_names
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")  # where a column's type does not tell
 
 
-class Table(Listing):
-    """Images of a dataset of Hugging Face."""
+@dataclass
+class Columns:
+    """hf: and parquet data"""
+    image_column_name: str = setting(None, "default: image, img or the only column of images", str, beyond=True)
+    label_column_name: str = setting(None, "numbers or texts; default: label, labels or the only column of class "
+                                     "labels", str, beyond=True)
+    dataset_config_name: str = setting(None, "of a dataset with several configurations; of a folder, the one in it",
+                                       str, beyond=True)
 
-    def __init__(self, root):
+
+class Table(Listing):
+    """Images of a dataset of Hugging Face. columns: Columns, or options that have them."""
+
+    def __init__(self, root, columns=Columns()):
         import pyarrow.compute as pc
-        data = load_table(root)
-        self.column, label_column = find_columns(root, data.features)
+        self.config = columns.dataset_config_name
+        data = load_table(root, self.config)
+        self.column, label_column = find_columns(root, data.features, columns)
         classes, labels = number_labels(root, data.features[label_column], data[label_column][:])
         self.rows = only_bytes(data, self.column)
         images = self.rows.with_format("arrow")[:][self.column]
@@ -49,7 +62,7 @@ class Table(Listing):
     def __setstate__(self, state):
         """Every host has a cache of its own."""
         self.__dict__.update(state)
-        self.rows = only_bytes(load_table(self.root), self.column)
+        self.rows = only_bytes(load_table(self.root, self.config), self.column)
 
 
 def is_hub(path):
@@ -73,22 +86,25 @@ def parquet_files(path):
     return []
 
 
-def split_names(path):
+def split_names(path, config=None):
     """Names of the splits of hf:OWNER/NAME."""
     import datasets
     repository, _, revision = split_hub_name(path)
-    return datasets.get_dataset_split_names(repository, revision=revision)
+    return datasets.get_dataset_split_names(repository, config, revision=revision)
 
 
-def load_table(path):
+def load_table(path, config=None):
     """The datasets.Dataset of a path, in the package's cache."""
     import datasets
     if files := parquet_files(path):
-        return datasets.load_dataset("parquet", data_files={"train": files}, split="train", keep_in_memory=False)
+        with explain(path):
+            return datasets.load_dataset("parquet", data_files={"train": files}, split="train", keep_in_memory=False)
     repository, split, revision = split_hub_name(path)
     if split is None:
-        raise FlowARError(f"{path}: expected hf:OWNER/NAME/SPLIT, of which there are {', '.join(split_names(path))}")
-    return datasets.load_dataset(repository, split=split, revision=revision, keep_in_memory=False)
+        names = ", ".join(split_names(path, config))
+        raise FlowARError(f"{path}: expected hf:OWNER/NAME/SPLIT, of which there are {names}")
+    with explain(path):
+        return datasets.load_dataset(repository, config, split=split, revision=revision, keep_in_memory=False)
 
 
 def only_bytes(data, column):
@@ -97,18 +113,19 @@ def only_bytes(data, column):
     return data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
-def find_columns(path, features):
-    """Names of the columns of images and labels."""
+def find_columns(path, features, chosen):
+    """Names of the columns of images and labels. chosen: Columns."""
     import datasets
     columns = []
-    for names, kind in ((IMAGE_COLUMNS, datasets.Image), (LABEL_COLUMNS, datasets.ClassLabel)):
-        fitting = [name for name in names if name in features]
-        if not fitting:
+    for option, names, kind in (("image_column_name", IMAGE_COLUMNS, datasets.Image),
+                                ("label_column_name", LABEL_COLUMNS, datasets.ClassLabel)):
+        name = getattr(chosen, option)
+        fitting = [name for name in ([name] if name else names) if name in features][:1]
+        if not fitting and not name:
             fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
-            if len(fitting) != 1:
-                raise FlowARError(f"{path}: which of its columns ({', '.join(features)}) is {names[0]}? Rename it "
-                                  "(rename_column of datasets), and give a folder of the parquet files")
-        columns.append(fitting[0])
+        if len(fitting) != 1:
+            raise FlowARError(f"{path}: expected --{option} with one of its columns: {', '.join(features)}")
+        columns += fitting
     return columns
 
 

@@ -158,7 +158,7 @@ def build_measure(args, img_size, labels, device):
     if args.compile:
         prepare.compile_features(joint)
     if args.fid_stats and not args.fid_stats.endswith(".npz"):
-        listing = from_main(lambda: list_reference(args.fid_stats))
+        listing = from_main(lambda: list_reference(args.fid_stats, args))
         measure = measure_against(listing, joint, img_size, device, args.background or WHITE)
     else:
         measure = Measure(joint, [find_statistics(args.fid_stats, part, img_size) for part in joint.parts])

@@ -14,6 +14,7 @@ from util.cluster import all_reduce_sum, gather_to_main, is_main, log, rank, wor
 from util.data import center_crop
 from util.data.folders import LABELS_FILE
 from util.data.pixels import WHITE, read_image
+from util.data.tables import Columns
 from util.evaluation.extractors import Inception, extract
 
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
@@ -94,11 +95,11 @@ def load_statistics(path, extractor, img_size):
 # ---- folders of images -----------------------------------------------------------------------------------------
 
 
-def list_reference(folder):
+def list_reference(folder, columns=Columns()):
     """Listing of the images of a folder, archive or dataset: in class folders as in training, or a flat set; of one
-    image, or none, there is no distance.
+    image, or none, there is no distance. columns: see util.data.tables.
     """
-    listing = data.list_images(folder, flat=True)
+    listing = data.list_images(folder, flat=True, columns=columns)
     listing.classes = []  # which are no part of a reference's hash
     if len(listing) < 2:
         raise FlowARError(f"{folder}: {len(listing)} images, expected at least 2 ({listing.summary()})")
