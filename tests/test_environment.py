@@ -68,11 +68,6 @@ def test_what_did_not_succeed_is_done_again(home, trouble, message):
     assert status == 0 and "pip install" in log
 
 
-def test_an_environment_of_ones_own_that_is_none_is_named(home):
-    status, error, log = source(home, FLOWAR_PYTHON="/nowhere/bin/python")
-    assert (status, log) == (2, "") and error.startswith("error: FLOWAR_PYTHON=/nowhere/bin/python: no python and torchrun in its folder; "), error
-
-
 # ---- the packages ----------------------------------------------------------------------------------------------
 
 # A program that hides the modules in its first argument, then trains, evaluates a sweep and draws in one process.

@@ -93,10 +93,6 @@ def test_what_cannot_be_rebuilt_is_refused(project, script, tmp_path):
 
     refuse("--width 0.01", "--width 0.01 at step 20: of 20 averages, error of its profile ")
     refuse("--width 0.07 --step 40", "--step 40: {run}/checkpoint-000000020.pth is of step 20")
-    (tmp_path / "ema.pth").write_text("mine")
-    refuse("--width 0.07", "ema.pth: is there already: give another --output, or remove it")
-    assert (tmp_path / "ema.pth").read_text() == "mine"
-    (tmp_path / "ema.pth").unlink()
     powers = {width: {**power, "z_proj.bias": torch.zeros(3)} for width, power in read_file(snapshot)["posthoc"].items()}
     write_file({"step": 8, "posthoc": powers}, snapshot)
     refuse("--width 0.07", "{run}/posthoc-000000008.pth: its tensors are not those of {run}/checkpoint-000000020.pth")
