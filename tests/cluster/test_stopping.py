@@ -79,11 +79,11 @@ def refused():
     raise FlowARError("--lr: is too large")
 
 def refused_on_another_rank():
-    os.environ["LOCAL_RANK"] = "1"
+    os.environ.update(RANK="1", LOCAL_RANK="1")
     refused()
 
 def wrong_option_on_another_rank():
-    os.environ["LOCAL_RANK"] = "1"
+    os.environ.update(RANK="1", LOCAL_RANK="1")
     Parser("").parse_args(["--no_such_option"])
 
 def torn_image():
