@@ -210,7 +210,7 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 
 @pytest.mark.parametrize("call,message", [
     (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5: expected a number"),
-    (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling; expected one of cfg, guidance"),
+    (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling; expected one of cfg, cfg_schedule, guidance"),
     (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "give one that is not smaller"),
     (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):
