@@ -76,9 +76,8 @@ def test_samples(name, setting):
 
 def test_flowar_small_sample():
     """In a process of its own: a process of tests would grow beyond 1.5 GB."""
-    code = "import golden; golden.check_flowar_small()"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", "import golden; golden.check_flowar_small()"], env=environment, check=True)
 
 
 def test_kl16():
