@@ -62,7 +62,9 @@ def by_options_of_now(words):
     for word, value in zip(words, [*words[1:], ""]):
         if renewed and renewed[-1] is None:  # the value of what is left out
             renewed.pop()
-        elif (word, value) == ("--vae", "kl16") or word.startswith("--") and REMOVED.get(word[2:]) == value:
+        elif word == "--class_names" or (word, value) == ("--vae", "kl16"):
+            renewed.append(None)
+        elif word.startswith("--") and REMOVED.get(word[2:]) == value:
             renewed.append(None)
         else:
             renewed.append("--vae_path" if word == "--vae" else word)

@@ -288,7 +288,7 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
     assert f"before.png: drawn by commit {said['commit']}, this is def" in capsys.readouterr().out
     assert not Path("grid.png").exists()  # that picture alone
     assert same([Image.open("after.png")], [Image.open("before.png")]) and read_settings("after.png")["command"][-2:] == ["--edit", "after.png"]
-    words = ["--num_step_schedule", "linear", "--vae", "kl16", "--vae", "diffusers:x", "--grid", "--cfg", "2"]
+    words = ["--num_step_schedule", "linear", "--class_names", "x", "--vae", "kl16", "--vae", "diffusers:x", "--grid", "--cfg", "2"]
     assert sample.by_options_of_now(words) == ["--vae_path", "diffusers:x", "--grid", "--cfg", "2"]  # of an earlier version
     script(f"--resume {trained} --device cpu --grid")
     assert same([Image.open("grid.png").crop((11, 2, 75, 66))], [pipe(list(range(10)))[0].resize((64, 64), 0)])

@@ -96,7 +96,7 @@ class Listing:
 
     def check_classes(self):
         """FlowARError without images, without classes, or where the classes are likely one folder deeper."""
-        if self.left_out[".cls"]:
+        if 2 * self.left_out[".cls"] > len(self):  # not a stray one
             raise FlowARError(f"{self.root}: its labels are in .cls files: unpack the tars into one folder "
                               f"({UNPACK_SHARDS}), and make class folders there: {SORT_SHARDS}")
         if not len(self) and self.left_out[".tar"]:
