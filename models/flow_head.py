@@ -39,11 +39,10 @@ class AttnMLPBlock(nn.Module):
         self.mlp = GatedMLP(width, mlp_ratio)
         self.ada_lin = Linear(width, 6 * width)
 
-    def context(self, z, rope_table):
-        """What the block makes of z, a tuple of tensors: none, z enters through c alone."""
-        return ()
+    def keys_and_values(self, z, rope_table):
+        """None: z enters through the modulation alone."""
 
-    def forward(self, h, modulation, time, context, rope_table, pattern):
+    def forward(self, h, modulation, time, z, keys_values, rope_table, pattern):
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(modulation).chunk(6, dim=-1)
         h = h + gate1 * self.attn(modulate(h, scale1, shift1), rope_table, pattern)
         return h + gate2 * self.mlp(modulate(h, scale2, shift2))
@@ -62,16 +61,16 @@ class AttnCrossAttnMLPBlock(nn.Module):
         self.ada_lin_attn = Linear(width, 3 * width)
         self.ada_lin_mlp = Linear(width, 3 * width)
 
-    def context(self, z, rope_table):
-        """Keys and values of the cross-attention."""
+    def keys_and_values(self, z, rope_table):
+        """Those of the cross-attention, as forward takes them."""
         return self.crossattn.keys_and_values(self.norm2_2(z), rope_table)
 
-    def forward(self, h, modulation, time, context, rope_table, pattern):
+    def forward(self, h, modulation, time, z, keys_values, rope_table, pattern):
         gate, scale, shift = per_token(self.ada_lin_attn(time), pattern).chunk(3, dim=-1)
         h = h + gate * self.attn(modulate(h, scale, shift), rope_table, pattern)
-        if isinstance(context, torch.Tensor):  # z
-            context = self.context(context, rope_table)
-        h = h + self.crossattn(self.norm2_1(h), context, rope_table, pattern)
+        if keys_values is None:
+            keys_values = self.keys_and_values(z, rope_table)
+        h = h + self.crossattn(self.norm2_1(h), keys_values, rope_table, pattern)
         gate, scale, shift = self.ada_lin_mlp(modulation).chunk(3, dim=-1)
         return h + gate * self.mlp(modulate(h, scale, shift))
 
@@ -90,15 +89,16 @@ class FinalLayer(nn.Module):
 
 
 class Condition(NamedTuple):
-    """The transformer's z as the head's blocks read it."""
+    """The transformer's z, and what the head computes of it once for any number of evaluations."""
+    z: torch.Tensor  # (B, N, cond_dim), what the blocks attend to
     c: torch.Tensor  # (B, N, width): z, embedded
-    contexts: list  # for each block what its context() makes of z, or z itself
     rope_table: tuple
+    keys_values: list  # of z in each block; None: the block has none, or computes them itself
 
     def first(self, count):
-        """That of the first `count` images; the contexts are tuples."""
-        contexts = [tuple(part[:count] for part in context) for context in self.contexts]
-        return self._replace(c=self.c[:count], contexts=contexts)
+        """That of the first `count` images."""
+        parts = [pair and tuple(part[:count] for part in pair) for pair in self.keys_values]
+        return self._replace(z=self.z[:count], c=self.c[:count], keys_values=parts)
 
 
 class FlowHead(nn.Module):
@@ -128,17 +128,22 @@ class FlowHead(nn.Module):
 
         Args:
             t: (B,) in [0, 1], or (1,) for all images; of several scales (scales, B).
-            z: (B, N, cond_dim), or its Condition, for many evaluations: see prepare.
+            z: (B, N, cond_dim), or its Condition, which prepare() returns, for many evaluations.
             scales: several scales in one pass, their tokens one after the other; attention stays inside each.
         """
         pattern = within_scales(scales) if scales else None
-        z = z if isinstance(z, Condition) else self.prepare(z, scales, contexts=False)
+        condition = z if isinstance(z, Condition) else self.embed(z, scales)
         h = self.input_proj(x).float().clone()  # residuals stay float32; a view would cost the compiler a graph
         t = self.time_embed(torch.atleast_2d(t).T)  # B scales width
-        time, modulation = F.silu(t), F.silu(z.c + per_token(t, pattern))
-        for block, context in zip(self.res_blocks, z.contexts):
-            h = run_block(block, self.use_checkpoint, h, modulation, time, context, z.rope_table, pattern)
+        time, modulation = F.silu(t), F.silu(condition.c + per_token(t, pattern))
+        h = self.run_blocks(h, modulation, time, condition, pattern)
         return self.final_layer(h, modulation)
+
+    def run_blocks(self, h, modulation, time, condition, pattern):
+        for block, keys_values in zip(self.res_blocks, condition.keys_values):
+            h = run_block(block, self.use_checkpoint, h, modulation, time, condition.z, keys_values,
+                          condition.rope_table, pattern)
+        return h
 
     def guided(self, z, batch, guidance, guide=None):
         """velocity(x, t) of one scale for a solver, t a number.
@@ -167,10 +172,13 @@ class FlowHead(nn.Module):
 
         return fm.guided_velocity(velocity, pair, *guidance)
 
-    def prepare(self, z, scales=None, contexts=True):
-        """The Condition of z: all of a velocity that depends neither on x nor on t. contexts=False leaves the contexts
-        to the blocks, which then hold them no longer than they need them.
-        """
+    def embed(self, z, scales=None):
+        """The Condition of z whose keys and values each block computes when it runs, and holds no longer."""
         rope_table = self.res_blocks[0].attn.rope.table(scales or (math.isqrt(z.shape[1]),))
-        of_blocks = [block.context(z, rope_table) if contexts else z for block in self.res_blocks]
-        return Condition(self.cond_embed(z), of_blocks, rope_table)
+        return Condition(z, self.cond_embed(z), rope_table, [None] * len(self.res_blocks))
+
+    def prepare(self, z):
+        """The Condition of z of one scale: all of a velocity that depends neither on x nor on t."""
+        condition = self.embed(z)
+        keys_values = [block.keys_and_values(condition.z, condition.rope_table) for block in self.res_blocks]
+        return condition._replace(keys_values=keys_values)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.flow_head import AttnCrossAttnMLPBlock, Condition, FlowHead
-from models.kernels import Linear, per_token, run_block
+from models.kernels import Linear, per_token
 from models.layers import Pattern, SelfAttention, within_scales
 
 
@@ -18,8 +18,8 @@ def by_scale(tokens, scales, dim=1):
 class PooledHead(FlowHead):
     """adaLN: the modulation is that of the mean of c over the tokens of a scale."""
 
-    def prepare(self, z, scales=None, contexts=True):
-        condition = super().prepare(z, scales, contexts)
+    def embed(self, z, scales=None):
+        condition = super().embed(z, scales)
         means = [c.mean(dim=1, keepdim=True).expand_as(c) for c in by_scale(condition.c, scales)]
         return condition._replace(c=torch.cat(means, dim=1))
 
@@ -28,12 +28,11 @@ class TimeHead(FlowHead):
     """A head whose blocks are modulated by time alone; c enters elsewhere: here it is added to the input."""
 
     def forward(self, x, t, z, scales=None):
-        z = z if isinstance(z, Condition) else self.prepare(z, scales, contexts=False)
-        h, pattern = self.enter(self.input_proj(x).float(), z.c, scales)
+        condition = z if isinstance(z, Condition) else self.embed(z, scales)
+        h, pattern = self.enter(self.input_proj(x).float(), condition.c, scales)
         time = F.silu(self.time_embed(torch.atleast_2d(t).T))  # B scales width
         modulation = per_token(time, pattern)
-        for block, context in zip(self.res_blocks, z.contexts):
-            h = run_block(block, self.use_checkpoint, h, modulation, time, context, z.rope_table, pattern)
+        h = self.run_blocks(h, modulation, time, condition, pattern)
         return self.leave(self.final_layer(h, modulation), scales)
 
     def enter(self, h, c, scales):
@@ -57,27 +56,34 @@ class ConcatenatedHead(TimeHead):
 
 
 class PrefixedHead(TimeHead):
-    """Sequence concatenation: the tokens of c stand before those of x, scale by scale; attention runs over both."""
+    """Sequence concatenation: attention runs over 2 N tokens, for each scale those of c and then those of x. Both have
+    the positions of their scale.
+    """
 
-    def prepare(self, z, scales=None, contexts=True):
-        condition = super().prepare(z, scales, contexts)
-        cos, sin = (self.join(table, table, scales, dim=0) for table in condition.rope_table)
-        return condition._replace(rope_table=(cos, sin))
-
-    def join(self, c, x, scales, dim=1):
-        pairs = zip(by_scale(c, scales, dim), by_scale(x, scales, dim))
-        return torch.cat([torch.cat(pair, dim) for pair in pairs], dim)
+    def embed(self, z, scales=None):
+        condition = super().embed(z, scales)
+        cos, sin = condition.rope_table
+        return condition._replace(rope_table=(interleave(cos, cos, scales, 0), interleave(sin, sin, scales, 0)))
 
     def enter(self, h, c, scales):
         pattern = None
         if scales:
             sizes, sees = within_scales(scales)
             pattern = Pattern(tuple(2 * size for size in sizes), sees)
-        return self.join(c.float().expand_as(h), h, scales), pattern
+        return interleave(c.float().expand_as(h), h, scales), pattern
 
     def leave(self, velocity, scales):
+        """That of the tokens of x: the second half of each scale's."""
         sizes = [2 * s * s for s in scales] if scales else [velocity.shape[1]]
         return torch.cat([part[:, part.shape[1] // 2:] for part in velocity.split(sizes, dim=1)], dim=1)
+
+
+def interleave(first, second, scales, dim=1):
+    """For each scale its tokens of `first` and then those of `second`, in one sequence."""
+    parts = []
+    for pair in zip(by_scale(first, scales, dim), by_scale(second, scales, dim)):
+        parts += pair
+    return torch.cat(parts, dim)
 
 
 class CrossHead(TimeHead):
@@ -87,10 +93,9 @@ class CrossHead(TimeHead):
         super().__init__(channels, cond_dim, depth, width, mlp_ratio, cross, use_checkpoint)
         self.res_blocks = nn.ModuleList([AttnCrossAttnMLPBlock(width, width, mlp_ratio / 2) for _ in range(depth)])
 
-    def prepare(self, z, scales=None, contexts=True):
-        condition = super().prepare(z, scales, contexts=False)
-        c, table = condition.c, condition.rope_table
-        return condition._replace(contexts=[block.context(c, table) if contexts else c for block in self.res_blocks])
+    def embed(self, z, scales=None):
+        condition = super().embed(z, scales)
+        return condition._replace(z=condition.c)  # which the blocks attend to
 
     def enter(self, h, c, scales):
         return super().enter(h.clone(), 0, scales)

@@ -30,31 +30,14 @@ class Archive(Listing):
     def __init__(self, root):
         self.archive, top = find_archive(root)
         names, members = index_archive(self.archive)
-        files, classes, hidden, left_out, edm_labels = [], set(), set(), Counter(), None
-        for name, number in names_below(names, top).items():
-            parts, is_folder, suffix = name.split("/"), members[number, 0] == FOLDER, suffix_of(name)
-            first_hidden = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
-            if first_hidden is not None:  # it counts once, whatever lies in it
-                hidden.add("/".join(parts[:first_hidden + 1]))
-                classes.update(parts[:min(first_hidden, 1)])
-            elif is_folder:
-                classes.add(parts[0])
-            else:
-                classes.update(parts[:-1][:1])
-                if suffix in IMAGE_SUFFIXES:
-                    files.append((name, int(members[number, 1]), number))
-                    left_out[OUTSIDE] += len(parts) == 1
-                else:
-                    left_out[suffix or NO_SUFFIX] += 1
-            if name == LABELS_FILE:
-                edm_labels = members[number]
-        left_out[HIDDEN] += len(hidden)
+        numbers = names_below(names, top)
+        files, classes, left_out = sort_members(numbers, members)
         classes, rows = assign_labels(files, classes, left_out)
         super().__init__(root, classes, rows, left_out)
         self.members, self.bytes, self.file = members[self.places], os.path.getsize(self.archive), None
-        if edm_labels is not None:
+        if LABELS_FILE in numbers:
             self.open()
-            assign_edm_labels(self, self.read_member(edm_labels))
+            assign_edm_labels(self, self.read_member(members[numbers[LABELS_FILE]]))
 
     @staticmethod
     def is_at(path):
@@ -160,3 +143,22 @@ def names_below(names, top):
             numbers[name[len(prefix):]] = number
     numbers.pop("", None)
     return numbers
+
+
+def sort_members(numbers, members):
+    """(images as (name, size, number), names of the class folders, Counter of what is left out) of {name: number}."""
+    files, classes, hidden, left_out = [], set(), set(), Counter()
+    for name, number in numbers.items():
+        parts, is_folder, suffix = name.split("/"), members[number, 0] == FOLDER, suffix_of(name)
+        if (is_folder or len(parts) > 1) and not is_hidden(parts[0]):
+            classes.add(parts[0])
+        if any(map(is_hidden, parts)):
+            first = [is_hidden(part) for part in parts].index(True)
+            hidden.add("/".join(parts[:first + 1]))  # which counts once, whatever lies in it
+        elif suffix in IMAGE_SUFFIXES and not is_folder:
+            files.append((name, int(members[number, 1]), number))
+            left_out[OUTSIDE] += len(parts) == 1
+        elif not is_folder:
+            left_out[suffix or NO_SUFFIX] += 1
+    left_out[HIDDEN] += len(hidden)
+    return files, classes, left_out

@@ -98,35 +98,39 @@ class Measure:
     """What images are measured with."""
     extractor: Joint
     references: list  # a Reference for each of its parts
-    read_folder: Callable | None = None  # of references to a folder: returns them with their statistics on rank 0
+    read_folder: Callable | None = None  # where they are of one folder: returns them with statistics, on rank 0
 
     def open(self):
-        """Read the references' folder, all ranks together."""
-        if self.read_folder is not None:
-            self.references = self.read_folder() or self.references  # rank 0 computes the metrics
-            self.read_folder = None
+        """Read the references' folder, all ranks together; rank 0, which computes the metrics, gets its statistics."""
+        if self.read_folder is None:
+            return
+        references, self.read_folder = self.read_folder(), None
+        if references is not None:
+            self.references = references
 
     @property
     def reference(self):
         """The first that there is, which knows what they have in common: the images."""
-        named = [reference for reference in self.references if reference.name]
-        return named[0] if named else Reference()
+        for reference in self.references:
+            if reference.name:
+                return reference
+        return Reference()
 
     def settings(self):
-        """What must agree when an evaluation goes on."""
+        """What must agree when an evaluation goes on. Lists have a value for each extractor; of one extractor it is the
+        value itself, and of a folder its one hash.
+        """
         reference, parts = self.reference, self.extractor.parts
-        hashes = [reference.sha256 for reference in self.references]
-        if len(set(hashes) - {None}) < 2:  # those of one folder are alike
+        hashes = [part.sha256 for part in self.references]
+        if len({sha256 for sha256 in hashes if sha256 is not None}) < 2:
             hashes = reference.sha256
-        settings = {"reference": reference.name, "reference_sha256": hashes,
-                    "reference_background": reference.background, "feature_extractor": self.extractor.name,
-                    "extractor_sha256": [tensors_hash(part.network.state_dict()) for part in parts],
-                    "extractor_resize": [part.resize for part in parts],
-                    "extractor_batch": [part.batch for part in parts]}
+        each = {"extractor_sha256": [tensors_hash(part.network.state_dict()) for part in parts],
+                "extractor_resize": [part.resize for part in parts],
+                "extractor_batch": [part.batch for part in parts]}
         if len(parts) == 1:
-            for name in ("extractor_sha256", "extractor_resize", "extractor_batch"):
-                settings[name] = settings[name][0]
-        return settings
+            each = {name: values[0] for name, values in each.items()}
+        return {"reference": reference.name, "reference_sha256": hashes, "reference_background": reference.background,
+                "feature_extractor": self.extractor.name, **each}
 
     def compute(self, batches, device):
         """The metrics, and their names, of all batches' {features, logits if any} in the images' order."""
@@ -135,13 +139,14 @@ class Measure:
         if "logits" in batches[0]:
             logits = torch.cat([batch["logits"] for batch in batches])
         values, ratios = {}, []
-        for extractor, reference, mine in zip(self.extractor.parts, self.references, features):
+        for extractor, reference, own in zip(self.extractor.parts, self.references, features):
+            count = len(own)
             if reference.statistics is not None:
-                warn_of_few(len(mine), extractor)
-            if reference.held_out and reference.held_out[1] != len(mine):
-                log(f"warning: {len(mine)} images against {reference.held_out[1]:.0f} held-out ones in the fdr of "
+                warn_of_few(count, extractor)
+            if reference.held_out and reference.held_out[1] != count:
+                log(f"warning: {count} images against {reference.held_out[1]:.0f} held-out ones in the fdr of "
                     f"{extractor.name}: the fewer images, the larger their distance")
-            values |= compute_metrics(mine, logits if extractor.classes else None, reference, extractor, device)
+            values |= compute_metrics(own, logits if extractor.classes else None, reference, extractor, device)
             ratios.append(values.get(f"fdr{extractor.suffix}"))
         if len(ratios) > 1 and None not in ratios:
             values[f"fdr_mean_of_{len(ratios)}"] = sum(ratios) / len(ratios)

@@ -100,15 +100,17 @@ def open_vae(args, checkpoint):
 
 
 def choose_vae(args, checkpoint):
-    """--vae_path: the one given, else the run's own, else KL-16's default file if it is there, else the released."""
+    """--vae_path, else the VAE of the checkpoint's run, else KL-16's default file if it is there, else the released."""
     if args.vae_path:
         return args.vae_path
-    own, content = saved_vae_path(checkpoint.options), checkpoint.content
-    if own and ("vae" in content or "vae" in checkpoint.options):  # not of the release's: a file of their machine
-        if "weights_key" in content and own.partition(":")[0] not in VAES:  # an export: its VAE may lie beside it
-            own = name_beside(own, args.resume, checkpoint.path)
-        return own
-    return DEFAULT_PATH if Path(DEFAULT_PATH).is_file() else "released:kl16"
+    content, options = checkpoint.content, checkpoint.options
+    name = saved_vae_path(options)
+    if not name or "vae" not in content and "vae" not in options:  # the release's: a path on its authors' machine
+        return DEFAULT_PATH if Path(DEFAULT_PATH).is_file() else "released:kl16"
+    is_export, is_file = "weights_key" in content, name.partition(":")[0] not in VAES
+    if is_export and is_file:  # which may lie beside the export
+        return name_beside(name, args.resume, checkpoint.path)
+    return name
 
 
 def open_guide(name, model, origin):
