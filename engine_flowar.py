@@ -303,7 +303,7 @@ def evaluate(sampler, plan, measure, description, output):
             store.close()
             return report if is_main() else None
     manifest.add_start(output, plan.start)
-    measure.open()
+    measure.read_references()
     start = time.time()
     mine = {number: batches[number] for number in missing[rank()::world_size()]}
     parts = gather_to_main(sample_and_measure(sampler, plan, measure.extractor, mine, store))

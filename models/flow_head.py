@@ -145,15 +145,15 @@ class FlowHead(nn.Module):
                           condition.rope_table, pattern)
         return h
 
-    def guided(self, z, batch, guidance, guide=None):
+    def guided(self, z, batch, weight, low, high, guide=None):
         """velocity(x, t) of one scale for a solver, t a number.
 
         Args:
             z: of `batch` images, then of their null branch, if there is one.
-            guidance: (weight, low, high), see flow_matching.guided_velocity.
+            weight, low, high: see flow_matching.guided_velocity.
             guide: (FlowHead, its z) of a weaker network, in the null branch's place.
         """
-        both = self.prepare(z if guidance[0] > 1 else z[:batch])
+        both = self.prepare(z if weight > 1 else z[:batch])
         own = both.first(batch)
         if guide is not None:
             weaker, z_weaker = guide[0], guide[0].prepare(guide[1])
@@ -170,7 +170,7 @@ class FlowHead(nn.Module):
             v = velocity(x, t).clone()  # what a CUDA graph gives lasts until the next call of one
             return v, evaluate(weaker, x, t, z_weaker)
 
-        return fm.guided_velocity(velocity, pair, *guidance)
+        return fm.guided_velocity(velocity, pair, weight, low, high)
 
     def embed(self, z, scales=None):
         """The Condition of z whose keys and values each block computes when it runs, and holds no longer."""

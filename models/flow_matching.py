@@ -100,8 +100,8 @@ def scale_steps(num_steps, num_steps_last, num_scales):
     return steps
 
 
-def guidance_scales(cfg, num_scales, schedule="linear"):
-    """The guidance scale w of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
+def guidance_weights(cfg, num_scales, schedule="linear"):
+    """The guidance weight w of each scale: a list as it is, else a ramp from 1 to cfg, or cfg everywhere."""
     if schedule == "constant" or num_scales == 1 or isinstance(cfg, (list, tuple)):
         return of_each_scale("cfg", cfg, num_scales)
     return [1 + (cfg - 1) * k / (num_scales - 1) for k in range(num_scales)]

@@ -272,12 +272,12 @@ class FlowAR(nn.Module):
         """Latents (B, C, H, W), still scaled, of the given labels (B,). Options: see sample_pyramid."""
         return self.unpatchify(self.sample_pyramid(labels, **options)[-1])
 
-    def plan_sampling(self, settings):
-        """(solver, time grid of every scale, guidance scale of every scale) of a Sampling that fits this model."""
+    def schedule_sampling(self, settings):
+        """(solver, time grid of every scale, guidance weight of every scale) of a Sampling that fits this model."""
         if settings.solver not in self.objective.SOLVERS:
             raise FlowARError(f"solver is {settings.solver!r}: expected one of {', '.join(self.objective.SOLVERS)}")
         scales = len(self.scale)
-        return self.objective.SOLVERS[settings.solver], settings.times(scales), settings.guidance_scales(scales)
+        return self.objective.SOLVERS[settings.solver], settings.times(scales), settings.guidance_weights(scales)
 
     @torch.no_grad()
     def sample_pyramid(self, labels, *, noise=None, generator=None, guide=None, given=(), known=None, forced=None,
@@ -297,14 +297,14 @@ class FlowAR(nn.Module):
         # An error, where a GPU has an assertion that ends the process.
         check_labels(labels.cpu() if labels.is_cuda else labels, self.class_num)
         settings = Sampling.of({}, settings)
-        solver, times, guidance_scales = self.plan_sampling(settings)
+        solver, times, weights = self.schedule_sampling(settings)
         if noise is None:
             noise = self.draw_noise(len(labels), generator)
         check_grids(self, len(labels), noise, given, known)
         branches = labels
         if guide is not None:
             check_guide(self, guide)
-        elif max(guidance_scales) > 1:
+        elif max(weights) > 1:
             branches = torch.cat((labels, torch.full_like(labels, self.class_num)))
         training = self.training
         self.eval()
@@ -319,8 +319,8 @@ class FlowAR(nn.Module):
                 if k < len(given):
                     x = to_tokens(given[k])
                 else:
-                    guidance = guidance_scales[k], settings.guidance_low, settings.guidance
-                    velocity = self.flownet.guided(z, len(labels), guidance, guide_head)
+                    velocity = self.flownet.guided(z, len(labels), weights[k], settings.guidance_low,
+                                                   settings.guidance, guide_head)
                     e = noise[k].to(z.device) * settings.temperature
                     if known:
                         x_known, cells = to_tokens(known[0][k]).to(e), to_tokens(known[1][k]).to(e.device)

@@ -78,7 +78,7 @@ def explain(name):
         raise
 
 
-def name_beside(file, name, path):
+def name_of_sibling(file, name, path):
     """Name of a file that lies beside one that is asked for by `name` and is at `path`; what is more than a file's name
     stays as it is.
     """

@@ -63,8 +63,8 @@ def dropout_factors(x, p):
     """0 with probability p, else 1 / (1 - p), like x: PyTorch's generator, slow on a CPU, seeds a faster one."""
     generator = np.random.Generator(np.random.SFC64(torch.randint(2**62, ()).item()))
     draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
-    kept = torch.ge(torch.from_numpy(draws), round(p * 2**16) - 2**15, out=torch.empty_like(x).flatten())
-    return kept.mul_(1 / (1 - p)).view(x.shape)
+    keep = torch.ge(torch.from_numpy(draws), round(p * 2**16) - 2**15, out=torch.empty_like(x).flatten())
+    return keep.mul_(1 / (1 - p)).view(x.shape)
 
 
 def dropout_mask(shape, p, seed):

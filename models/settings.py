@@ -160,9 +160,9 @@ class Sampling:
         steps = fm.scale_steps(self.num_steps, self.num_steps_last, num_scales)
         return [fm.time_grid(n, self.time_grid) for n in steps]
 
-    def guidance_scales(self, num_scales):
+    def guidance_weights(self, num_scales):
         """The guidance weight of every scale."""
-        return fm.guidance_scales(self.cfg, num_scales, self.cfg_schedule)
+        return fm.guidance_weights(self.cfg, num_scales, self.cfg_schedule)
 
 
 def drop_removed(stored):

@@ -19,16 +19,16 @@ class LatentScale(NamedTuple):
     shift: float | tuple = 0.0
 
     def normalize(self, raw):
-        scale, shift = (spread(part, raw.shape[-3:], raw.dtype, raw.device) for part in self)
+        scale, shift = (as_tensor(part, raw.shape[-3:], raw.dtype, raw.device) for part in self)
         return (raw - shift) * scale
 
     def restore(self, latents):
-        scale, shift = (spread(part, latents.shape[-3:], latents.dtype, latents.device) for part in self)
+        scale, shift = (as_tensor(part, latents.shape[-3:], latents.dtype, latents.device) for part in self)
         return latents / scale + shift
 
 
 @functools.lru_cache(maxsize=8)  # on the device already: no copy holds up the host
-def spread(part, shape, dtype, device):
+def as_tensor(part, shape, dtype, device):
     """A part of a LatentScale as what broadcasts over latents of a shape (C, h, w)."""
     if not isinstance(part, tuple):
         return part

@@ -248,7 +248,7 @@ class Events:
         return f"{count} image{'s' * (count > 1)} in {seconds:.2f} s, {seconds / count:.3f} s each ({where})"
 
 
-def run_beside(gr, show, work, *args):
+def run_in_background(gr, show, work, *args):
     """Yield show(text) of what work(*args, report) last reported until it is done, then its result. Closed before that,
     as gradio does when a visitor cancels or leaves, the work ends at its next report.
     """
@@ -348,10 +348,10 @@ def build_page(pipe, name, words, folder):
 
         def draw_event(label, first_seed, images, cfg, guidance, steps, solver, precision):
             values = label, first_seed, images, cfg, guidance, steps, solver, precision
-            yield from run_beside(gr, lambda text: {status: text}, events.draw, values)
+            yield from run_in_background(gr, lambda text: {status: text}, events.draw, values)
 
         def vary_event(drawing, keep, count):
-            yield from run_beside(gr, lambda text: {vary_status: text}, events.vary, drawing, keep, count)
+            yield from run_in_background(gr, lambda text: {vary_status: text}, events.vary, drawing, keep, count)
 
         def choose_event(drawing, event: gr.SelectData):
             return events.choose(drawing, event.index)

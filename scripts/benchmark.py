@@ -45,7 +45,7 @@ from util.evaluation.store import Plan
 from util.files import check_output, read_json, write_json
 from util.geometry import resolve_geometry
 from util.manifest import describe_machine
-from util.options import Extractors, Model, Run, SamplingSettings, check_single, given_settings, model_options
+from util.options import Extractors, Model, Runtime, SamplingSettings, check_single, given_settings, model_options
 from util.speed import prepare
 from util.speed.memory import FLOAT, STATES, image_bytes
 from util.training.optimization import EMA, build_optimizer
@@ -61,7 +61,7 @@ PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "tem
 
 
 @dataclass
-class Benchmark(Model, Extractors, Run):
+class Benchmark(Model, Extractors, Runtime):
     """benchmark"""
     vae_ch: int = setting(128, "base width of the VAE (KL-16 has 128)", POSITIVE)
     vae_ch_mult: tuple = setting((1, 1, 2, 2, 4), "its levels", list_of(POSITIVE))

@@ -112,7 +112,7 @@ def encode(vae, crops, device, batch_size):
     return moments.unflatten(0, (len(crops), -1))
 
 
-def cut(indices, size):
+def split_into(indices, size):
     """Lists of at most `size` of the indices."""
     return [indices[first:first + size] for first in range(0, len(indices), size)]
 
@@ -122,13 +122,13 @@ def encode_groups(data, groups, vae, args, device):
     groups: their composition depends on nothing else.
     """
     per_batch = max(1, args.batch_size // (2 * data.crops))
-    batches = [batch for group in groups for batch in cut(group, per_batch)]
+    batches = [batch for group in groups for batch in split_into(group, per_batch)]
     loader = iter(with_workers(data, args.num_workers, batch_sampler=batches, collate_fn=list))
     progress = tqdm(total=sum(map(len, groups)), desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
                     disable=not cluster.is_main())
     for group in groups:
         rows, parts, bad = [], [], []
-        for _ in cut(group, per_batch):
+        for _ in split_into(group, per_batch):
             items, good = next(loader), []
             for item in items:
                 if isinstance(item, str):

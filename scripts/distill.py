@@ -64,7 +64,7 @@ def open_teacher(args):
         raise FlowARError(f"{start.path}: a distillation is of the released ways alone, without the options of the "
                           "ablations")
     sampling = Sampling.of(saved_sampling(start.content, args.resume), given_settings(args))
-    teacher.plan_sampling(sampling)  # refuses now what does not fit
+    teacher.schedule_sampling(sampling)  # refuses now what does not fit
     return teacher, start, sampling
 
 
@@ -76,8 +76,8 @@ def student_options(args, teacher, path, sampling):
     compare_geometry(args, geometry, path)
     own = {**dict.fromkeys(Sampling().by_option()), "num_step": args.student_steps, "time_grid": "uniform",
            "solver": "euler", "cfg": 1.0}
-    origin = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(sampling))
-    return replace(args, **geometry, **own, **origin, **RELEASED, resume=args.output_dir, weights=None)
+    facts = dict(teacher=str(path), teacher_sha256=from_main(lambda: file_hash(path)), teacher_sampling=vars(sampling))
+    return replace(args, **geometry, **own, **facts, **RELEASED, resume=args.output_dir, weights=None)
 
 
 def check_same(args):

@@ -119,7 +119,7 @@ def loss(model, latents, labels, t, noise):
 def sample(model, labels, noise, cfg=1.0, guidance=0.9, num_steps=25, cfg_schedule="linear"):
     """Latents (B, C, H, W): both branches in every step, though guidance acts in some."""
     both = torch.cat((labels, torch.full_like(labels, model.class_num)))
-    weights = fm.guidance_scales(cfg, len(model.scale), cfg_schedule)
+    weights = fm.guidance_weights(cfg, len(model.scale), cfg_schedule)
     caches = [{} for _ in model.blocks]
     c = model.class_emb(both)
     tokens = c[:, None]

@@ -25,7 +25,7 @@ def test_every_variant_is_a_command():
             check_training(args)
             build_model(args.model, **model_options(replace(args, scales=args.scales or (1, 2, 4), class_num=10)))
             args = parse_options(EvaluationOptions, shlex.split(f"{ablations.SAMPLING.format(root='x')} {sampling.format(first='x')}")[1:])
-            assert len(sweep(args)) == 1 and Sampling.of({}, given_settings(args)).guidance_scales(3)
+            assert len(sweep(args)) == 1 and Sampling.of({}, given_settings(args)).guidance_weights(3)
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):

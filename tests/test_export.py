@@ -105,10 +105,10 @@ def test_the_card_says_what_is_known(project):
 
 
 def test_the_hub_has_the_vae_beside(project, tmp_path, monkeypatch):
-    assert hub.name_beside("vae.pth", "hf:me/it", tmp_path) == "hf:me/it/vae.pth"
-    assert hub.name_beside("vae.pth", "hf:me/it/sub.pth@v1", tmp_path) == "hf:me/it/vae.pth@v1"
-    assert hub.name_beside("vae.pth", "run", Path("a/model.pth")) == "a/vae.pth"
-    assert hub.name_beside("x/vae.pth", "run", Path("a/model.pth")) == "x/vae.pth" and hub.name_beside("hf:a/b/c", "run", Path("a/m")) == "hf:a/b/c"
+    assert hub.name_of_sibling("vae.pth", "hf:me/it", tmp_path) == "hf:me/it/vae.pth"
+    assert hub.name_of_sibling("vae.pth", "hf:me/it/sub.pth@v1", tmp_path) == "hf:me/it/vae.pth@v1"
+    assert hub.name_of_sibling("vae.pth", "run", Path("a/model.pth")) == "a/vae.pth"
+    assert hub.name_of_sibling("x/vae.pth", "run", Path("a/model.pth")) == "x/vae.pth" and hub.name_of_sibling("hf:a/b/c", "run", Path("a/m")) == "hf:a/b/c"
     asked = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision=None: asked.append((repo, file)) or project / "safetensors" / file)
     theirs = load_pipeline("hf:me/it", device="cpu")

@@ -48,12 +48,9 @@ def save_every(value):
     """'500' steps, '30m' minutes, '0' never."""
     if isinstance(value, (tuple, list)):
         return SaveEvery(*value)
-    try:
-        if value.endswith("m"):
-            return SaveEvery(minutes=REAL(value[:-1]) or None)
-        return SaveEvery(steps=COUNT(value) or None)
-    except ValueError:
-        raise ValueError("expected a number of steps (500) or minutes (30m)") from None
+    if value.endswith("m"):
+        return SaveEvery(minutes=REAL(value[:-1]) or None)
+    return SaveEvery(steps=COUNT(value) or None)
 
 
 # ---- the groups ---------------------------------------------------------------------------------------------------
@@ -87,7 +84,7 @@ class Weights(Checked):
 
 
 @dataclass
-class Run(Checked):
+class Runtime(Checked):
     """run"""
     device: str = setting("auto", "auto is CUDA where there is a GPU", DEVICE)
     seed: int = setting(0, "seed of everything that is drawn", SEED)
@@ -228,12 +225,12 @@ class Evaluation(Extractors):
 
 
 @dataclass
-class SamplingOptions(Model, Drawing, Weights, Run):
+class SamplingOptions(Model, Drawing, Weights, Runtime):
     """scripts that draw images of a checkpoint"""
 
 
 @dataclass
-class EvaluationOptions(Model, Drawing, Evaluation, Columns, Weights, Run, Output):
+class EvaluationOptions(Model, Drawing, Evaluation, Columns, Weights, Runtime, Output):
     """eval.py"""
     data_path: str = setting("./data/imagenet", "for the published commands; not read", path)
     background: tuple = setting(None, "under transparent pixels of the reference's images: white (default), "
@@ -241,7 +238,7 @@ class EvaluationOptions(Model, Drawing, Evaluation, Columns, Weights, Run, Outpu
 
 
 @dataclass
-class TrainingOptions(Model, Training, Data, Columns, Drawing, Evaluation, Weights, Run, Output):
+class TrainingOptions(Model, Training, Data, Columns, Drawing, Evaluation, Weights, Runtime, Output):
     """main_flowar.py, which evaluates too"""
 
 

@@ -106,12 +106,12 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     plan = from_main(lambda: plan_reports(args, record["data"]))
     measure = build_measure(args, args.img_size, plan.labels, device) if args.online_eval else None
     if measure and not args.dry_run:
-        measure.open()
+        measure.read_references()
 
     # ---- 3. network, average, optimizer
     torch.manual_seed(args.seed)
     network, device = dry_run.place(lambda: build(args, record), device, args.dry_run, args.fsdp)
-    network.plan_sampling(Sampling.of({}, given_settings(args)))  # of the reports: refuses now what does not fit
+    network.schedule_sampling(Sampling.of({}, given_settings(args)))  # of the reports: refuses now what does not fit
     if args.init_from and start is None:
         load_initial_weights(args.init_from, network, record)
     ema = EMA(network, args.ema_rate, posthoc=args.posthoc_ema > 0)

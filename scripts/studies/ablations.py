@@ -172,7 +172,7 @@ def own_scales_error(model, latents, labels, time):
     read = list(pyramid)
     for k, span in enumerate(model.spans[:-1]):
         condition = model.condition_on(read, labels)[:, span]
-        velocity = model.flownet.guided(condition, len(labels), (1.0, 0.0, 1.0))
+        velocity = model.flownet.guided(condition, len(labels), 1.0, 0.0, 1.0)
         x = fm.euler(velocity, fm.interpolate(to_tokens(pyramid[k]), start_noise[k], time), times)
         read[k] = to_grid(x.to(latents), model.scale[k])
     return model.velocity_errors(pyramid, model.condition_on(read, labels), t, noise)

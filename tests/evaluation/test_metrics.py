@@ -108,8 +108,8 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
         part.batch = 2  # a process of tests stays below 1.5 GB
     read = seams.count(monkeypatch, (references, "read_image"))
     measure = metrics.measure_against(references.list_reference(tmp_path / "flat_val"), joint, 16, cpu)
-    measure.open()
-    measure.open()
+    measure.read_references()
+    measure.read_references()
     assert len(read) == 10
     images = references.load_uint8(sorted((tmp_path / "flat_train").iterdir()))
     ours = measure.compute([dict(zip(("features", "logits"), extractors.extract(joint, images)))], cpu)
@@ -212,7 +212,7 @@ def test_more_images_than_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(metrics, "MOST_FEATURES", 9)
     listing = references.list_reference(tmp_path / "val")
     measure = metrics.measure_against(listing, extractors.Joint([Flat()]), 16, torch.device("cpu"))
-    measure.open()
+    measure.read_references()
     reference, = measure.references
     assert reference.features is None and reference.statistics["sigma"].shape == (4, 4)
     assert "KID, precision and recall are left out: they compare every pair of images, and these are more than 9" in capsys.readouterr().out

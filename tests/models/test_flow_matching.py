@@ -49,9 +49,9 @@ def test_steps_of_each_scale(first, last, expected):
 
 def test_a_list_has_a_value_for_each_scale():
     assert fm.scale_steps([5, 6, 7, 8], None, 4) == [5, 6, 7, 8]
-    assert fm.guidance_scales([1, 2, 4], 3) == fm.guidance_scales((1, 2, 4), 3, "constant") == [1, 2, 4]
+    assert fm.guidance_weights([1, 2, 4], 3) == fm.guidance_weights((1, 2, 4), 3, "constant") == [1, 2, 4]
     with pytest.raises(FlowARError, match=r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"):
-        fm.guidance_scales([1, 2], 3)
+        fm.guidance_weights([1, 2], 3)
 
 
 @pytest.mark.parametrize("text,message", [
@@ -77,10 +77,10 @@ def test_a_distribution_checks_its_own_numbers_and_must_stay_within_0_and_1(monk
             fm.read_time_distribution(text)
 
 
-def test_guidance_scales():
-    assert fm.guidance_scales(4.3, 5) == pytest.approx([1, 1.825, 2.65, 3.475, 4.3])
-    assert fm.guidance_scales(3, 4, "constant") == [3, 3, 3, 3]
-    assert fm.guidance_scales(3, 1) == [3]
+def test_guidance_weights():
+    assert fm.guidance_weights(4.3, 5) == pytest.approx([1, 1.825, 2.65, 3.475, 4.3])
+    assert fm.guidance_weights(3, 4, "constant") == [3, 3, 3, 3]
+    assert fm.guidance_weights(3, 1) == [3]
 
 
 @pytest.mark.parametrize("low,high,doubled", [(0.0, 0.7, 35), (0.0, 1.0, 50), (0.0, 0.0, 0), (0.3, 0.7, 20)])

@@ -75,7 +75,8 @@ def choose_labels(kind, count, classes):
         if classes.counts is None:
             raise FlowARError("--labels train: how many training images each class had is not known: use balanced, or "
                               "a file of labels")
-        return Labels(kind, np.repeat(np.arange(classes.number), share_out(classes.counts, count)), classes, allowed)
+        counts = divide_in_proportion(classes.counts, count)
+        return Labels(kind, np.repeat(np.arange(classes.number), counts), classes, allowed)
     values = read_labels(kind, classes)
     if len(values) != count:
         raise FlowARError(f"--labels {kind}: {len(values)} lines, one for each image, but {count} images are asked "
@@ -83,7 +84,7 @@ def choose_labels(kind, count, classes):
     return Labels("file", values, classes, allowed, str(kind))
 
 
-def share_out(counts, total):
+def divide_in_proportion(counts, total):
     """How many of `total` each gets in proportion to `counts`, exactly: the method of largest remainders."""
     counts, shares, remainders = counts.tolist(), [], []  # Python's numbers do not overflow
     whole = sum(counts)

@@ -100,7 +100,7 @@ class Measure:
     references: list  # a Reference for each of its parts
     read_folder: Callable | None = None  # where they are of one folder: returns them with statistics, on rank 0
 
-    def open(self):
+    def read_references(self):
         """Read the references' folder, all ranks together; rank 0, which computes the metrics, gets its statistics."""
         if self.read_folder is None:
             return
@@ -172,7 +172,7 @@ def build_measure(args, img_size, labels, device):
 
 
 def measure_against(listing, joint, img_size, device, background=WHITE):
-    """The Measure against the images of a Listing, which open() reads in one pass for all extractors."""
+    """The Measure against the images of a Listing, which read_references() reads in one pass for all extractors."""
     keep = len(listing) <= MOST_FEATURES
     if not keep:
         log(f"{listing.root}: KID, precision and recall are left out: they compare every pair of images, and these are "

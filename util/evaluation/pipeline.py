@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import FlowARError
-from models.hub import is_remote, name_beside, release_of
+from models.hub import is_remote, name_of_sibling, release_of
 from models.registry import open_model, read_variant, recognise_size
 from models.settings import Sampling, as_text, check_value, one_of
 from models.vae import LatentScale
@@ -109,7 +109,7 @@ def choose_vae(args, checkpoint):
         return DEFAULT_PATH if Path(DEFAULT_PATH).is_file() else "released:kl16"
     is_export, is_file = "weights_key" in content, name.partition(":")[0] not in VAES
     if is_export and is_file:  # which may lie beside the export
-        return name_beside(name, args.resume, checkpoint.path)
+        return name_of_sibling(name, args.resume, checkpoint.path)
     return name
 
 
@@ -153,14 +153,14 @@ def recognise_model(args, state, path, vae):
 def change_settings(sampler, settings):
     """A Sampler with other settings of models.settings.Sampling; FlowARError for what is none of them."""
     sampling = Sampling.of(vars(sampler.sampling), settings)
-    sampler.model.plan_sampling(sampling)  # refuses what does not fit
+    sampler.model.schedule_sampling(sampling)  # refuses what does not fit
     return sampler._replace(sampling=sampling)
 
 
 def choose_settings(sampler, args):
     """A Sampler with the settings that options, one value each, choose."""
     sampler = change_settings(sampler, given_settings(args))
-    if args.guide and max(sampler.sampling.guidance_scales(len(sampler.model.scale))) <= 1:
+    if args.guide and max(sampler.sampling.guidance_weights(len(sampler.model.scale))) <= 1:
         raise FlowARError(f"--guide {args.guide} needs --cfg above 1")
     return sampler
 
@@ -259,10 +259,10 @@ class Pipeline:
         sampler, parts = change_settings(self.sampler, settings), []
         for first in range(0, len(labels), sampler.batch):
             part = slice(first, first + sampler.batch)
-            kept = {"given": [x[part] for x in given]}
+            fixed = {"given": [x[part] for x in given]}
             if known is not None:
-                kept["known"] = [x[part] for x in known[0]], known[1]
-            parts.append(sampler.pyramid(labels[part], [e[part] for e in noise], **kept))
+                fixed["known"] = [x[part] for x in known[0]], known[1]
+            parts.append(sampler.pyramid(labels[part], [e[part] for e in noise], **fixed))
         return [torch.cat(scale) for scale in zip(*parts)]
 
     def pictures(self, grids):

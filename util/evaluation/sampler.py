@@ -31,7 +31,7 @@ def count_passes(model, sampling):
     """For each scale a list of the evaluations of the flow head (their number is its NFE): how many passes an image
     takes in each, 2 where guidance acts, else 1. Solvers ask for the same times whatever the velocity is.
     """
-    solver, times, guidance = model.plan_sampling(sampling)
+    solver, times, weights = model.schedule_sampling(sampling)
     passes = []
 
     def unguided(x, t):
@@ -42,7 +42,7 @@ def count_passes(model, sampling):
         passes[-1].append(2)
         return x, x
 
-    for grid, weight in zip(times, guidance):
+    for grid, weight in zip(times, weights):
         passes.append([])
         velocity = fm.guided_velocity(unguided, guided, weight, sampling.guidance_low, sampling.guidance)
         solver(velocity, torch.zeros(1), grid, torch.Generator())
@@ -74,13 +74,13 @@ class Sampler(NamedTuple):
         return image_noise(self.model, self.seed, indices)
 
     @torch.no_grad()
-    def pyramid(self, labels, noise, **kept):
-        """Latents of every scale for a list of labels and noise(indices). kept: `given` and `known` of
+    def pyramid(self, labels, noise, **fixed):
+        """Latents of every scale for a list of labels and noise(indices). fixed: `given` and `known` of
         FlowAR.sample_pyramid.
         """
         labels = torch.tensor(labels, device=self.device)
         with autocast(self.device, self.precision):
-            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **kept, **vars(self.sampling))
+            return self.model.sample_pyramid(labels, noise=noise, guide=self.guide, **fixed, **vars(self.sampling))
 
     def latents(self, labels, indices):
         """Scaled latents (n, C, h, w) of images: a list of their labels, and their indices."""

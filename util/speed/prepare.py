@@ -45,13 +45,13 @@ def compile_decoding(vae):
     eagerly, that is slower (docs/performance.md, The VAE).
     """
     decoder = getattr(getattr(vae, "network", vae), "decoder", None)  # network: of diffusers
-    if isinstance(decoder, nn.Module) and may_compile_beside(decoder):
+    if isinstance(decoder, nn.Module) and may_compile_in_thread(decoder):
         if next(decoder.parameters()).is_cuda:
             decoder.to(memory_format=torch.channels_last)
         decoder.compile(dynamic=True)
 
 
-def may_compile_beside(module):
+def may_compile_in_thread(module):
     """Whether a module that runs beside the sampling may be compiled; on a CPU it runs after it."""
     return THREADS_TRACE_ALONE or not any(tensor.is_cuda for tensor in module.state_dict().values())
 
@@ -61,7 +61,7 @@ def compile_features(extractor):
     before but for rounding, 2e-7 to 1e-6 (docs/performance.md, The VAE and the feature networks).
     """
     for part in extractor.parts:
-        if may_compile_beside(part.network):
+        if may_compile_in_thread(part.network):
             part.forward = torch.compile(part.forward, dynamic=True)
 
 

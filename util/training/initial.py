@@ -32,8 +32,8 @@ def load_initial_weights(name, network, record):
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
     other_classes = CLASSES not in fitting or before is not None and before != now
     if other_classes and CLASSES in own and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
-        fitting[CLASSES], kept = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
-        resized.append(f"{CLASSES} ({kept} of {len(now)} classes by name; the others begin as the null class)")
+        fitting[CLASSES], by_name = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
+        resized.append(f"{CLASSES} ({by_name} of {len(now)} classes by name; the others begin as the null class)")
 
     # Positions by scale.
     scales = scales_of(state["mask"])
@@ -55,8 +55,8 @@ def load_initial_weights(name, network, record):
 
 
 def class_table(table, size, before, now):
-    """(Class table of `size` rows, number of classes kept) out of another: rows of classes of the same name, and of the
-    null class, the last, which the others begin as. before, now: names of the classes, [] where they are not known.
+    """(Class table of `size` rows, how many of them are of a class of the same name) out of another; the others begin
+    as its null class, the last row. before, now: names of the classes, [] where they are not known.
     """
     rows = {name: row for row, name in enumerate(before)}
     chosen = [rows.get(name, -1) for name in now]

@@ -47,11 +47,11 @@ class TrainingLog:
             self.wandb = Wandb(path.parent, wandb, step, options)
 
     def _truncate(self, path, step):
-        """Remove lines after `step`, those of a report that was not finished, and what was torn."""
+        """Remove lines after `step`, those of a report that was not finished, and what was cut off."""
         lines = [line for line in read_lines(path) if line["step"] <= step] if path.is_file() else []
         self.reported = {line["step"] for line in lines if line["group"] == REPORT}
-        kept = [line for line in lines if line["step"] < step or line["group"] in EACH_STEP or step in self.reported]
-        write_bytes("".join(json.dumps(line) + "\n" for line in kept).encode(), path)
+        lines = [line for line in lines if line["step"] < step or line["group"] in EACH_STEP or step in self.reported]
+        write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), path)
 
     def start_epoch(self, epoch, epochs, images, done=0):
         """A bar over the images of an epoch, `done` of which are behind; its rate is images per second."""
@@ -171,7 +171,7 @@ class Wandb:
 
 
 def read_lines(path):
-    """The lines of a log.jsonl as dicts; one that was torn is left out."""
+    """The lines of a log.jsonl as dicts; one that was cut off is left out."""
     for text in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
