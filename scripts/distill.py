@@ -1,7 +1,7 @@
 """Distil a FlowAR into a student that samples in one or two steps a scale, without guidance (docs/few-step.md).
 
     torchrun --standalone --nproc_per_node=8 scripts/distill.py --resume pretrained_models/FlowAR-S.pth \\
-        --cfg 4.3 --num_step 25 --guidance 0.9 --output_dir output/student --data_path imagenet \\
+        --cfg 4.3 --num_step 25 --guidance 0.9 --output_dir output/student \\
         --cached_path imagenet_feature --vae_path kl16.ckpt
 
 --resume is the teacher, and the sampling options are its own, as in eval.py. The student begins as the teacher and

@@ -114,7 +114,6 @@ class Data(Checked):
     num_workers: int = setting(None, "data workers of a process; default: its CPUs, at most 10", WORKERS)
     pin_mem: bool = turned_off_by("no_pin_mem", "ordinary memory for batches on CUDA, not page-locked", on="pin_mem")
     cached_val_path: str = setting("", "cached latents of val/; default: val/ is encoded", optional_path, beyond=True)
-    no_val: bool = flag("no validation loss", beyond=True)
     flip: bool = turned_off_by("no_flip", "do not flip half of the training images", beyond=True)
     background: tuple = setting(None, "under transparent pixels: white (default), '#ff8000' or 255,128,0", color,
                                 beyond=True)

@@ -247,7 +247,7 @@ class PixelVAE(vaes.NamedVAE):
 
 def test_a_vae_of_ones_own_kind_is_the_runs_and_can_be_named(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(vaes.VAES, "pixels", PixelVAE)
-    train(trained.parent, tmp_path / "run", "--vae_path pixels --vae_embed_dim 48 --epochs 1 --no_val")
+    train(trained.parent, tmp_path / "run", "--vae_path pixels --vae_embed_dim 48 --epochs 1")
     content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
     content["args"].update(vae="pixels", vae_path=None)  # as earlier versions had it
     torch.save(content, tmp_path / "before.pth")

@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_left_and_said_and_little_is_refused(tmp_path, caps
 
 def test_a_training_begins_with_it_once(project, tmp_path, monkeypatch, capsys):
     """The average too; the same command, which goes on, does not begin again."""
-    options = f"--init_from {project}/run --resume {tmp_path}/run --save_every 1 --keep 20 --log_freq 1 --no_val --epochs"
+    options = f"--init_from {project}/run --resume {tmp_path}/run --save_every 1 --keep 20 --log_freq 1 --epochs"
     call(monkeypatch, training_command(project, tmp_path / "run", f"{options} 1"))
     before, first = read_checkpoint(project / "run")["model_ema"], torch.load(tmp_path / "run" / "checkpoint-000000001.pth", weights_only=True)
     for key in ("model", "model_ema"):

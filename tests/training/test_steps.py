@@ -173,7 +173,7 @@ cluster.run_main(main)
 def test_what_is_bad_on_one_rank_of_two_is_skipped_on_both(project, tmp_path, extra):
     """A gradient in step 4, an image in step 7, which is named; the other steps are logged."""
     names = ["adamw", "sgd"] + ["muon"] * (hasattr(torch.optim, "Muon") and not extra)
-    options = training_command(project, "x", f"--batch_size 8 --blr 1e-3 --log_freq 1 --no_val --eval_freq 100 {extra}").split(maxsplit=1)[1]
+    options = training_command(project, "x", f"--batch_size 8 --blr 1e-3 --log_freq 1 --eval_freq 100 {extra}").split(maxsplit=1)[1]
     optimizers = "\n".join(map(inspect.getsource, (adamw, sgd, muon)))
     (tmp_path / "two.py").write_text(TWO_RANKS.format(root=str(ROOT), optimizers=optimizers, names=names, options=options, folder=str(tmp_path)))
     run(f"{tmp_path}/two.py", processes=2)

@@ -194,8 +194,6 @@ def open_validation(args, classes, vae):
     """The validation set: cached latents that were asked for, else the images in val/ where the VAE is there to encode
     them, else None. A val/ that cannot be used is left out with a line.
     """
-    if args.no_val:
-        return None
     if args.cached_val_path:
         data = open_latents(args.cached_val_path)
         if data is None:
@@ -211,7 +209,7 @@ def open_validation(args, classes, vae):
         data = Images(path, args.img_size, on_bad=args.on_bad_image, background=args.background or WHITE, columns=args)
         check_same_classes(data, path, classes)
     except FlowARError as error:
-        log(f"warning: no validation loss: {error}; mend it, or leave it out with --no_val")
+        log(f"warning: no validation loss: {error}")
         return None
     log(f"{data.listing.summary()} in {path}, for validation")
     return data
