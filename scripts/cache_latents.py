@@ -217,7 +217,7 @@ def build_index(settings, shards):
 
 def cache_shards(data, vae, args, device, folder, settings):
     order = np.random.default_rng(args.seed).permutation(len(data.images)).tolist()  # every shard mixes the classes
-    groups = cut(order, args.shard_size)
+    groups = split_into(order, args.shard_size)
     hashes = cluster.from_main(lambda: reopen(folder, settings))
     parts = cluster.gather_to_main(write_shards(data, groups, vae, args, device, folder, settings, hashes))
     if parts is None:
