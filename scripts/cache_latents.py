@@ -284,7 +284,7 @@ def cache_npz(data, vae, args, device, folder, settings):
     cluster.from_main(lambda: begin_npz(folder, info, listing))
     mine = range(cluster.rank(), len(listing), cluster.world_size())
     missing = [index for index in mine if not holds_bytes(folder / f"{listing.name(index)}.npz")]
-    for rows, moments, _ in encode_groups(data, cut(missing, args.batch_size), vae, args, device):
+    for rows, moments, _ in encode_groups(data, split_into(missing, args.batch_size), vae, args, device):
         for row, (plain, flipped) in zip(rows, moments.numpy()):
             with writing(folder / f"{listing.name(row.index)}.npz", sync=False) as file:
                 np.savez(file, moments=plain, moments_flip=flipped)
