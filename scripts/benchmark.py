@@ -1,6 +1,6 @@
 """Measure this code on this machine.
 
-    python scripts/benchmark.py train --model flowar_small --batch_size 64 --precision bf16 --compile --beside tests/plain.py
+    python scripts/benchmark.py train --model flowar_small --batch_size 64 --precision bf16 --beside tests/plain.py
     python scripts/benchmark.py sample --model flowar_small --eval_bsz 256 --cfg 4.3 --precision bf16 --compile
     python scripts/benchmark.py evaluate --model flowar_small --num_images 1000 --eval_bsz 100 --device cuda
     python scripts/benchmark.py memory --model flowar_large --batch_size 64 --precision bf16 --use_checkpoint
@@ -270,7 +270,7 @@ def extract_through_files(sampler, plan, extractor, folder):
 
 def write_random_inception(path):
     """A file of weights for Inception, always the same; the published one is a download."""
-    from torch_fidelity import feature_extractor_inceptionv3 as inception  # heavy: not for those who measure no features
+    from torch_fidelity import feature_extractor_inceptionv3 as inception  # heavy, and of features alone
 
     torch.manual_seed(0)
     with (mock.patch.object(inception, "load_state_dict_from_url"),

@@ -30,14 +30,15 @@ LARGEST_HALF = 50000  # images; more than the distances of the literature have
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("folders", type=as_type(path), nargs="+", help="one or two folders of images, in class folders or not")
-    parser.add_argument("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
-    parser.add_argument("--vae_path", type=as_type(path), help="VAE: kl16.ckpt, a file of scripts/train_vae.py or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]")
-    parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
+    add = parser.add_argument
+    add("folders", type=as_type(path), nargs="+", help="one or two folders of images, in class folders or not")
+    add("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
+    add("--vae_path", type=as_type(path), help="VAE, as main_flowar.py takes it")
+    add("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
     add_options(parser, (*fields(Extractors), *fields(Columns)))
-    parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--seed", type=as_type(SEED), default=0, help="of the halves")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
+    add("--seed", type=as_type(SEED), default=0, help="of the halves")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_intermixed_args()  # folders may stand after options
     if len(args.folders) - 1 + args.halves + bool(args.vae_path) > 1:
         raise FlowARError("two folders, or one and --vae_path, or one and --halves: give one of these")
@@ -69,16 +70,18 @@ def main():
     if args.vae_path:
         named = find_vae(args.vae_path)
         passes.append((args.folders[0], through_vae(open_vae_on(named, device))))
-    measured = []
+    measured, crop = [], args.img_size is not None
     for folder, through in passes:
         listing = cluster.from_main(lambda: list_reference(folder, args))
-        measured.append(extract_folder(listing, joint, device, args.img_size, crop=args.img_size is not None, through=through,
+        measured.append(extract_folder(listing, joint, device, args.img_size, crop, through=through,
                                        background=args.background))
     if measured[0] is None:  # rank 0 has them
         return
-    sizes, counts = [references[0].img_size for references in measured], [references[0].images for references in measured]
+    sizes = [references[0].img_size for references in measured]
+    counts = [references[0].images for references in measured]
     if len(set(sizes)) > 1:
-        raise FlowARError(f"images of {sizes[0]} pixels in {args.folders[0]}, of {sizes[1]} in {args.folders[1]}: give --img_size")
+        raise FlowARError(f"{args.folders[0]}: images of {sizes[0]} pixels, {args.folders[1]}: of {sizes[1]}: give "
+                          "--img_size")
     half = min(LARGEST_HALF, min(counts) // 2)
     for extractor, *references in zip(joint.parts, *measured):
         warn_of_few(half, extractor)

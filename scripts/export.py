@@ -34,7 +34,8 @@ WORDS = ("model", "precision", "lr_schedule", "solver", "time_grid", "cfg_schedu
 RECIPE = ("epochs", "global_batch", "lr", "min_lr", "lr_schedule", "warmup_epochs", "weight_decay", "grad_clip",
           "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
 MEASURED = ("num_images", "labels", "weights", "num_step", "num_step_last", "solver", "cfg", "cfg_schedule",
-            "guidance", "temperature", "seed", "precision", "feature_extractor", "reference_sha256", "reference_images", "device")
+            "guidance", "temperature", "seed", "precision", "feature_extractor", "reference_sha256", "reference_images",
+            "device")
 LISTED = 100  # classes: more are in config.json alone
 
 

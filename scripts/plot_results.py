@@ -1,4 +1,4 @@
-"""Plot a metric of several sweeps (results.csv of eval.py) against a column, such as the number of function evaluations.
+"""Plot a metric of several sweeps (results.csv of eval.py) against a column, such as nfe (function evaluations).
 
     python scripts/plot_results.py uniform/results.csv annealed/results.csv --x nfe --output nfe.png
 """

@@ -211,7 +211,7 @@ def save(figure, path):
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=as_type(path), help="output folders of trainings, or their log.jsonl")
-    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png beside the first log")
+    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png by the first log")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
 """The quickstart's last stage, how good it is: classifier accuracy, distances with their floor, loss curve, table.
 
-A small convolutional classifier is trained on the real training images. On the generated ones it must find the label they were drawn for.
-Distances to the test split have a floor, that of as many real training images, and a limit of the VAE, that of the test images encoded and
-decoded.
+A small convolutional classifier is trained on the real training images. On the generated ones it must find the label
+they were drawn for. Distances to the test split have a floor, that of as many real training images, and a limit of the
+VAE, that of the test images encoded and decoded.
 """
 import argparse
 from pathlib import Path

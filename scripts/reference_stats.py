@@ -1,11 +1,12 @@
-"""Statistics of a folder of images for --fid_stats: mu and sigma in one feature extractor or several, in an .npz that names them.
+"""Statistics of a folder of images for --fid_stats: an .npz with mu and sigma in one feature extractor or several.
 
 With --keep_features also the features, which KID, precision and recall need. Of class folders also how many images each
-has: an evaluation warns if its own are of another mix. With --held_out also the distance of those images, which FDr needs:
+has: an evaluation warns if its own are of another mix. With --held_out also the distance of those images, for FDr:
 
-    torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 --output val_stats.npz
-    torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/train --held_out imagenet/val \
-        --feature_extractor inception,dinov2-vit-l-14,clip-vit-l-14 --img_size 256 --output train_stats.npz
+    torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/val --img_size 256 \\
+        --output val_stats.npz
+    torchrun --standalone --nproc_per_node=8 scripts/reference_stats.py --ref_images imagenet/train --img_size 256 \\
+        --held_out imagenet/val --feature_extractor inception,dinov2-vit-l-14,clip-vit-l-14 --output train_stats.npz
 """
 from dataclasses import fields
 from pathlib import Path
@@ -26,14 +27,15 @@ from util.options import Extractors
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--ref_images", type=as_type(path), required=True, help="folder of images, in class folders or not")
-    parser.add_argument("--held_out", type=as_type(path), help="folder of other real images, for FDr: validation where --ref_images are training images")
-    parser.add_argument("--output", type=as_type(path), required=True, help=".npz to write")
-    parser.add_argument("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
-    parser.add_argument("--background", type=as_type(color), default="white", help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--keep_features", action="store_true", help="store the features too")
+    add = parser.add_argument
+    add("--ref_images", type=as_type(path), required=True, help="folder of images, in class folders or not")
+    add("--held_out", type=as_type(path), help="folder of other real images, for FDr, such as the validation images")
+    add("--output", type=as_type(path), required=True, help=".npz to write")
+    add("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
+    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
+    add("--keep_features", action="store_true", help="store the features too")
     add_options(parser, (*fields(Extractors), *fields(Columns)))
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args()
 
 
@@ -54,7 +56,8 @@ def save_statistics(path, references, joint, held_out=None):
         if held_out:
             other = held_out[number]
             warn_of_few(min(reference.images, other.images), extractor)
-            own["held_out"] = np.array([frechet_distance(other.statistics, reference.statistics), other.images], dtype=np.float64)
+            distance = frechet_distance(other.statistics, reference.statistics)
+            own["held_out"] = np.array([distance, other.images], dtype=np.float64)
         suffix = extractor.suffix if len(joint.parts) > 1 else ""
         content.update((name + suffix, value) for name, value in own.items())
     with writing(path) as file:
@@ -83,7 +86,8 @@ def main():
     if references is None:
         return
     save_statistics(args.output, references, joint, held_out)
-    print(f"{args.output}: {len(listing)} images of {args.ref_images}, {references[0].img_size} pixels, in {joint.name} features")
+    print(f"{args.output}: {len(listing)} images of {args.ref_images}, {references[0].img_size} pixels, in {joint.name} "
+          "features")
 
 
 if __name__ == "__main__":

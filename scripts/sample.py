@@ -44,15 +44,17 @@ def sample_parser():
     parser = make_parser(SamplingOptions, __doc__.splitlines()[0])
     add = parser.add_argument_group("pictures").add_argument
     for kind, what in KINDS.items():
-        add(f"--{kind}", type=as_type(path), nargs="?", const=f"{kind}.png", metavar="FILE", help=f"picture of {what}; default {kind}.png")
+        add(f"--{kind}", type=as_type(path), nargs="?", const=f"{kind}.png", metavar="FILE",
+            help=f"picture of {what}; default {kind}.png")
     add("--inpaint", type=as_type(path), nargs="+", metavar=("IMAGE MASK", "FILE"),
         help="--per_class images with the white parts of MASK drawn anew, to FILE (inpaint.png)")
     add("--folder", type=as_type(path), help="folder for single pictures of the grid, <label>-<seed or number>.png")
-    add("--labels", type=as_type(list_of(str)), help="classes, by number or name; default: the first 10 that had training images")
+    add("--labels", type=as_type(list_of(str)), help="by number or name; default: the first 10 that had training images")
     add("--seeds", type=as_type(seed_list), help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
     add("--per_class", type=as_type(POSITIVE), default=8, help="samples of each class")
-    add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: 3, or all but one of fewer")
-    add("--again", type=as_type(path), metavar="PICTURE", help="take the options that a picture was made with; those given here come first")
+    add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: 3, or all but one")
+    add("--again", type=as_type(path), metavar="PICTURE",
+        help="take the options that a picture was made with; those given here come first")
     return parser
 
 
