@@ -4,12 +4,11 @@ import shlex
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from helpers import call, inputs, small_model
 from PIL import Image
 
-from models import FlowARError, build_model
+from models import build_model
 from models.settings import Sampling
 from scripts.studies import ablations  # as call() imports it
 from util.command_line import parse_options
@@ -81,10 +80,3 @@ def test_the_loss_under_own_scales(monkeypatch):
     for read, sampled in zip(seen[-1][:-1], drawn):
         assert torch.allclose(read, sampled, atol=1e-4)
     assert torch.equal(seen[-1][-1], model.pyramid(latents)[-1]) and not torch.allclose(own, model.scale_losses(latents, labels, t=t, noise=noise))
-
-
-def test_what_ends_a_program_is_said(tmp_path, monkeypatch):
-    point = ablations.Point(type("Args", (), {"root": tmp_path, "images": 6, "samples": 4}), "--t_dist shift:2", "", 0)
-    args = type("Args", (), {"root": tmp_path, "at_once": 1, "device": "cpu"})
-    with pytest.raises(FlowARError, match=r"eval4_released.txt: this ended with status 2: eval.py"):
-        point.evaluate(type("Args", (), {**vars(args), "samples": 4}))

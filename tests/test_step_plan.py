@@ -1,13 +1,10 @@
 """scripts/studies/step_plan.py: local errors are those of the definition, and the list is the best of all."""
-import itertools
-import math
 
 import pytest
 from scripts.studies import step_plan
 import torch
 from helpers import call, make_project, train
 
-from models import FlowARError
 from models import flow_matching as fm
 
 
@@ -20,18 +17,6 @@ def test_the_rate_is_that_of_the_path_and_its_integral_eulers_error():
         grid = fm.time_grid(steps, kind)
         found = fm.euler(lambda x, t: torch.full_like(x, t * t), torch.zeros(1), grid).item()
         assert step_plan.euler_error(rate, grid) == pytest.approx(abs(found + 1 / 3), rel=0.02)
-
-
-def test_the_plan_is_the_best_of_all_lists():
-    generator = torch.Generator().manual_seed(0)
-    errors = [{n: (n, value) for n, value in zip(range(1, 9), torch.rand(8, generator=generator).tolist())} for _ in range(3)]
-    for evaluations in (3, 7, 12):
-        lists = [numbers for numbers in itertools.product(range(1, 9), repeat=3) if sum(numbers) == evaluations]
-        best = min(lists, key=lambda numbers: sum(scale[n][1] ** 2 for scale, n in zip(errors, numbers)))
-        chosen, error = step_plan.plan(errors, evaluations)
-        assert chosen == best and error == pytest.approx(math.sqrt(sum(scale[n][1] ** 2 for scale, n in zip(errors, best))))
-    with pytest.raises(FlowARError, match="--evaluations 2: too few for 3 scales, each needs at least 1"):
-        step_plan.plan(errors, 2)
 
 
 def test_its_lists_are_what_num_step_takes(tmp_path, monkeypatch, capsys):

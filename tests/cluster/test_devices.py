@@ -30,10 +30,3 @@ def test_precision_sets_the_mode_of_products(matmul_mode, asked, resolved, mode)
     with cluster.exact_products():
         assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == mode
-
-
-@pytest.mark.parametrize("precision,dtype", [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)])
-def test_autocast_is_for_half_precision_alone(precision, dtype):
-    x = torch.ones(2, 2)
-    with cluster.autocast(CPU, precision):
-        assert (x @ x).dtype == dtype

@@ -48,15 +48,10 @@ def test_what_is_hidden_or_a_systems_is_no_image_and_no_class(tmp_path, monkeypa
     assert found.summary() == "2 images; left out: 7 hidden or a system's"
 
 
-SUFFIXES = ("jpg", "JPG", "jpeg", "jpe", "jfif", "png", "PNG", "apng", "webp", "bmp", "dib", "gif", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "TIFF", "jp2",
-            "avif", "heic", "heif")
-
-
-def test_one_list_of_suffixes_and_others_are_counted(tmp_path):
-    put(tmp_path, *(f"a/{i:02d}.{suffix}" for i, suffix in enumerate(SUFFIXES)), "a/x.txt", "a/y.txt", "a/z.psd", "a/plain", "top.png", "top.csv")
+def test_suffixes_in_any_case_and_others_are_counted(tmp_path):
+    put(tmp_path, *(f"a/{i:02d}.{suffix}" for i, suffix in enumerate(("jpg", "JPG", "Jpeg", "tiff", "heic"))), "a/x.txt", "a/y.txt", "a/z.psd", "a/plain", "top.png", "top.csv")
     found = list_images(tmp_path)
-    assert len(found) == len(SUFFIXES)
-    assert found.left_out == {".txt": 2, ".psd": 1, "without a suffix": 1, "outside of the class folders": 1, ".csv": 1}
+    assert len(found) == 5 and found.left_out == {".txt": 2, ".psd": 1, "without a suffix": 1, "outside of the class folders": 1, ".csv": 1}
 
 
 def test_images_outside_of_class_folders_are_left_out_by_one_rule(tmp_path):

@@ -1,5 +1,4 @@
 """Caches of latents: what they hold, what they say of themselves, how they go on, and what is refused."""
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -207,13 +206,6 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
 def test_caches_are_not_mixed(project, shards, extra, message):
     with pytest.raises(FlowARError, match=message):
         make(cache_command(project, shards, f"--dtype float32 {extra}"))
-
-
-def test_an_index_of_another_format_is_refused(shards, tmp_path):
-    index = json.loads((shards / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps({**index, "format": "x"}))
-    with pytest.raises(FlowARError, match="format is 'x'"):
-        ShardedMoments(tmp_path)
 
 
 # ---- unreadable images -------------------------------------------------------------------------------------------
