@@ -11,7 +11,8 @@ from models.variants.ablated import RELEASED, AblatedFlowAR
 from models.weights import (BARE, KL16, find_model, load_state, read_weights, recognise_body, recognise_geometry,
                             saved_options)
 
-LAST = "checkpoint-last.pth"  # of a training run's folder
+LAST = "checkpoint-last.pth"  # of a training run's folder: a link to the newest of these, if there are links
+NUMBERED = f"checkpoint-{9 * '[0-9]'}.pth"
 HALF_PRECISION = 1e-2  # by which a buffer differs in a file that was converted to it
 
 
@@ -94,7 +95,7 @@ def load_flowar(source, weights=None):
     """
     path = local_file(source)
     if path.is_dir():
-        files = [path / name for name in (LAST, EXPORTED, BARE)]
+        files = [path / LAST, *sorted(path.glob(NUMBERED), reverse=True), path / EXPORTED, path / BARE]
         path = next(filter(Path.is_file, files), files[0])
     content = read_weights(path)
     chosen, options = find_model(content, path, weights), saved_options(content)

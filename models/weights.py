@@ -1,6 +1,7 @@
 """Weights files: read without running code from them, written whole or not at all; what their tensors tell."""
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save_file
 
 from models.errors import FlowARError, first_sentence, name_some
 
@@ -40,8 +41,10 @@ def read_file(path):
         if head[8:9] == b"{":
             return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # PyTorch before 1.6 wrote no zip file, and no other can be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            try:  # PyTorch before 1.6 wrote no zip file, and no other can be mapped
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            except RuntimeError:  # a file system that maps no files, or a file that is cut short
+                return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise FlowARError(f"{path}: cannot be read: it is cut short (download it again), or no file of tensors "
                           f"({first_sentence(error)})") from error
@@ -49,9 +52,13 @@ def read_file(path):
 
 def read_safetensors(path):
     """{name: tensor}, or of a file of write_safetensors what it was given."""
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        description = (file.metadata() or {}).get(DESCRIBED)
+    try:
+        tensors = load_file(path)
+    except (OSError, RuntimeError):  # a file system that maps no files
+        tensors = load(path.read_bytes())
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    description = header.get("__metadata__", {}).get(DESCRIBED)
     if description is None:
         return tensors
     description = json.loads(description)
@@ -64,7 +71,8 @@ def write_safetensors(tensors, description, path):
     with writing(path) as file:
         mode = os.fstat(file.fileno()).st_mode  # the user's, where save_file's is 0600
         save_file(tensors, file.name, {DESCRIBED: json.dumps(description)})
-        os.chmod(file.name, mode)
+        with contextlib.suppress(OSError):  # a file system without modes
+            os.chmod(file.name, mode)
 
 
 def read_weights(path):
@@ -90,7 +98,7 @@ def writing(path, sync=True):
             yield file
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save says less than the system.
@@ -99,6 +107,15 @@ def writing(path, sync=True):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # if it is still there
+
+
+def sync_file(file):
+    """Bring a file to the disk, where the file system can be asked to."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def write_file(content, path):

@@ -37,7 +37,8 @@ srun --kill-on-bad-exit=0 --wait=120 bash -c 'export RANK=$SLURM_PROCID LOCAL_RA
     --data_path "${IMAGENET:-/path/to/imagenet/}" --cached_path "${CACHE:-/path/to/imagenet_feature/}" "$@"
 status=$?
 
-if [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$status" = 75 ] || [ "$OUTPUT/checkpoint-last.pth" -nt "$failures" ]; then
+newer=$(find "$OUTPUT" -maxdepth 1 -name 'checkpoint-*.pth' -newer "$failures" 2> /dev/null)
+if [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$status" = 75 ] || [ -n "$newer" ]; then
     rm -f "$failures"
 fi
 case "$status" in

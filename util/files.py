@@ -1,4 +1,5 @@
 """Directories and small files, with this project's one-line errors."""
+import errno
 import fcntl
 import json
 import os
@@ -38,14 +39,14 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > end:
-                file.seek(0)
-                raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
-                                  "it or stop it, or choose another --output_dir") from None
-            time.sleep(0.5)
-        except OSError:  # a file system without locks
-            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
+                break
+        if time.monotonic() > end:
+            file.seek(0)
+            raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
+                              "it or stop it, or choose another --output_dir")
+        time.sleep(0.5)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -40,7 +40,8 @@ def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny, monkeypatch):
     other["z_proj.bias"] += 1
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
     content = {"model": other, "model_ema": tiny.state_dict(), "args": {"vae_embed_dim": 4, "vae_stride": 4}}
-    torch.save(content, tmp_path / registry.LAST)
+    torch.save({"model": other}, tmp_path / "checkpoint-000000009.pth")
+    torch.save(content, tmp_path / "checkpoint-000000010.pth")  # the last, where there are no links
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     model = load_flowar(f"~/{tmp_path.name}")
     assert model.config == {**tiny.config, "patch_size": 1} and not model.training

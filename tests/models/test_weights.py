@@ -1,8 +1,10 @@
 """Weights files: which weights are read and that it is told, nothing runs from a file, damage ends in one line."""
 import argparse
+import errno
 import os
 import pickle
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from models import AutoencoderKL, FlowARError, build_model, load_flowar, load_vae
 from models.vaes import read_vae, save_vae
-from models.weights import content_hash, file_hash, find_model, read_file, tensors_hash, write_safetensors, writing
+from models.weights import content_hash, file_hash, find_model, read_file, tensors_hash, write_file, write_safetensors, writing
 
 VAE = {"vae_embed_dim": 4, "vae_stride": 4}
 torch.manual_seed(0)
@@ -91,6 +93,22 @@ def test_safetensors_whatever_the_suffix_and_files_of_before_pytorch_1_6(tmp_pat
     assert content["args"] == VAE and same(content["model_ema"], EMA)
     torch.save(EMA, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert same(read_file(tmp_path / "old.pth"), EMA)
+
+
+def test_a_file_system_that_maps_and_syncs_nothing_and_has_no_modes(tmp_path, monkeypatch):
+    def fail(error):
+        return mock.Mock(side_effect=error)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail(RuntimeError("unable to mmap 5 bytes: No such device (19)")))
+    monkeypatch.setattr(os, "chmod", fail(PermissionError(errno.EPERM, "Operation not permitted")))
+    for error in (errno.EINVAL, errno.EOPNOTSUPP):
+        monkeypatch.setattr(os, "fsync", fail(OSError(error, "no fsync")))
+        write_file({"model": EMA}, tmp_path / "x.pth")
+        write_safetensors(EMA, {"args": VAE, "weights_key": "model"}, tmp_path / "x.safetensors")
+        for name in ("x.pth", "x.safetensors"):
+            assert same(read_file(tmp_path / name)["model"], EMA)
+    monkeypatch.setattr(os, "fsync", fail(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(FlowARError, match="x.pth: cannot be written .*Input/output error"):
+        write_file({}, tmp_path / "x.pth")
 
 
 class Payload:

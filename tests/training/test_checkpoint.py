@@ -129,12 +129,18 @@ def test_one_run_writes_to_a_folder(tmp_path):
     files.lock_folder(tmp_path, patience=0)
 
 
-def test_without_hard_links_the_last_is_a_symbolic_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("refused", [["link"], ["link", "symlink"]])
+def test_the_last_is_found_without_hard_links_and_without_any(tmp_path, monkeypatch, refused):
+    """Nor does an older file of that name stay, as it lies in a folder that was copied."""
     def refuse(*args):
-        raise PermissionError("no hard links here")
-    monkeypatch.setattr(checkpoint.os, "link", refuse)
+        raise OSError(95, "Operation not supported")
+    torch.save(content(0), tmp_path / checkpoint.LAST)
+    for name in refused:
+        monkeypatch.setattr(os, name, refuse)
     write(tmp_path, 1, 2)
-    assert (tmp_path / checkpoint.LAST).is_symlink() and checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000002.pth"
+    assert names(tmp_path)[:2] == ["checkpoint-000000001.pth", "checkpoint-000000002.pth"]
+    assert (tmp_path / checkpoint.LAST).is_symlink() == os.path.lexists(tmp_path / checkpoint.LAST) == (refused == ["link"])
+    assert checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000002.pth"
 
 
 def test_a_failed_write_leaves_the_old_file_and_what_a_killed_one_left_is_removed(tmp_path, monkeypatch):

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models import FlowARError
 from models.settings import drop_removed
-from models.weights import writing
+from models.weights import read_file, writing
 from util.cluster import log
 from util.evaluation.labels import Labels
 from util.evaluation.reports import RESULTS
@@ -66,7 +65,7 @@ class Store:
         for number, indices in batches.items():
             try:
                 measured = self.load(number)
-            except (OSError, SafetensorError):  # there is none, or a crash tore it
+            except FlowARError:  # there is none, or a crash tore it
                 continue
             if not settings["save_images"] or all(map(holds_bytes, picture_paths(self.folder, indices))):
                 self.finished[number] = measured
@@ -98,13 +97,11 @@ class Store:
 
     def load(self, number):
         """What was measured of a batch: all tensors but the images."""
-        with safe_open(self.path(number), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name != "images"}
+        return {name: value for name, value in read_file(self.path(number)).items() if name != "images"}
 
     def images(self, number):
         """(n, H, W, 3) uint8 of a batch."""
-        with safe_open(self.path(number), framework="pt") as file:
-            return file.get_tensor("images")
+        return read_file(self.path(number))["images"]
 
     def write_npz(self, count, labels):
         """ADM's sample file of `count` batches, one after the other: arr_0 (N, H, W, 3) uint8 and arr_1, the labels."""

@@ -6,6 +6,7 @@ from; a released file is a bare state dict of EMA weights. checkpoint-<step>.jso
 rank). No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
 directory, which is its end.
 """
+import contextlib
 import functools
 import os
 import re
@@ -73,14 +74,14 @@ def is_same_folder(resume, output_dir):
 
 
 def link(path, name):
-    """Make `name` another name of the file `path`, whatever it was before."""
+    """Make `name` another name of the file `path`, whatever it was before; without links there is no such name."""
     temporary = Path(f"{name}.tmp")
     temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        temporary.symlink_to(path.name)
-    temporary.replace(name)
+    for make_link, target in ((os.link, path), (os.symlink, path.name)):
+        with contextlib.suppress(OSError):  # of a file system that has no such links
+            make_link(target, temporary)
+            return temporary.replace(name)
+    Path(name).unlink(missing_ok=True)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class CheckpointWriter:
     after a multiple of `keep_every` epochs and the file that `resume`, the run's option, names.
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
-    symbolic link). What makes a write fail is raised by the next call; older files go after a newer one is there. Files
+    symbolic link, if there are links). What makes a write fail is raised by the next call; older files go after a newer one is there. Files
     without facts in a .json beside them are others', and stay. Power averages, where they are due, are written before
     their checkpoint and stay. Files of steps after `step`, where this run begins, are renamed.
     """

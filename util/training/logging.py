@@ -1,7 +1,6 @@
 """What a person sees of a training run: progress bar, TensorBoard and log.jsonl (one JSON object a line)."""
 import contextlib
 import json
-import os
 import sys
 import time
 import uuid
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.errors import first_sentence
+from models.weights import sync_file
 from util.cluster import is_main, log, memory_gib
 from util.files import holds_bytes, make_directory, read_json, write_bytes, write_json
 
@@ -113,7 +113,7 @@ class TrainingLog:
 
     def flush(self):
         """Bring the lines to the disk, on rank 0."""
-        os.fsync(self.lines.fileno())
+        sync_file(self.lines)
 
     def close(self):
         if self.main:
