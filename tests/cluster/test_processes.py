@@ -2,8 +2,15 @@
 import os
 import re
 import time
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
 
+import pytest
 from helpers import finish, ranks_of, run, start, wait_for
+
+from models import FlowARError
+from util.cluster import processes
 
 # Under torchrun: rank 1 has an error of its own at the first start, then all is well, until the launcher is killed. Without: rank 0 has one for all.
 RANKS = """
@@ -38,8 +45,11 @@ def main():
     except FlowARError as error:
         print(error, flush=True)
     cluster.log("the end")
-    open(f"end {{rank}}", "w").close()
-    time.sleep(200)
+    with cluster.stop_signals() as signals:
+        open(f"end {{rank}}", "w").close()
+        while not signals.asked:
+            time.sleep(0.02)
+    open(f"saved {{rank}}", "w").close()
 
 os.chdir({folder!r})
 cluster.run_main(main)
@@ -57,6 +67,7 @@ def test_ranks_share_values_a_restart_meets_no_stale_store_and_no_rank_outlives_
     while any(os.path.exists(f"/proc/{rank}") for rank in ranks) and time.monotonic() < end:
         time.sleep(0.02)
     assert len(ranks) == 2 and not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+    assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
     _, output = finish(process)
     assert output.count("start 0") == output.count("start 1") == 2, output
     assert output.count("error (rank 1): a disk of rank 1 alone\n") == 1
@@ -68,3 +79,18 @@ def test_an_error_of_all_ranks_is_told_once(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS.format(folder=str(tmp_path)))
     done = run(f"{tmp_path}/ranks.py", processes=2, check=False)
     assert done.returncode == 1 and re.findall("error.*", done.stderr) == ["error (rank 0): a folder of all"]
+
+
+def test_a_rank_whose_launcher_was_killed_before_it_joined_ends(monkeypatch):
+    """Its parent is then process 1, unless that is torchrun; other processes may adopt it, but nobody serves torchrun's store."""
+    rendezvous = mock.Mock(side_effect=ConnectionError)
+    monkeypatch.setattr(processes.dist, "rendezvous", rendezvous)
+    monkeypatch.setattr(processes, "ctypes", mock.Mock())
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    for name, value in (("RANK", "0"), ("TORCHELASTIC_RUN_ID", "none"), ("TORCHELASTIC_USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name, value)
+    for first, error in ((b"/sbin/init", FlowARError), (b"/usr/bin/python\0torchrun", ConnectionError)):
+        monkeypatch.setattr(Path, "read_bytes", lambda path: first)
+        with pytest.raises(error):
+            processes.init("cpu")
+    assert rendezvous.call_args.kwargs["timeout"] <= timedelta(seconds=60)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from models.hub import is_remote, local_file
 from util.cluster.devices import select_device
 
 TIMEOUT = 1800  # seconds that a rank waits for the others, or for a batch of data
+LAUNCHER_PATIENCE = 10  # seconds that a rank which starts looks for torchrun's store
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _pretended = 1  # processes, where there is no process group
 
@@ -24,9 +26,15 @@ def init(device_name, timeout=TIMEOUT):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ or dist.is_initialized():
         return device
-    if dist.is_torchelastic_launched():  # a rank must not outlive a launcher that was killed
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    store, number, size = next(dist.rendezvous("env://"))
+    patience = timeout
+    if dist.is_torchelastic_launched():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when torchrun dies: its ranks save and leave
+        if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():  # in a container it may be 1
+            raise FlowARError("torchrun was killed while its ranks started")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, there before its ranks
+            patience = min(timeout, LAUNCHER_PATIENCE)
+    store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+    store.set_timeout(timedelta(seconds=timeout))
     # torchrun may keep its store when it restarts the ranks (torch 2.14 does): addresses of the dead are still there.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size,
