@@ -94,3 +94,32 @@ def test_a_rank_whose_launcher_was_killed_before_it_joined_ends(monkeypatch):
         with pytest.raises(error):
             processes.init("cpu")
     assert rendezvous.call_args.kwargs["timeout"] <= timedelta(seconds=60)
+
+
+SUSPENDED = """
+import os, subprocess, time
+from util import cluster
+
+def main():
+    cluster.init("cpu", timeout=2)
+    pids = cluster.gather_to_main(os.getpid())
+    if cluster.rank() == 0:  # it waits for rank 1 when both are stopped
+        pause = "sleep 0.5; kill -STOP {0} {1}; sleep 3; kill -CONT {0}; sleep 0.3; kill -CONT {1}"
+        subprocess.Popen(pause.format(*pids), shell=True)
+    else:
+        time.sleep(1)
+    cluster.barrier()
+    cluster.log("goes on")
+    if cluster.rank() == 1:
+        time.sleep(60)
+    cluster.barrier()
+
+cluster.run_main(main)
+"""
+
+
+def test_a_job_that_is_suspended_goes_on_and_a_rank_that_is_waited_for_in_vain_ends_it(tmp_path):
+    (tmp_path / "suspended.py").write_text(SUSPENDED)
+    done = run(f"{tmp_path}/suspended.py", processes=2, check=False)
+    assert done.stdout == "goes on\n" and done.returncode == 1, done.stdout + done.stderr
+    assert "error (rank 0): one call lasts for 2 seconds (--timeout)" in done.stderr and "in barrier" in done.stderr

@@ -129,7 +129,8 @@ class Items(Dataset):
     __getitem__ = lambda self, key: key[1]
 
 def main():
-    batches = iter(build_loader(Items(), 1, train=True, num_workers=1))
+    loader = build_loader(Items(), 1, train=True, num_workers=1)
+    batches = iter(loader)
     next(batches)
     with cluster.stop_signals() as signals:
         print("ready", flush=True)

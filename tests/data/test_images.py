@@ -2,6 +2,7 @@
 import importlib
 import itertools
 import os
+import time
 
 import numpy as np
 import pytest
@@ -131,3 +132,27 @@ def test_workers_follow_the_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(loaders.Path, "read_text", lambda path: "250000 100000\n")  # of a container
     assert loaders.default_workers() == 2
+
+
+class Late(torch.utils.data.Dataset):
+    """Items of which the second takes its time, or is none."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, key):
+        if key[1] == 1:
+            time.sleep(self.seconds)
+            if not self.seconds:
+                raise RuntimeError("damaged")
+        return key[1]
+
+
+def test_a_batch_is_waited_for_twice_half_the_timeout():
+    """What a worker raises is raised at once, and no batch is left out."""
+    assert torch.cat(list(build_loader(Late(2.2), 1, num_workers=1, timeout=3))).tolist() == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="damaged"):
+        list(build_loader(Late(0), 1, num_workers=1, timeout=60))

@@ -1,8 +1,13 @@
 """Processes: torchrun on nccl or gloo, or one process without it."""
+import _thread
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
+import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from util.cluster.devices import select_device
 
 TIMEOUT = 1800  # seconds that a rank waits for the others, or for a batch of data
 LAUNCHER_PATIENCE = 10  # seconds that a rank which starts looks for torchrun's store
+FOREVER = timedelta(days=20)  # in milliseconds it still fits poll()
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _pretended = 1  # processes, where there is no process group
 
@@ -37,9 +43,35 @@ def init(device_name, timeout=TIMEOUT):
     store.set_timeout(timedelta(seconds=timeout))
     # torchrun may keep its store when it restarts the ranks (torch 2.14 does): addresses of the dead are still there.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if size > 1:
+        end_if_stuck(number, timeout)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size,
-                            timeout=timedelta(seconds=timeout))
+                            timeout=FOREVER)
     return device
+
+
+def end_if_stuck(number, timeout):
+    """End this process, rank `number`, once its main thread is in one call for `timeout` seconds, such as a collective.
+    They count while the process runs; for gloo and NCCL those of a suspended job (Ctrl-Z, scontrol suspend) would too.
+    """
+    waited, tick = 0, min(1, timeout / 10)
+
+    def answer(*signal_and_frame):
+        nonlocal waited
+        waited = 0
+
+    def ask():
+        nonlocal waited
+        while waited < timeout:
+            waited += tick
+            _thread.interrupt_main(signal.SIGVTALRM)  # answer() runs before the next instruction of the main thread
+            time.sleep(tick)
+        print(f"\nerror (rank {number}): one call lasts for {timeout:g} seconds (--timeout)", file=sys.stderr)
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+    signal.signal(signal.SIGVTALRM, answer)
+    threading.Thread(target=ask, daemon=True).start()
 
 
 def shutdown():

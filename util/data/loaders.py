@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -76,7 +77,23 @@ def with_workers(dataset, num_workers, timeout=0, **options):
         forkserver.ensure_running()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return DataLoader(dataset, num_workers=num_workers, timeout=timeout, worker_init_fn=ignore_signals, **options)
+    return WorkersLoader(dataset, num_workers=num_workers, timeout=timeout / 2, worker_init_fn=ignore_signals, **options)
+
+
+class WorkersLoader(DataLoader):
+    """Waits for a batch twice: the seconds for which a job is suspended (Ctrl-Z) use up its timeout once."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        for _ in range(len(self)):
+            start = time.monotonic()
+            try:
+                batch = next(batches)
+            except RuntimeError:
+                if not self.timeout or time.monotonic() - start < self.timeout:
+                    raise  # of a worker
+                batch = next(batches)
+            yield batch
 
 
 def ignore_signals(worker):
