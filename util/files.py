@@ -9,8 +9,10 @@ from pathlib import Path
 
 from models import FlowARError
 from models.weights import writing
+from util.cluster import RESTART
 
 LOCK, LOCK_PATIENCE = ".lock", 30  # seconds: the ranks of a launcher that was killed need some to leave
+LEASE = 100  # seconds after which NFS has let go of the lock of a host that died: 90, and some
 
 
 def make_directory(path):
@@ -32,9 +34,9 @@ def check_place(path):
 
 def lock_folder(folder, patience=LOCK_PATIENCE):
     """Lock a folder for as long as the file that this returns is open; FlowARError if another process still has it
-    after `patience` seconds.
+    after `patience` seconds, one of another host after LEASE too: that may be dead, and the command is started again.
     """
-    end, file = time.monotonic() + patience, open(Path(folder) / LOCK, "a+")
+    start, file, here = time.monotonic(), open(Path(folder) / LOCK, "a+"), f" on {socket.gethostname()}"
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,13 +44,16 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
                 break
-        if time.monotonic() > end:
-            file.seek(0)
-            raise FlowARError(f"{folder}: another run writes here ({file.read().strip() or 'unknown'}): wait for "
-                              "it or stop it, or choose another --output_dir")
+        file.seek(0)
+        owner = file.read().strip() or f"unknown{here}"
+        if time.monotonic() > start + (patience if owner.endswith(here) else max(patience, LEASE)):
+            error = FlowARError(f"{folder}: another run writes here ({owner}): wait for it or stop it, or choose "
+                                "another --output_dir")
+            error.status = 2 if owner.endswith(here) else RESTART
+            raise error
         time.sleep(0.5)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()}{here}\n")
     file.flush()
     return file
 

@@ -91,7 +91,8 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     check_training(args)
     beyond = beyond_release(args)
     args = replace(args, precision=cluster.set_precision(args.precision, dry_run.device_of(args, device)))
-    lock = is_main() and checkpoint.claim_folder(args.output_dir, args.resume, args.dry_run)
+    lock = []  # on rank 0
+    from_main(lambda: lock.append(checkpoint.claim_folder(args.output_dir, args.resume, args.dry_run)))
     start = checkpoint.find_start(args.resume, args.output_dir)
     args = resolve_training(args, world_size(), start and start.global_batch)
 

@@ -1,12 +1,16 @@
 """A run's checkpoints: whole or not at all, the newest whole one opened once, later ones renamed, power averages beside them."""
+import contextlib
 import copy
+import errno
+import itertools
 import os
-import subprocess
-import sys
+import socket
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, SCALES, make_project, train, training_command
+from helpers import SCALES, make_project, train, training_command
 
 import engine_flowar
 from models import FlowARError, build_model
@@ -122,11 +126,29 @@ def test_the_file_that_a_run_was_told_to_resume_stays(tmp_path):
 
 def test_one_run_writes_to_a_folder(tmp_path):
     file = files.lock_folder(tmp_path, patience=0)
-    other = subprocess.run([sys.executable, "-c", f"from util import files; files.lock_folder({str(tmp_path)!r}, patience=0)"], cwd=ROOT,
-                           capture_output=True, text=True)
-    assert f"{tmp_path}: another run writes here (process {os.getpid()} on " in other.stderr
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            files.lock_folder(tmp_path, patience=0)
+            os._exit(0)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     file.close()
     files.lock_folder(tmp_path, patience=0)
+
+
+def test_the_lock_of_another_host_is_waited_for_longer_and_then_the_job_is_queued_again(tmp_path, monkeypatch):
+    """A file system without locks has none."""
+    clock, slept, lockf = itertools.count(), [], mock.Mock(side_effect=OSError(errno.EACCES, "locked"))
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=slept.append))
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
+    for owner, status, least in ((f"process 7 on {socket.gethostname()}", 2, 30), ("process 7 on another", 75, 90)):
+        (tmp_path / files.LOCK).write_text(f"{owner}\n")
+        slept.clear()
+        with pytest.raises(FlowARError, match=f"{tmp_path}: another run writes here .{owner}.") as error:
+            files.lock_folder(tmp_path)
+        assert error.value.status == status and least <= len(slept) <= least + 20
+    lockf.side_effect = OSError(errno.EPERM, "no locks here")
+    files.lock_folder(tmp_path)
 
 
 @pytest.mark.parametrize("refused", [["link"], ["link", "symlink"]])

@@ -70,13 +70,13 @@ def stop_signals():
 
 
 def run_main(main):
-    """Run a program. Exit status 2: a FlowARError, in one line; RESTART or 130: it was asked to leave."""
+    """Run a program. Exit status 2, or its `status`: a FlowARError, in one line; RESTART or 130: it was asked to leave."""
     try:
         main()
         shutdown()
         return
     except FlowARError as error:
-        status = 2
+        status = getattr(error, "status", 2)
         # What is wrong before the processes join, such as an option, is wrong on all: the first of a host says it.
         on_all_ranks = getattr(error, "on_all_ranks", "RANK" in os.environ and not dist.is_initialized())
         if not on_all_ranks or is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
