@@ -1,9 +1,12 @@
 """Devices and precision on a CPU."""
+import io
+
 import pytest
 import torch
 
 from models import FlowARError
 from util import cluster
+from util.cluster import devices
 
 CPU = torch.device("cpu")
 
@@ -13,6 +16,26 @@ def test_auto_takes_what_is_there():
     assert cluster.select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(FlowARError, match="--precision tf32"):
         cluster.set_precision("tf32", CPU)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-1)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for hidden, rank, lines in ((None, "0", 1), (None, "1", 0), ("", "0", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False) if hidden is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert cluster.select_device("auto") == CPU
+        assert capsys.readouterr().err.count(f"WARNING: nvidia-smi lists a GPU that PyTorch {torch.__version__} (CUDA ") == lines
+
+
+@pytest.mark.parametrize("visible,index", [(1, 0), (8, 3)])
+def test_a_rank_takes_the_one_gpu_that_it_sees_or_its_own(monkeypatch, visible, index):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert cluster.select_device("cuda") == torch.device("cuda", index)
 
 
 @pytest.fixture
@@ -30,3 +53,15 @@ def test_precision_sets_the_mode_of_products(matmul_mode, asked, resolved, mode)
     with cluster.exact_products():
         assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == mode
+
+
+def test_emulated_bf16_is_told(matmul_mode, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, emulated in (((7, 5), True), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        cluster.set_precision("bf16", torch.device("cuda"))
+        assert ("emulates bf16, several times slower: --precision fp16 or fp32" in capsys.readouterr().err) == emulated
+    for flags, emulated in (("avx512f avx512_bf16", False), ("avx512f", True)):
+        monkeypatch.setattr(devices, "open", lambda path: io.StringIO(flags), raising=False)
+        cluster.set_precision("bf16", CPU)
+        assert ("emulates bf16" in capsys.readouterr().err) == emulated

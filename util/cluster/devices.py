@@ -3,6 +3,8 @@ import contextlib
 import ctypes
 import os
 import resource
+import subprocess
+import sys
 
 import torch
 
@@ -17,12 +19,31 @@ def select_device(name):
     """Device of this process. name: auto (CUDA if there is one), cpu or cuda."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and is_gpu_listed():
+            warn(f"nvidia-smi lists a GPU that PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use, so "
+                 "this runs on the CPU: update the driver, or install PyTorch for its CUDA; --device cpu is silent")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        alone = torch.cuda.device_count() == 1  # as srun --gpus-per-task=1 has it: a rank sees no other's
+        return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()
     return torch.device(name)
+
+
+def is_gpu_listed():
+    """Whether nvidia-smi lists a GPU, and nobody has hidden it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+    return False
+
+
+def warn(message):
+    """Print a line on stderr, once on every host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def keep_freed_memory():
@@ -46,9 +67,21 @@ def set_precision(precision, device):
         precision = "tf32" if device.type == "cuda" else "fp32"
     if precision == "tf32" and device.type != "cuda":
         raise FlowARError(f"--precision tf32 needs CUDA: the device is {device.type}; use fp32 or bf16")
+    if precision == "bf16" and is_bf16_emulated(device):
+        warn(f"this {device.type} emulates bf16, several times slower: --precision "
+             + ("fp16 or fp32" if device.type == "cuda" else "fp32"))
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return precision
+
+
+def is_bf16_emulated(device):
+    """Whether the hardware computes in bf16 by way of float32: GPUs before Ampere, CPUs without its instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(file.read().split())
+    return False
 
 
 @contextlib.contextmanager
