@@ -1,7 +1,6 @@
 """The places at which tests step into the programs, each named here and nowhere else."""
 import engine_flowar
 from models import kernels
-from util.data import images
 from util.evaluation import metrics, sampler, store
 
 STEP = engine_flowar, "forward_and_backward"  # (run, parts) of a step of training -> losses
@@ -17,7 +16,6 @@ METRICS = metrics.Measure, "compute"
 NPZ = store.Store, "write_npz"
 REPORT = store.Store, "finish"
 REMOVAL = store.Store, "close"
-MOST_UNREADABLE = images, "MOST_UNREADABLE"
 RECOMPUTED = kernels, "checkpoint"  # of a block
 
 

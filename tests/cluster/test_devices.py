@@ -57,11 +57,9 @@ def test_precision_sets_the_mode_of_products(matmul_mode, asked, resolved, mode)
 
 def test_emulated_bf16_is_told(matmul_mode, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, emulated in (((7, 5), True), ((8, 0), False)):
+    for capability, flags, emulated in (((7, 5), "avx512f", True), ((8, 0), "avx512f avx512_bf16", False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        cluster.set_precision("bf16", torch.device("cuda"))
-        assert ("emulates bf16, several times slower: --precision fp16 or fp32" in capsys.readouterr().err) == emulated
-    for flags, emulated in (("avx512f avx512_bf16", False), ("avx512f", True)):
         monkeypatch.setattr(devices, "open", lambda path: io.StringIO(flags), raising=False)
-        cluster.set_precision("bf16", CPU)
-        assert ("emulates bf16" in capsys.readouterr().err) == emulated
+        for device, others in (("cuda", "fp16 or fp32"), ("cpu", "fp32")):
+            cluster.set_precision("bf16", torch.device(device))
+            assert (f"this {device} emulates bf16, several times slower: --precision {others}\n" in capsys.readouterr().err) == emulated

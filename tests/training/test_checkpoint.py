@@ -103,13 +103,6 @@ def test_files_of_others_are_left_alone(tmp_path):
     assert names(tmp_path) == sorted([*others, "checkpoint-000000001.pth", "checkpoint-000000004.pth", checkpoint.LAST])
 
 
-def test_a_checkpoint_of_another_folder_is_opened_where_it_is_all_there_is(tmp_path):
-    torch.save(content(3), tmp_path / checkpoint.LAST)
-    assert checkpoint.open_newest(tmp_path).path.name == checkpoint.LAST
-    checkpoint.CheckpointWriter(tmp_path, 1, step=3)
-    assert names(tmp_path) == [checkpoint.LAST]
-
-
 def test_milestones_stay_whatever_a_later_run_asks_for(tmp_path):
     write(tmp_path, (1, 0, 5), (2, 1, 0), (3, 2, 0), (4, 2, 3), (5, 3, 0), (6, 4, 0), (7, 5, 0), keep=1, keep_every=2)
     assert names(tmp_path) == [f"checkpoint-{step:09d}.pth" for step in (3, 6, 7)] + [checkpoint.LAST]

@@ -237,12 +237,3 @@ def test_a_checkpoint_that_is_being_written_outlives_an_error_of_another_rank(pr
     done = run(command.replace("main_flowar.py", f"{tmp_path}/failing.py"), 2, check=False)
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error (rank 1): no report"], done.stderr
     assert done.returncode == 1 and (tmp_path / "out" / "checkpoint-000000005.pth").is_file()
-
-
-def test_many_unreadable_images_in_a_row_are_gone_not_damaged(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(*seams.MOST_UNREADABLE, 5)
-    shutil.copytree(project, tmp_path / "project")
-    for path in (tmp_path / "project" / "images" / "train").rglob("*.png"):
-        path.write_bytes(b"")
-    with pytest.raises(FlowARError, match="5 images in a row cannot be read, the last of them "):
-        train(tmp_path / "project", tmp_path / "out", "--on_bad_image skip")

@@ -70,7 +70,7 @@ def stop_signals():
 
 
 def run_main(main):
-    """Run a program. Exit status 2, or its `status`: a FlowARError, in one line; RESTART or 130: it was asked to leave."""
+    """Run a program. Exit status 2, or the error's own: a FlowARError, in one line; RESTART or 130: asked to leave."""
     try:
         main()
         shutdown()

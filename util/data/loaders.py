@@ -77,7 +77,8 @@ def with_workers(dataset, num_workers, timeout=0, **options):
         forkserver.ensure_running()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return WorkersLoader(dataset, num_workers=num_workers, timeout=timeout / 2, worker_init_fn=ignore_signals, **options)
+    options.update(num_workers=num_workers, timeout=timeout / 2, worker_init_fn=ignore_signals)
+    return WorkersLoader(dataset, **options)
 
 
 class WorkersLoader(DataLoader):

@@ -92,9 +92,9 @@ class CheckpointWriter:
     after a multiple of `keep_every` epochs and the file that `resume`, the run's option, names.
 
     A file appears as checkpoint-<step>.pth when it is whole and on the disk, then as checkpoint-last.pth too (a hard or
-    symbolic link, if there are links). What makes a write fail is raised by the next call; older files go after a newer one is there. Files
-    without facts in a .json beside them are others', and stay. Power averages, where they are due, are written before
-    their checkpoint and stay. Files of steps after `step`, where this run begins, are renamed.
+    symbolic link, if there are links). What makes a write fail is raised by the next call; older files go after a newer
+    one is there. Files without facts in a .json beside them are others', and stay. Power averages, where they are due,
+    are written before their checkpoint and stay. Files of steps after `step`, where this run begins, are renamed.
     """
 
     def __init__(self, folder, keep, minutes=None, step=0, keep_every=0, resume=""):
