@@ -99,7 +99,7 @@ def writing(path, sync=True):
             if sync:
                 file.flush()
                 sync_file(file)
-        temporary.replace(path)
+        rename(temporary, Path(path))
     except (OSError, RuntimeError) as error:
         # torch.save says less than the system.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -109,12 +109,23 @@ def writing(path, sync=True):
             temporary.unlink()  # if it is still there
 
 
+def rename(path, name):
+    """Path.replace; where the file system does not rename over a file, there is none under `name` for a moment."""
+    try:
+        path.replace(name)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EPERM, errno.EACCES) or not name.is_file():
+            raise
+        name.unlink()
+        path.rename(name)
+
+
 def sync_file(file):
     """Bring a file to the disk, where the file system can be asked to."""
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE):  # its bytes are lost
             raise
 
 

@@ -22,14 +22,15 @@ export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIS
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from sbatch
 OUTPUT="${OUTPUT:-./output_dir/}"
-OUTPUT="${OUTPUT/#\~/$HOME}"
+OUTPUT="${OUTPUT/#\~\//$HOME/}"
 failures="$OUTPUT/failures" # a line for each in a row
 mkdir -p "$OUTPUT"
 
 # One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back. Ranks that leave
 # have two minutes for it; --kill-on-bad-exit=1 would kill the others at the first, and the status would be that of the killed.
+# --export=ALL: after sbatch --export=NONE or --export=OUTPUT=..., ranks would not get what is exported above.
 # shellcheck disable=SC2016 # that bash's own variables
-srun --kill-on-bad-exit=0 --wait=120 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
+srun --export=ALL --kill-on-bad-exit=0 --wait=120 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
     "${PYTHON:-python}" main_flowar.py --model flowar_huge --diffloss_d 12 --diffloss_w 1536 \
     --img_size 256 --vae_path "${VAE:-pretrained_models/vae/kl16.ckpt}" --vae_embed_dim 16 --vae_stride 16 --patch_size 1 \
     --epochs 400 --warmup_epochs 100 --batch_size 32 --global_batch 2048 --blr 5e-5 --use_checkpoint --precision bf16 \

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import GEOMETRY, ROOT, call, run, small_vae
+from helpers import GEOMETRY, call, small_vae
 
 from util.speed import prepare
 
@@ -25,13 +25,6 @@ def test_training_beside_the_plain_way(monkeypatch, tmp_path):
         assert found["ratio"] == pytest.approx(found["seconds"]["plain"] / found["seconds"]["fast"])
         assert found["share_of_peak"] == pytest.approx(found["gigaflops"] / found["matmul_gigaflops"])
     assert found["difference"] < 1e-4
-
-
-@pytest.mark.slow  # it starts each checkout
-def test_another_checkout(tmp_path):
-    run(f"scripts/benchmark.py sample {SMALL} --eval_bsz 1 --num_step 2 --repeats 1 --against {ROOT} --turns 1 --json {tmp_path}/a.json")
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert found["times_as_fast"] == pytest.approx(found["turns"]["other"][0] / found["turns"]["this"][0])
 
 
 @pytest.mark.slow  # code is generated for it

@@ -68,12 +68,6 @@ def test_git_is_asked_about_the_projects_folder(checkout, tmp_path_factory, monk
     assert manifest.git_state(checkout)["dirty"] is False  # what git does not know is no change of the code
     (checkout / "util" / "manifest.py").write_text("2\n")
     assert manifest.git_state(checkout) == {**found, "dirty": True}
-
-
-def test_without_git_nothing_is_recorded(checkout, tmp_path_factory, monkeypatch):
-    copy = checkout / "vendored"  # the code lies in somebody else's repository, which does not know it
-    (copy / "util").mkdir(parents=True)
-    (copy / "util" / "manifest.py").write_text("1\n")
-    assert manifest.git_state(copy) is None and manifest.git_state(tmp_path_factory.mktemp("none")) is None
-    monkeypatch.setenv("PATH", str(copy))
+    assert manifest.git_state(tmp_path_factory.mktemp("none")) is None
+    monkeypatch.setenv("PATH", str(checkout))  # where no git is
     assert manifest.git_state(checkout) is None

@@ -15,7 +15,7 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from util.files import LOCK
 from util.command_line import parse_options
-from util.options import EvaluationOptions, SaveEvery, TrainingOptions, beyond_release, resolve_training, save_every, stored_settings, sweep
+from util.options import EvaluationOptions, SaveEvery, TrainingOptions, beyond_release, resolve_training, stored_settings, sweep
 
 LOGS = (".lock", "log.jsonl", "events.out", "run.json")  # how the names of the files begin that a training which ends with an error may leave
 
@@ -83,8 +83,6 @@ TABLE = [
     (TRAIN, "--guide {p}/run", "--guide is for an evaluation"),
     # settings of sampling
     (EVAL, "--num_step 4:5:6 --num_step_last 3", "num_steps_last is 3, num_steps 4:5:6: steps are annealed down from one number"),
-    (EVAL, "--num_step 4:1:6", "num_steps is 4:1:6, num_steps_last None: the release time grid needs at least 2"),
-    (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: guidance would act nowhere"),
     (EVAL, "--weights raw --guide {p}/run --cfg 1", "--guide {p}/run needs --cfg above 1"),
     # geometry that cannot work
     (TRAIN, "--scales 1,2", "scale ends with 2: expected 4, the latent's size in tokens"),
@@ -93,22 +91,17 @@ TABLE = [
     (TRAIN, "--vae_path {p}/stride2.pth", "--vae_stride is 4, but the VAE {p}/stride2.pth has 2"),
     (TRAIN, "--class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 7 (--class_num"),
     # contradictions
-    (TRAIN, "--compile graphs", "--compile graphs is for sampling: in training use --compile"),
     (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
     (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
-    (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
     (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --batch_size 4", "20 steps in a row were not finite, up to step 21: lower --lr"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
-    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
     # files and folders
     (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive or dataset"),
     (TRAIN, "--vae_path {p}/file", "{p}/file: cannot be read"),
     (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
-    (TRAIN, "--t_dist 'uniform;shift:2'", "t_dist has 2 values (('uniform', 'shift:2')): expected one for each of 3 scales"),
     (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background (255, 255, 255), but --background is (0, 0, 0)"),
-    (TRAIN, "--cached_path {p}/npz --img_size 32", "its latents are (4, 4, 4), but --img_size / --vae_stride is 8"),
     (TRAIN, "--evaluate", "--log_freq is for training: leave it out with --evaluate"),
     (EVAL, "--fid_stats {p}/other.npz", "--fid_stats {p}/other.npz: expected finite numbers mu of shape (1280,)"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights under 'model'"),
@@ -130,7 +123,6 @@ TABLE = [
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
     (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
-    (TRAIN, "--cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
 ]
 
 
@@ -205,12 +197,6 @@ def test_global_batches_that_cannot_be_split(options, processes, saved, message)
     with pytest.raises(FlowARError) as ended:
         resolved(options, processes, saved)
     assert message in str(ended.value)
-
-
-@pytest.mark.parametrize("text,expected", [
-    ("500", SaveEvery(steps=500)), ("30m", SaveEvery(minutes=30.0)), ("0", SaveEvery()), ("0m", SaveEvery())])
-def test_save_every(text, expected):
-    assert save_every(text) == expected
 
 
 # ---- from Python -------------------------------------------------------------------------------------------------

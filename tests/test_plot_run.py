@@ -59,16 +59,6 @@ def test_every_panel_is_drawn_and_labelled(folder):
     assert [text.get_text() for text in figure.axes[5].get_legend().get_texts()] == ["in training, EMA", "eval.py, EMA", "eval.py, raw"]
 
 
-def test_runs_are_compared_in_the_same_panels(folder, tmp_path, monkeypatch, capsys):
-    other = write_run(tmp_path / "other" / "a")
-    call(monkeypatch, f"scripts/plot_run.py {folder} {other} --output {tmp_path}/out/x.pdf")
-    assert (tmp_path / "out" / "x.pdf").read_bytes().startswith(b"%PDF") and str(tmp_path / "out" / "x.pdf") in capsys.readouterr().out
-    figure = plot_run.draw([plot_run.read_run(path) for path in (folder, other)])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "a"]  # the program writes their paths
-    first, second = figure.axes[0].get_lines()
-    assert first.get_color() != second.get_color() and first.get_ydata()[1] == 7
-
-
 def test_what_is_not_there_has_no_panel(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a")
     assert titles(plot_run.draw([plot_run.read_run(run)])) == ["Training loss", "Training loss of each scale", "Learning rate", "Training speed"]

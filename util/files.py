@@ -32,11 +32,18 @@ def check_place(path):
     return there
 
 
+def last_change(folder):
+    """Time of the last change of a folder, of the files in it, or of a folder in it."""
+    return max(path.lstat().st_mtime for path in Path(folder).iterdir() if path.suffix != ".tmp")
+
+
 def lock_folder(folder, patience=LOCK_PATIENCE):
     """Lock a folder for as long as the file that this returns is open; FlowARError if another process still has it
-    after `patience` seconds, one of another host after LEASE too: that may be dead, and the command is started again.
+    after `patience` seconds. One of another host may be dead: it is waited for until LEASE, and if nothing was written
+    in the folder meanwhile, the error's status has the command started again.
     """
-    start, file, here = time.monotonic(), open(Path(folder) / LOCK, "a+"), f" on {socket.gethostname()}"
+    file, here = open(Path(folder) / LOCK, "a+"), f" on {socket.gethostname()}"
+    start, before = time.monotonic(), last_change(folder)
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,10 +53,12 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
                 break
         file.seek(0)
         owner = file.read().strip() or f"unknown{here}"
-        if time.monotonic() > start + (patience if owner.endswith(here) else max(patience, LEASE)):
+        elsewhere = not owner.endswith(here)
+        if time.monotonic() > start + (LEASE if elsewhere else patience):
             error = FlowARError(f"{folder}: another run writes here ({owner}): wait for it or stop it, or choose "
                                 "another --output_dir")
-            error.status = 2 if owner.endswith(here) else RESTART
+            if elsewhere and last_change(folder) == before:
+                error.status = RESTART
             raise error
         time.sleep(0.5)
     file.truncate(0)

@@ -134,25 +134,19 @@ def test_workers_follow_the_machine(monkeypatch):
     assert loaders.default_workers() == 2
 
 
-class Late(torch.utils.data.Dataset):
-    """Items of which the second takes its time, or is none."""
-
-    def __init__(self, seconds):
-        self.seconds = seconds
-
-    def __len__(self):
-        return 3
+class Late(list):
+    """Items of which one takes its time, or is none."""
 
     def __getitem__(self, key):
-        if key[1] == 1:
-            time.sleep(self.seconds)
-            if not self.seconds:
-                raise RuntimeError("damaged")
+        seconds = super().__getitem__(key[1])
+        time.sleep(seconds)
+        if seconds == 0:
+            raise RuntimeError("damaged")
         return key[1]
 
 
 def test_a_batch_is_waited_for_twice_half_the_timeout():
     """What a worker raises is raised at once, and no batch is left out."""
-    assert torch.cat(list(build_loader(Late(2.2), 1, num_workers=1, timeout=3))).tolist() == [0, 1, 2]
+    assert torch.cat(list(build_loader(Late([0.1, 2.2, 0.1]), 1, num_workers=1, timeout=3))).tolist() == [0, 1, 2]
     with pytest.raises(RuntimeError, match="damaged"):
-        list(build_loader(Late(0), 1, num_workers=1, timeout=60))
+        list(build_loader(Late([0.1, 0]), 1, num_workers=1, timeout=60))

@@ -93,13 +93,6 @@ def test_all_known_is_the_image_itself_and_none_is_as_ever():
         assert all(map(torch.equal, model.sample_pyramid(labels, noise=noise, num_steps=4, known=(pyramid, cells)), expected))
 
 
-@pytest.mark.parametrize("wrong,message", [
-    (dict(given=[torch.zeros(2, 4, 2, 2)]), "given has shapes"), (dict(noise=[torch.zeros(2, 1, 4)]), "noise has shapes")])
-def test_other_shapes_are_refused(wrong, message):
-    with pytest.raises(FlowARError, match=message):
-        small_model().sample_pyramid(torch.tensor([1, 2]), **wrong)
-
-
 # ---- names ------------------------------------------------------------------------------------------------------------------
 
 

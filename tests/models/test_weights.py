@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -95,12 +96,19 @@ def test_safetensors_whatever_the_suffix_and_files_of_before_pytorch_1_6(tmp_pat
     assert same(read_file(tmp_path / "old.pth"), EMA)
 
 
-def test_a_file_system_that_maps_and_syncs_nothing_and_has_no_modes(tmp_path, monkeypatch):
+def test_a_file_system_that_maps_and_syncs_nothing_has_no_modes_and_renames_over_no_file(tmp_path, monkeypatch):
     def fail(error):
         return mock.Mock(side_effect=error)
+
+    def replace(path, name):
+        if name.exists():
+            raise FileExistsError(errno.EEXIST, "File exists")
+        path.rename(name)
+
+    monkeypatch.setattr(Path, "replace", replace)
     monkeypatch.setattr(torch.UntypedStorage, "from_file", fail(RuntimeError("unable to mmap 5 bytes: No such device (19)")))
     monkeypatch.setattr(os, "chmod", fail(PermissionError(errno.EPERM, "Operation not permitted")))
-    for error in (errno.EINVAL, errno.EOPNOTSUPP):
+    for error in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
         monkeypatch.setattr(os, "fsync", fail(OSError(error, "no fsync")))
         write_file({"model": EMA}, tmp_path / "x.pth")
         write_safetensors(EMA, {"args": VAE, "weights_key": "model"}, tmp_path / "x.safetensors")

@@ -9,7 +9,6 @@ import torch
 from helpers import make_project, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.training import logging
 from util.training.logging import TrainingLog
 
 
@@ -99,13 +98,6 @@ def test_what_fails_there_is_said_once(stub, tmp_path, capsys, fails):
     out = capsys.readouterr().out
     assert out.count("warning: --wandb: the service is gone; training goes on without it") == 1 and "and more" not in out
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
-
-
-def test_rank_0_alone_tells_it(stub, tmp_path, monkeypatch):
-    wandb = stub()
-    monkeypatch.setattr(logging, "is_main", lambda: False)
-    write(tmp_path)
-    assert not wandb.inits and not wandb.told and not list(tmp_path.iterdir())
 
 
 def test_a_log_is_mended(tmp_path):

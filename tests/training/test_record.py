@@ -32,14 +32,6 @@ def test_other_images_are_said(now, said, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_what_an_older_checkpoint_does_not_know_is_said(capsys):
-    check_data({"images": 10}, "run.pth", DATA, 3)
-    assert "run.pth: does not say what it was trained on" in capsys.readouterr().out
-    assert saved_origin({}) == saved_origin({"vae": "of another program"}) == LatentOrigin()
-    assert saved_origin({"vae": {"name": "mine"}}) == LatentOrigin("mine")  # MAR's cache
-    check_origin("run.pth", saved_origin({}), LatentOrigin("mine", "abc", (1, 0)))
-
-
 @pytest.mark.parametrize("found,message", [
     (LatentOrigin("a", "1" * 64, (2.0, 0.0)), "its VAE is a .sha256 .*, but b has .*: latents of two VAEs do not mix"),
     (LatentOrigin("a", None, (1.0, 0.0)), r"its latents have the scale and shift \(1.0, 0.0\), those of b \(2.0, 0.0\): latents of two scales do not mix; use")])

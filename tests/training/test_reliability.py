@@ -208,32 +208,3 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_whole(project, 
     assert done.returncode == 2, done.stderr
     assert "checkpoint-000000006.pth: cannot be written ([Errno 27] File too large)" in done.stderr and "Traceback" not in done.stderr
     assert checkpoint.open_newest(tmp_path).path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
-
-
-FAILING = """
-import sys, time
-import engine_flowar, main_flowar
-from util import cluster
-from util.training import checkpoint
-write_file = checkpoint.write_file
-
-def slowly(content, path):
-    time.sleep(1)
-    write_file(content, path)
-
-def fail(*args):
-    if cluster.rank() == 1:
-        raise checkpoint.FlowARError("no report")
-    time.sleep(60)
-
-checkpoint.write_file, engine_flowar.validate = slowly, fail
-cluster.run_main(main_flowar.main)
-"""
-
-
-def test_a_checkpoint_that_is_being_written_outlives_an_error_of_another_rank(project, tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    command = training_command(project, tmp_path / "out", "--epochs 1 --batch_size 8")
-    done = run(command.replace("main_flowar.py", f"{tmp_path}/failing.py"), 2, check=False)
-    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error (rank 1): no report"], done.stderr
-    assert done.returncode == 1 and (tmp_path / "out" / "checkpoint-000000005.pth").is_file()

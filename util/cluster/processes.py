@@ -51,8 +51,9 @@ def init(device_name, timeout=TIMEOUT):
 
 
 def end_if_stuck(number, timeout):
-    """End this process, rank `number`, once its main thread is in one call for `timeout` seconds, such as a collective.
-    They count while the process runs; for gloo and NCCL those of a suspended job (Ctrl-Z, scontrol suspend) would too.
+    """End this process, rank `number`, once its main thread is in one call, such as a collective, for `timeout` seconds
+    in which the process runs. gloo and NCCL, whose own timeout is FOREVER, would count those of a suspended job too
+    (Ctrl-Z, scontrol suspend): their clock goes on, they look at it first when they wake, and no retry is possible.
     """
     waited, tick = 0, min(1, timeout / 10)
 

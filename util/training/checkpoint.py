@@ -20,7 +20,7 @@ import torch
 from models import FlowARError
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
-from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, write_file
+from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, rename, write_file
 from util.cluster import fetch, from_main, log
 from util.files import lock_folder, make_directory, read_json, write_json
 from util.training.parallel import cut, spread
@@ -76,11 +76,11 @@ def is_same_folder(resume, output_dir):
 def link(path, name):
     """Make `name` another name of the file `path`, whatever it was before; without links there is no such name."""
     temporary = Path(f"{name}.tmp")
-    temporary.unlink(missing_ok=True)
     for make_link, target in ((os.link, path), (os.symlink, path.name)):
+        temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # of a file system that has no such links
             make_link(target, temporary)
-            return temporary.replace(name)
+            return rename(temporary, Path(name))
     Path(name).unlink(missing_ok=True)
 
 
