@@ -1,4 +1,5 @@
-"""Weights by name: hf:OWNER/REPO/FILE[@REVISION] on the Hugging Face hub, released:NAME for the authors' files.
+"""Weights by name: hf:OWNER/REPO/FILE[@REVISION] on the Hugging Face hub, released:NAME for the authors' files and for
+ADM's reference batches, which are elsewhere and are kept beside the hub's files.
 
 huggingface_hub downloads, once: its cache (HF_HOME), its offline switch (HF_HUB_OFFLINE=1), its token (HF_TOKEN), its
 errors.
@@ -6,8 +7,11 @@ errors.
 import contextlib
 import errno
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from models.errors import FlowARError, first_sentence
 from models.weights import EXPORTED
@@ -21,11 +25,16 @@ class Release(NamedTuple):
     sampling: dict = {}
 
 
+ADM_ARRAYS = {f"{name}.npy" for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")}
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 RELEASES = {
     "flowar_small": Release("hf:OliverRen/FlowAR/FlowAR-S.pth", dict(num_steps=25, cfg=4.3, guidance=0.9)),
     "flowar_large": Release("hf:OliverRen/FlowAR/FlowAR-L.pth", dict(num_steps=25, cfg=2.4, guidance=0.9)),
     "flowar_huge": Release("hf:OliverRen/FlowAR/FlowAR-H.pth", dict(num_steps=50, cfg=2.4, guidance=0.7)),
     "kl16": Release("hf:xwen99/mar-vae-kl16/kl16.ckpt"),
+    # Of guided-diffusion's evaluation suite; 2 and 8 GB, for --fid_stats.
+    "adm_in256": Release(f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
+    "adm_in512": Release(f"{ADM}/512/VIRTUAL_imagenet512.npz"),
 }
 
 
@@ -49,6 +58,9 @@ def local_file(name):
         return Path(name).expanduser()
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # here: it is heavy
     from huggingface_hub.errors import HfHubHTTPError
+    release = release_of(name)
+    if release and not release.name.startswith(HUB):
+        return download_archive(name, release.name)
     repository, file, revision = split_hub_name(name)
     with explain(name):
         try:
@@ -60,6 +72,39 @@ def local_file(name):
             if not isinstance(cached, str):
                 raise
             return Path(cached)
+
+
+def download_archive(name, url):
+    """Path of ADM's reference batch among what libraries keep beside the hub's files. No hash of it is published: it is
+    whole if its arrays are there and have the zip format's check sums.
+    """
+    from huggingface_hub import cached_assets_path, constants
+    from huggingface_hub.utils import WeakFileLock
+    with explain(name):
+        path = cached_assets_path("flowar", "references", "adm") / url.rpartition("/")[2]
+        if path.is_file():
+            return path
+        with WeakFileLock(f"{path}.lock"):
+            if not path.is_file():  # another process's, meanwhile
+                fetch_archive(name, url, path, constants.HF_HUB_OFFLINE)
+    return path
+
+
+def fetch_archive(name, url, path, offline):
+    temporary = path.with_suffix(".new")
+    try:
+        if offline:
+            raise OSError("HF_HUB_OFFLINE is set")
+        torch.hub.download_url_to_file(url, temporary)
+        with zipfile.ZipFile(temporary) as archive:
+            damaged = archive.testzip() or ADM_ARRAYS - set(archive.namelist())
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} is damaged or missing")
+    except (OSError, zipfile.BadZipFile) as error:  # OSError: of the network, by urllib
+        temporary.unlink(missing_ok=True)
+        raise FlowARError(f"{name}: cannot be downloaded from {url} ({error}): fetch it elsewhere and give its path, or "
+                          f"put it at {path}") from error
+    temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def main():
     }
     summary = {}
     for row, (images, labels) in rows.items():
-        features, _ = extract(extractor, images.to(device))
+        features = extract(extractor, images.to(device))["features"]
         summary[row] = {"classifier_accuracy": accuracy(network, gray(images), labels, device),
                         name: frechet_distance(statistics(features), reference.statistics)}
     summary["test images"] = {"classifier_accuracy": accuracy(network, gray(test), test_labels, device)}

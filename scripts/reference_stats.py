@@ -1,5 +1,6 @@
 """Statistics of a folder of images for --fid_stats: an .npz with mu and sigma in one feature extractor or several.
 
+In Inception's features also mu_s and sigma_s, for sFID.
 With --keep_features also the features, which KID, precision and recall need. Of class folders also how many images each
 has: an evaluation warns if its own are of another mix. With --held_out also the distance of those images, for FDr:
 
@@ -51,6 +52,8 @@ def save_statistics(path, references, joint, held_out=None):
     for number, (extractor, reference) in enumerate(zip(joint.parts, references)):
         own = {**reference.statistics, "feature_extractor": extractor.name,
                "weights_sha256": tensors_hash(extractor.network.state_dict()), "resize": extractor.resize}
+        if reference.spatial:
+            own.update(mu_s=reference.spatial["mu"], sigma_s=reference.spatial["sigma"])
         if reference.features is not None:
             own["features"] = np.asarray(reference.features, dtype=np.float32)
         if held_out:

@@ -93,7 +93,7 @@ class Colours(extractors.Extractor):
         self.network = nn.BatchNorm2d(3).eval()
 
     def forward(self, images):
-        return self.network(images.float()).mean(dim=(2, 3)), None
+        return {"features": self.network(images.float()).mean(dim=(2, 3))}
 
 extractors.EXTRACTORS["colours"] = Colours
 for command in commands:

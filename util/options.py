@@ -214,8 +214,9 @@ class Evaluation(Extractors):
     """evaluation"""
     num_images: int = setting(50000, "images to generate", POSITIVE)
     evaluate: bool = flag("evaluate --resume instead of training; eval.py always does")
-    fid_stats: str = setting(None, "reference: an .npz of statistics, with features for KID, precision and recall, or "
-                             "a folder of images; default: fid_stats/adm_in256_stats.npz", path, beyond=True)
+    fid_stats: str = setting(None, "reference: released:adm_in256 or adm_in512, an .npz of statistics, with features "
+                             "for KID, precision and recall, or a folder of images; default: "
+                             "fid_stats/adm_in256_stats.npz", path, beyond=True)
     labels: str = setting("balanced", "balanced, train (in the proportions of the training images), or a file with a "
                           "label or class name a line", path, beyond=True)
     save_images: tuple = setting((), "write the images: png to images/ (default), npz to samples.npz, as ADM's "

@@ -63,8 +63,8 @@ def measure(samplers, count, root, device):
     for name, sampler in samplers.items():
         labels = [image_label(i, count, sampler.model.class_num) for i in range(count)]
         images = sampler.images(labels)
-        features, logits = extract(extractor, images.to(device))
-        metrics = compute_metrics(features, logits, reference, extractor, device)
+        features = extract(extractor, images.to(device))["features"]
+        metrics = compute_metrics(features, None, reference, extractor, device)
         found = accuracy(classifier, gray(images), torch.tensor(labels), device)
         figures[name] = [*map(metrics.get, names), found]
         print(name, *(f"{value:.4g}" for value in figures[name]), flush=True)

@@ -50,7 +50,7 @@ class Colors(extractors.Extractor):
         pass
 
     def forward(self, images):
-        return images.float().mean(dim=(2, 3)), None
+        return {"features": images.float().mean(dim=(2, 3))}
 
 
 @pytest.fixture

@@ -111,8 +111,12 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     measure.read_references()
     measure.read_references()
     assert len(read) == 10
-    images = references.load_uint8(sorted((tmp_path / "flat_train").iterdir()))
-    ours = measure.compute([dict(zip(("features", "logits"), extractors.extract(joint, images)))], cpu)
+    images, maps, exact = references.load_uint8(sorted((tmp_path / "flat_train").iterdir())), [], metrics.frechet_distance
+    joint.parts[1].network.Mixed_6d.register_forward_hook(lambda module, given, output: maps.append(output))
+    measured = extractors.extract(joint, images)
+    assert torch.equal(measured["spatial"], torch.cat(maps).permute(0, 2, 3, 1)[..., :7].reshape(10, 2023))  # in TensorFlow's order
+    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: exact(a, b) if len(a["mu"]) < 1000 else 0)  # 15 s each
+    ours = measure.compute([measured], cpu)
     names = {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std", "precision_k3": "precision", "recall_k3": "recall"}
     scores = {name: name for name in ("inception_score_mean", "inception_score_std")}
     for extractor in joint.parts:
@@ -122,7 +126,7 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
             input1=str(tmp_path / "flat_train"), input2=str(tmp_path / "flat_val"), cuda=False, fid=not inception, kid=True, prc=True, kid_subset_size=10, batch_size=2,
             feature_extractor="inception-v3-compat" if inception else extractor.name, **(options if inception else {}), verbose=False,
             save_cpu_ram=True, cache=False)
-        distance = {extractor.distance: "frechet_inception_distance"} if not inception else {}  # 2048 numbers: a minute; the formula is tested above
+        distance = {extractor.distance: "frechet_inception_distance"} if not inception else {}  # its formula is tested above
         expected = {**distance, **{name + extractor.suffix: value for name, value in names.items()}, **(scores if inception else {})}
         assert {name for name in ours["metrics"] if name.endswith(extractor.suffix)} >= set(expected)
         for name, value in expected.items():
@@ -130,8 +134,8 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
             del ours[name]
         if extractor.name in random_transformers:
             network = registry.FEATURE_EXTRACTORS_REGISTRY[extractor.name](extractor.name, extractor.name.split("-")[:1])
-            torch.testing.assert_close(extractors.extract(extractor, images)[0], network(images)[0], rtol=1e-4, atol=1e-5)
-    assert set(ours) == {"metrics", "reference_images", "reference_left_out", "fid"}
+            torch.testing.assert_close(extractors.extract(extractor, images)["features"], network(images)[0], rtol=1e-4, atol=1e-5)
+    assert set(ours) == {"metrics", "reference_images", "reference_left_out", "fid", "sfid"}
 
 
 def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
@@ -190,7 +194,7 @@ class Flat(extractors.Extractor):
         self.network = nn.Linear(3, 4)
 
     def forward(self, images):
-        return self.network(images.float().mean(dim=(2, 3)) / 255), None
+        return {"features": self.network(images.float().mean(dim=(2, 3)) / 255)}
 
 
 @pytest.mark.parametrize("changed,message", [
@@ -232,13 +236,12 @@ def test_statistics_say_what_they_are(tmp_path, keep):
 
 
 def test_statistics_of_others_are_taken_for_inceptions(tmp_path):
-    """ADM's hold mu_s, sigma_s and more, CIFAR-10's and pytorch-fid's mu and sigma alone: of any image size."""
+    """CIFAR-10's and pytorch-fid's hold mu and sigma alone: of any image size."""
     path, inception = tmp_path / "stats.npz", Flat()
     inception.name = "inception"
-    for more in ({}, {"mu_s": np.zeros(7), "sigma_s": np.eye(7), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}):
-        np.savez(path, mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32), **more)
-        for size in (32, 256, 512):
-            assert references.load_statistics(path, inception, size).statistics["mu"].shape == (4,)
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32))
+    for size in (32, 256, 512):
+        assert references.load_statistics(path, inception, size).statistics["mu"].shape == (4,)
     with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .a file that does not say it"):
         references.load_statistics(path, Flat(), 256)
 
@@ -256,7 +259,41 @@ def test_statistics_know_their_classes(tmp_path):
 
 class Alike(Flat):
     """In Inception's place."""
-    name, suffix, distance = "inception", "", "fid"
+    name, suffix, distance, classes, spatial = "inception", "", "fid", 4, 3
+
+    def forward(self, images):
+        measured = super().forward(images)
+        return {**measured, "logits": measured["features"], **({"spatial": images[:, :, 0, 0].float()} if self.spatial else {})}
+
+
+def test_adms_reference_batch_gives_the_five_columns_of_its_table(tmp_path, monkeypatch):
+    """By its name, from where a download is kept; sFID also of a batch of a file that reference_stats.py wrote, not of what an earlier version left."""
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path)
+    (tmp_path / "flowar" / "references" / "adm").mkdir(parents=True)
+    real, images = torch.randint(0, 256, (2, 40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    known = extractors.extract(Alike(), real)
+    own, spatial = metrics.statistics(known["features"]), metrics.statistics(known["spatial"])
+    args, cpu = SimpleNamespace(fid_stats="released:adm_in256", feature_extractor=["inception"], compile=False), torch.device("cpu")
+    monkeypatch.setitem(extractors.EXTRACTORS, "inception", lambda device, file: Alike())
+    arrays = {**own, "mu_s": spatial["mu"], "sigma_s": spatial["sigma"], "arr_0": real.permute(0, 2, 3, 1).numpy()}
+    np.savez(tmp_path / "flowar" / "references" / "adm" / "VIRTUAL_imagenet256_labeled.npz", **arrays)
+    measure = metrics.build_measure(args, 16, None, cpu)
+    measure.read_references()
+    measured = extractors.extract(measure.extractor, images)
+    found = measure.compute([measured], cpu)
+    assert {"fid", "sfid", "inception_score_mean", "precision_k3", "recall_k3"} <= set(found["metrics"])
+    assert found["sfid"] == pytest.approx(metrics.frechet_distance(metrics.statistics(images[:, :, 0, 0]), spatial))
+    assert torch.equal(measure.reference.features, known["features"])
+    del measured["spatial"]
+    assert found == {**measure.compute([measured], cpu), "sfid": found["sfid"], "metrics": found["metrics"]}
+    with pytest.raises(FlowARError, match="released:adm_in256: its img_size is 16, here it is 32"):
+        metrics.build_measure(args, 32, None, cpu)
+    args.fid_stats = f"{tmp_path}/stats.npz"
+    np.savez(args.fid_stats, **own)
+    assert "spatial" not in extractors.extract(metrics.build_measure(args, 16, None, cpu).extractor, images)
+    with pytest.raises(FlowARError, match=r"expected finite numbers mu_s of shape \(3,\)"):
+        np.savez(args.fid_stats, **own, mu_s=np.zeros(7), sigma_s=np.eye(7))
+        metrics.build_measure(args, 16, None, cpu)
 
 
 def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
@@ -266,7 +303,8 @@ def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
     reference_stats.save_statistics(path, train, joint, val)
     with np.load(path) as file:  # where others look for Inception's
         np.testing.assert_allclose(file["mu"], metrics.statistics(train[1].features)["mu"], atol=1e-9)
-    assert references.load_statistics(path, Alike(seed=1), 16).held_out[1] == 30
+    read = references.load_statistics(path, Alike(seed=1), 16)
+    assert read.held_out[1] == 30 and np.array_equal(read.spatial["sigma"], train[1].spatial["sigma"])
     measure = metrics.Measure(joint, [references.load_statistics(path, part, 16) for part in joint.parts])
     assert not capsys.readouterr().out.count("warning")
     generated = torch.cat([part.features for part in val], dim=1) + torch.tensor([0.1, 0, 0, 0, 0.3, 0, 0, 0])

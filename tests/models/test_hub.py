@@ -2,7 +2,9 @@
 import hashlib
 import http.server
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from huggingface_hub import close_session, constants
 
@@ -63,6 +65,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", served.address)  # as HF_ENDPOINT does before the client is imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.address + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path / "assets")
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         yield served
         http_server.shutdown()
@@ -136,6 +139,26 @@ def test_released_names_are_the_authors_files(server, weights, tmp_path):
     assert load_vae("released:kl16").embed_dim == 4
     assert hub.release_of("hf:OliverRen/FlowAR/FlowAR-H.pth").sampling == dict(num_steps=50, cfg=2.4, guidance=0.7)
     assert hub.release_of("FlowAR-S.pth") is None
+
+
+def test_adms_reference_batch_is_downloaded_once_and_whole(server, tmp_path, monkeypatch):
+    name, place = "released:adm_in256", ("me/it", "main", "adm.npz")
+    monkeypatch.setitem(hub.RELEASES, "adm_in256", hub.Release(f"{server.address}/me/it/resolve/main/adm.npz"))
+    np.savez(tmp_path / "adm.npz", mu=1, sigma=2, mu_s=3, sigma_s=4, arr_0=np.full((2, 8, 8, 3), 77, np.uint8))
+    np.savez(tmp_path / "less.npz", mu=1, sigma=2, arr_0=3)
+    content, less = (tmp_path / "adm.npz").read_bytes(), (tmp_path / "less.npz").read_bytes()
+    for sent, words in ((None, "HTTP Error 404"), (content[:-99], "not a zip file"), (less, "mu_s"), (content.replace(b"MMM", b"MLM"), "arr_0.npy is damaged")):
+        server.files[place] = sent
+        with pytest.raises(FlowARError, match=f"{name}: cannot be downloaded from http:.*{words}.*: fetch it elsewhere and give its path, or put it"):
+            hub.local_file(name)
+    server.files[place], server.gets = content, []
+    with ThreadPoolExecutor(2) as pool:
+        path, = set(pool.map(hub.local_file, [name] * 2))
+    assert path.read_bytes() == content and len(server.gets) == 1 and {file.suffix for file in path.parent.iterdir()} == {".npz", ".lock"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.local_file(name) == path
+    with pytest.raises(FlowARError, match="released:adm_in512: cannot be downloaded from https://.* .HF_HUB_OFFLINE is set.: fetch it"):
+        hub.local_file("released:adm_in512")
 
 
 def test_our_own_safetensors_say_what_they_are(server, tmp_path):

@@ -16,8 +16,10 @@ from models.weights import file_hash, read_file
 
 
 class Extractor:
-    """A feature network. forward: images (B, 3, H, W) uint8 -> features (B, dim), logits (B, classes) or None."""
-    classes = 0
+    """A feature network. forward: images (B, 3, H, W) uint8 -> {features (B, dim), and, of a network that has them,
+    logits (B, classes), spatial (B, numbers of sFID)}.
+    """
+    classes = spatial = 0
     batch = 64  # images at once
 
     @property
@@ -32,9 +34,12 @@ class Extractor:
 
 
 class Inception(Extractor):
-    """torch-fidelity's InceptionV3, whose logits the Inception Score is of."""
+    """torch-fidelity's InceptionV3, whose logits the Inception Score is of. ADM's sFID is of the first 7 channels of the
+    graph's mixed_6/conv: here Mixed_6d's 1x1 branch, 17x17 cells after their ReLU.
+    """
     name, dim, classes, suffix, distance = "inception", 2048, 1008, "", "fid"
     resize = "bilinear to 299x299, as TensorFlow 1 does"
+    channels, spatial = 7, 7 * 17 * 17  # 0 where no reference has them
 
     def __init__(self, device, file=None):
         from torch_fidelity import feature_extractor_inceptionv3 as inception
@@ -45,9 +50,17 @@ class Inception(Extractor):
                                                              feature_extractor_weights_path=tensors).to(device)
         if device.type == "cpu":  # a third less time there; on a GPU it was not measured
             self.network.to(memory_format=torch.channels_last)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep_map)
+
+    def keep_map(self, module, inputs, output):
+        self.map = output[:, :self.channels]
 
     def forward(self, images):
-        return self.network(images)
+        features, logits = self.network(images)
+        measured = {"features": features, "logits": logits}
+        if self.spatial:  # rows, columns, channels, as TensorFlow has them
+            measured["spatial"] = self.map.permute(0, 2, 3, 1).flatten(1)
+        return measured
 
 
 class EfficientNetLite0(Extractor):
@@ -68,7 +81,7 @@ class EfficientNetLite0(Extractor):
     def forward(self, images):
         x = F.interpolate(images.float(), size=(self.size, self.size), mode="bilinear", antialias=True)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(x).mean(dim=(2, 3)), None
+        return {"features": self.network.extract_features(x).mean(dim=(2, 3))}
 
 
 class ViT(Extractor):
@@ -82,7 +95,7 @@ class ViT(Extractor):
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
         from torchvision.transforms.functional import normalize
         x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(self.side,) * 2, align_corners=False)
-        return self.network(normalize(x, [255 * m for m in self.mean], [255 * s for s in self.std])), None
+        return {"features": self.network(normalize(x, [255 * m for m in self.mean], [255 * s for s in self.std]))}
 
 
 class DINOv2(ViT):
@@ -179,31 +192,29 @@ def build_extractors(choices, device):
 
 @torch.no_grad()
 def extract(extractor, images):
-    """(features (n, dim), logits or None), float32 on the CPU, of images (n, 3, H, W) uint8, in batches."""
-    features, logits = [], []
-    for part in images.split(extractor.batch):
-        some, scores = extractor.forward(part)
-        features.append(some)
-        if scores is not None:
-            logits.append(scores)
-    return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu() if logits else None
+    """What extractor.forward has, float32 on the CPU, of images (n, 3, H, W) uint8, in batches."""
+    parts = [extractor.forward(part) for part in images.split(extractor.batch)]
+    return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
 
 
 class Joint:
-    """Extractors as one: images pass through each, the features stand side by side; the logits are of the one that has
-    some."""
+    """Extractors as one: images pass through each, the features stand side by side; what else there is, is of the one
+    that has it.
+    """
     def __init__(self, parts):
         self.parts, self.name = parts, ",".join(part.name for part in parts)
         self.dim, self.batch = sum(part.dim for part in parts), max(part.batch for part in parts)
 
+    @property
+    def spatial(self):
+        return sum(part.spatial for part in self.parts)
+
     def forward(self, images):
-        features, logits = [], None
+        measured, features = {}, []
         for part in self.parts:
-            some, scores = extract(part, images)
-            features.append(some)
-            if logits is None:
-                logits = scores
-        return torch.cat(features, dim=1), logits
+            measured |= extract(part, images)
+            features.append(measured["features"])
+        return {**measured, "features": torch.cat(features, dim=1)}
 
     def split(self, features):
         """The features (n, dim) of each, in the order of the parts."""

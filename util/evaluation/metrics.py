@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from models.hub import release_of
 from models.weights import tensors_hash
-from util.cluster import exact_products, first_on_host, from_main, log
+from util.cluster import exact_products, fetch, first_on_host, from_main, log
 from util.data.pixels import WHITE
 from util.evaluation.extractors import Joint, build_extractors
 from util.evaluation.labels import warn_of_mix
-from util.evaluation.references import Reference, describe_folder, extract_folder, find_statistics, list_reference
+from util.evaluation.references import (Reference, describe_folder, extract_folder, find_statistics, list_reference,
+                                        measure_archives)
 from util.speed import prepare
 
 IS_SPLITS, NEIGHBOURS = 10, 3
@@ -98,13 +100,13 @@ class Measure:
     """What images are measured with."""
     extractor: Joint
     references: list  # a Reference for each of its parts
-    read_folder: Callable | None = None  # where they are of one folder: returns them with statistics, on rank 0
+    read_images: Callable | None = None  # where they have images to measure: returns them measured, on rank 0
 
     def read_references(self):
-        """Read the references' folder, all ranks together; rank 0, which computes the metrics, gets its statistics."""
-        if self.read_folder is None:
+        """Measure the references' images, all ranks together; rank 0, which computes the metrics, gets what is new."""
+        if self.read_images is None:
             return
-        references, self.read_folder = self.read_folder(), None
+        references, self.read_images = self.read_images(), None
         if references is not None:
             self.references = references
 
@@ -133,11 +135,12 @@ class Measure:
                 "feature_extractor": self.extractor.name, **each}
 
     def compute(self, batches, device):
-        """The metrics, and their names, of all batches' {features, logits if any} in the images' order."""
-        features = self.extractor.split(torch.cat([batch["features"] for batch in batches]))
-        logits = None
-        if "logits" in batches[0]:
-            logits = torch.cat([batch["logits"] for batch in batches])
+        """The metrics, and their names, of all batches' {features, logits, spatial if any} in the images' order."""
+        measured = {}
+        for name in ("features", "logits", "spatial"):
+            if all(name in batch for batch in batches):  # an earlier version's batches have no spatial
+                measured[name] = torch.cat([batch[name] for batch in batches])
+        features, logits = self.extractor.split(measured["features"]), measured.get("logits")
         values, ratios = {}, []
         for extractor, reference, own in zip(self.extractor.parts, self.references, features):
             count = len(own)
@@ -147,6 +150,8 @@ class Measure:
                 log(f"warning: {count} images against {reference.held_out[1]:.0f} held-out ones in the fdr of "
                     f"{extractor.name}: the fewer images, the larger their distance")
             values |= compute_metrics(own, logits if extractor.classes else None, reference, extractor, device)
+            if extractor.spatial and reference.spatial and "spatial" in measured:
+                values["sfid"] = frechet_distance(statistics(measured["spatial"]), reference.spatial)
             ratios.append(values.get(f"fdr{extractor.suffix}"))
         if len(ratios) > 1 and None not in ratios:
             values[f"fdr_mean_of_{len(ratios)}"] = sum(ratios) / len(ratios)
@@ -162,11 +167,17 @@ def build_measure(args, img_size, labels, device):
         joint = build_extractors(args.feature_extractor, device)
     if args.compile:
         prepare.compile_features(joint)
-    if args.fid_stats and not args.fid_stats.endswith(".npz"):
+    name = args.fid_stats or ""
+    if name and not name.endswith(".npz") and not release_of(name):
         listing = from_main(lambda: list_reference(args.fid_stats, args))
         measure = measure_against(listing, joint, img_size, device, args.background or WHITE)
     else:
-        measure = Measure(joint, [find_statistics(args.fid_stats, part, img_size) for part in joint.parts])
+        fetch(name)
+        references = [find_statistics(name, part, img_size) for part in joint.parts]
+        for part, reference in zip(joint.parts, references):
+            if not reference.spatial:
+                part.spatial = 0
+        measure = Measure(joint, references, functools.partial(measure_archives, references, joint, device))
     warn_of_mix(labels, measure.reference)
     return measure
 
@@ -177,5 +188,5 @@ def measure_against(listing, joint, img_size, device, background=WHITE):
     if not keep:
         log(f"{listing.root}: KID, precision and recall are left out: they compare every pair of images, and these are "
             f"more than {MOST_FEATURES:,}")
-    read_folder = functools.partial(extract_folder, listing, joint, device, img_size, keep=keep, background=background)
-    return Measure(joint, [describe_folder(listing, background)] * len(joint.parts), read_folder)
+    read_images = functools.partial(extract_folder, listing, joint, device, img_size, keep=keep, background=background)
+    return Measure(joint, [describe_folder(listing, background)] * len(joint.parts), read_images)

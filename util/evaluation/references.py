@@ -10,6 +10,7 @@ from tqdm import tqdm
 from models import FlowARError
 from models.weights import tensors_hash
 from util import data
+from models.hub import local_file
 from util.cluster import all_reduce_sum, gather_to_main, is_main, log, rank, world_size
 from util.data import center_crop
 from util.data.folders import LABELS_FILE
@@ -20,7 +21,7 @@ from util.evaluation.extractors import Inception, extract
 DEFAULT_STATS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256  # pixels of that file
 # Arrays of an extractor: in a file of several with its suffix, so that Inception's are where everybody expects them.
-OWN = ("mu", "sigma", "features", "feature_extractor", "weights_sha256", "resize", "held_out")
+OWN = ("mu", "sigma", "mu_s", "sigma_s", "features", "feature_extractor", "weights_sha256", "resize", "held_out")
 SHARED = ("img_size", "classes", "class_counts")
 
 
@@ -30,6 +31,8 @@ class Reference:
     name: str | None = None
     statistics: dict | None = None  # {mu (dim,), sigma (dim, dim)} in float64
     features: torch.Tensor | None = None  # (images, dim), which KID, precision and recall need
+    spatial: dict | None = None  # as statistics, of the numbers of sFID
+    archive: Path | None = None  # an .npz with images, arr_0, that have no features yet
     held_out: tuple | None = None  # distance of other real images to these, and how many, for FDr
     sha256: str | None = None  # of its content, or of a folder's names and sizes; on rank 0
     classes: dict | None = None  # {class folder: images}
@@ -54,14 +57,19 @@ def find_statistics(fid_stats, extractor, img_size):
 
 
 def load_statistics(path, extractor, img_size):
-    """Reference of an .npz with mu and sigma, of one extractor or several, see OWN. What it says of itself and is not
-    so here (another extractor, other weights, preprocessing or image size) is refused; a file that does not say of
-    which network it is (ADM's, CIFAR-10's, pytorch-fid's) is taken as Inception's.
+    """Reference of an .npz, by path or name, with mu and sigma, of one extractor or several, see OWN. What it says of
+    itself and is not so here (another extractor, other weights, preprocessing or image size) is refused; a file that
+    does not say of which network it is (ADM's, CIFAR-10's, pytorch-fid's) is taken as Inception's.
     """
-    if not Path(path).is_file():
+    archive, arrays = local_file(path), {}
+    if not archive.is_file():
         raise FlowARError(f"--fid_stats {path}: no such file")
-    arrays = {}
-    with np.load(path) as file:
+    with np.load(archive) as file:
+        has_images = "arr_0" in file
+        if has_images:  # ADM's, whose header alone is read here
+            with file.zip.open("arr_0.npy") as images:
+                np.lib.format.read_magic(images)
+                arrays["img_size"] = np.array(np.lib.format.read_array_header_1_0(images)[0][1])
         suffix = extractor.suffix if f"feature_extractor{extractor.suffix}" in file else ""
         for name in (*OWN, *SHARED):
             in_file = name + suffix if name in OWN else name
@@ -76,13 +84,21 @@ def load_statistics(path, extractor, img_size):
             raise FlowARError(f"--fid_stats {path}: its {name} is {arrays[name].item()}, here it is {value} (a file "
                               "that does not say it is taken as Inception's); make statistics with "
                               "scripts/reference_stats.py")
-    for name, shape in (("mu", (extractor.dim,)), ("sigma", (extractor.dim,) * 2)):
+    shapes = {"mu": (extractor.dim,), "sigma": (extractor.dim,) * 2}
+    has_spatial = extractor.spatial and "mu_s" in arrays
+    if has_spatial:
+        shapes |= {"mu_s": (extractor.spatial,), "sigma_s": (extractor.spatial,) * 2}
+    for name, shape in shapes.items():
         if name not in arrays or arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise FlowARError(f"--fid_stats {path}: expected finite numbers {name} of shape {shape}; make statistics "
                               "with scripts/reference_stats.py")
     kinds = {"mu": np.float64, "sigma": np.float64, "features": np.float32, "held_out": np.float64}
     tensors = {name: torch.from_numpy(arrays[name].astype(kind)) for name, kind in kinds.items() if name in arrays}
     reference = Reference(str(path), {name: tensors[name].numpy() for name in ("mu", "sigma")}, tensors.get("features"))
+    if has_spatial:
+        reference.spatial = {name: arrays[f"{name}_s"].astype(np.float64) for name in ("mu", "sigma")}
+    if has_images and extractor.name == Inception.name and "features" not in arrays:
+        reference.archive = archive
     if "held_out" in tensors:
         reference.held_out = tuple(tensors["held_out"].tolist())
     if "class_counts" in arrays:
@@ -90,6 +106,22 @@ def load_statistics(path, extractor, img_size):
     if is_main():
         reference.sha256 = tensors_hash(tensors)
     return reference
+
+
+def measure_archives(references, joint, device):
+    """The References with the features, which precision and recall need, of the images in their archives; rank 0."""
+    if not is_main():
+        return None
+    measured = []
+    for reference, extractor in zip(references, joint.parts):
+        if reference.archive:
+            log(f"{reference.name}: features of its images")
+            with np.load(reference.archive) as file:
+                batches = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).split(extractor.batch)
+            features = [extract(extractor, batch.to(device))["features"] for batch in batches]
+            reference = replace(reference, features=torch.cat(features), archive=None)
+        measured.append(reference)
+    return measured
 
 
 # ---- folders of images -----------------------------------------------------------------------------------------
@@ -138,6 +170,26 @@ def load_uint8(files, crop=None, background=WHITE, names=None):
     return torch.stack(images)
 
 
+class Moments:
+    """Mean and covariance of rows of numbers (n, dim) that the ranks share."""
+
+    def __init__(self, dim, device):
+        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, rows):
+        wide = rows.to(self.total.device, torch.float64)
+        self.total += wide.sum(dim=0)
+        self.outer += wide.T @ wide
+
+    def statistics(self, n):
+        """{mu, sigma} of the n rows of all ranks."""
+        all_reduce_sum(self.total), all_reduce_sum(self.outer)
+        mean = self.total / n
+        sigma = (self.outer - n * torch.outer(mean, mean)) / (n - 1)
+        return {"mu": mean.cpu().numpy(), "sigma": sigma.cpu().numpy()}
+
+
 def extract_folder(listing, joint, device, img_size=None, crop=False, keep=True, through=None, background=WHITE):
     """A Reference of a Listing's images for each part of a Joint, on rank 0, None elsewhere; the ranks share the work.
 
@@ -145,13 +197,14 @@ def extract_folder(listing, joint, device, img_size=None, crop=False, keep=True,
     crop=True. Sums are float64; with keep=False features are not held, for folders of a million images. through: what
     is done to images (B, 3, H, W) uint8 on the device before they are measured.
     """
-    n, dim = len(listing), joint.dim
+    n = len(listing)
     expected = (img_size, img_size)
     if img_size is None:
         expected = load_uint8([listing.read(0)], names=[listing.path(0)]).shape[2:]
-    mine, parts = range(rank(), n, world_size()), [torch.zeros(0, dim)]
-    total = torch.zeros(dim, dtype=torch.float64, device=device)
-    outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    mine, parts = range(rank(), n, world_size()), [torch.zeros(0, joint.dim)]
+    moments = {"features": Moments(joint.dim, device)}
+    if joint.spatial:
+        moments["spatial"] = Moments(joint.spatial, device)
     for first in tqdm(range(0, len(mine), joint.batch), desc=f"features of {listing.root}", unit="batch",
                       disable=not is_main(), mininterval=2, leave=False):
         batch = mine[first:first + joint.batch]
@@ -164,27 +217,27 @@ def extract_folder(listing, joint, device, img_size=None, crop=False, keep=True,
         images = images.to(device)
         if through is not None:
             images = through(images)
-        features = extract(joint, images)[0]
-        wide = features.to(device, torch.float64)
-        total += wide.sum(dim=0)
-        outer += wide.T @ wide
+        measured = extract(joint, images)
+        for name, sums in moments.items():
+            sums.add(measured[name])
         if keep:
-            parts.append(features)
-    all_reduce_sum(total), all_reduce_sum(outer)
+            parts.append(measured["features"])
+    statistics = {name: sums.statistics(n) for name, sums in moments.items()}
     gathered = gather_to_main(torch.cat(parts))
     if gathered is None:
         return None
-    mean = total / n
-    mu, sigma = mean.cpu().numpy(), ((outer - n * torch.outer(mean, mean)) / (n - 1)).cpu().numpy()
     features = None
     if keep:
-        features = torch.zeros(n, dim)
+        features = torch.zeros(n, joint.dim)
         for number, part in enumerate(gathered):  # the ranks took the images in turn
             features[number::len(gathered)] = part
     folder, references, first = describe_folder(listing, background), [], 0
     for extractor in joint.parts:
         own = slice(first, first + extractor.dim)
-        reference = replace(folder, img_size=expected[0], statistics={"mu": mu[own], "sigma": sigma[own, own]})
+        mu, sigma = statistics["features"]["mu"][own], statistics["features"]["sigma"][own, own]
+        reference = replace(folder, img_size=expected[0], statistics={"mu": mu, "sigma": sigma})
+        if extractor.spatial:
+            reference.spatial = statistics["spatial"]
         if keep:
             reference.features = features[:, own]
         references.append(reference)

@@ -152,19 +152,17 @@ def sample_and_measure(sampler, plan, extractor, batches, store):
 
 
 def measure_batch(sampler, plan, extractor, store, number, indices, latents, watch):
-    """{features, logits if any, bad: indices of images that are not finite, seconds of each stage} of scaled latents;
-    the store keeps them and the images, as the plan wants it.
+    """{what the extractor has, bad: indices of images that are not finite, seconds of each stage} of scaled latents; the
+    store keeps them and the images, as the plan wants it.
     """
     with watch("decoding"):
         images, finite = sampler.decode(latents)
     with watch("features"):
-        features, logits = extract(extractor, images)
+        measured = extract(extractor, images)
     bad = indices.start + (~finite).nonzero().flatten().cpu()
     if plan.persistent and len(bad) == len(images):  # those of the other batches will be, too
         sampler.refuse_not_finite(bad.tolist(), plan.num_images)
-    measured = {"features": features, "bad": bad, "seconds": watch.seconds}
-    if logits is not None:
-        measured["logits"] = logits
+    measured |= {"bad": bad, "seconds": watch.seconds}
     with watch("writing"):
         images = images.permute(0, 2, 3, 1).contiguous().cpu()
         if plan.save_images:
