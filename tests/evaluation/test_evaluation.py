@@ -285,16 +285,6 @@ def test_geometry_comes_from_the_checkpoint_and_explicit_options_agree(project, 
         assert torch.equal(value[tuple(map(slice, expected.shape))], expected)  # layers are padded for sampling
 
 
-def test_weights_that_are_asked_for_are_used_and_named(project, checkpoint, tmp_path, capsys):
-    trained = torch.load(checkpoint / "checkpoint-last.pth", weights_only=True)
-    for extra, kind, key in (("", "ema", "model_ema"), ("--weights raw", "raw", "model")):
-        args = parse_options(EvaluationOptions, shlex.split(evaluation_command(project, checkpoint, tmp_path, extra))[1:])
-        sampler, description, *_ = open_for_sampling(args, torch.device("cpu"))
-        assert torch.equal(sampler.model.class_emb.weight, trained[key]["class_emb.weight"])
-        assert (description["weights"], description["weights_key"]) == (kind, key)
-        assert f"under '{key}'" in capsys.readouterr().out
-
-
 def test_images_that_are_not_finite_are_named_and_never_averaged(project, checkpoint, tmp_path, monkeypatch):
     made = itertools.count()
 

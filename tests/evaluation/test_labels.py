@@ -8,7 +8,7 @@ import torch
 from helpers import evaluate, make_project, train
 
 from models import FlowARError
-from util.evaluation.extractors import Joint
+from util.evaluation.extractors import Extractor, Joint
 from util.evaluation.labels import Classes, choose_labels, classes_of, image_label, warn_of_mix
 from util.evaluation.references import Reference
 from util.files import read_json
@@ -109,12 +109,12 @@ def test_a_reference_of_another_mix_is_said(capsys, kind, classes, reference, sh
 # ---- the distance between folders ----------------------------------------------------------------------------------
 
 
-class Means:
+class Means(Extractor):
     """A feature network of the 16 means of an image's squares: distances cost no time."""
-    name, dim, suffix, distance, batch, resize = "means", 16, "_means", "frechet_distance_means", 8, "none"
+    name, dim, batch, resize = "means", 16, 8, "none"
 
     def forward(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1), 4).flatten(1), None
+        return {"features": torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1), 4).flatten(1)}
 
 
 def ask(monkeypatch, capsys, *options):

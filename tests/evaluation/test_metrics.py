@@ -148,24 +148,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
         build()
 
 
-class Tower(nn.Module):
-    """Tensors by their names, as a module that TorchScript takes."""
-    def __init__(self, tensors):
-        super().__init__()
-        for name, value in tensors.items():
-            *path, last = name.split(".")
-            module = self
-            for part in path:
-                if not hasattr(module, part):
-                    module.add_module(part, nn.Module())
-                module = getattr(module, part)
-            module.register_buffer(last, value)
-
-    def forward(self, x: torch.Tensor):
-        return x
-
-
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_only_the_weights_of_a_network_are_taken(tmp_path, random_transformers, monkeypatch):
     from torch_fidelity import feature_extractor_clip as clip
 
@@ -175,8 +158,9 @@ def test_only_the_weights_of_a_network_are_taken(tmp_path, random_transformers, 
         with pytest.raises((RuntimeError, KeyError)):
             build(name, file)
     program = str(tmp_path / "program.pt")  # OpenAI's file is one: run if it is that very file alone
-    tensors = load_file(random_transformers["clip-vit-b-32"])
-    torch.jit.save(torch.jit.script(Tower(tensors)), program)
+    network = type("Program", (clip.CLIPVisual,), {"forward": lambda self, images: self.visual(images)})(24, 224, 2, 64, 32)
+    network.load_state_dict(load_file(random_transformers["clip-vit-b-32"]), strict=False)
+    torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3, 224, 224)), program)
     with pytest.raises((FlowARError, RuntimeError)):
         build("clip-vit-b-32", program)
     monkeypatch.setitem(clip.MODEL_METADATA, "clip-vit-b-32", {"hash": file_hash(program)})
@@ -211,52 +195,6 @@ def test_statistics_of_something_else_are_refused(tmp_path, changed, message):
         references.load_statistics(tmp_path / "stats.npz", Flat(), 16)
 
 
-def test_more_images_than_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys):
-    write_digits(tmp_path, 1)
-    monkeypatch.setattr(metrics, "MOST_FEATURES", 9)
-    listing = references.list_reference(tmp_path / "val")
-    measure = metrics.measure_against(listing, extractors.Joint([Flat()]), 16, torch.device("cpu"))
-    measure.read_references()
-    reference, = measure.references
-    assert reference.features is None and reference.statistics["sigma"].shape == (4, 4)
-    assert "KID, precision and recall are left out: they compare every pair of images, and these are more than 9" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_statistics_say_what_they_are(tmp_path, keep):
-    path, features = tmp_path / "stats.npz", torch.randn(20, 4)
-    statistics = metrics.statistics(features)
-    written = references.Reference(statistics=statistics, features=features if keep else None, images=20, img_size=16, left_out={".txt": 2})
-    reference_stats.save_statistics(path, [written], extractors.Joint([Flat()]))
-    found = references.load_statistics(path, Flat(), 16)
-    np.testing.assert_array_equal(found.statistics["mu"], features.double().numpy().mean(axis=0))
-    assert (found.features is not None) == keep and (not keep or torch.equal(found.features, features))
-    with np.load(path) as file:
-        assert file["num_images"] == 20 and file["resize"] == "none" and file["left_out"] == 2
-
-
-def test_statistics_of_others_are_taken_for_inceptions(tmp_path):
-    """CIFAR-10's and pytorch-fid's hold mu and sigma alone: of any image size."""
-    path, inception = tmp_path / "stats.npz", Flat()
-    inception.name = "inception"
-    np.savez(path, mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32))
-    for size in (32, 256, 512):
-        assert references.load_statistics(path, inception, size).statistics["mu"].shape == (4,)
-    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .a file that does not say it"):
-        references.load_statistics(path, Flat(), 256)
-
-
-def test_statistics_know_their_classes(tmp_path):
-    write_digits(tmp_path, 2)
-    (tmp_path / "val" / "3" / "000.png").unlink()
-    joint, cpu = extractors.Joint([Flat()]), torch.device("cpu")
-    found, = extract(tmp_path / "val", joint, cpu)
-    assert found.classes == {str(digit): 2 - (digit == 3) for digit in range(10)}
-    reference_stats.save_statistics(tmp_path / "stats.npz", [found], joint)
-    assert references.load_statistics(tmp_path / "stats.npz", Flat(), 16).classes == found.classes
-    assert extract(tmp_path / "val" / "0", joint, cpu)[0].classes is None  # flat
-
-
 class Alike(Flat):
     """In Inception's place."""
     name, suffix, distance, classes, spatial = "inception", "", "fid", 4, 3
@@ -267,7 +205,7 @@ class Alike(Flat):
 
 
 def test_adms_reference_batch_gives_the_five_columns_of_its_table(tmp_path, monkeypatch):
-    """By its name, from where a download is kept; sFID also of a batch of a file that reference_stats.py wrote, not of what an earlier version left."""
+    """By its name, from where a download is kept. There is no sFID of batches that an earlier version left, or without mu_s."""
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path)
     (tmp_path / "flowar" / "references" / "adm").mkdir(parents=True)
     real, images = torch.randint(0, 256, (2, 40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -288,9 +226,11 @@ def test_adms_reference_batch_gives_the_five_columns_of_its_table(tmp_path, monk
     assert found == {**measure.compute([measured], cpu), "sfid": found["sfid"], "metrics": found["metrics"]}
     with pytest.raises(FlowARError, match="released:adm_in256: its img_size is 16, here it is 32"):
         metrics.build_measure(args, 32, None, cpu)
-    args.fid_stats = f"{tmp_path}/stats.npz"
+    args.fid_stats = f"{tmp_path}/stats.npz"  # as CIFAR-10's and pytorch-fid's
     np.savez(args.fid_stats, **own)
-    assert "spatial" not in extractors.extract(metrics.build_measure(args, 16, None, cpu).extractor, images)
+    assert "spatial" not in extractors.extract(metrics.build_measure(args, 32, None, cpu).extractor, images)
+    with pytest.raises(FlowARError, match="its feature_extractor is inception, here it is flat .a file that does not say it"):
+        references.load_statistics(args.fid_stats, Flat(), 32)
     with pytest.raises(FlowARError, match=r"expected finite numbers mu_s of shape \(3,\)"):
         np.savez(args.fid_stats, **own, mu_s=np.zeros(7), sigma_s=np.eye(7))
         metrics.build_measure(args, 16, None, cpu)
@@ -319,6 +259,21 @@ def test_one_file_holds_several_extractors_and_what_fdr_needs(tmp_path, capsys):
     assert "warning: 20 images against 30 held-out ones in the fdr of flat: the fewer images, the larger" in capsys.readouterr().out
     with pytest.raises(FlowARError, match="its weights_sha256 is"):
         references.load_statistics(path, Flat(seed=1), 16)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_statistics_say_what_they_are(tmp_path, keep):
+    write_digits(tmp_path, 2)
+    (tmp_path / "val" / "3" / "000.png").unlink()
+    path, joint, cpu = tmp_path / "stats.npz", extractors.Joint([Flat()]), torch.device("cpu")
+    written, = extract(tmp_path / "val", joint, cpu, keep=keep)
+    reference_stats.save_statistics(path, [written], joint)
+    found = references.load_statistics(path, Flat(), 16)
+    assert found.classes == {str(digit): 2 - (digit == 3) for digit in range(10)} and extract(tmp_path / "val" / "0", joint, cpu)[0].classes is None
+    np.testing.assert_array_equal(found.statistics["mu"], written.statistics["mu"])
+    assert (found.features is not None) == keep and (not keep or torch.equal(found.features, written.features))
+    with np.load(path) as file:
+        assert file["num_images"] == 19 and file["resize"] == "none" and file["left_out"] == 0
 
 
 def test_features_of_a_folder_crop_and_refuse(tmp_path):
