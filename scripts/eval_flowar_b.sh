@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# flowar_base on ImageNet 256x256, 50,000 images (never released: cfg, steps and guidance are FlowAR-S's, to be tuned; the paper reports FID 2.90).
+# flowar_base on ImageNet 256x256, 50,000 images (not released: settings of FlowAR-S, to be tuned; paper: FID 2.90).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,8 +3,8 @@
     python scripts/export.py --resume output/run --weights ema --output output/export
     python scripts/export.py --resume output/run --output output/export --push OWNER/REPO   # after: hf auth login
 
-load_flowar, load_pipeline, eval.py --resume and scripts/sample.py --resume take the folder, or hf:OWNER/REPO. What names
-a place on this machine is left out of it.
+load_flowar, load_pipeline, eval.py and scripts/sample.py take the folder, or hf:OWNER/REPO. What names a place on this
+machine is left out of it.
 """
 import re
 import shutil

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show: checks, speed, memory -> docs/gpu/<the GPU's name>.md and .json. The same command goes on where the last one ended.
+# What only a GPU can show: checks, speed, memory -> docs/gpu/<the GPU's name>.md and .json. The same command resumes.
 # Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 30
 set -euo pipefail
 EXTRA="quickstart"

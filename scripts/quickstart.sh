@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a FlowAR that has learned real images: environment, data, VAE, latents, training, evaluation.
-# Each stage leaves a file and is skipped, or resumed, when the command is run again. Everything is in output/quickstart.
+# Each stage leaves a file, and is skipped or resumed when the command is run again. All is in output/quickstart.
 set -euo pipefail
 EXTRA="quickstart"
 source "$(dirname "$0")/env.sh"
@@ -40,9 +40,10 @@ done
 stage "training -> $OUT/run"
 images=$(find "$OUT/images/train" -name '*.png' | wc -l)
 epochs=$((80000 / images)) # 4 of Fashion-MNIST, more of a smaller set
-torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$OUT/vae.pth" --vae_embed_dim 4 --vae_stride 4 \
-    --patch_size 2 --model flowar_tiny --epochs "$epochs" --warmup_epochs "$((epochs * 5))e-2" --batch_size 64 --lr 2e-3 \
-    --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip --save_last_freq 1 --eval_freq "$((epochs / 2))" --cfg 3 --guidance 1 \
+torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$OUT/vae.pth" --vae_embed_dim 4 \
+    --vae_stride 4 --patch_size 2 --model flowar_tiny --epochs "$epochs" --warmup_epochs "$((epochs * 5))e-2" \
+    --batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip \
+    --save_last_freq 1 --eval_freq "$((epochs / 2))" --cfg 3 --guidance 1 \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" \
     --cached_val_path "$OUT/latents_val" --num_workers 1 --device "$DEVICE"
 
@@ -54,13 +55,13 @@ fi
 if [ "$OUT/run/checkpoint-last.pth" -nt "$OUT/eval/settings.json" ]; then
     rm -rf "$OUT/eval" # of an older checkpoint
 fi
-torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 --eval_bsz 250 \
-    --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
+torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 \
+    --eval_bsz 250 --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
     --feature_extractor efficientnet-lite0 --device "$DEVICE" --save_images --evaluate
 
 stage "pictures and table"
-python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 3 --guidance 1 --device "$DEVICE" \
-    --grid "$OUT/grid.png" --strip "$OUT/strip.png"
+python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 3 --guidance 1 \
+    --device "$DEVICE" --grid "$OUT/grid.png" --strip "$OUT/strip.png"
 python scripts/quickstart_report.py --root "$OUT" --device "$DEVICE"
 
 echo

@@ -89,8 +89,8 @@ def main():
     if references is None:
         return
     save_statistics(args.output, references, joint, held_out)
-    print(f"{args.output}: {len(listing)} images of {args.ref_images}, {references[0].img_size} pixels, in {joint.name} "
-          "features")
+    print(f"{args.output}: {len(listing)} images of {args.ref_images}, {references[0].img_size} pixels, in features of "
+          f"{joint.name}")
 
 
 if __name__ == "__main__":

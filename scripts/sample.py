@@ -49,10 +49,10 @@ def sample_parser():
     add("--inpaint", type=as_type(path), nargs="+", metavar=("IMAGE MASK", "FILE"),
         help="--per_class images with the white parts of MASK drawn anew, to FILE (inpaint.png)")
     add("--folder", type=as_type(path), help="folder for single pictures of the grid, <label>-<seed or number>.png")
-    add("--labels", type=as_type(list_of(str)), help="by number or name; default: the first 10 that had training images")
+    add("--labels", type=as_type(list_of(str)), help="numbers or names; default: the first 10 that were trained")
     add("--seeds", type=as_type(seed_list), help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
     add("--per_class", type=as_type(POSITIVE), default=8, help="samples of each class")
-    add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: 3, or all but one")
+    add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: at most 3")
     add("--again", type=as_type(path), metavar="PICTURE",
         help="take the options that a picture was made with; those given here come first")
     return parser

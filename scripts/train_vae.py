@@ -23,8 +23,8 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from models.weights import load_state, read_file, write_file
 from util.cluster import autocast, run_main, select_device, set_precision
-from util.command_line import (COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, add_options, as_type, color,
-                               list_of, path)
+from util.command_line import (COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, add_options, as_type,
+                               color, list_of, path)
 from util.data import Images, build_loader, find_split, to_uint8
 from util.data.tables import Columns
 from util.evaluation.store import write_png

@@ -20,7 +20,8 @@ from models.weights import content_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GEOMETRY = "--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 --model flowar_tiny --diffloss_d 1 --diffloss_w 64"
+GEOMETRY = ("--img_size 16 --vae_embed_dim 4 --vae_stride 4 --class_num 10 "
+            "--model flowar_tiny --diffloss_d 1 --diffloss_w 64")
 CLASSES = 10
 
 

@@ -3,8 +3,8 @@
     python scripts/studies/step_plan.py --resume output/quickstart/run --cfg 3 --guidance 1 --evaluations 36,18,9
 
 Along paths of --reference uniform steps, with the guidance of the options, an Euler and a Heun step differ by
-h^2 / 2 |dv/dt|, the local error of a step h: it says how straight the paths of a scale are. The errors of a scale's steps
-add up; `gain` is what an error of a scale's latent becomes in the last one, measured by drawing the finer scales again
+h^2 / 2 |dv/dt|, the local error of a step h: it says how straight the paths of a scale are. The errors of its steps add
+up; `gain` is what an error of a scale's latent becomes in the last one, measured by drawing the finer scales again
 from a latent that is off. Of all lists with as many evaluations in all, the one is printed whose predicted error, of
 Euler's method, is the smallest.
 """
@@ -62,8 +62,8 @@ def straightness(sampler, labels, noise, steps):
 
 
 def euler_error(rate, grid):
-    """Sum over the steps of a time grid of the integral of (t - end of the step) |dv/dt|, which is h^2 / 2 |dv/dt| where
-    that is constant; rate: of uniform steps from 1 on.
+    """Sum over the steps of a time grid of the integral of (t - end of the step) |dv/dt|: h^2 / 2 |dv/dt| where that is
+    constant. rate: of uniform steps from 1 on.
     """
     t = 1 - (torch.arange(len(rate), dtype=torch.float64) + 0.5) / len(rate)
     ends = grid[torch.searchsorted(-grid, -t)]
@@ -71,7 +71,7 @@ def euler_error(rate, grid):
 
 
 def gains(sampler, labels, noise, pyramid):
-    """What an error of each scale's latent becomes in the last scale's: a ratio of root mean squares; the last's is 1."""
+    """What an error of each scale's latent becomes in the last one's: a ratio of root mean squares, 1 for the last."""
     euler, ratios = {"time_grid": "uniform", "solver": "euler"}, []
     reference = change_settings(sampler, {**euler, "num_steps": 3 * OFF})
     few = change_settings(sampler, {**euler, "num_steps": OFF})

@@ -17,7 +17,7 @@ def test_a_thread_measures_the_same_and_raises_its_errors(tmp_path, monkeypatch)
     project = make_project(tmp_path, 2)
     train(project, tmp_path / "run", "--epochs 1")
     expected = evaluate(project, tmp_path / "run", tmp_path / "plain", "--eval_bsz 4 --save_images")
-    monkeypatch.setattr(sampler, "open_side", lambda device: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sampler, "open_executor", lambda device: ThreadPoolExecutor(1))
     found = evaluate(project, tmp_path / "run", tmp_path / "beside", "--eval_bsz 4 --save_images")
     timed = {"images_per_second", "seconds_per_image"}
     assert {key: value for key, value in found.items() if key not in timed} == {key: value for key, value in expected.items() if key not in timed}

@@ -88,14 +88,6 @@ class Pixels(NamedTuple):
     conversions: tuple  # which of CONVERSIONS it took, as indices
 
 
-def describe_conversions(images, counts):
-    """'of 900 images read: 62 with transparency ..., 14 turned upright', '' if nothing was converted. counts: how many
-    images took each of CONVERSIONS, by its index.
-    """
-    parts = [f"{counts[number]:,} {how}" for number, how in enumerate(CONVERSIONS) if counts[number]]
-    return f"of {images:,} images read: {', '.join(parts)}" if parts else ""
-
-
 def parse_color(text):
     """'white', '#ffffff' or '255,255,255' -> (r, g, b); ValueError."""
     color = ImageColor.getrgb(f"rgb({text})" if text[:1].isdecimal() else text)[:3]

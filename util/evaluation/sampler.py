@@ -137,15 +137,16 @@ def sample_and_measure(sampler, plan, extractor, batches, store):
     On CUDA a batch is decoded, measured and written while the next one is sampled.
     """
     measuring, before = {}, None
-    with open_side(sampler.device) as side, tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)",
-                                                 unit="img", disable=not is_main(), mininterval=2) as progress:
+    progress = tqdm(total=sum(map(len, batches.values())), desc="sampling (rank 0)", unit="img", disable=not is_main(),
+                    mininterval=2)
+    with open_executor(sampler.device) as executor, progress:
         for number, indices in batches.items():
             watch = Stopwatch(sampler.device)
             with watch("sampling"):
                 latents = sampler.latents(plan.labels.of(indices), indices)
             if before is not None:
                 before.result()
-            before = side.submit(measure_batch, sampler, plan, extractor, store, number, indices, latents, watch)
+            before = executor.submit(measure_batch, sampler, plan, extractor, store, number, indices, latents, watch)
             measuring[number] = before
             progress.update(len(indices))
         return {number: future.result() for number, future in measuring.items()}
@@ -181,9 +182,9 @@ class AtOnce(Executor):
         return future
 
 
-def open_side(device):
-    """An Executor for what is done beside sampling: on CUDA a thread with its own stream. Stages of a Stopwatch end
-    when the device is done, so that each stream finds what the other one made. A CPU's cores are busy anyway.
+def open_executor(device):
+    """An Executor for what is done while the next batch is sampled: on CUDA a thread with its own stream. A Stopwatch's
+    stage ends when the device is done, so each stream finds what the other one made. A CPU's cores are busy anyway.
     """
     if device.type != "cuda":
         return AtOnce()
