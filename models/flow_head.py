@@ -88,7 +88,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(h, scale, shift)).float()
 
 
-class Condition(NamedTuple):
+class EmbeddedCondition(NamedTuple):
     """The transformer's z, and what the head computes of it once for any number of evaluations."""
     z: torch.Tensor  # (B, N, cond_dim), what the blocks attend to
     c: torch.Tensor  # (B, N, width): z, embedded
@@ -128,21 +128,21 @@ class FlowHead(nn.Module):
 
         Args:
             t: (B,) in [0, 1], or (1,) for all images; of several scales (scales, B).
-            z: (B, N, cond_dim), or its Condition, which prepare() returns, for many evaluations.
+            z: (B, N, cond_dim), or its EmbeddedCondition, which prepare() returns, for many evaluations.
             scales: several scales in one pass, their tokens one after the other; attention stays inside each.
         """
         pattern = within_scales(scales) if scales else None
-        condition = z if isinstance(z, Condition) else self.embed(z, scales)
+        embedded = z if isinstance(z, EmbeddedCondition) else self.embed(z, scales)
         h = self.input_proj(x).float().clone()  # residuals stay float32; a view would cost the compiler a graph
         t = self.time_embed(torch.atleast_2d(t).T)  # B scales width
-        time, modulation = F.silu(t), F.silu(condition.c + per_token(t, pattern))
-        h = self.run_blocks(h, modulation, time, condition, pattern)
+        time, modulation = F.silu(t), F.silu(embedded.c + per_token(t, pattern))
+        h = self.run_blocks(h, modulation, time, embedded, pattern)
         return self.final_layer(h, modulation)
 
-    def run_blocks(self, h, modulation, time, condition, pattern):
-        for block, keys_values in zip(self.res_blocks, condition.keys_values):
-            h = run_block(block, self.use_checkpoint, h, modulation, time, condition.z, keys_values,
-                          condition.rope_table, pattern)
+    def run_blocks(self, h, modulation, time, embedded, pattern):
+        for block, keys_values in zip(self.res_blocks, embedded.keys_values):
+            h = run_block(block, self.use_checkpoint, h, modulation, time, embedded.z, keys_values,
+                          embedded.rope_table, pattern)
         return h
 
     def guided(self, z, batch, weight, low, high, guide=None):
@@ -173,12 +173,12 @@ class FlowHead(nn.Module):
         return fm.guided_velocity(velocity, pair, weight, low, high)
 
     def embed(self, z, scales=None):
-        """The Condition of z whose keys and values each block computes when it runs, and holds no longer."""
+        """The EmbeddedCondition of z whose keys and values each block computes when it runs, and holds no longer."""
         rope_table = self.res_blocks[0].attn.rope.table(scales or (math.isqrt(z.shape[1]),))
-        return Condition(z, self.cond_embed(z), rope_table, [None] * len(self.res_blocks))
+        return EmbeddedCondition(z, self.cond_embed(z), rope_table, [None] * len(self.res_blocks))
 
     def prepare(self, z):
-        """The Condition of z of one scale: all of a velocity that depends neither on x nor on t."""
-        condition = self.embed(z)
-        keys_values = [block.keys_and_values(condition.z, condition.rope_table) for block in self.res_blocks]
-        return condition._replace(keys_values=keys_values)
+        """The EmbeddedCondition of z of one scale: all of a velocity that depends neither on x nor on t."""
+        embedded = self.embed(z)
+        keys_values = [block.keys_and_values(embedded.z, embedded.rope_table) for block in self.res_blocks]
+        return embedded._replace(keys_values=keys_values)

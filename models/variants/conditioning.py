@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.flow_head import AttnCrossAttnMLPBlock, Condition, FlowHead
+from models.flow_head import AttnCrossAttnMLPBlock, EmbeddedCondition, FlowHead
 from models.kernels import Linear, per_token
 from models.layers import Pattern, SelfAttention, within_scales
 
@@ -19,20 +19,20 @@ class PooledHead(FlowHead):
     """adaLN: the modulation is that of the mean of c over the tokens of a scale."""
 
     def embed(self, z, scales=None):
-        condition = super().embed(z, scales)
-        means = [c.mean(dim=1, keepdim=True).expand_as(c) for c in by_scale(condition.c, scales)]
-        return condition._replace(c=torch.cat(means, dim=1))
+        embedded = super().embed(z, scales)
+        means = [c.mean(dim=1, keepdim=True).expand_as(c) for c in by_scale(embedded.c, scales)]
+        return embedded._replace(c=torch.cat(means, dim=1))
 
 
 class TimeHead(FlowHead):
     """A head whose blocks are modulated by time alone; c enters elsewhere: here it is added to the input."""
 
     def forward(self, x, t, z, scales=None):
-        condition = z if isinstance(z, Condition) else self.embed(z, scales)
-        h, pattern = self.enter(self.input_proj(x).float(), condition.c, scales)
+        embedded = z if isinstance(z, EmbeddedCondition) else self.embed(z, scales)
+        h, pattern = self.enter(self.input_proj(x).float(), embedded.c, scales)
         time = F.silu(self.time_embed(torch.atleast_2d(t).T))  # B scales width
         modulation = per_token(time, pattern)
-        h = self.run_blocks(h, modulation, time, condition, pattern)
+        h = self.run_blocks(h, modulation, time, embedded, pattern)
         return self.leave(self.final_layer(h, modulation), scales)
 
     def enter(self, h, c, scales):
@@ -61,9 +61,9 @@ class PrefixedHead(TimeHead):
     """
 
     def embed(self, z, scales=None):
-        condition = super().embed(z, scales)
-        cos, sin = condition.rope_table
-        return condition._replace(rope_table=(interleave(cos, cos, scales, 0), interleave(sin, sin, scales, 0)))
+        embedded = super().embed(z, scales)
+        cos, sin = embedded.rope_table
+        return embedded._replace(rope_table=(interleave(cos, cos, scales, 0), interleave(sin, sin, scales, 0)))
 
     def enter(self, h, c, scales):
         pattern = None
@@ -94,8 +94,8 @@ class CrossHead(TimeHead):
         self.res_blocks = nn.ModuleList([AttnCrossAttnMLPBlock(width, width, mlp_ratio / 2) for _ in range(depth)])
 
     def embed(self, z, scales=None):
-        condition = super().embed(z, scales)
-        return condition._replace(z=condition.c)  # which the blocks attend to
+        embedded = super().embed(z, scales)
+        return embedded._replace(z=embedded.c)  # which the blocks attend to
 
     def enter(self, h, c, scales):
         return super().enter(h.clone(), 0, scales)
