@@ -50,29 +50,25 @@ def crops_option(text):
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=as_type(path), required=True,
-                        help="folder or archive with train/ (and val/), or hf:OWNER/NAME, see docs/data.md")
+    add = parser.add_argument
+    add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ (and val/), or "
+        "hf:OWNER/NAME, see docs/data.md")
     add_options(parser, fields(Columns))
-    parser.add_argument("--cached_path", type=as_type(path), required=True, help="folder to write")
-    parser.add_argument("--vae_path", type=as_type(path),
-                        help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "
-                        "pretrained_models/vae/kl16.ckpt")
-    parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
-    parser.add_argument("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
-    parser.add_argument("--crops", type=as_type(crops_option), default="center",
-                        help="center, or a number of random crops an image")
-    parser.add_argument("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
-    parser.add_argument("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
-    parser.add_argument("--shard_size", type=as_type(POSITIVE), default=10000, help="images a shard")
-    parser.add_argument("--on_bad_image", default="error", choices=("error", "skip"),
-                        help="what to do with unreadable images")
-    parser.add_argument("--background", type=as_type(color), default="white",
-                        help="under transparent pixels: white, '#ff8000' or 255,128,0")
-    parser.add_argument("--batch_size", type=as_type(POSITIVE), default=128, help="crops a process")
-    parser.add_argument("--num_workers", type=as_type(WORKERS),
-                        help="data loading processes of every rank; default: as in training")
-    parser.add_argument("--seed", type=as_type(SEED), default=0, help="seed of the crops and of the images' order")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
+    add("--cached_path", type=as_type(path), required=True, help="folder to write")
+    add("--vae_path", type=as_type(path), help="the VAE, as main_flowar.py takes it; default: "
+        "pretrained_models/vae/kl16.ckpt")
+    add("--split", default="train", choices=("train", "val"), help="which images")
+    add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
+    add("--crops", type=as_type(crops_option), default="center", help="center, or a number of random crops an image")
+    add("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
+    add("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
+    add("--shard_size", type=as_type(POSITIVE), default=10000, help="images a shard")
+    add("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
+    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
+    add("--batch_size", type=as_type(POSITIVE), default=128, help="crops a process")
+    add("--num_workers", type=as_type(WORKERS), help="data workers of a process; default: as in training")
+    add("--seed", type=as_type(SEED), default=0, help="seed of the crops and of the images' order")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
     return parser.parse_args()
 
 

@@ -60,12 +60,10 @@ def advice(listing, sides, img_size):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("folder", type=as_type(path),
-                        help="class folders of images, an archive or a dataset, see docs/data.md, or a flat set")
-    parser.add_argument("--img_size", type=as_type(PIXELS), default=256,
-                        help="pixels of training, to name smaller images")
-    parser.add_argument("--num_workers", type=as_type(WORKERS),
-                        help="processes that read; default: the CPUs, at most 10")
+    add = parser.add_argument
+    add("folder", type=as_type(path), help="folder, archive or dataset, see docs/data.md, or a flat set of images")
+    add("--img_size", type=as_type(PIXELS), default=256, help="pixels of training, to name smaller images")
+    add("--num_workers", type=as_type(WORKERS), help="processes that read; default: the CPUs, at most 10")
     add_options(parser, fields(Columns))
     args = parser.parse_args()
     listing = list_images(args.folder, flat=True, columns=args)

@@ -31,19 +31,17 @@ from util.training.record import check_origin, origin_of, shorten
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--cached_path", type=as_type(path), required=True, help="cache of shards")
-    parser.add_argument("--data_path", type=as_type(path),
-                        help="the images it was made of; without them only decoded ones are drawn")
+    add = parser.add_argument
+    add("--cached_path", type=as_type(path), required=True, help="cache of shards")
+    add("--data_path", type=as_type(path), help="the images it was made of; without them only decoded ones are drawn")
     add_options(parser, fields(Columns))
-    parser.add_argument("--split", default="train", choices=("train", "val"), help="which images")
-    parser.add_argument("--vae_path", type=as_type(path),
-                        help="the VAE: a file, released:kl16 or diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: "
-                        "pretrained_models/vae/kl16.ckpt")
-    parser.add_argument("--scales", type=as_type(list_of(POSITIVE)),
-                        help="scales of the pyramid; default: doubling up to the latent's size")
-    parser.add_argument("--images", type=as_type(POSITIVE), default=8, help="images to draw")
-    parser.add_argument("--output", type=as_type(path), required=True, help="PNG to write")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
+    add("--split", default="train", choices=("train", "val"), help="which images")
+    add("--vae_path", type=as_type(path), help="the VAE, as main_flowar.py takes it; default: "
+        "pretrained_models/vae/kl16.ckpt")
+    add("--scales", type=as_type(list_of(POSITIVE)), help="of the pyramid; default: doubling up to the latent's size")
+    add("--images", type=as_type(POSITIVE), default=8, help="images to draw")
+    add("--output", type=as_type(path), required=True, help="PNG to write")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
     return parser.parse_args()
 
 

@@ -116,17 +116,20 @@ def only_bytes(data, column):
 def find_columns(path, features, chosen):
     """Names of the columns of images and labels. chosen: Columns."""
     import datasets
-    columns = []
-    for option, names, kind in (("image_column_name", IMAGE_COLUMNS, datasets.Image),
-                                ("label_column_name", LABEL_COLUMNS, datasets.ClassLabel)):
-        name = getattr(chosen, option)
-        fitting = [name for name in ([name] if name else names) if name in features][:1]
-        if not fitting and not name:
-            fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
-        if len(fitting) != 1:
-            raise FlowARError(f"{path}: expected --{option} with one of its columns: {', '.join(features)}")
-        columns += fitting
-    return columns
+    images = find_column(path, features, datasets.Image, IMAGE_COLUMNS, "image_column_name", chosen)
+    return images, find_column(path, features, datasets.ClassLabel, LABEL_COLUMNS, "label_column_name", chosen)
+
+
+def find_column(path, features, kind, usual_names, option, chosen):
+    """The column that an option of Columns names, else one of a usual name, else the only one of this kind."""
+    columns = [name for name in usual_names if name in features][:1]
+    if not columns:
+        columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if getattr(chosen, option):
+        columns = [getattr(chosen, option)]
+    if len(columns) != 1 or columns[0] not in features:
+        raise FlowARError(f"{path}: expected --{option} with one of its columns: {', '.join(features)}")
+    return columns[0]
 
 
 def number_labels(path, feature, values):
