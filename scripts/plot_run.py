@@ -36,7 +36,7 @@ LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsi
         "legend.frameon": False}
 
 
-class Run(NamedTuple):
+class LoggedRun(NamedTuple):
     """What is drawn of a run; metric: name of the distances (step, value, one of MEASURED), None without any."""
     name: str
     groups: dict  # {group of the log: [line]}, by step
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 def read_run(name):
-    """The Run of a folder or a log; FlowARError without a line of training."""
+    """The LoggedRun of a folder or a log; FlowARError without a line of training."""
     file = Path(name)
     if file.is_dir():
         file /= "log.jsonl"
@@ -66,8 +66,8 @@ def read_run(name):
         raise FlowARError(f"{file}: no line of training in it: expected a log of main_flowar.py")
     groups = {group: [lines[step] for step in sorted(lines)] for group, lines in groups.items()}
     if file.name != "log.jsonl":  # of a run before, of which no evaluation tells
-        return Run(f"{file.parent.name}/{file.name}", groups, None, [])
-    return Run(file.parent.name, groups, *read_distances(file.parent, groups.get("eval", ())))
+        return LoggedRun(f"{file.parent.name}/{file.name}", groups, None, [])
+    return LoggedRun(file.parent.name, groups, *read_distances(file.parent, groups.get("eval", ())))
 
 
 def read_distances(folder, logged):
