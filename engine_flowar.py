@@ -205,7 +205,7 @@ def read_result(run, norm, losses):
 
 
 def writing_failed(run):
-    """The error that ends the training on every rank, where rank 0 could not write; it alone says why."""
+    """The error that ends the training on every rank, where rank 0 could not write; it alone prints the reason."""
     if run.writer is not None:
         return run.writer.error
     error = FlowARError("rank 0 could not write a checkpoint")
@@ -297,7 +297,7 @@ def evaluate(sampler, plan, measure, description, output):
                 "commit": from_main(manifest.code_version)}
     missing = list(batches)
     if plan.persistent:
-        report, missing = from_main(lambda: store.open(settings, batches))
+        report, missing = from_main(lambda: store.resume(settings, batches))
         if report is not None:
             log(f"{output}: evaluated already, with the same settings")
             store.close()

@@ -2,7 +2,9 @@
 
 
 class FlowARError(ValueError):
-    """Bad input: one line that names the file, option or tensor, what it is, what was expected. Exit status 2."""
+    """Bad input: one line that names the file, option or tensor, what it is, what was expected."""
+    status = 2  # of the process that ends with it
+    on_all_ranks = False  # True: each raises it, and the first of them prints it
 
 
 def first_sentence(error):

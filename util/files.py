@@ -77,10 +77,7 @@ def check_output(path):
 
 
 def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise FlowARError(f"{path}: damaged, expected JSON ({error})") from error
+    return json.loads(Path(path).read_text())
 
 
 def holds_bytes(path):

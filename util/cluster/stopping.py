@@ -76,10 +76,10 @@ def run_main(main):
         shutdown()
         return
     except FlowARError as error:
-        status = getattr(error, "status", 2)
-        # What is wrong before the processes join, such as an option, is wrong on all: the first of a host says it.
-        on_all_ranks = getattr(error, "on_all_ranks", "RANK" in os.environ and not dist.is_initialized())
-        if not on_all_ranks or is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        status, alone = error.status, "RANK" not in os.environ
+        of_all = error.on_all_ranks or not dist.is_initialized()  # before they join: of an option, which all have
+        is_first = is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0  # of a host, before they join
+        if alone or is_first or not of_all:
             who = f" (rank {rank()})" if world_size() > 1 else ""
             message = str(error).rpartition("FlowARError: ")[2]  # a data worker's has its traceback before it
             print(f"\nerror{who}: {message}", file=sys.stderr)

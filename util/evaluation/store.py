@@ -51,7 +51,7 @@ class Store:
         self.folder, self.lock = Path(folder), None
         self.finished = {}  # on rank 0: {batch number: what was measured of it}
 
-    def open(self, settings, batches):
+    def resume(self, settings, batches):
         """(the results if there are any, else None, numbers of the batches that are not finished); on rank 0.
         FlowARError for a folder with an evaluation of other settings, or that another process has.
         """
@@ -65,7 +65,7 @@ class Store:
         for number, indices in batches.items():
             try:
                 measured = self.load(number)
-            except FlowARError:  # there is none, or a crash tore it
+            except FlowARError:  # there is none, or a crash cut it off
                 continue
             if not settings["save_images"] or all(map(holds_bytes, picture_paths(self.folder, indices))):
                 self.finished[number] = measured
@@ -75,10 +75,10 @@ class Store:
         return None, missing
 
     def check_settings(self, settings):
-        kept = [path for pattern in (RESULTS, NPZ, f"{PARTIAL}/*", f"{IMAGES}/*") for path in self.folder.glob(pattern)]
-        if not kept:
+        """FlowARError unless what an evaluation has written there is of these settings."""
+        patterns, file = (RESULTS, NPZ, f"{PARTIAL}/*", f"{IMAGES}/*"), self.folder / SETTINGS
+        if not any(any(self.folder.glob(pattern)) for pattern in patterns):
             return
-        file = self.folder / SETTINGS
         before = drop_removed(read_json(file)) if file.is_file() else {}
         for key in {**before, **settings}:
             if key not in NOT_COMPARED and before.get(key) != settings.get(key):

@@ -20,10 +20,11 @@ import torch
 from models import FlowARError
 from models.hub import EXPORTED, is_remote, local_file
 from models.registry import LAST, load_model
-from models.weights import BARE, count_classes, find_model, read_weights, recognise_geometry, saved_options, rename, write_file
+from models.weights import (BARE, count_classes, find_model, read_weights, recognise_geometry, rename, saved_options,
+                            write_file)
 from util.cluster import fetch, from_main, log
 from util.files import lock_folder, make_directory, read_json, write_json
-from util.training.parallel import cut, spread
+from util.training.parallel import shard, shard_like
 from util.training.progress import Progress
 from util.training.record import LatentOrigin, check_data, check_origin, saved_origin
 
@@ -102,9 +103,9 @@ class CheckpointWriter:
         self.thread = self.error = None
         self.saved, self.saved_at = step, time.monotonic()
         self.resumed = Path(resume).name
-        for torn in self.folder.glob("*.pth.tmp"):  # of a run that was killed while it wrote
-            if OWN.fullmatch(torn.stem) or torn.stem == LAST:
-                torn.unlink()
+        for unfinished in self.folder.glob("*.pth.tmp"):  # of a run that was killed while it wrote
+            if OWN.fullmatch(unfinished.stem) or unfinished.stem == LAST:
+                unfinished.unlink()
         last, paths = self.folder / LAST, list_numbered(self.folder)
         later = [path for path in paths if step_of(path) > step]
         if len(later) < len(paths) and last.is_file() and any(map(last.samefile, later)):
@@ -237,16 +238,16 @@ class Checkpoint:
         """What its tensors say of the options, see recognise_geometry."""
         return recognise_geometry(self.raw.tensors, self.path, vae_embed_dim)
 
-    def begins_anew(self, start_epoch):
-        """Whether a training from it does not continue its run: it has weights alone, or --start_epoch asks for another
-        epoch than its run was told.
+    def continues(self, start_epoch):
+        """Whether a training from it continues its run: it has more than weights, and --start_epoch asks for no other
+        epoch than its run was started with.
         """
-        return not self.has_optimizer or start_epoch not in (None, self.options.get("start_epoch"))
+        return self.has_optimizer and start_epoch in (None, self.options.get("start_epoch"))
 
     def check_trained_on(self, record):
         """FlowARError if it is of another VAE, or its labels were other classes."""
         check_origin(self.path, saved_origin(self.content), LatentOrigin(**record["vae"]))
-        if not self.begins_anew(record["args"]["start_epoch"]):
+        if self.continues(record["args"]["start_epoch"]):
             check_data(self.content, self.path, record["data"], record["args"]["class_num"])
 
     def progress(self, steps):
@@ -270,7 +271,9 @@ class Checkpoint:
 
 
 def open_newest(name):
-    """The newest whole Checkpoint of a file or directory, by path or name; FlowARError without one. Logs torn ones."""
+    """The newest whole Checkpoint of a file or directory, by path or name; FlowARError without one. A damaged one is
+    logged.
+    """
     path = local_file(name)
     candidates = [path]
     if path.is_dir():
@@ -311,42 +314,51 @@ def find_start(resume, output_dir):
 
 def resume(start, parts, record):
     """Load a Checkpoint, if any, into parts (network, EMA, optimizer, scaler); returns the Progress from which training
-    continues. record: of now, to compare with the checkpoint's.
+    continues: the checkpoint's, or the beginning of --start_epoch. record: of now, to compare with the checkpoint's.
     """
     network, ema, optimizer, scaler = parts
     options, steps = record["args"], record["images"] // record["args"]["global_batch"]
     first = options["start_epoch"] or 0
-    fresh = Progress(epoch=first, step=first * steps)
-    anew = start is None or start.begins_anew(options["start_epoch"])
-    if ema.powers and anew and first:
+    beginning = Progress(epoch=first, step=first * steps)
+    continues = start is not None and start.continues(options["start_epoch"])
+    if ema.powers and first and not continues:
         raise FlowARError(f"--start_epoch {first} and --posthoc_ema: its averages begin with a training and go by the "
                           "step: leave out one of them")
     if start is None:
-        return fresh
+        return beginning
+
+    # What a file of weights has too.
     path, average = start.path, find_model(start.content, start.path)
-    left_out = load_model(network, spread(start.raw.tensors, network.state_dict()), path)
-    load_model(ema.module, spread(average.tensors, ema.module.state_dict()), path)
+    left_out = load_model(network, shard_like(start.raw.tensors, network.state_dict()), path)
+    load_model(ema.module, shard_like(average.tensors, ema.module.state_dict()), path)
     if not start.has_optimizer:
         log(f"{path}: network: {start.raw.describe(left_out)}; EMA: {average.describe()}; the optimizer starts fresh")
-        return fresh
+        return beginning
+
+    # What only a training's checkpoint has.
     load_optimizer(optimizer, scaler, network, start)
-    if anew:
+    if not continues:
         log(f"{path}: --start_epoch: continues with epoch {first + 1}")
-        return fresh
+        return beginning
     load_powers(ema, start)
     progress = start.progress(steps)
     if progress.done:
-        for what, saved, now in (("images", start.content.get("images"), record["images"]),
-                                 ("global batch", start.global_batch, options["global_batch"])):
-            if saved not in (None, now):
-                raise FlowARError(f"{path}: it is in the middle of an epoch with {what} {saved}, now {what} is {now}: "
-                                  "keep that until the epoch ends, or give --start_epoch")
+        check_same_epoch(start, record)
     changes = start.changes(options)
     log(f"{path}: resumes at step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changes}" if changes else ""))
     if progress.epoch >= options["epochs"]:
         log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {options['epochs']}")
     return progress
+
+
+def check_same_epoch(start, record):
+    """FlowARError unless the rest of a checkpoint's epoch has the images and batches that it began with."""
+    for what, saved, now in (("images", start.content.get("images"), record["images"]),
+                             ("global batch", start.global_batch, record["args"]["global_batch"])):
+        if saved not in (None, now):
+            raise FlowARError(f"{start.path}: it is in the middle of an epoch with {what} {saved}, now {what} is "
+                              f"{now}: keep that until the epoch ends, or give --start_epoch")
 
 
 def load_optimizer(optimizer, scaler, network, start):
@@ -367,7 +379,7 @@ def load_optimizer(optimizer, scaler, network, start):
         parameters += own["params"]
         groups.append({**group, **{name: own[name] for name in OPTIONS if name in own}})
     for number, values in saved["state"].items():
-        state[number] = {name: cut(value, parameters[number]) for name, value in values.items()}
+        state[number] = {name: shard(value, parameters[number]) for name, value in values.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
     for values in optimizer.state.values():
         for name, value in values.items():
@@ -385,7 +397,7 @@ def load_powers(ema, start):
             raise FlowARError(f"{start.path}: it has no averages of --posthoc_ema of this model: they begin with a "
                               "training: leave the option out, or begin anew in another folder")
         for name, value in power.tensors.items():
-            value.copy_(cut(saved[name], value))
+            value.copy_(shard(saved[name], value))
 
 
 def shapes_of(tensors):

@@ -1,4 +1,4 @@
-"""Training on several processes: DDP, or with --fsdp weights, gradients, moments and averages cut into one part for
+"""Training on several processes: DDP, or with --fsdp weights, gradients, moments and averages sharded, one part for
 each process (torch's FSDP2, fully_shard).
 
 Every block is then a unit that is whole only while it computes, in float32, so that the numbers are those of DDP:
@@ -30,35 +30,35 @@ def distribute(network, ema, device, fsdp, static_graph):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)  # they are few, and backward begins there
     for power in ema.powers.values():
-        power.tensors = spread(power.tensors, dict(network.named_parameters()))
+        power.tensors = shard_like(power.tensors, dict(network.named_parameters()))
     return network
 
 
-def is_cut(tensor):
+def is_sharded(tensor):
     """Whether it is a DTensor, whose module takes half a second to import."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensors):
     """This process's parts of tensors, the tensors themselves where they are whole."""
-    return [tensor.to_local() if is_cut(tensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def whole(tensor):
     """The tensor in one piece: all processes call it."""
-    return tensor.full_tensor() if is_cut(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def spread(tensors, owners):
-    """{name: tensor}, each cut as the tensor of that name in `owners` is; without communication, and one at a time on
-    the device.
+def shard_like(tensors, owners):
+    """{name: tensor}, each sharded as the tensor of that name in `owners` is; without communication, and one at a time
+    on the device.
     """
-    return {name: cut(tensor, owners.get(name)) for name, tensor in tensors.items()}
+    return {name: shard(tensor, owners.get(name)) for name, tensor in tensors.items()}
 
 
-def cut(value, owner):
+def shard(value, owner):
     """This process's part of a whole tensor, as DTensor, where its owner is one of the same shape; else the value."""
-    if not is_cut(owner) or getattr(value, "shape", None) != owner.shape:
+    if not is_sharded(owner) or getattr(value, "shape", None) != owner.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
     placed = distribute_tensor(value.to(owner.device), owner.device_mesh, owner.placements, src_data_rank=None)
