@@ -216,7 +216,7 @@ def test_pictures_of_another_evaluation_are_not_mixed_with_these(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "000023.png").touch()
     with pytest.raises(FlowARError, match="has cfg None, now it is 2; choose another --output_dir"):
-        store.Store(tmp_path).open({"cfg": 2, "save_images": True}, {0: range(4)})
+        store.Store(tmp_path).resume({"cfg": 2, "save_images": True}, {0: range(4)})
 
 
 def test_a_sweeps_table_has_rows_of_other_settings_alike(project, checkpoint, tmp_path, capsys):
