@@ -14,7 +14,7 @@ from models import FlowARError
 from util import manifest
 from util.cluster import (Preempted, all_reduce_sum, autocast, barrier, from_main, gather_to_main, is_main, log, rank,
                           stop_signals, world_size)
-from util.evaluation import reports
+from util.evaluation.reports import describe_speed, print_report, write_sweep
 from util.evaluation.sampler import count_passes, sample_and_measure
 from util.evaluation.store import Store, write_png
 from util.training.checkpoint import content_of
@@ -274,9 +274,9 @@ def evaluate_sweep(samplers, plan, measure, description, output):
         report = evaluate(sampler, plan, measure, description, output / name)
         if report is None:
             continue
-        reports.print_report(report, output / name)
+        print_report(report, output / name)
         if len(samplers) > 1:
-            reports.write_sweep(output, report, sampler.sampling.by_option())
+            write_sweep(output, report, sampler.sampling.by_option())
 
 
 def evaluate(sampler, plan, measure, description, output):
@@ -319,7 +319,7 @@ def evaluate(sampler, plan, measure, description, output):
         return None
     sampler.refuse_not_finite(bad, count)
     report = {**measure.compute(measured, sampler.device), **settings,
-              **reports.describe_speed(measured, count, count_passes(sampler.model, sampler.sampling)),
+              **describe_speed(measured, count, count_passes(sampler.model, sampler.sampling)),
               "images_per_second": sum(len(batches[number]) for number in missing) / max(seconds, 1e-9),
               **manifest.describe_machine(sampler.device)}
     if plan.save_npz:

@@ -36,7 +36,7 @@ from util.training.checkpoint import open_on_all
 from util.training.record import LatentOrigin, check_origin, origin_of, saved_data, saved_origin
 
 
-class Opened(NamedTuple):
+class OpenedModel(NamedTuple):
     """What --resume and its VAE are opened as."""
     sampler: Sampler  # with the settings of the checkpoint
     description: dict  # for a report
@@ -46,7 +46,7 @@ class Opened(NamedTuple):
 
 
 def open_for_sampling(args, device, identify=False):
-    """The Opened of --resume and its VAE, as the other options want them. All ranks call it: rank 0 finds the files.
+    """The OpenedModel of --resume and its VAE, as the other options want them. All ranks call it: rank 0 finds the files.
     identify: with the file's hash, for which rank 0 reads it once more.
     """
     if not args.resume:
@@ -79,7 +79,7 @@ def open_for_sampling(args, device, identify=False):
     log(f"{args.model}{describe(model)}: {description['parameters']:,} parameters from {path}")
     sampler = Sampler(model, vae, sampling, precision, args.seed, args.eval_bsz, args.resume, guide)
     data = saved_data(content)
-    return Opened(sampler, description, classes_of(data, args.class_num, path), data, origin)
+    return OpenedModel(sampler, description, classes_of(data, args.class_num, path), data, origin)
 
 
 def open_vae(args, checkpoint):
