@@ -46,14 +46,14 @@ class OpenedModel(NamedTuple):
 
 
 def open_for_sampling(args, device, identify=False):
-    """The OpenedModel of --resume and its VAE, as the other options want them. All ranks call it: rank 0 finds the files.
-    identify: with the file's hash, for which rank 0 reads it once more.
+    """The OpenedModel of --resume and its VAE, as the other options want them. All ranks call it: rank 0 finds the
+    files. identify: with the file's hash, for which rank 0 reads it once more.
     """
     if not args.resume:
         raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
                           ".safetensors, or a name such as released:flowar_small")
-    release = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
-    precision = set_precision(args.precision or release, device)
+    default = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
+    precision = set_precision(args.precision or default, device)
     checkpoint = open_on_all(args.resume)
     path, content = checkpoint.path, checkpoint.content
     weights = find_model(content, path, args.weights)
