@@ -185,8 +185,9 @@ class RepresentationAutoencoder(DiffusersVAE):
                               f"--img_size {size}")
 
 
-CLASSES = {"AutoencoderKL": DiffusersVAE, "AsymmetricAutoencoderKL": DiffusersVAE, "AutoencoderDC": DiffusersVAE,
-           "AutoencoderTiny": DiffusersVAE, "VQModel": DiffusersVAE, "AutoencoderRAE": RepresentationAutoencoder}
+AUTOENCODERS = {  # classes of diffusers
+    "AutoencoderKL": DiffusersVAE, "AsymmetricAutoencoderKL": DiffusersVAE, "AutoencoderDC": DiffusersVAE,
+    "AutoencoderTiny": DiffusersVAE, "VQModel": DiffusersVAE, "AutoencoderRAE": RepresentationAutoencoder}
 
 
 class Diffusers(NamedVAE):
@@ -200,8 +201,8 @@ class Diffusers(NamedVAE):
         source, _, subfolder = os.path.expanduser(self.spec).partition(":")
         options = {"subfolder": subfolder} if subfolder else {}
         name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
-        if name not in CLASSES:
-            raise FlowARError(f"{self.name}: its class is {name}, expected one of {', '.join(CLASSES)}")
+        if name not in AUTOENCODERS:
+            raise FlowARError(f"{self.name}: its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
         network, loaded = getattr(diffusers, name).from_pretrained(
             source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options)
         # diffusers draws what is missing at random
@@ -210,7 +211,7 @@ class Diffusers(NamedVAE):
         wrong += [f"{name} is not in the VAE" for name in others if name.partition(".")[0] in modules]
         if wrong:
             raise FlowARError(f"{self.name}: {len(wrong)} tensors do not fit the VAE: {name_some(wrong, 3)}")
-        vae = CLASSES[name](network, self.spec).eval().requires_grad_(False)
+        vae = AUTOENCODERS[name](network, self.spec).eval().requires_grad_(False)
         return vae, [f"{self.name}: not used: {name_some(others)}"] if others else []
 
 

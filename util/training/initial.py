@@ -12,7 +12,7 @@ from util.cluster import log
 from util.training.checkpoint import open_on_all
 from util.training.record import saved_data
 
-CLASSES = "class_emb.weight"
+CLASS_TABLE = "class_emb.weight"
 POSITIONS = "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"
 LEAST = 0.5  # of the network's numbers, which have to come from the file
 
@@ -30,10 +30,11 @@ def load_initial_weights(name, network, record):
 
     # Classes by name where the file names them, else by number.
     before, now = saved_data(content).get("classes"), record["data"]["classes"]
-    other_classes = CLASSES not in fitting or before is not None and before != now
-    if other_classes and CLASSES in own and CLASSES in state and state[CLASSES].shape[1:] == own[CLASSES].shape[1:]:
-        fitting[CLASSES], by_name = class_table(state[CLASSES], len(own[CLASSES]), before or [], now)
-        resized.append(f"{CLASSES} ({by_name} of {len(now)} classes by name; the others begin as the null class)")
+    other_classes = CLASS_TABLE not in fitting or before is not None and before != now
+    table, own_table = state.get(CLASS_TABLE), own[CLASS_TABLE]
+    if other_classes and table is not None and table.shape[1] == own_table.shape[1]:
+        fitting[CLASS_TABLE], by_name = class_table(table, len(own_table), before or [], now)
+        resized.append(f"{CLASS_TABLE} ({by_name} of {len(now)} classes by name; the others begin as the null class)")
 
     # Positions by scale.
     scales = scales_of(state["mask"])
