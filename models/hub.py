@@ -102,8 +102,8 @@ def fetch_archive(name, url, path, offline):
             raise zipfile.BadZipFile(f"{damaged} is damaged or missing")
     except (OSError, zipfile.BadZipFile) as error:  # OSError: of the network, by urllib
         temporary.unlink(missing_ok=True)
-        raise FlowARError(f"{name}: cannot be downloaded from {url} ({error}): fetch it elsewhere and give its path, or "
-                          f"put it at {path}") from error
+        raise FlowARError(f"{name}: cannot be downloaded from {url} ({error}): fetch it elsewhere and give its path, "
+                          f"or put it at {path}") from error
     temporary.replace(path)
 
 

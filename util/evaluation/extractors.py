@@ -34,8 +34,8 @@ class Extractor:
 
 
 class Inception(Extractor):
-    """torch-fidelity's InceptionV3, whose logits the Inception Score is of. ADM's sFID is of the first 7 channels of the
-    graph's mixed_6/conv: here Mixed_6d's 1x1 branch, 17x17 cells after their ReLU.
+    """torch-fidelity's InceptionV3, whose logits the Inception Score is of. ADM's sFID is of the first 7 channels of
+    the graph's mixed_6/conv: here Mixed_6d's 1x1 branch, 17x17 cells after their ReLU.
     """
     name, dim, classes, suffix, distance = "inception", 2048, 1008, "", "fid"
     resize = "bilinear to 299x299, as TensorFlow 1 does"

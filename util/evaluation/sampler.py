@@ -153,8 +153,8 @@ def sample_and_measure(sampler, plan, extractor, batches, store):
 
 
 def measure_batch(sampler, plan, extractor, store, number, indices, latents, watch):
-    """{what the extractor has, bad: indices of images that are not finite, seconds of each stage} of scaled latents; the
-    store keeps them and the images, as the plan wants it.
+    """{what the extractor has, bad: indices of images that are not finite, seconds of each stage} of scaled latents;
+    the store keeps them and the images, as the plan wants it.
     """
     with watch("decoding"):
         images, finite = sampler.decode(latents)
