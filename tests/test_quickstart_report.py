@@ -17,7 +17,7 @@ class Mean(extractors.Extractor):
     name, dim, resize, network = "mean", 3, "none", torch.nn.Identity()
 
     def forward(self, images):
-        return torch.cat([images[:, :1].float().mean(dim=(2, 3)), images[:, 0, ::16, 16].float()], dim=1) / 255, None
+        return {"features": torch.cat([images[:, :1].float().mean(dim=(2, 3)), images[:, 0, ::16, 16].float()], dim=1) / 255}
 
 
 def test_generated_test_images_are_at_distance_0_and_found_as_often(tmp_path, monkeypatch):
