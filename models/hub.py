@@ -92,6 +92,8 @@ def download_archive(name, url):
 
 def fetch_archive(name, url, path, offline):
     temporary = path.with_suffix(".new")
+    for rest in path.parent.glob(f"{temporary.name}*"):  # of a download that was killed
+        rest.unlink()
     try:
         if offline:
             raise OSError("HF_HUB_OFFLINE is set")
