@@ -97,7 +97,7 @@ TABLE = [
     (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --batch_size 4", "20 steps in a row were not finite, up to step 21: lower --lr"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
     # files and folders
-    (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive or dataset"),
+    (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive (.zip, .tar) or dataset"),
     (TRAIN, "--vae_path {p}/file", "{p}/file: cannot be read"),
     (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),

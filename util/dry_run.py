@@ -3,6 +3,7 @@
 The training's own code (util/recipe.py) checks the options, opens the data and builds everything up to its first
 step, with the weights on the meta device; here is the report.
 """
+import contextlib
 import os
 import shutil
 import warnings
@@ -85,10 +86,12 @@ def report(args, source, network, optimizer, progress):
     if args.keep_every:
         milestones = args.epochs // args.keep_every
     total = size * (args.keep + 1 + milestones) + snapshots * len(POWER_WIDTHS) * parameters * HALF
-    free = shutil.disk_usage(check_place(Path(args.output_dir))).free
+    place, free = check_place(Path(args.output_dir)), ""
+    with contextlib.suppress(OSError):  # a file system that does not know
+        space = shutil.disk_usage(place).free
+        free = f"; {space / 1e9:.1f} GB are free here" + (", too few" if space < total else "")
     row("disk", f"{total / 1e9:.1f} GB at most: {size / 1e9:.2f} a checkpoint, {args.keep} and the one that is written,"
-        f" {milestones} for ever, {snapshots} snapshots for --posthoc_ema; {free / 1e9:.1f} GB are free here"
-        + (", too few" if free < total else ""))
+        f" {milestones} for ever, {snapshots} snapshots for --posthoc_ema{free}")
     report_memory(args, network, parameters)
 
 

@@ -18,20 +18,21 @@ def test_auto_takes_what_is_there():
         cluster.set_precision("tf32", CPU)
 
 
-def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, capsys):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-1)'\n")
+@pytest.mark.parametrize("says,named", [("GPU 0: Tesla T4 (UUID: GPU-1)", 1), ("Failed to initialize NVML: Driver/library version mismatch", 1), ("No devices were found", 0)])
+def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, capsys, says, named):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{says}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for visible, rank, lines in (("0", "0", 1), ("0", "1", 0), ("", "0", 0)):
+    for visible, rank, lines in (("0", "0", named), ("0", "1", 0), ("", "0", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert cluster.select_device("auto") == CPU
-        assert capsys.readouterr().err.count(f"WARNING: nvidia-smi lists a GPU that PyTorch {torch.__version__} (CUDA ") == lines
+        assert capsys.readouterr().err.count(f"WARNING: nvidia-smi says '{says}', but PyTorch {torch.__version__} (CUDA ") == lines
 
 
-@pytest.mark.parametrize("visible,index", [(1, 0), (8, 3)])
-def test_a_rank_takes_the_one_gpu_that_it_sees_or_its_own(monkeypatch, visible, index):
+@pytest.mark.parametrize("visible,index", [(1, 0), (8, 3), (2, 1)])
+def test_a_rank_takes_the_gpu_that_it_sees_or_its_own(monkeypatch, visible, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -148,8 +148,9 @@ def test_a_split_lies_in_an_archive_or_is_one(tmp_path):
 
 
 def test_backslashes_are_separators_where_the_system_has_them(tmp_path):
-    zip_of(tmp_path / "fat.zip", "set\\train\\0\\1.png", system=0)
-    assert list_images(find_split(tmp_path / "fat.zip" / "set", "train")).path(0) == f"{tmp_path}/fat.zip/set/train/0/1.png"
+    for system in (0, 3, 10):  # FAT; Unix, if there is no other separator; NTFS
+        zip_of(file := tmp_path / f"{system}.zip", "set\\train\\0\\1.png", system=system)
+        assert list_images(find_split(file / "set", "train")).path(0) == f"{file}/set/train/0/1.png"
     zip_of(tmp_path / "unix.zip", "0/a\\b.png")
     assert list_images(tmp_path / "unix.zip").name(0) == "0/a\\b.png"
 

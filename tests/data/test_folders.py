@@ -93,7 +93,9 @@ def test_names_are_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("files,message", [
-    (("a/x.txt",), "0 images; left out: 1 .txt; expected images in class folders"), (("1.png", "2.png"), "2 images but no class folders: put them into a folder for each class"),
+    (("a/x.txt",), "0 images; left out: 1 .txt; expected images in class folders"),
+    (("a.zip", "b.zip"), "0 images; left out: 2 .zip; unpack them where they lie: for z in .*zip; do unzip -qd"),
+    (("1.png", "2.png", "1.json"), "2 images; left out: 1 .json; no class folders, and labels in other files are not read: put the images into a folder"),
     (("train/a/1.png", "train/b/1.png"), "one class folder, which holds only folders, as train/a: move them up if they are the classes")])
 def test_folders_without_images_or_classes_are_named(tmp_path, files, message):
     put(tmp_path, *files)
@@ -110,7 +112,7 @@ def test_a_class_may_hold_one_folder_or_images_beside_folders(tmp_path):
 
 @pytest.mark.parametrize("files,place,message", [
     (("train/a/1.png",), "train", "train: there is no train/ in it, only a; give what holds train/ and val/, each with a folder per class"),
-    ((), "nowhere", "nowhere: no such folder, archive or dataset")])
+    ((), "nowhere", "nowhere: no such folder, archive .* or dataset")])
 def test_a_path_that_is_one_folder_off_is_named_with_what_is_there(tmp_path, files, place, message):
     put(tmp_path, *files)
     with pytest.raises(FlowARError, match=f"--data_path .*{message}"):

@@ -19,25 +19,26 @@ def select_device(name):
     """Device of this process. name: auto (CUDA if there is one), cpu or cuda."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and is_gpu_listed():
-            warn(f"nvidia-smi lists a GPU that PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use, so "
-                 "this runs on the CPU: update the driver, or install PyTorch for its CUDA; --device cpu is silent")
+        if name == "cpu" and (gpu := first_gpu()):
+            warn(f"nvidia-smi says '{gpu}', but PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
+                 "this runs on the CPU. Update the driver, or install PyTorch for its CUDA; --device cpu is silent")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")
-        alone = torch.cuda.device_count() == 1  # as srun --gpus-per-task=1 has it: a rank sees no other's
-        return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", 0)))
+        # Under srun --gpus-per-task=1 a rank sees its own alone.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     keep_freed_memory()
     return torch.device(name)
 
 
-def is_gpu_listed():
-    """Whether nvidia-smi lists a GPU, and nobody has hidden it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-    return False
+def first_gpu():
+    """What nvidia-smi says of the first GPU, or of a driver that does not work; "" if there is none or it is hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+            if "GPU" in output or "NVML" in output:
+                return output.splitlines()[0]
+    return ""
 
 
 def warn(message):

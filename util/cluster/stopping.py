@@ -10,7 +10,8 @@ from models import FlowARError
 from util.cluster.processes import is_main, log, rank, shutdown, world_size
 
 # Asked to leave: by torchrun, a terminal, SLURM (--signal, a preemption, a limit), a batch system.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+                signal.SIGXCPU)
 RESTART = 75  # exit status of a run that was asked to leave and has saved: start it again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 128 + signal.SIGINT  # of one that was left with Ctrl-C, as shells have it
 

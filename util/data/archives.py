@@ -19,7 +19,7 @@ from util.data.folders import (HIDDEN, IMAGE_SUFFIXES, LABELS_FILE, NO_SUFFIX, O
                                assign_labels, is_hidden, suffix_of)
 
 SUFFIXES = (".zip", ".tar")
-FAT = 0  # the system of a zip in which some tools put backslashes for slashes
+UNIX = 3, 19  # systems of a zip; tools of others may put backslashes for slashes
 FOLDER, AS_IT_IS, STORED, DEFLATED = -2, -1, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # members; AS_IT_IS: of a tar
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a file in a zip: mark, lengths of its name and of what follows that
 
@@ -111,8 +111,9 @@ def index_archive(archive):
 def zip_members(path):
     """(name, member, None for what cannot be read) of all that a zip holds."""
     with zipfile.ZipFile(path) as archive:
+        slashes = any("/" in info.filename for info in archive.infolist())
         for info in archive.infolist():
-            if info.create_system == FAT:
+            if info.create_system not in UNIX or not slashes:
                 info.filename = info.filename.replace("\\", "/")
             is_link = info.external_attr >> 28 == 0o12
             member = None

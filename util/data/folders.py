@@ -25,7 +25,8 @@ LABELS_FILE = "dataset.json"  # of EDM's tools
 THREADS = 16  # a network disk answers many at once
 HIDDEN, REPEATED, OUTSIDE = "hidden or a system's", "folders already read", "outside of the class folders"
 NO_SUFFIX = "without a suffix"
-UNPACK_CLASSES = 'for t in *.tar; do mkdir "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
+UNPACK_CLASSES = 'for t in *.tar*; do mkdir "${t%.tar*}" && tar -xf "$t" -C "${t%.tar*}"; done'
+UNPACK_ZIPS = 'for z in *.zip; do unzip -qd "${z%.zip}" "$z"; done'
 UNPACK_SHARDS = "cat *.tar | tar -xif -"  # of WebDataset, whose NAME.cls holds the label of NAME.png
 SORT_SHARDS = ('for c in *.cls; do d=$(printf %05d "$(cat "$c")") && mkdir -p "$d" && mv "${c%.cls}".[!c]* "$d" && '
                'rm "$c"; done')
@@ -99,14 +100,16 @@ class Listing:
         if 2 * self.left_out[".cls"] > len(self):  # not a stray one
             raise FlowARError(f"{self.root}: its labels are in .cls files: unpack the tars into one folder "
                               f"({UNPACK_SHARDS}), and make class folders there: {SORT_SHARDS}")
-        if not len(self) and self.left_out[".tar"]:
+        if not len(self) and self.left_out[".zip"]:
+            raise FlowARError(f"{self.root}: {self.summary()}; unpack them where they lie: {UNPACK_ZIPS}")
+        if not len(self) and (self.left_out[".tar"] or self.left_out[".gz"]):
             raise FlowARError(f"{self.root}: {self.summary()}; unpack them where they lie, if each is a class: "
                               f"{UNPACK_CLASSES}; if they are shards: {UNPACK_SHARDS}")
         if not len(self):
             raise FlowARError(f"{self.root}: {self.summary()}; expected images in class folders")
         if not self.classes:
-            raise FlowARError(f"{self.root}: {len(self):,} images but no class folders: put them into a folder for "
-                              f"each class, or all into one, as {self.root}/all")
+            raise FlowARError(f"{self.root}: {self.summary()}; no class folders, and labels in other files are not "
+                              f"read: put the images into a folder for each class, or all into one, as {self.root}/all")
         if len(self.classes) == 1 and not self.labels_from and self.depths.min() > 1:
             raise FlowARError(f"{self.root}: one class folder, which holds only folders, as "
                               f"{os.path.dirname(self.name(0))}: move them up if they are the classes; images of one "

@@ -52,7 +52,7 @@ def find_split(data_path, split, needed=True, columns=Columns()):
         names = {name.partition("/")[0] for name in names_below(index_archive(archive[0])[0], archive[1])}
     elif not is_hub(data_path):
         if not os.path.isdir(data_path):
-            raise FlowARError(f"--data_path {data_path}: no such folder, archive or dataset")
+            raise FlowARError(f"--data_path {data_path}: no such folder, archive (.zip, .tar) or dataset")
         names = os.listdir(data_path)
     raise FlowARError(f"--data_path {data_path}: there is no {split}/ in it, only {name_some(sorted(names), 3)}; give "
                       "what holds train/ and val/, each with a folder per class")
