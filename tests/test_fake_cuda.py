@@ -83,9 +83,3 @@ def test_the_vae_and_its_latent_scale():
         posterior = vae.encode(torch.empty(BATCH, 3, 64, 64, device="cuda"))
         latents = vae.latent_scale.normalize(posterior.sample())
         assert vae.decode(vae.latent_scale.restore(latents)).device.type == "cuda"
-
-
-def test_a_tensor_of_the_cpu_is_noticed():
-    """What these tests are for: the same with one that was left behind."""
-    with fake_mode(), pytest.raises(RuntimeError, match="cuda.*cpu|cpu.*cuda"):
-        torch.empty(2, device="cuda") + torch.empty(2)

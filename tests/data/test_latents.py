@@ -198,16 +198,6 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
     assert contents(folder) == contents(shards)
 
 
-# ---- refused -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("extra,message", [
-    ("--img_size 8", "made with img_size 16, now it is 8"), ("--crops 2", "made with crops center, now it is 2")])
-def test_caches_are_not_mixed(project, shards, extra, message):
-    with pytest.raises(FlowARError, match=message):
-        make(cache_command(project, shards, f"--dtype float32 {extra}"))
-
-
 # ---- unreadable images -------------------------------------------------------------------------------------------
 
 
