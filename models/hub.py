@@ -56,22 +56,25 @@ def local_file(name):
     """Path of a file by path or name; downloaded if it is not there, once for several processes that ask together."""
     if not is_remote(name):
         return Path(name).expanduser()
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # here: it is heavy
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import hf_hub_download  # here: it is heavy
     release = release_of(name)
     if release and not release.name.startswith(HUB):
         return download_archive(name, release.name)
     repository, file, revision = split_hub_name(name)
     with explain(name):
-        try:
-            return Path(hf_hub_download(repository, file or EXPORTED, revision=revision))
-        except HfHubHTTPError:
-            raise
-        except Exception:  # the client passes a proxy's on without looking into its cache
-            cached = try_to_load_from_cache(repository, file or EXPORTED, revision=revision)
-            if not isinstance(cached, str):
-                raise
-            return Path(cached)
+        return Path(ask_hub(lambda **where: hf_hub_download(repository, file or EXPORTED, revision=revision, **where)))
+
+
+def ask_hub(read):
+    """read(local_files_only=False), or where that fails what is in the cache: the hub's clients pass a proxy's error on
+    without looking there.
+    """
+    try:
+        return read(local_files_only=False)
+    except Exception:
+        with contextlib.suppress(Exception):
+            return read(local_files_only=True)
+        raise
 
 
 def download_archive(name, url):

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.checks import check_images
 from models.errors import FlowARError, name_some
-from models.hub import is_remote, local_file
+from models.hub import ask_hub, is_remote, local_file
 from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
 from models.weights import KL16, VAE, depth, file_hash, find_weights, load_state, read_file, tensors_hash, write_file
 
@@ -200,11 +200,12 @@ class Diffusers(NamedVAE):
             raise FlowARError(f"{self.name} needs: pip install diffusers") from error
         source, _, subfolder = os.path.expanduser(self.spec).partition(":")
         options = {"subfolder": subfolder} if subfolder else {}
-        name = diffusers.AutoencoderKL.load_config(source, **options).get("_class_name")
+        config = ask_hub(lambda **where: diffusers.AutoencoderKL.load_config(source, **options, **where))
+        name = config.get("_class_name")
         if name not in AUTOENCODERS:
             raise FlowARError(f"{self.name}: its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
-        network, loaded = getattr(diffusers, name).from_pretrained(
-            source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options)
+        network, loaded = ask_hub(lambda **where: getattr(diffusers, name).from_pretrained(
+            source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options, **where))
         # diffusers draws what is missing at random
         others, modules = loaded["unexpected_keys"], {name for name, _ in network.named_children()}
         wrong = [f"{name} is missing" for name in loaded["missing_keys"]]

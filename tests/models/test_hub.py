@@ -9,8 +9,10 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from helpers import make_project, small_model
+from test_vaes import small_kl
 from models import FlowARError, load_flowar, load_vae
 from models import hub
+from models.vaes import find_vae
 from models.weights import write_file, write_safetensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,13 +90,17 @@ def test_a_file_is_downloaded_once(server, weights, monkeypatch):
     assert hub.local_file("hf:me/it/deep/x.pth") == path
 
 
-def test_a_proxy_that_refuses_leaves_what_is_in_the_cache(server, weights, monkeypatch):
+def test_a_proxy_that_refuses_leaves_what_is_in_the_cache(server, weights, monkeypatch, tmp_path):
     server.files[("me/it", "main", "x.pth")] = weights
-    path = hub.local_file("hf:me/it/x.pth")
+    small_kl(3).save_pretrained(tmp_path / "vae")
+    for file in (tmp_path / "vae").iterdir():
+        server.files[("me/vae", "main", file.name)] = server.files[("me/vae", COMMIT, file.name)] = file.read_bytes()
+    path, vae = hub.local_file("hf:me/it/x.pth"), find_vae("diffusers:me/vae")
+    vae.open()
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "https://hub.invalid/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setenv("https_proxy", server.address)
     close_session()
-    assert hub.local_file("hf:me/it/x.pth") == path
+    assert hub.local_file("hf:me/it/x.pth") == path and vae.open()
     with pytest.raises(Exception, match="403 Forbidden"):  # the client's own
         hub.local_file("hf:me/it/y.pth")
 
