@@ -138,13 +138,14 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     assert set(ours) == {"metrics", "reference_images", "reference_left_out", "fid", "sfid"}
 
 
-def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder,cause", [("", "no network"), ("/dev/null", ".*Not a directory.*")])
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch, folder, cause):
     def fail(*args, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: folder or str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", fail)
-    with pytest.raises(FlowARError, match="--feature_extractor inception: its weights cannot be downloaded from .* .no network.: .*inception=FILE"):
+    with pytest.raises(FlowARError, match=f"--feature_extractor inception: its weights cannot be downloaded from .* .{cause}.: .*inception=FILE"):
         build()
 
 

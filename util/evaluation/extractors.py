@@ -166,10 +166,10 @@ def download_weights(name, url, sha256=""):
     """Path of an extractor's published weights: a file of torch's cache, as torch-fidelity names it."""
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name}-{sha256}.pt" if sha256 else url.rpartition("/")[2])
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
-        except OSError as error:  # of the network, by urllib
+        except OSError as error:  # of the network, by urllib, or of a folder that cannot be written (TORCH_HOME)
             raise FlowARError(f"--feature_extractor {name}: its weights cannot be downloaded from {url} ({error}): "
                               f"fetch them elsewhere and give them as {name}=FILE, or put them at {path}"
                               ) from error
