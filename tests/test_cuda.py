@@ -1,13 +1,15 @@
 """What only a GPU can show; skipped without one."""
 import copy
+import os
+import signal
 
 import golden
 import numpy as np
 import plain
 import pytest
 import torch
-from helpers import (assert_same_run, evaluation_command, inputs, make_project, read_log, run, small_model, train,
-                     training_command)
+from helpers import (assert_same_run, evaluation_command, finish, inputs, make_project, ranks_of, read_log, run, small_model, start, train,
+                     training_command, wait_for)
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from test_goldens import TEACHER_FORCED, build, teacher_forcing_inputs
@@ -151,3 +153,14 @@ def test_two_gpus_train_as_one_process_does(tmp_path, way):
     run(training_command(project, tmp_path / "two", f"{common} --batch_size 8 {way}"), processes=2)
     one, two = ([line["loss"] for line in read_log(tmp_path / name) if line["group"] == "train"] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=2e-3)
+
+
+@TWO
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_rank_of_two_gpus_ends_the_job_by_name(tmp_path, number):
+    command = training_command(make_project(tmp_path), tmp_path / "run", "--epochs 500 --save_every 3 --timeout 10 --batch_size 8 --device cuda")
+    process = start(command, processes=2)
+    wait_for(tmp_path / "run" / "checkpoint-000000006.pth", process)
+    os.kill(ranks_of(process)[1], number)
+    status, output = finish(process)
+    assert status != 0 and ("error (rank 0): one call lasts for 10 seconds" in output or "[rank0]: Traceback" in output), output

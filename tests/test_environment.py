@@ -136,6 +136,14 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_scripts_keep_their_line_ends_where_git_would_change_them(tmp_path):
+    for file in (".gitattributes", "scripts/env.sh"):
+        shutil.copy(ROOT / file, tmp_path)
+    command = "git init -q && git add . && rm env.sh && git -c core.autocrlf=true checkout -q -- env.sh"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "env.sh").read_bytes() == (ROOT / "scripts" / "env.sh").read_bytes()
+
+
 def test_ruff():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -219,6 +219,14 @@ def test_text_and_values_make_the_same_options():
     assert parse_options(TrainingOptions, text.split()) == TrainingOptions(**values)
 
 
+def test_save_every():
+    texts = {"500": SaveEvery(steps=500), "30m": SaveEvery(minutes=30.0), "0": SaveEvery(), "0m": SaveEvery()}
+    assert {text: parse_options(TrainingOptions, ["--save_every", text]).save_every for text in texts} == texts
+    for text in ("m", "30s", "1.5", "-5", "-1m", "nanm"):
+        with pytest.raises(SystemExit):
+            parse_options(TrainingOptions, [f"--save_every={text}"])
+
+
 def test_settings_come_from_the_options_then_the_checkpoint_then_the_release():
     stored = {"num_steps": 50, "num_steps_last": 15, "cfg": 3.0}
     assert Sampling.of(stored, {}) == Sampling(**stored) and Sampling.of(stored, {"cfg": 2}) == Sampling(**{**stored, "cfg": 2})

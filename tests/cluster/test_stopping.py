@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, finish, make_project, read_checkpoint, training_command, wait_for
 
 from util import cluster
 
@@ -200,3 +200,41 @@ def test_slurm_counts_failures_in_a_row_and_tells_ranks_who_they_are(tmp_path):
     os.utime(out / "failures", (1, 1))
     (out / "checkpoint-000000005.pth").touch()  # no "last" where there are no links
     assert is_queued_again(1)
+
+
+SRUN_OF_TWO = """#!/usr/bin/env python3
+import os, signal, subprocess, sys
+command = sys.argv[sys.argv.index("bash"):]
+tasks = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_NTASKS": "2"}) for r in range(2)]
+signal.signal(signal.SIGUSR1, lambda *_: [t.send_signal(signal.SIGUSR1) for t in tasks])
+open(os.environ["SRUN_PID"], "w").write(str(os.getpid()))
+sys.exit(max(t.wait() % 256 for t in tasks))
+"""
+
+
+@pytest.mark.slow
+def test_slurm_script(tmp_path):
+    """With stand-ins for srun and scontrol: a warning makes both ranks save, the job is queued again, and resumes."""
+    for name, text in (("srun", SRUN_OF_TWO), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    options = training_command(make_project(tmp_path / "project"), tmp_path / "out", "--epochs 16 --save_every 5 --batch_size 8 --global_batch 16")
+    options += " --precision fp32 --model flowar_tiny --diffloss_d 3 --diffloss_w 128 --patch_size 1"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "MASTER_ADDR": "127.0.0.1",
+                   "SLURM_SUBMIT_DIR": str(ROOT), "OUTPUT": str(tmp_path / "out"), "SRUN_PID": str(tmp_path / "pid"),
+                   "REQUEUED": str(tmp_path / "requeued"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def submit(*words):
+        return subprocess.Popen(["bash", str(ROOT / "scripts" / "slurm.sh"), *words], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    job = submit(*options.split()[1:])
+    wait_for(tmp_path / "out" / "checkpoint-000000010.pth", job)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+    status, output = finish(job)
+    assert status == 75 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output
+    assert 10 <= read_checkpoint(tmp_path / "out")["progress"]["step"] < 80
+    status, output = finish(submit(*options.split()[1:]))
+    assert status == 0 and "resumes at step" in output and read_checkpoint(tmp_path / "out")["progress"]["epoch"] == 16, output
+    status, output = finish(submit("--no_such_option"))
+    assert status == 2 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output

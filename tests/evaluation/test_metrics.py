@@ -17,6 +17,7 @@ import seams
 from models import FlowARError
 from models.weights import file_hash
 from util.evaluation import extractors, metrics, references
+from util.speed import prepare
 
 
 def build(feature_extractor="inception", file=None):
@@ -112,7 +113,7 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
     measure.read_references()
     assert len(read) == 10
     images, maps, exact = references.load_uint8(sorted((tmp_path / "flat_train").iterdir())), [], metrics.frechet_distance
-    joint.parts[1].network.Mixed_6d.register_forward_hook(lambda module, given, output: maps.append(output))
+    seen = joint.parts[1].network.Mixed_6d.register_forward_hook(lambda module, given, output: maps.append(output))
     measured = extractors.extract(joint, images)
     assert torch.equal(measured["spatial"], torch.cat(maps).permute(0, 2, 3, 1)[..., :7].reshape(10, 2023))  # in TensorFlow's order
     monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: exact(a, b) if len(a["mu"]) < 1000 else 0)  # 15 s each
@@ -136,6 +137,12 @@ def test_metrics_equal_torch_fidelitys_own(tmp_path, random_inception, random_tr
             network = registry.FEATURE_EXTRACTORS_REGISTRY[extractor.name](extractor.name, extractor.name.split("-")[:1])
             torch.testing.assert_close(extractors.extract(extractor, images)["features"], network(images)[0], rtol=1e-4, atol=1e-5)
     assert set(ours) == {"metrics", "reference_images", "reference_left_out", "fid", "sfid"}
+    seen.remove()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    prepare.compile_features(extractors.Joint(joint.parts[1:2]))
+    compiled = extractors.extract(joint.parts[1], images[:4])  # two batches
+    for name, value in {**measured, "features": joint.split(measured["features"])[1]}.items():
+        torch.testing.assert_close(compiled[name], value[:4], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("folder,cause", [("", "no network"), ("/dev/null", ".*Not a directory.*")])
@@ -277,7 +284,7 @@ def test_statistics_say_what_they_are(tmp_path, keep):
         assert file["num_images"] == 19 and file["resize"] == "none" and file["left_out"] == 0
 
 
-def test_features_of_a_folder_crop_and_refuse(tmp_path):
+def test_features_of_a_folder_crop_refuse_and_are_kept_if_they_can_be_compared_in_pairs(tmp_path, monkeypatch, capsys):
     write_digits(tmp_path / "digits", 1)
     folder, flat, cpu = tmp_path / "digits" / "val", extractors.Joint([Flat()]), torch.device("cpu")
     found, = extract(folder, flat, cpu)
@@ -287,5 +294,11 @@ def test_features_of_a_folder_crop_and_refuse(tmp_path):
     assert sums.features is None
     for key, value in metrics.statistics(found.features).items():
         np.testing.assert_allclose(sums.statistics[key], value, atol=1e-9)
+    for most, kept in ((10, True), (9, False)):
+        monkeypatch.setattr(metrics, "MOST_FEATURES", most)
+        measure = metrics.measure_against(references.list_reference(folder), flat, 16, cpu)
+        measure.read_references()
+        assert (measure.reference.features is not None) == kept and measure.reference.statistics["sigma"].shape == (4, 4)
+        assert (f"KID, precision and recall are left out: they compare every pair of images, and these are more than {most}" in capsys.readouterr().out) != kept
     with pytest.raises(FlowARError, match="16x16 pixels, expected 8x8; scripts/reference_stats.py --img_size"):
         extract(folder, flat, cpu, 8)

@@ -15,9 +15,12 @@ from models import FlowARError, vaes
 from models.flow_matching import SOLVERS
 from models.vae import DiagonalGaussian, LatentScale
 from scripts.pictures import read_settings
+from util.command_line import parse_options
 from util.evaluation import load_pipeline
 from util.evaluation.labels import Classes, class_names, find_label
+from util.evaluation.pipeline import open_for_sampling
 from util.evaluation.sampler import Sampler
+from util.options import EvaluationOptions
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,15 @@ def test_other_names_are_the_checkpoints():
 def test_it_samples_as_the_run_was_told(pipe):
     assert (pipe.sampler.sampling.cfg, pipe.sampler.sampling.guidance, pipe.sampler.sampling.num_steps) == (2.0, 1.0, 4)
     assert pipe.names == list("0123456789") and pipe.description["weights"] == "ema" and pipe.description["vae"].endswith("vae.pth")
+
+
+@pytest.mark.parametrize("extra,kind,key", [("", "ema", "model_ema"), ("--weights raw", "raw", "model")])
+def test_weights_that_are_asked_for_are_used_and_named(trained, capsys, extra, kind, key):
+    saved = read_checkpoint(trained)
+    sampler, description, *_ = open_for_sampling(parse_options(EvaluationOptions, f"--resume {trained} {extra}".split()), torch.device("cpu"))
+    assert torch.equal(sampler.model.class_emb.weight, saved[key]["class_emb.weight"])
+    assert not torch.equal(saved["model"]["class_emb.weight"], saved["model_ema"]["class_emb.weight"])
+    assert (description["weights"], description["weights_key"]) == (kind, key) and f"under '{key}'" in capsys.readouterr().out
 
 
 def test_the_same_pixels_as_the_sampler_the_script_and_eval(pipe, trained, tmp_path, monkeypatch):

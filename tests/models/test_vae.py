@@ -5,7 +5,7 @@ from helpers import call, small_vae, write_digits
 
 from models import AutoencoderKL, FlowARError
 from models.vae import KL16_LATENT_SCALE, DiagonalGaussian, LatentScale
-from models.vaes import load_vae, read_vae, save_vae
+from models.vaes import load_vae, read_latent_scale, read_vae, save_vae
 from scripts import train_vae
 
 
@@ -55,6 +55,12 @@ def test_latent_scale_of_channels_and_positions(shape):
 
 def totuple(tensor):
     return tuple(map(totuple, tensor)) if tensor.ndim else tensor.item()
+
+
+@pytest.mark.parametrize("bad", [None, [1.0], [[1.0, 0.0], 0], [["1", 1], 0], [[1.0, [1.0, 2.0]], 0], [1.0, float("inf")], [[[[float("nan")] * 99]] * 9, 0]])
+def test_what_is_no_latent_scale_is_refused_in_a_short_line(bad):
+    with pytest.raises(FlowARError, match="file: latent_scale is .{4,200}, expected .*each channel or each position.{,30}$"):
+        read_latent_scale(bad, "file")
 
 
 def test_file_carries_configuration_and_latent_scale(tmp_path):

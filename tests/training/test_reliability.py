@@ -187,6 +187,36 @@ def test_a_signal_saves_leaves_with_a_status_of_its_own_and_the_run_ends_with_th
     assert_same_run(tmp_path, undisturbed / "1")
 
 
+FAILING = """
+import time
+import engine_flowar, main_flowar
+from models import FlowARError
+from util import cluster
+from util.training import checkpoint
+write_file = checkpoint.write_file
+
+def slowly(content, path):
+    time.sleep(1)
+    write_file(content, path)
+
+def fail(*args):
+    if cluster.rank() == 1:
+        raise FlowARError("no report")
+    time.sleep(60)
+
+checkpoint.write_file, engine_flowar.validate = slowly, fail
+cluster.run_main(main_flowar.main)
+"""
+
+
+def test_a_checkpoint_that_is_being_written_outlives_an_error_of_another_rank(project, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = training_command(project, tmp_path / "out", "--epochs 1 --batch_size 8")
+    done = run(command.replace("main_flowar.py", f"{tmp_path}/failing.py"), 2, check=False)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error (rank 1): no report"], done.stderr
+    assert done.returncode == 1 and (tmp_path / "out" / "checkpoint-000000005.pth").is_file()
+
+
 # ---- disks -----------------------------------------------------------------------------------------------------
 
 
