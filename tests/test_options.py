@@ -83,6 +83,7 @@ TABLE = [
     (TRAIN, "--guide {p}/run", "--guide is for an evaluation"),
     # settings of sampling
     (EVAL, "--num_step 4:5:6 --num_step_last 3", "num_steps_last is 3, num_steps 4:5:6: steps are annealed down from one number"),
+    (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: guidance would act nowhere"),
     (EVAL, "--weights raw --guide {p}/run --cfg 1", "--guide {p}/run needs --cfg above 1"),
     # geometry that cannot work
     (TRAIN, "--scales 1,2", "scale ends with 2: expected 4, the latent's size in tokens"),
@@ -91,11 +92,14 @@ TABLE = [
     (TRAIN, "--vae_path {p}/stride2.pth", "--vae_stride is 4, but the VAE {p}/stride2.pth has 2"),
     (TRAIN, "--class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 7 (--class_num"),
     # contradictions
+    (TRAIN, "--compile graphs", "--compile graphs is for sampling: in training use --compile"),
+    (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
     (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
     (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
     (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --batch_size 4", "20 steps in a row were not finite, up to step 21: lower --lr"),
     (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
     # files and folders
     (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive (.zip, .tar) or dataset"),
     (TRAIN, "--vae_path {p}/file", "{p}/file: cannot be read"),

@@ -156,6 +156,7 @@ def test_the_last_is_found_without_hard_links_and_without_any(tmp_path, monkeypa
     def refuse(*args):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
     torch.save(content(0), tmp_path / checkpoint.LAST)
+    assert checkpoint.open_newest(tmp_path).path.name == checkpoint.LAST  # where it is all there is
     for name in refused:
         monkeypatch.setattr(os, name, refuse)
     write(tmp_path, 1, 2)
