@@ -7,6 +7,7 @@ errors.
 import contextlib
 import errno
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -71,9 +72,11 @@ def ask_hub(read):
     """
     try:
         return read(local_files_only=False)
-    except Exception:
+    except Exception as error:
         with contextlib.suppress(Exception):
-            return read(local_files_only=True)
+            cached = read(local_files_only=True)
+            print(f"the hub does not answer ({first_sentence(error)}): its cache is used", file=sys.stderr)
+            return cached
         raise
 
 
@@ -115,6 +118,7 @@ def fetch_archive(name, url, path, offline):
 @contextlib.contextmanager
 def explain(name):
     """What a user can put right of a download ends in one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError  # here: it is heavy
     try:
         yield
     except Exception as error:
@@ -125,6 +129,9 @@ def explain(name):
         if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
             raise FlowARError(f"{name}: the hub refuses it ({first_sentence(cause)}): is the token right, that of "
                               "HF_TOKEN or of hf auth login, and may it read this?") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            raise FlowARError(f"{name}: is not in the cache, and the hub does not answer ({first_sentence(cause)}): fetch "
+                              "it where there is a network, or give a path (HF_HOME, HF_HUB_OFFLINE)") from error
         raise
 
 

@@ -110,14 +110,20 @@ def writing(path, sync=True):
 
 
 def rename(path, name):
-    """Path.replace; where the file system does not rename over a file, there is none under `name` for a moment."""
+    """Path.replace; where the file system does not rename over a file, that one is called <name>.old for a moment."""
     try:
         path.replace(name)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.EPERM, errno.EACCES) or not name.is_file():
             raise
-        name.unlink()
-        path.rename(name)
+        old = Path(f"{name}.old")
+        name.rename(old)
+        try:
+            path.rename(name)
+        except OSError:
+            old.rename(name)
+            raise
+        old.unlink()
 
 
 def sync_file(file):

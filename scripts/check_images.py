@@ -68,6 +68,8 @@ def main():
     args = parser.parse_args()
     listing = list_images(args.folder, flat=True, columns=args)
     print(f"{args.folder}: {listing.summary()}")
+    if listing.classes or listing.left_out[".cls"]:
+        listing.check_classes()
     loader = with_workers(Sides(listing), args.num_workers, batch_size=BATCH, collate_fn=list)
     bad, sides = 0, []
     with tqdm(total=len(listing), unit="img", mininterval=2, leave=False) as progress:

@@ -52,7 +52,7 @@ if [ ! -f "$OUT/val_stats.npz" ]; then
     python scripts/reference_stats.py --ref_images "$OUT/images/val" --output "$OUT/val_stats.npz" --keep_features \
         --feature_extractor efficientnet-lite0 --device "$DEVICE"
 fi
-if [ "$OUT/run/checkpoint-last.pth" -nt "$OUT/eval/settings.json" ]; then
+if [ -n "$(find "$OUT/run" -name 'checkpoint-*.pth' -newer "$OUT/eval/settings.json" 2> /dev/null)" ]; then
     rm -rf "$OUT/eval" # of an older checkpoint
 fi
 torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 \

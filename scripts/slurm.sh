@@ -20,11 +20,12 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from sbatch
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # since 22.05 srun does not take it from sbatch
 OUTPUT="${OUTPUT:-./output_dir/}"
 OUTPUT="${OUTPUT/#\~\//$HOME/}"
-failures="$OUTPUT/failures" # a line for each in a row
+failures="$OUTPUT/failures" # a line for each job in a row that left no new checkpoint
 mkdir -p "$OUTPUT"
+touch "$OUTPUT/started"
 
 # One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back. Ranks that leave
 # have two minutes for it; --kill-on-bad-exit=1 would kill the others at the first, and the status would be that of the killed.
@@ -38,16 +39,13 @@ srun --export=ALL --kill-on-bad-exit=0 --wait=120 bash -c 'export RANK=$SLURM_PR
     --data_path "${IMAGENET:-/path/to/imagenet/}" --cached_path "${CACHE:-/path/to/imagenet_feature/}" "$@"
 status=$?
 
-newer=$(find "$OUTPUT" -maxdepth 1 -name 'checkpoint-*.pth' -newer "$failures" 2> /dev/null)
-if [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$status" = 75 ] || [ -n "$newer" ]; then
+newer=$(find "$OUTPUT" -maxdepth 1 -name 'checkpoint-*.pth' -newer "$OUTPUT/started")
+if [ "$status" = 0 ] || [ "$status" = 2 ] || [ -n "$newer" ]; then
     rm -f "$failures"
+else
+    echo "job $SLURM_JOB_ID ended with status $status" >> "$failures"
 fi
-case "$status" in
-    0 | 2) ;;
-    75) scontrol requeue "$SLURM_JOB_ID" ;;
-    *)
-        echo "job $SLURM_JOB_ID ended with status $status" >> "$failures"
-        [ "$(wc -l < "$failures")" -lt "${MAX_FAILURES:-10}" ] && scontrol requeue "$SLURM_JOB_ID"
-        ;;
-esac
+if [ "$status" != 0 ] && [ "$status" != 2 ]; then
+    [ ! -f "$failures" ] || [ "$(wc -l < "$failures")" -lt "${MAX_FAILURES:-10}" ] && scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$status"

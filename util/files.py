@@ -1,4 +1,5 @@
 """Directories and small files, with this project's one-line errors."""
+import contextlib
 import errno
 import fcntl
 import json
@@ -33,8 +34,12 @@ def check_place(path):
 
 
 def last_change(folder):
-    """Time of the last change of a folder, of the files in it, or of a folder in it."""
-    return max(path.lstat().st_mtime for path in Path(folder).iterdir() if path.suffix != ".tmp")
+    """Time of the last change of a file in a folder, or of a folder in it."""
+    newest = 0
+    for path in Path(folder).iterdir():
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            newest = max(newest, path.lstat().st_mtime)
+    return newest
 
 
 def lock_folder(folder, patience=LOCK_PATIENCE):
@@ -42,6 +47,7 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
     after `patience` seconds. One of another host may be dead: it is waited for until LEASE, and if nothing was written
     in the folder meanwhile, the error's status has the command started again.
     """
+    check_place(Path(folder))
     file, here = open(Path(folder) / LOCK, "a+"), f" on {socket.gethostname()}"
     start, before = time.monotonic(), last_change(folder)
     while True:
@@ -77,7 +83,10 @@ def check_output(path):
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise FlowARError(f"{path}: damaged, expected JSON ({error})") from error
 
 
 def holds_bytes(path):

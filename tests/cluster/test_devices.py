@@ -18,7 +18,8 @@ def test_auto_takes_what_is_there():
         cluster.set_precision("tf32", CPU)
 
 
-@pytest.mark.parametrize("says,named", [("GPU 0: Tesla T4 (UUID: GPU-1)", 1), ("Failed to initialize NVML: Driver/library version mismatch", 1), ("No devices were found", 0)])
+@pytest.mark.parametrize("says,named", [("GPU 0: Tesla T4 (UUID: GPU-1)", 1), ("Failed to initialize NVML: Driver/library version mismatch", 1),
+                                        ("NVIDIA-SMI has failed because it could not communicate with the driver", 1), ("No devices were found", 0)])
 def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, capsys, says, named):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{says}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -28,7 +29,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, capsys, s
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert cluster.select_device("auto") == CPU
-        assert capsys.readouterr().err.count(f"WARNING: nvidia-smi says '{says}', but PyTorch {torch.__version__} (CUDA ") == lines
+        assert capsys.readouterr().err.count(f"warning: nvidia-smi says '{says}', but PyTorch {torch.__version__} (CUDA ") == lines
 
 
 @pytest.mark.parametrize("visible,index", [(1, 0), (8, 3), (2, 1)])

@@ -150,3 +150,10 @@ def test_a_batch_is_waited_for_twice_half_the_timeout():
     assert torch.cat(list(build_loader(Late([0.1, 2.2, 0.1]), 1, num_workers=1, timeout=3))).tolist() == [0, 1, 2]
     with pytest.raises(RuntimeError, match="damaged"):
         list(build_loader(Late([0.1, 0]), 1, num_workers=1, timeout=60))
+
+    def end_with_a_dead_worker():  # as torch finds one of a fork server, when its timeout is over
+        yield 0
+        time.sleep(0.2)
+        raise RuntimeError("exited unexpectedly") from TimeoutError()
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loaders.WorkersLoader([0, 1], num_workers=1, timeout=0.1).wait_twice(end_with_a_dead_worker()))

@@ -21,7 +21,7 @@ def select_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and (gpu := first_gpu()):
             warn(f"nvidia-smi says '{gpu}', but PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
-                 "this runs on the CPU. Update the driver, or install PyTorch for its CUDA; --device cpu is silent")
+                 "this runs on the CPU. Update the driver, or install PyTorch for its CUDA; --device cpu leaves this line out")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")
@@ -36,7 +36,7 @@ def first_gpu():
     if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-            if "GPU" in output or "NVML" in output:
+            if output and "No devices" not in output:
                 return output.splitlines()[0]
     return ""
 
@@ -44,7 +44,7 @@ def first_gpu():
 def warn(message):
     """Print a line on stderr, once on every host."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def keep_freed_memory():
@@ -69,7 +69,7 @@ def set_precision(precision, device):
     if precision == "tf32" and device.type != "cuda":
         raise FlowARError(f"--precision tf32 needs CUDA: the device is {device.type}; use fp32 or bf16")
     if precision == "bf16" and is_bf16_emulated(device):
-        warn(f"this {device.type} emulates bf16, several times slower: --precision "
+        warn(f"this {device.type} emulates bf16, several times slower: use --precision "
              + ("fp16 or fp32" if device.type == "cuda" else "fp32"))
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"

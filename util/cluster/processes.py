@@ -19,7 +19,8 @@ from models.hub import is_remote, local_file
 from util.cluster.devices import select_device
 
 TIMEOUT = 1800  # seconds that a rank waits for the others, or for a batch of data
-LAUNCHER_PATIENCE = 10  # seconds that a rank which starts looks for torchrun's store
+LAUNCHER_PATIENCE = 60  # seconds that a rank which starts looks for torchrun's store
+ORPHAN_PATIENCE = 60  # seconds that a rank may wait in one call when its launcher is gone
 FOREVER = timedelta(days=20)  # in milliseconds it still fits poll()
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _pretended = 1  # processes, where there is no process group
@@ -51,27 +52,33 @@ def init(device_name, timeout=TIMEOUT):
 
 
 def end_if_stuck(number, timeout):
-    """End this process, rank `number`, once its main thread is in one call, such as a collective, for `timeout` seconds
-    in which the process runs. gloo and NCCL, whose own timeout is FOREVER, would count those of a suspended job too
-    (Ctrl-Z, scontrol suspend): their clock goes on, they look at it first when they wake, and no retry is possible.
+    """End this process, rank `number`, when its main thread has waited `timeout` seconds in one call, such as a
+    collective; seconds in which the process is stopped do not count. gloo and NCCL count wall time, so a job that was
+    suspended (Ctrl-Z, scontrol suspend) for longer than their timeout would die when it wakes: theirs is FOREVER. What
+    hangs with Python's lock held, such as an import from a dead disk, is not seen.
     """
-    waited, tick = 0, min(1, timeout / 10)
+    waited, tick, limit, launcher = 0, min(1, timeout / 10), timeout, os.getppid()
 
     def answer(*signal_and_frame):
         nonlocal waited
         waited = 0
 
     def ask():
-        nonlocal waited
-        while waited < timeout:
+        nonlocal waited, limit
+        while waited < limit:
             waited += tick
             _thread.interrupt_main(signal.SIGVTALRM)  # answer() runs before the next instruction of the main thread
             time.sleep(tick)
-        print(f"\nerror (rank {number}): one call lasts for {timeout:g} seconds (--timeout)", file=sys.stderr)
-        faulthandler.dump_traceback()
-        os._exit(1)
+            if os.getppid() != launcher:
+                limit = min(timeout, ORPHAN_PATIENCE)
+        try:
+            print(f"\nerror: rank {number} waited {limit:g} seconds in one call, probably for a rank that hangs or is "
+                  "gone; it was here:", file=sys.stderr)
+            faulthandler.dump_traceback()
+        finally:
+            os._exit(1)
 
-    signal.signal(signal.SIGVTALRM, answer)
+    signal.signal(signal.SIGVTALRM, answer)  # a signal that nobody else uses
     threading.Thread(target=ask, daemon=True).start()
 
 

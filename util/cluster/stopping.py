@@ -36,7 +36,9 @@ class StopSignals:
         self.asked = True
         if number == signal.SIGINT:
             self.status = INTERRUPTED
-            os.write(2, b"\ninterrupted: saves first; Ctrl-C again leaves at once\n" * is_main())
+            if is_main():
+                with contextlib.suppress(OSError):  # of | tee, which Ctrl-C ends too
+                    os.write(2, b"\ninterrupted: saves first; Ctrl-C again leaves at once\n")
             for second in (signal.SIGINT, signal.SIGTERM):  # torchrun makes a SIGTERM of the second Ctrl-C
                 signal.signal(second, signal.SIG_DFL)
         if self.message:
@@ -70,17 +72,41 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+class Output:
+    """Text to a stream whose reader may go, | tee by Ctrl-C or a terminal that closes: a run still saves and leaves."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_main(main):
     """Run a program. Exit status 2, or the error's own: a FlowARError, in one line; RESTART or 130: asked to leave."""
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        run(main)
+
+
+def run(main):
     try:
         main()
         shutdown()
         return
     except FlowARError as error:
-        status, alone = error.status, "RANK" not in os.environ
-        of_all = error.on_all_ranks or not dist.is_initialized()  # before they join: of an option, which all have
-        is_first = is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0  # of a host, before they join
-        if alone or is_first or not of_all:
+        status = error.status
+        # Before the ranks join all have the same error, of an option: the first of each host prints it.
+        is_first = is_main() and int(os.environ.get("LOCAL_RANK", 0)) == 0 or "RANK" not in os.environ
+        if is_first or dist.is_initialized() and not error.on_all_ranks:
             who = f" (rank {rank()})" if world_size() > 1 else ""
             message = str(error).rpartition("FlowARError: ")[2]  # a data worker's has its traceback before it
             print(f"\nerror{who}: {message}", file=sys.stderr)

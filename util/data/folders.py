@@ -192,9 +192,14 @@ def assign_labels(files, classes, left_out):
 def assign_edm_labels(listing, content):
     """Give a Listing the labels of EDM's dataset.json: beside it folders are no classes, only thousands of images."""
     try:
-        labels = dict(json.loads(content)["labels"])
-    except (ValueError, TypeError, KeyError):  # another file of that name, or EDM's without labels
+        labels = json.loads(content)["labels"]
+        has_labels = labels is not None
+        labels = dict(labels or ())
+    except (ValueError, TypeError, KeyError):  # another file of that name
         return
+    if not has_labels:
+        raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are null, and the folders beside it are no classes: "
+                          "make it with labels, or remove it if the folders are classes after all")
     names = [listing.name(index) for index in range(len(listing))]
     if labels.keys() != set(names):
         raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are not those of the images here ("

@@ -82,17 +82,19 @@ def with_workers(dataset, num_workers, timeout=0, **options):
 
 
 class WorkersLoader(DataLoader):
-    """Waits for a batch twice: the seconds for which a job is suspended (Ctrl-Z) use up its timeout once."""
+    """Waits for a batch twice: a job that was suspended (Ctrl-Z) wakes when its first wait is over."""
 
     def __iter__(self):
-        batches = super().__iter__()
+        return self.wait_twice(super().__iter__())  # its workers start now, not at the first batch
+
+    def wait_twice(self, batches):
         for _ in range(len(self)):
             start = time.monotonic()
             try:
                 batch = next(batches)
-            except RuntimeError:
-                if not self.timeout or time.monotonic() - start < self.timeout:
-                    raise  # of a worker
+            except RuntimeError as error:
+                if error.__cause__ or not self.timeout or time.monotonic() - start < self.timeout:
+                    raise  # with a cause it is a worker that died, early an error in a worker
                 batch = next(batches)
             yield batch
 

@@ -8,9 +8,9 @@ import torch
 from tqdm import tqdm
 
 from models import FlowARError
+from models.hub import local_file
 from models.weights import tensors_hash
 from util import data
-from models.hub import local_file
 from util.cluster import all_reduce_sum, gather_to_main, is_main, log, rank, world_size
 from util.data import center_crop
 from util.data.folders import LABELS_FILE
