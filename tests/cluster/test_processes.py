@@ -122,4 +122,4 @@ def test_a_job_that_is_suspended_goes_on_and_a_rank_that_is_waited_for_in_vain_e
     (tmp_path / "suspended.py").write_text(SUSPENDED)
     done = run(f"{tmp_path}/suspended.py", processes=2, check=False)
     assert done.stdout == "goes on\n" and done.returncode == 1, done.stdout + done.stderr
-    assert "error (rank 0): one call lasts for 2 seconds (--timeout)" in done.stderr and "in barrier" in done.stderr
+    assert "error: rank 0 waited 2 seconds in one call" in done.stderr and "in barrier" in done.stderr

@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, finish, make_project, read_checkpoint, training_command, wait_for
 
 from util import cluster
+from util.cluster import stopping
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,7 @@ import os, signal, time
 import torch
 from models import FlowARError
 from util import cluster
+from util.cluster import stopping
 from util.command_line import Parser
 from util.data import build_loader
 
@@ -121,6 +123,7 @@ RANK = """
 import multiprocessing, sys, time
 from torch.utils.data import Dataset
 from util import cluster
+from util.cluster import stopping
 from util.data import build_loader
 
 class Items(Dataset):
@@ -173,6 +176,13 @@ SRUN = """#!/bin/sh
 while [ "$1" != bash ]; do shift; done
 SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 "$@"
 """
+def test_text_for_a_reader_that_is_gone_ends_no_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = stopping.Output(open(writer, "w"))
+    assert output.write(100_000 * "x") == 100_000 and output.flush() is None and output.fileno() == writer
+
+
 SCONTROL = '#!/bin/sh\n[ "$1" = requeue ] && echo "$@" >> "$REQUEUED" || printf "a1\\na2\\n"\n'
 PROGRAM = '#!/bin/sh\nenv > "$ENV"\necho "$@" >> "$ENV"\n[ -z "$SAVES" ] || touch "$HOME/out/checkpoint-00000000$SAVES.pth"\nexit $STATUS\n'
 

@@ -130,6 +130,8 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
     labels = [[f"0000{i % 2}/img{i:08d}.png", 0] for i in range(5)]
     with pytest.raises(FlowARError, match="dataset.json: its labels are not those of the images here .00000/img00000004.png only in one of them"):
         list_images(edm(tmp_path / "train.zip", labels))
+    with pytest.raises(FlowARError, match="dataset.json: its labels are null, and the folders beside it are no classes"):
+        list_images(edm(tmp_path / "null.zip", None))
 
 
 # ---- which place -----------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def test_a_file_is_downloaded_once(server, weights, monkeypatch):
     assert hub.local_file("hf:me/it/x.pth@v1").read_bytes() == weights
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is in the cache needs no network
     assert hub.local_file("hf:me/it/deep/x.pth") == path
+    with pytest.raises(FlowARError, match="hf:me/it/y.pth: is not in the cache, and the hub does not answer .*: fetch it where"):
+        hub.local_file("hf:me/it/y.pth")
 
 
 def test_a_proxy_that_refuses_leaves_what_is_in_the_cache(server, weights, monkeypatch, tmp_path):

@@ -191,7 +191,7 @@ def test_too_many_bad_steps_stop_and_leave_the_last_checkpoint(project, tmp_path
     poison(monkeypatch, range(4, 99), with_nan)
     monkeypatch.setattr(engine_flowar, "MAX_BAD_STEPS", 4)
     with pytest.raises(FlowARError, match="4 steps in a row were not finite, up to step 8: lower --lr"):
-        train(project, tmp_path, "--save_every 2")
+        train(project, tmp_path, "--save_every 2 --save_last_freq 1")
     assert steps_of(tmp_path) == [4, 2]  # none during the bad steps
     assert all(value.isfinite().all() for name, value in read_checkpoint(tmp_path)["model"].items() if name != "mask")
 
