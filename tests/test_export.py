@@ -110,7 +110,7 @@ def test_the_hub_has_the_vae_beside(project, tmp_path, monkeypatch):
     assert hub.name_of_sibling("vae.pth", "run", Path("a/model.pth")) == "a/vae.pth"
     assert hub.name_of_sibling("x/vae.pth", "run", Path("a/model.pth")) == "x/vae.pth" and hub.name_of_sibling("hf:a/b/c", "run", Path("a/m")) == "hf:a/b/c"
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision=None: asked.append((repo, file)) or project / "safetensors" / file)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **options: asked.append((repo, file)) or project / "safetensors" / file)
     theirs = load_pipeline("hf:me/it", device="cpu")
     assert ("me/it", "vae.pth") in asked and np.array_equal(pixels(theirs), pixels(load_pipeline(project / "run", device="cpu")))
 
