@@ -64,4 +64,4 @@ def test_emulated_bf16_is_told(matmul_mode, monkeypatch, capsys):
         monkeypatch.setattr(devices, "open", lambda path: io.StringIO(flags), raising=False)
         for device, others in (("cuda", "fp16 or fp32"), ("cpu", "fp32")):
             cluster.set_precision("bf16", torch.device(device))
-            assert (f"this {device} emulates bf16, several times slower: --precision {others}\n" in capsys.readouterr().err) == emulated
+            assert (f"this {device} emulates bf16, several times slower: use --precision {others}\n" in capsys.readouterr().err) == emulated
