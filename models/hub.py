@@ -130,8 +130,8 @@ def explain(name):
             raise FlowARError(f"{name}: the hub refuses it ({first_sentence(cause)}): is the token right, that of "
                               "HF_TOKEN or of hf auth login, and may it read this?") from error
         if isinstance(error, LocalEntryNotFoundError):
-            raise FlowARError(f"{name}: is not in the cache, and the hub does not answer ({first_sentence(cause)}): fetch "
-                              "it where there is a network, or give a path (HF_HOME, HF_HUB_OFFLINE)") from error
+            raise FlowARError(f"{name}: is not in the cache, and the hub does not answer ({first_sentence(cause)}): "
+                              "fetch it where there is a network, or give a path (HF_HOME, HF_HUB_OFFLINE)") from error
         raise
 
 

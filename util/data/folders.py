@@ -198,8 +198,8 @@ def assign_edm_labels(listing, content):
     except (ValueError, TypeError, KeyError):  # another file of that name
         return
     if not has_labels:
-        raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are null, and the folders beside it are no classes: "
-                          "make it with labels, or remove it if the folders are classes after all")
+        raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are null, and the folders beside it are no "
+                          "classes: make it with labels, or remove it if the folders are classes after all")
     names = [listing.name(index) for index in range(len(listing))]
     if labels.keys() != set(names):
         raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are not those of the images here ("
