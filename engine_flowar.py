@@ -43,8 +43,8 @@ def train(run):
             train_one_epoch(run)
             report_due = is_report_epoch(recipe, progress.epoch)
             due = report_due or any(every and progress.epoch % every == 0 for every in recipe.save_epochs)
-            # Bad steps do not push good checkpoints out.
-            if due and not progress.bad_in_a_row or progress.epoch == recipe.epochs:
+            # An epoch of bad steps alone pushes no good checkpoint out.
+            if due and progress.bad_in_a_row < run.steps or progress.epoch == recipe.epochs:
                 save_checkpoint(run)
             if report_due:
                 report(run)

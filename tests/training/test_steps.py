@@ -191,9 +191,15 @@ def test_too_many_bad_steps_stop_and_leave_the_last_checkpoint(project, tmp_path
     poison(monkeypatch, range(4, 99), with_nan)
     monkeypatch.setattr(engine_flowar, "MAX_BAD_STEPS", 4)
     with pytest.raises(FlowARError, match="4 steps in a row were not finite, up to step 8: lower --lr"):
-        train(project, tmp_path, "--save_every 2 --save_last_freq 1")
+        train(project, tmp_path, "--save_every 2")
     assert steps_of(tmp_path) == [4, 2]  # none during the bad steps
     assert all(value.isfinite().all() for name, value in read_checkpoint(tmp_path)["model"].items() if name != "mask")
+
+
+def test_an_epoch_of_bad_steps_alone_is_not_saved(project, tmp_path, monkeypatch):
+    poison(monkeypatch, range(4, 10), with_nan)  # the last of the first epoch, all of the second
+    train(project, tmp_path, "--epochs 3 --save_last_freq 1 --keep 9")
+    assert steps_of(tmp_path) == [15, 5]
 
 
 @pytest.mark.parametrize("saving", ["--save_every 2", "--save_last_freq 100"])  # saved in the same step; in none

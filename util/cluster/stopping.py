@@ -1,5 +1,6 @@
 """How a program ends: when a signal asks it to, or with an error that its user can put right."""
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -73,19 +74,26 @@ def stop_signals():
 
 
 class Output:
-    """Text to a stream whose reader may go, | tee by Ctrl-C or a terminal that closes: a run still saves and leaves."""
+    """Text to a stream whose reader may go, | tee by Ctrl-C or a terminal that closes: a run still saves and leaves.
+    What a file does not take, on a full disk, is an error as ever.
+    """
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
+        self.attempt(self.stream.write, text)
         return len(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            function(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
