@@ -2,9 +2,10 @@
 
     python scripts/train_vae.py --data_path images --output vae.pth --img_size 32 --ch_mult 1,2,2 --embed_dim 4
 
-The loss is L1 + MSE reconstruction plus a weighted KL term; there is no adversarial or perceptual part, so this is for
-small images and demonstrations, not a replacement for KL-16. The latent scale and shift are measured at the end and
-stored in the file. The same command resumes a run that was killed at its last snapshot (`<output>.training`).
+The loss is L1 + MSE reconstruction plus a weighted KL term, with --perceptual also a distance in the features of a
+network trained on ImageNet; there is no adversarial part. This is for small images and demonstrations, not a
+replacement for KL-16. The latent scale and shift are measured at the end and stored in the file. The same command
+resumes a run that was killed at its last snapshot (`<output>.training`).
 """
 import argparse
 import itertools
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models import AutoencoderKL, FlowARError
@@ -23,14 +25,16 @@ from models.vae import LatentScale
 from models.vaes import save_vae
 from models.weights import load_state, read_file, write_file
 from util.cluster import autocast, run_main, select_device, set_precision
-from util.command_line import (COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, add_options, as_type,
-                               color, list_of, path)
+from util.command_line import (BELOW_ONE, COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Parser, add_options,
+                               as_type, color, list_of, path)
 from util.data import Images, build_loader, find_split, to_uint8
 from util.data.tables import Columns
+from util.evaluation.extractors import EfficientNetLite0
 from util.evaluation.store import write_png
 from util.files import check_output
 
-LEARNING = ("img_size", "crop", "flip", "background", "steps", "batch_size", "lr", "kl_weight", "precision", "seed")
+LEARNING = ("img_size", "crop", "flip", "background", "steps", "batch_size", "lr", "kl_weight", "perceptual",
+            "perceptual_from", "ema_rate", "precision", "seed")
 SNAPSHOT_STEPS = 200
 WARMUP_STEPS = 50
 STATISTICS_IMAGES = 2048
@@ -55,6 +59,11 @@ def parse_args():
     add("--batch_size", type=as_type(POSITIVE), default=64, help="images a step")
     add("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
     add("--kl_weight", type=as_type(REAL), default=1e-4, help="weight of the KL term, per latent element")
+    add("--perceptual", type=as_type(REAL), default=0.0, help="weight of the distance in EfficientNet-lite0's features")
+    add("--perceptual_from", type=as_type(COUNT), default=0, help="first step with it; those before are twice as "
+        "fast")
+    add("--ema_rate", type=as_type(BELOW_ONE), default=0.0, help="write the average of the weights over about "
+        "1 / (1 - rate) steps; 0: the last ones")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
     add("--device", type=as_type(DEVICE), default="auto", help="cpu or cuda; auto is CUDA where there is a GPU")
     add("--num_workers", type=as_type(WORKERS), help="data loading processes; default: as in training")
@@ -62,11 +71,40 @@ def parse_args():
     return parser.parse_args()
 
 
+class PerceptualLoss:
+    """Distance of images (B, 3, H, W) in [-1, 1] in the features of EfficientNet-lite0, as LPIPS (Zhang et al., 2018)
+    without its learned weights: the mean over some blocks of |a - b|^2, a and b scaled to length 1 at every position.
+    """
+    side, blocks = 64, (0, 2, 4, 7, 10, 15)
+
+    def __init__(self, device):
+        self.extractor, self.features = EfficientNetLite0(device), []
+        self.extractor.size = self.side
+        self.extractor.network.requires_grad_(False)
+        for block in self.blocks:
+            self.extractor.network._blocks[block].register_forward_hook(self.keep)
+
+    def keep(self, block, inputs, output):
+        self.features.append(output)
+
+    def directions(self, images):
+        self.features.clear()
+        self.extractor.forward(images * 127.5 + 127.5)
+        return [F.normalize(x, dim=1, eps=1e-3) for x in self.features]
+
+    def __call__(self, decoded, images):
+        with torch.no_grad():
+            expected = self.directions(images)
+        distances = [(a - b).square().sum(1).mean() for a, b in zip(self.directions(decoded), expected)]
+        return sum(distances) / len(distances)
+
+
 def autoencoder_loss(vae, images, kl_weight, generator=None):
+    """(loss, reconstructions)"""
     posterior = vae.encode(images)
     decoded = vae.decode(posterior.sample(generator)).float()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + kl_weight * kl
+    return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + kl_weight * kl, decoded
 
 
 def learning_rate(step, args):
@@ -74,7 +112,9 @@ def learning_rate(step, args):
 
 
 def train(vae, data, args, device, precision):
-    """args.steps optimizer steps, from the last snapshot on."""
+    """args.steps optimizer steps, from the last snapshot on; returns the weights to write."""
+    perceptual = PerceptualLoss(device) if args.perceptual else None
+    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(args.ema_rate))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
     snapshot, first = Path(f"{args.output}.training"), 0
     record = {**{name: getattr(args, name) for name in LEARNING}, "data_sha256": data.identity()["sha256"]}
@@ -83,6 +123,7 @@ def train(vae, data, args, device, precision):
         if content["record"] != record:
             raise FlowARError(f"{snapshot}: began with other options or data: remove it to start again")
         load_state(vae, content["model"], snapshot)
+        average.load_state_dict(content["average"])
         optimizer.load_state_dict(content["optimizer"])
         first = content["step"]
         print(f"resumes {snapshot} at step {first}")
@@ -96,17 +137,22 @@ def train(vae, data, args, device, precision):
             group["lr"] = learning_rate(step, args)
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         with autocast(device, precision):
-            loss = autoencoder_loss(vae, images.to(device, non_blocking=True), args.kl_weight, generator)
+            images = images.to(device, non_blocking=True)
+            loss, decoded = autoencoder_loss(vae, images, args.kl_weight, generator)
+            if perceptual and step >= args.perceptual_from:
+                loss = loss + args.perceptual * perceptual(decoded, images)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
+        average.update_parameters(vae)
         if (step + 1) % SNAPSHOT_STEPS == 0:
             if not math.isfinite(loss.item()):
                 raise FlowARError(f"VAE loss is {loss.item()} at step {step}: lower --lr, or use --precision fp32")
             progress.set_postfix(loss=f"{loss.item():.4f}")
-            write_file({"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict(),
-                        "record": record}, snapshot)
+            write_file({"step": step + 1, "model": vae.state_dict(), "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(), "record": record}, snapshot)
+    return average.module
 
 
 def batches(loader, first):
@@ -167,8 +213,7 @@ def main():
     if args.img_size % vae.stride:
         raise FlowARError(f"--img_size {args.img_size} is not a multiple of the VAE's stride {vae.stride} "
                           f"({len(args.ch_mult)} levels)")
-    train(vae.to(device), data, args, device, precision)
-    vae.eval()
+    vae = train(vae.to(device), data, args, device, precision).eval()
     if not all(value.isfinite().all() for value in vae.state_dict().values()):
         raise FlowARError("the VAE's weights are not finite: lower --lr, or use --precision fp32; nothing was written")
     vae.latent_scale = measure_latent_scale(vae, data, args, device)

@@ -96,7 +96,8 @@ def test_train_vae(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(train_vae, "autoencoder_loss", loss)
             call(patch, f"scripts/train_vae.py --data_path {tmp_path}/images --img_size 16 --embed_dim 4 --ch 16 --ch_mult 1,2 --num_res_blocks 0 "
-                        f"--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu --steps 40 --output {output}")
+                        f"--batch_size 16 --lr 5e-3 --num_workers 0 --device cpu --steps 40 --output {output} --perceptual 0.1 --perceptual_from 38 "
+                        "--ema_rate 0.9")
         return len(steps)
 
     assert run_to(tmp_path / "whole.pth") == 40
@@ -109,3 +110,14 @@ def test_train_vae(tmp_path, monkeypatch, capsys):
     assert run_to(tmp_path / "parts.pth") == 20  # from the snapshot
     whole, parts = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_perceptual_loss():
+    """0 for the same images, it falls on the way to them, and its gradient points there."""
+    loss, generator = train_vae.PerceptualLoss("cpu"), torch.Generator().manual_seed(0)
+    images, other = (torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2))
+    assert loss(images, images) == 0
+    far, near = ((images + part * (other - images)).requires_grad_() for part in (1.0, 0.3))
+    assert loss(far, images) > loss(near, images) > 0
+    loss(near, images).backward()
+    assert loss(near - 0.1 * near.grad / near.grad.abs().max(), images) < loss(near, images)
