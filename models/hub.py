@@ -1,5 +1,5 @@
 """Weights by name: hf:OWNER/REPO/FILE[@REVISION] on the Hugging Face hub, released:NAME for the authors' files and for
-ADM's reference batches, which are elsewhere and are kept beside the hub's files.
+ADM's reference batches (elsewhere, kept beside the hub's files), demo:fashion for small weights in this repository.
 
 huggingface_hub downloads, once: its cache (HF_HOME), its offline switch (HF_HUB_OFFLINE=1), its token (HF_TOKEN), its
 errors.
@@ -15,9 +15,16 @@ from typing import NamedTuple
 import torch
 
 from models.errors import FlowARError, first_sentence
-from models.weights import EXPORTED
+from models.weights import EXPORTED, file_hash
 
-HUB, RELEASE_PREFIX = "hf:", "released:"
+HUB, RELEASE_PREFIX, DEMO_PREFIX = "hf:", "released:", "demo:"
+DEMO_FOLDER = Path(__file__).with_name("demo")
+DEMO_FILES = {  # SHA-256
+    "fashion/model.safetensors": "19d8b26d0a93993533a31b75ccd8486a521270deb822bc6eaab3df9b2da600a3",
+    "fashion/student.safetensors": "fa4b14717c0bedd13dd67c33a68a32b11c50165e293a68279114e33d27d8278e",
+    "fashion/vae.safetensors": "5064b09ba20c51c13b0363643b5fb4df057e4d60bcd8dbd76b8e47c9d89b7881",
+    "fashion/classifier.safetensors": "07e3a2ab24a99b78e7de855e03847ca7ebffb8b0ec5d0e96a11553cd8daabb22",
+}
 
 
 class Release(NamedTuple):
@@ -39,8 +46,13 @@ RELEASES = {
 }
 
 
+def is_name(name):
+    """Whether it is a name of this module, not a path."""
+    return is_remote(name) or str(name).startswith(DEMO_PREFIX)
+
+
 def is_remote(name):
-    """Whether a name is of a file to download, not a path."""
+    """Whether it is the name of a file to download."""
     return str(name).startswith((HUB, RELEASE_PREFIX))
 
 
@@ -53,10 +65,14 @@ def release_of(name):
     return names.get(str(name))
 
 
-def local_file(name):
-    """Path of a file by path or name; downloaded if it is not there, once for several processes that ask together."""
-    if not is_remote(name):
+def local_file(name, demo_part=EXPORTED):
+    """Path of a file by path or name; downloaded if it is not there, once for several processes that ask together.
+    demo_part: which file of demo:fashion.
+    """
+    if not is_name(name):
         return Path(name).expanduser()
+    if str(name).startswith(DEMO_PREFIX):
+        return demo_file(str(name).removeprefix(DEMO_PREFIX), demo_part)
     from huggingface_hub import hf_hub_download  # here: it is heavy
     release = release_of(name)
     if release and not release.name.startswith(HUB):
@@ -115,6 +131,18 @@ def fetch_archive(name, url, path, offline):
     temporary.replace(path)
 
 
+def demo_file(name, part):
+    """Path of a file of this repository's weights; FlowARError unless it is the one of this version, bit by bit."""
+    key = name if name in DEMO_FILES else f"{name}/{part}"
+    if key not in DEMO_FILES:
+        raise FlowARError(f"demo:{name}: expected demo:fashion, or demo: and one of {', '.join(DEMO_FILES)}")
+    path = DEMO_FOLDER / key
+    if not path.is_file() or file_hash(path) != DEMO_FILES[key]:
+        raise FlowARError(f"{path}: is missing, altered or a Git LFS pointer (expected SHA-256 {DEMO_FILES[key]}): "
+                          "restore it with git checkout HEAD -- models/demo, or git lfs pull, or install again")
+    return path
+
+
 @contextlib.contextmanager
 def explain(name):
     """What a user can put right of a download ends in one line."""
@@ -139,7 +167,7 @@ def name_of_sibling(file, name, path):
     """Name of a file that lies beside one that is asked for by `name` and is at `path`; what is more than a file's name
     stays as it is.
     """
-    if is_remote(file) or Path(file).name != file:
+    if is_name(file) or Path(file).name != file:
         return file
     if not is_remote(name):
         return str(Path(path).with_name(file))

@@ -12,11 +12,12 @@ from torch import nn
 
 from models.checks import check_images
 from models.errors import FlowARError, name_some
-from models.hub import ask_hub, is_remote, local_file
+from models.hub import ask_hub, is_name, local_file
 from models.vae import AutoencoderKL, DiagonalGaussian, LatentScale
 from models.weights import KL16, VAE, depth, file_hash, find_weights, load_state, read_file, tensors_hash, write_file
 
 DEFAULT_PATH = "pretrained_models/vae/kl16.ckpt"
+DEMO_VAE = "vae.safetensors"
 
 
 class NamedVAE:
@@ -42,13 +43,13 @@ class VAEFile(NamedVAE):
     """A file, by path or name: KL-16's or one of scripts/train_vae.py."""
 
     def is_there(self):
-        return is_remote(self.name) or local_file(self.name).is_file()
+        return is_name(self.name) or local_file(self.name).is_file()
 
     def open(self):
         return read_vae(self.name)
 
     def identity(self, opened=None):
-        return file_hash(local_file(self.name)) if self.is_there() else None
+        return file_hash(local_file(self.name, DEMO_VAE)) if self.is_there() else None
 
 
 def find_vae(name=None):
@@ -71,7 +72,7 @@ def read_vae(path):
     """(AutoencoderKL of a file in eval mode without gradients, lines for a log): `kl16.ckpt`, what save_vae writes, or
     the like; by path or by name, see models.hub. Its tensors tell its size.
     """
-    path = local_file(path)
+    path = local_file(path, DEMO_VAE)
     content = read_file(path)
     weights = find_weights(content, path, "VAE", VAE)
     state, ch = weights.tensors, len(weights.tensors["encoder.conv_in.weight"])

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from models import FlowARError, load_flowar
-from models.hub import EXPORTED, is_remote
+from models.hub import EXPORTED, is_name
 from models.settings import Sampling, option_name
 from models.vaes import DEFAULT_PATH, VAES, saved_vae_path
 from models.weights import (BARE, CONFIG, file_hash, find_model, saved_options, tensors_hash, write_file,
@@ -42,7 +42,7 @@ LISTED = 100  # classes: more are in config.json alone
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=as_type(path), required=True, help="run: its folder, a checkpoint, or a name (hf:, released:)")
+    add("--resume", type=as_type(path), required=True, help="run: its folder, a checkpoint, or a name (hf:, demo:)")
     add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
     add("--output", type=as_type(path), required=True, help="folder to write, new or empty")
     add("--format", choices=("safetensors", "pth"), default="safetensors", help="pth: a bare state dict as released")
@@ -74,7 +74,7 @@ def public_vae(options, copied):
     if kind in VAES:
         is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not Path(spec.split(":")[0]).exists()
         return path if is_repository or not spec else None
-    if copied or is_remote(path):
+    if copied or is_name(path):
         return copied or path
     return Path(path).name if Path(path).name not in ("", Path(DEFAULT_PATH).name) else None
 
@@ -83,7 +83,7 @@ def find_vae_file(args, content):
     """Path of the VAE file to put into the folder, None: none. FlowARError if it is not the one of the run."""
     options, origin = saved_options(content), saved_origin(content)
     path = args.vae_path or saved_vae_path(options)
-    if args.no_vae or not path or path.partition(":")[0] in VAES or is_remote(path):
+    if args.no_vae or not path or path.partition(":")[0] in VAES or is_name(path):
         return None
     if Path(path).name == Path(DEFAULT_PATH).name:
         return None

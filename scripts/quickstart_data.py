@@ -1,6 +1,6 @@
 """Lay out real images as an ImageFolder of 32x32 RGB: <output>/{train,val}/<class>/<number>.png.
 
-Of Fashion-MNIST, the first 2,000 training and 200 test images of each class: from Debian's package
+Of Fashion-MNIST, the first --train and --val images of each class (of 6,000 and 1,000): from Debian's package
 dataset-fashion-mnist where it is installed, else by torchvision's download.
 
     python scripts/quickstart_data.py --output output/quickstart/images
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.command_line import as_type, path
+from util.command_line import POSITIVE, as_type, path
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-SPLITS = {"train": ("train", 2000), "val": ("t10k", 200)}  # name of its files, images of a class: for 15 minutes
+SPLITS = {"train": "train", "val": "t10k"}  # names of its files
 
 
 def read_idx(path):
@@ -44,7 +44,10 @@ def write_images(folder, images, labels, limit):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=as_type(path), required=True, help="folder to make")
-    output = Path(parser.parse_args().output)
+    parser.add_argument("--train", type=as_type(POSITIVE), default=1000, help="training images of a class")
+    parser.add_argument("--val", type=as_type(POSITIVE), default=200, help="test images of a class")
+    args = parser.parse_args()
+    output = Path(args.output)
     if output.is_dir():
         print(f"{output} is there already")
         return
@@ -54,9 +57,9 @@ def main():
         from torchvision.datasets import FashionMNIST
         folder = Path(FashionMNIST(output.parent / "download", download=True).raw_folder)
     counts = []
-    for split, (name, limit) in SPLITS.items():
+    for split, name in SPLITS.items():
         images, labels = (read_idx(folder / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
-        counts.append(write_images(temporary / split, images, labels, limit))
+        counts.append(write_images(temporary / split, images, labels, getattr(args, split)))
     temporary.rename(output)
     print(f"Fashion-MNIST: {counts[0]} training and {counts[1]} test images in {output}")
 

@@ -61,8 +61,9 @@ class Model(Checked):
     """model and VAE"""
     model: str = setting(None, "size; default: the checkpoint's, else flowar_small", one_of(*MODELS))
     img_size: int = setting(None, "pixels a side; default: the checkpoint's or the cache's, else 256", PIXELS)
-    vae_path: str = setting(None, "the VAE: a file, hf:OWNER/REPO/FILE, released:kl16 or diffusers:PATH_OR_REPOSITORY"
-                            "[:SUBFOLDER]; default: the run's, else pretrained_models/vae/kl16.ckpt", path)
+    vae_path: str = setting(None, "the VAE: a file, hf:OWNER/REPO/FILE, released:kl16, demo:fashion or "
+                            "diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: the run's, else "
+                            "pretrained_models/vae/kl16.ckpt", path)
     vae_embed_dim: int = setting(None, "latent channels; default: the VAE's, else 16", POSITIVE)
     vae_stride: int = setting(None, "pixels of a latent cell, a side; default: the VAE's, else 16", POSITIVE)
     patch_size: int = setting(None, "latent cells of a token, a side; default: the checkpoint's, else 1", POSITIVE)
@@ -77,8 +78,8 @@ class Model(Checked):
 @dataclass
 class Weights(Checked):
     """weights"""
-    resume: str = setting("", "a run's folder, a file, or a hf: or released: name; training continues a run that is "
-                          "there and starts one that is not", optional_path)
+    resume: str = setting("", "a run's folder, a file, or a hf:, released: or demo: name; training continues a run "
+                          "that is there and starts one that is not", optional_path)
     weights: str = setting(None, "those of --resume to sample: ema, raw or another key; default: the EMA where there "
                            "is one", str, beyond=True)
 

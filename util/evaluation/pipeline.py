@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import FlowARError
-from models.hub import is_remote, name_of_sibling, release_of
+from models.hub import is_name, name_of_sibling, release_of
 from models.registry import open_model, read_variant, recognise_size
 from models.settings import Sampling, as_text, check_value, one_of
 from models.vae import LatentScale
@@ -51,7 +51,7 @@ def open_for_sampling(args, device, identify=False):
     """
     if not args.resume:
         raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
-                          ".safetensors, or a name such as released:flowar_small")
+                          ".safetensors, or a name such as demo:fashion")
     default = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
     precision = set_precision(args.precision or default, device)
     checkpoint = open_on_all(args.resume)
@@ -65,7 +65,7 @@ def open_for_sampling(args, device, identify=False):
     model, left_out = open_model(weights.tensors, path, args.model, **choices)
     log(f"{path}: {weights.describe(left_out)}")
     description = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
-                   "checkpoint": str(args.resume if is_remote(args.resume) else path), "weights": weights.kind,
+                   "checkpoint": str(args.resume if is_name(args.resume) else path), "weights": weights.kind,
                    "weights_key": weights.key, "vae": vae_name, "vae_sha256": origin.sha256}
     if identify and is_main():
         description["checkpoint_sha256"] = file_hash(path)

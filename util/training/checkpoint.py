@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from models import FlowARError
-from models.hub import EXPORTED, is_remote, local_file
+from models.hub import EXPORTED, is_name, local_file
 from models.registry import LAST, load_model
 from models.weights import (BARE, count_classes, find_model, read_weights, recognise_geometry, rename, saved_options,
                             write_file)
@@ -292,7 +292,7 @@ def open_newest(name):
 def open_on_all(name):
     """open_newest on every rank: rank 0 chooses the file. A collective."""
     fetch(name)
-    if is_remote(name):  # each host has its own cache
+    if is_name(name):  # each host has its own copy
         return Checkpoint.open(local_file(name))
     return from_main(lambda: open_newest(name))
 
