@@ -1,7 +1,7 @@
 """A page in the browser that draws pictures of a model, and shows what a scale-wise model can do.
 
     pip install gradio
-    python scripts/app.py                                # the quickstart's model, http://127.0.0.1:7860
+    python scripts/app.py                                # demo:fashion, at http://127.0.0.1:7860
     python scripts/app.py --resume released:flowar_small
 
 Visitors wait for each other; a drawing ends at its next step if its visitor cancels or leaves. The page loads nothing
@@ -35,7 +35,7 @@ from util.evaluation.pipeline import open_pipeline
 from util.manifest import code_version
 from util.options import SamplingOptions
 
-QUICKSTART = "output/quickstart/run"
+DEMO = "demo:fashion"
 MOST_IMAGES, MOST_STEPS, MOST_CFG = 16, 100, 10.0
 KEPT_FILES = 512  # pictures that can still be downloaded
 
@@ -389,13 +389,9 @@ def parse_args():
     own = Parser(None)
     own.add_argument("--host"), own.add_argument("--port")
     _, words = own.parse_known_args()
-    if args.resume:
-        return args, words
-    if not Path(QUICKSTART).exists():
-        raise FlowARError(f"--resume is missing, and {QUICKSTART} is not there: make it with bash "
-                          "scripts/quickstart.sh, or give a checkpoint, or a name such as released:flowar_small")
-    args.resume = QUICKSTART
-    return args, ["--resume", QUICKSTART, *words]
+    if not args.resume:
+        args.resume, words = DEMO, ["--resume", DEMO, *words]
+    return args, words
 
 
 def open_for_page(args):

@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# From nothing to a FlowAR that has learned real images: environment, data, VAE, latents, training, evaluation.
-# Each stage leaves a file, and is skipped or resumed when the command is run again. All is in output/quickstart.
+# Draws from demo:fashion, whose weights are in this repository, then trains a small model on real images with the same
+# frozen VAE: images, latents, training, evaluation, table. --train_vae trains a VAE first and writes to
+# output/quickstart_vae. Each stage leaves a file and is skipped, or resumed, when the command is run again.
 set -euo pipefail
 EXTRA="quickstart"
 source "$(dirname "$0")/env.sh"
 
-OUT=output/quickstart
+OUT=output/quickstart VAE=demo:fashion MINUTES=9
+case "$*" in
+    "") ;;
+    --train_vae) OUT=output/quickstart_vae VAE=$OUT/vae.pth MINUTES=14 ;;
+    *) fail "$*: the only option is --train_vae" ;;
+esac
 DEVICE="${DEVICE:-auto}"
+if [ "$VAE" = demo:fashion ] && [ -f "$OUT/vae.pth" ]; then
+    fail "$OUT is of an earlier version, with a VAE of its own: move or remove it"
+fi
 mkdir -p "$OUT"
 
 stage() {
@@ -14,18 +23,21 @@ stage() {
     echo "== $1 (after $((SECONDS / 60)) min $((SECONDS % 60)) s) =="
 }
 
+stage "pictures of demo:fashion, a trained model in this repository -> $OUT/demo.png"
+[ -f "$OUT/demo.png" ] || python scripts/sample.py --resume demo:fashion --device "$DEVICE" --grid "$OUT/demo.png"
+echo "See $OUT/demo.png. Now a model is trained from scratch: about $MINUTES minutes on two slow CPU cores."
+
+stage "real images -> $OUT/images"
 if [ ! -d /usr/share/datasets/fashion-mnist ] && [ ! -d "$OUT/images" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || true # else it is downloaded
 fi
-
-stage "real images -> $OUT/images"
 python scripts/quickstart_data.py --output "$OUT/images"
 
-stage "VAE -> $OUT/vae.pth"
-if [ ! -f "$OUT/vae.pth" ]; then
-    python scripts/train_vae.py --data_path "$OUT/images" --output "$OUT/vae.pth" --device "$DEVICE" \
-        --img_size 32 --embed_dim 4 --ch 16 --ch_mult 1,2,4 --num_res_blocks 0 --crop center --no_flip \
-        --steps 750 --batch_size 32 --lr 3e-3 --num_workers 1
+if [ "$VAE" != demo:fashion ]; then
+    stage "VAE -> $VAE"
+    [ -f "$VAE" ] || python scripts/train_vae.py --data_path "$OUT/images" --output "$VAE" --device "$DEVICE" --img_size 32 \
+        --embed_dim 4 --ch 16 --ch_mult 1,2,4 --num_res_blocks 0 --crop center --no_flip --steps 750 --batch_size 32 --lr 3e-3 \
+        --num_workers 1
 fi
 
 stage "latents -> $OUT/latents"
@@ -34,16 +46,14 @@ for split in train val; do
     [ "$split" = train ] || cache="$OUT/latents_val"
     [ -f "$cache/index.json" ] ||
         torchrun --standalone --nproc_per_node=1 scripts/cache_latents.py --data_path "$OUT/images" --split "$split" \
-            --cached_path "$cache" --vae_path "$OUT/vae.pth" --img_size 32 --device "$DEVICE" --num_workers 1
+            --cached_path "$cache" --vae_path "$VAE" --img_size 32 --device "$DEVICE" --num_workers 1
 done
 
 stage "training -> $OUT/run"
-images=$(find "$OUT/images/train" -name '*.png' | wc -l)
-epochs=$((80000 / images)) # 4 of Fashion-MNIST, more of a smaller set
-torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$OUT/vae.pth" --vae_embed_dim 4 \
-    --vae_stride 4 --patch_size 2 --model flowar_tiny --epochs "$epochs" --warmup_epochs "$((epochs * 5))e-2" \
-    --batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 --no_flip \
-    --save_last_freq 1 --eval_freq "$((epochs / 2))" --cfg 3 --guidance 1 \
+torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$VAE" --vae_embed_dim 4 \
+    --vae_stride 4 --patch_size 2 --model flowar_tiny --epochs 4 --warmup_epochs 0.2 \
+    --batch_size 32 --lr 3e-3 --ema_rate 0.99 --attn_dropout 0 --proj_dropout 0 --no_flip \
+    --save_last_freq 1 --eval_freq 4 --cfg 2.5 --guidance 1 --solver ab2 --num_step 12 --time_grid uniform \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" \
     --cached_val_path "$OUT/latents_val" --num_workers 1 --device "$DEVICE"
 
@@ -55,19 +65,19 @@ fi
 if [ -n "$(find "$OUT/run" -name 'checkpoint-*.pth' -newer "$OUT/eval/settings.json" 2> /dev/null)" ]; then
     rm -rf "$OUT/eval" # of an older checkpoint
 fi
-torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_images 2000 \
-    --eval_bsz 250 --num_step 25 --cfg 3 --guidance 1 --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" \
-    --feature_extractor efficientnet-lite0 --device "$DEVICE" --save_images --evaluate
+torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --num_images 2000 --eval_bsz 250 \
+    --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" --feature_extractor efficientnet-lite0 \
+    --device "$DEVICE" --save_images --evaluate
 
 stage "pictures and table"
-python scripts/sample.py --resume "$OUT/run" --vae_path "$OUT/vae.pth" --num_step 25 --cfg 3 --guidance 1 \
-    --device "$DEVICE" --grid "$OUT/grid.png" --strip "$OUT/strip.png"
+python scripts/sample.py --resume "$OUT/run" --device "$DEVICE" --grid "$OUT/grid.png" --strip "$OUT/strip.png"
 python scripts/quickstart_report.py --root "$OUT" --device "$DEVICE"
 
 echo
 echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at:"
-echo "  $OUT/grid.png         samples, a row for each class"
+echo "  $OUT/demo.png         samples of demo:fashion, trained longer: a row for each class"
+echo "  $OUT/grid.png         those of the model that was trained now"
 echo "  $OUT/strip.png        one image growing from 1x1 to the last scale"
 echo "  $OUT/loss.png         the loss, and that of every scale"
 echo "  $OUT/results.md       the table above; $OUT/eval/results.json has the settings"
-echo "  $OUT/vae.pth.png      the VAE's reconstructions under the originals"
+[ "$VAE" = demo:fashion ] || echo "  $VAE.png      the VAE's reconstructions under the originals"

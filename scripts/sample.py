@@ -1,8 +1,8 @@
 """Draw samples: a grid of classes, and what a scale-wise model can do: grow, vary, edit, interpolate, inpaint.
 
-    python scripts/sample.py --resume output/quickstart/run                                     # grid.png
+    python scripts/sample.py --resume demo:fashion                                              # grid.png
     python scripts/sample.py --resume released:flowar_small --labels "golden retriever,207" --seeds 0-7 --grid --strip
-    python scripts/sample.py --resume output/quickstart/run --labels 7_sneaker --variations --keep_scales 2
+    python scripts/sample.py --resume demo:fashion --labels 7_sneaker --variations --keep_scales 2
 
 A PNG holds its settings: --again PICTURE draws it again.
 """

@@ -51,7 +51,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
             Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(output / "images" / f"{i:06d}.png")
 
     monkeypatch.setattr(ablations, "run_program", run_program)
-    monkeypatch.setattr(ablations, "get_classifier", lambda root, device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
+    monkeypatch.setattr(ablations, "load_classifier", lambda device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
     monkeypatch.setattr(ablations, "own_scales_losses", lambda run, root, device: [0.6, 0.7])
     monkeypatch.setitem(ablations.VARIANTS, "guidance", {ablations.BASE: ("", ""), "t > 0.1": ("", "--guidance_low 0.1")})
     monkeypatch.setitem(ablations.PAPER, ("guidance", "t > 0.1"), 4.88)

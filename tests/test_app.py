@@ -15,7 +15,6 @@ from helpers import finish, run_with_settings, start
 from PIL import Image
 
 from scripts import app
-from models import FlowARError
 from scripts.pictures import read_settings
 from util.evaluation import load_pipeline
 
@@ -123,15 +122,11 @@ def test_only_the_last_pictures_stay(tmp_path, monkeypatch):
 # ---- how it starts -------------------------------------------------------------------------------------------------
 
 
-def test_which_model_is_opened(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_which_model_is_opened(monkeypatch):
     monkeypatch.setattr("sys.argv", ["app.py", "--port", "7000", "--device", "cpu", "--host=0.0.0.0"])
-    with pytest.raises(FlowARError, match="--resume is missing, and output/quickstart/run is not there.*quickstart.sh"):
-        app.parse_args()
-    (tmp_path / app.QUICKSTART).mkdir(parents=True)
     args, words = app.parse_args()
-    assert (args.resume, args.host, args.port) == (app.QUICKSTART, "0.0.0.0", 7000)
-    assert words == ["--resume", app.QUICKSTART, "--device", "cpu"]
+    assert (args.resume, args.host, args.port) == ("demo:fashion", "0.0.0.0", 7000)
+    assert words == ["--resume", "demo:fashion", "--device", "cpu"]
     assert app.page_parser().parse_args([]).host == "127.0.0.1"  # for nobody else
 
 

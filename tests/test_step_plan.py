@@ -3,7 +3,7 @@
 import pytest
 from scripts.studies import step_plan
 import torch
-from helpers import call, make_project, train
+from helpers import call
 
 from models import flow_matching as fm
 
@@ -19,11 +19,9 @@ def test_the_rate_is_that_of_the_path_and_its_integral_eulers_error():
         assert step_plan.euler_error(rate, grid) == pytest.approx(abs(found + 1 / 3), rel=0.02)
 
 
-def test_its_lists_are_what_num_step_takes(tmp_path, monkeypatch, capsys):
-    project = make_project(tmp_path, 2)
-    train(project, tmp_path / "run", "--epochs 1")
-    call(monkeypatch, f"scripts/studies/step_plan.py --resume {tmp_path}/run --vae_path {tmp_path}/vae.pth --device cpu --cfg 2 --evaluations 9,18 "
-         "--time_grid uniform --reference 20 --images 4")
+def test_its_lists_are_what_num_step_takes(monkeypatch, capsys):
+    call(monkeypatch, "scripts/studies/step_plan.py --resume demo:fashion --device cpu --evaluations 9,18 --reference 20 --images 4 "
+         "--time_grid uniform")
     *_, nine, eighteen = capsys.readouterr().out.strip().splitlines()
     for row, evaluations in ((nine, 9), (eighteen, 18)):
         _, said, steps, error, even, _ = row.split("|")

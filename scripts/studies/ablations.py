@@ -2,9 +2,9 @@
 
     python scripts/studies/ablations.py --root output/quickstart --variants times,reading,guidance
 
-Each variant of VARIANTS is the quickstart's training (scripts/quickstart.sh makes data, VAE and latents) with a few
-options more, for as many images and with each of the seeds; variants that differ in sampling alone share a training.
-Each is evaluated as the quickstart is. What is done is kept in ROOT/ablations: the same command goes on. Writes
+Each variant of VARIANTS is a training on the quickstart's data (scripts/quickstart.sh makes it) with a few options
+more, for as many images and with each of the seeds; variants that differ in sampling alone share a training.
+Each is evaluated with 24 Euler steps, cfg 3. What is done is kept in ROOT/ablations: the same command goes on. Writes
 ablations.md, .json and .png there; with --variants their names have the groups.
 """
 import functools
@@ -27,7 +27,7 @@ from models.flowar import to_grid, to_tokens
 from models.settings import one_of
 from models.vae import DiagonalGaussian
 from models.variants.ablated import CHOICES
-from scripts.quickstart_report import accuracy, get_classifier, gray
+from scripts.quickstart_report import accuracy, load_classifier, gray
 from util.cluster import run_main, select_device
 from util.command_line import COUNT, DEVICE, POSITIVE, Parser, as_type, list_of, path
 from util.data.latents import ShardedMoments
@@ -41,11 +41,11 @@ from util.training.logging import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TRAINING = ("main_flowar.py --img_size 32 --vae_path {root}/vae.pth --vae_embed_dim 4 --vae_stride 4 --patch_size 2 "
-            "--model flowar_tiny --batch_size 64 --lr 2e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 "
+TRAINING = ("main_flowar.py --img_size 32 --vae_path demo:fashion --vae_embed_dim 4 --vae_stride 4 --patch_size 2 "
+            "--model flowar_tiny --batch_size 64 --lr 4e-3 --ema_rate 0.995 --attn_dropout 0 --proj_dropout 0 "
             "--no_flip --data_path {root}/images --cached_path {root}/latents --cached_val_path {root}/latents_val "
             "--num_workers 0 --save_last_freq 1 --keep_every 1 --eval_freq 1000")
-SAMPLING = ("eval.py --vae_path {root}/vae.pth --num_step 25 --cfg 3 --guidance 1 --fid_stats {root}/val_stats.npz "
+SAMPLING = ("eval.py --num_step 25 --cfg 3 --guidance 1 --fid_stats {root}/val_stats.npz "
             "--feature_extractor efficientnet-lite0 --save_images")
 BASE, OWN_IMAGES, OWN_STEPS = "released", 2000, 10
 RELEASED = {BASE: ("", "")}
@@ -150,7 +150,7 @@ def own_scales_losses(run, root, device):
     before; targets are the images'. From t = 1 on only the label binds them to the image, so that this is what a wrong
     coarse scale costs at most; from 0.5 on they resemble it.
     """
-    sampler = load_pipeline(run, root / "vae.pth", device.type, precision="fp32").sampler
+    sampler = load_pipeline(run, None, device.type, precision="fp32").sampler
     model, scale, data = sampler.model, sampler.vae.latent_scale, ShardedMoments(root / "latents_val")
     if model.config.get("objective", "flow") != "flow" or model.config.get("pyramid", "latent") != "latent":
         return [math.nan] * len(OWN)  # of another target: nothing to compare
@@ -193,7 +193,7 @@ def main():
     with ThreadPoolExecutor(args.at_once) as pool:
         list(pool.map(lambda point: point.train(args, epochs), {point.run: point for point in points}.values()))
         list(pool.map(lambda point: point.evaluate(args), {point.output: point for point in points}.values()))
-    network, results = get_classifier(root, device), {}
+    network, results = load_classifier(device), {}
     for key, row in rows.items():
         results[key] = [point.figures(network, root, device) for point in row]
     groups = "" if args.variants == tuple(VARIANTS) else f"-{','.join(args.variants)}"

@@ -14,7 +14,7 @@ import torch
 
 from scripts.benchmark import alternate
 from scripts.pictures import draw_table, save
-from scripts.quickstart_report import accuracy, get_classifier, gray
+from scripts.quickstart_report import accuracy, load_classifier, gray
 from util.cluster import run_main, select_device, set_precision
 from util.command_line import DEVICE, Parser, as_type, path
 from util.evaluation.extractors import EfficientNetLite0, extract
@@ -57,7 +57,7 @@ def parse_args():
 
 def measure(samplers, count, root, device):
     """{name: the columns but the last} of `count` images of each sampler, as the quickstart measures them."""
-    extractor, classifier = EfficientNetLite0(device), get_classifier(root, device)
+    extractor, classifier = EfficientNetLite0(device), load_classifier(device)
     reference, suffix = load_statistics(root / "val_stats.npz", extractor, 32), extractor.suffix
     names, figures = (extractor.distance, f"kid_mean{suffix}", f"precision_k3{suffix}", f"recall_k3{suffix}"), {}
     for name, sampler in samplers.items():
@@ -75,8 +75,8 @@ def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
     set_precision(None, device)  # as an evaluation does
-    pipes = {"teacher": load_pipeline(root / "run", vae=root / "vae.pth", device=device.type),
-             "student": load_pipeline(args.student, vae=root / "vae.pth", device=device.type)}
+    pipes = {"teacher": load_pipeline(root / "run", device=device.type),
+             "student": load_pipeline(args.student, device=device.type)}
     samplers = {}
     for name, (whose, settings) in make_rows().items():
         sampler = change_settings(pipes[whose].sampler, settings)
