@@ -55,7 +55,7 @@ torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path
     --batch_size 32 --lr 3e-3 --ema_rate 0.99 --attn_dropout 0 --proj_dropout 0 --no_flip \
     --save_last_freq 1 --eval_freq 4 --cfg 2.5 --guidance 1 --solver ab2 --num_step 12 --time_grid uniform \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" \
-    --cached_val_path "$OUT/latents_val" --num_workers 1 --device "$DEVICE"
+    --cached_val_path "$OUT/latents_val" --num_workers 0 --device "$DEVICE"
 
 stage "evaluation -> $OUT/eval"
 if [ ! -f "$OUT/val_stats.npz" ]; then
