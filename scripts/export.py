@@ -42,7 +42,7 @@ LISTED = 100  # classes: more are in config.json alone
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=as_type(path), required=True, help="run: its folder, a checkpoint, or a name (hf:, demo:)")
+    add("--resume", type=as_type(path), required=True, help="run: folder, checkpoint, or hf:, released:, demo: name")
     add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
     add("--output", type=as_type(path), required=True, help="folder to write, new or empty")
     add("--format", choices=("safetensors", "pth"), default="safetensors", help="pth: a bare state dict as released")

@@ -58,7 +58,6 @@ import os, signal, time
 import torch
 from models import FlowARError
 from util import cluster
-from util.cluster import stopping
 from util.command_line import Parser
 from util.data import build_loader
 
@@ -123,7 +122,6 @@ RANK = """
 import multiprocessing, sys, time
 from torch.utils.data import Dataset
 from util import cluster
-from util.cluster import stopping
 from util.data import build_loader
 
 class Items(Dataset):
@@ -170,12 +168,6 @@ def test_workers_outlive_signals_and_end_with_their_rank(tmp_path, method):
     assert not subprocess.run([*members, "-a"], capture_output=True, text=True).stdout
 
 
-# ---- SLURM -----------------------------------------------------------------------------------------------------
-
-SRUN = """#!/bin/sh
-while [ "$1" != bash ]; do shift; done
-SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 "$@"
-"""
 def test_text_for_a_reader_that_is_gone_ends_no_run():
     reader, writer = os.pipe()
     os.close(reader)
@@ -183,6 +175,12 @@ def test_text_for_a_reader_that_is_gone_ends_no_run():
     assert output.write(100_000 * "x") == 100_000 and output.flush() is None and output.fileno() == writer
 
 
+# ---- SLURM -----------------------------------------------------------------------------------------------------
+
+SRUN = """#!/bin/sh
+while [ "$1" != bash ]; do shift; done
+SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 "$@"
+"""
 SCONTROL = '#!/bin/sh\n[ "$1" = requeue ] && echo "$@" >> "$REQUEUED" || printf "a1\\na2\\n"\n'
 PROGRAM = '#!/bin/sh\nenv > "$ENV"\necho "$@" >> "$ENV"\n[ -z "$SAVES" ] || touch "$HOME/out/checkpoint-00000000$SAVES.pth"\nexit $STATUS\n'
 
