@@ -1,8 +1,9 @@
 """Cache the VAE's posterior moments of an image folder, in shards (see util/data/latents.py) or in MAR's layout.
 
 --crops center takes ADM's centre crop, as MAR does; --crops N takes N random crops of the training recipe. Every crop
-is stored twice, as it is and flipped: the flipped image is encoded, not its moments flipped. Killed at any time, the
-next run keeps finished shards and redoes the rest; the index appears last.
+is stored twice, as it is and flipped: the flipped image is encoded, not its moments flipped. --no_flip stores it once,
+for validation and for trainings with --no_flip. Killed at any time, the next run keeps finished shards and redoes the
+rest; the index appears last.
 
     torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path imagenet \\
         --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
@@ -60,6 +61,7 @@ def parse_args():
     add("--split", default="train", choices=("train", "val"), help="which images")
     add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
     add("--crops", type=as_type(crops_option), default="center", help="center, or a number of random crops an image")
+    add("--no_flip", dest="flip", action="store_false", help="without the flipped copy of every crop")
     add("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
     add("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
     add("--shard_size", type=as_type(POSITIVE), default=10000, help="images a shard")
@@ -83,8 +85,8 @@ class Row(NamedTuple):
 class Crops(Dataset):
     """Item i: (all crops of image i (crops, 3, size, size), its Row), or the error of an unreadable image."""
 
-    def __init__(self, images, crops, skip):
-        self.images, self.crops, self.skip = images, crops, skip
+    def __init__(self, images, crops, flip, skip):
+        self.images, self.crops, self.variants, self.skip = images, crops, (1 + flip) * crops, skip
 
     def __getitem__(self, index):
         listing = self.images.listing
@@ -101,10 +103,10 @@ class Crops(Dataset):
         return torch.stack(crops), Row(index, int(listing.labels[index]), converted, digest)
 
 
-def encode(vae, crops, device, batch_size):
-    """Moments (n, 2 crops, 2C, h, w) float32 of crops (n, crops, 3, H, W): each as it is and flipped."""
-    both = torch.stack((crops, crops.flip(-1)), dim=2).flatten(0, 2)
-    moments = torch.cat([vae.encode(part.to(device)).parameters.float().cpu() for part in both.split(batch_size)])
+def encode(vae, crops, flip, device, batch_size):
+    """Moments (n, variants, 2C, h, w) float32 of crops (n, crops, 3, H, W): each as it is and, if wanted, flipped."""
+    images = torch.stack((crops, crops.flip(-1)) if flip else (crops,), dim=2).flatten(0, 2)
+    moments = torch.cat([vae.encode(part.to(device)).parameters.float().cpu() for part in images.split(batch_size)])
     return moments.unflatten(0, (len(crops), -1))
 
 
@@ -117,7 +119,7 @@ def encode_groups(data, groups, vae, args, device):
     """Yield, for each group of image indices, (Rows, moments, messages of unreadable images). Batches do not cross the
     groups: their composition depends on nothing else.
     """
-    per_batch = max(1, args.batch_size // (2 * data.crops))
+    per_batch = max(1, args.batch_size // data.variants)
     batches = [batch for group in groups for batch in split_into(group, per_batch)]
     loader = iter(with_workers(data, args.num_workers, batch_sampler=batches, collate_fn=list))
     progress = tqdm(total=sum(map(len, groups)), desc=f"{args.split} latents of rank 0", unit="img", mininterval=2,
@@ -135,7 +137,7 @@ def encode_groups(data, groups, vae, args, device):
             if good:
                 crops, rows_of_batch = zip(*good)
                 rows += rows_of_batch
-                parts.append(encode(vae, torch.stack(crops), device, args.batch_size))
+                parts.append(encode(vae, torch.stack(crops), args.flip, device, args.batch_size))
         if parts:
             yield rows, torch.cat(parts), bad
         elif args.format == "shards":
@@ -302,8 +304,9 @@ def begin_npz(folder, info, listing):
 @torch.no_grad()
 def main():
     args = parse_args()
-    if args.format == "npz" and args.crops != "center":
-        raise FlowARError("--format npz is MAR's layout, which holds the centre crop only: leave out --crops")
+    if args.format == "npz" and (args.crops != "center" or not args.flip):
+        raise FlowARError("--format npz is MAR's layout, which holds the centre crop and its flipped copy: leave out "
+                          "--crops and --no_flip")
     device = cluster.init(args.device)
     named = find_vae(args.vae_path)
     vae = open_vae_on(named, device)
@@ -316,11 +319,11 @@ def main():
                                               columns=args))
     listing = images.listing
     cluster.log(f"{listing.summary()} in {listing.root}")
-    data = Crops(images, 1 if center else args.crops, args.on_bad_image == "skip")
+    data = Crops(images, 1 if center else args.crops, args.flip, args.on_bad_image == "skip")
     settings = {
         "source_images": len(images), "source_sha256": images.identity()["sha256"],
         "left_out": dict(listing.left_out), "background": list(args.background), "classes": images.classes,
-        "img_size": args.img_size, "crops": args.crops, "variants": 2 * data.crops,
+        "img_size": args.img_size, "crops": args.crops, "variants": data.variants,
         "transform": "ADM's centre crop" if center else f"shorter side x {RESIZE_MARGIN}, random crop",
         "seed": args.seed, "dtype": args.dtype, "shard_size": args.shard_size, "on_bad_image": args.on_bad_image,
         "vae": str(named.name), "vae_sha256": origin.sha256, "vae_tensors": origin.tensors,

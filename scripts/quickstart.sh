@@ -46,7 +46,7 @@ for split in train val; do
     [ "$split" = train ] || cache="$OUT/latents_val"
     [ -f "$cache/index.json" ] ||
         torchrun --standalone --nproc_per_node=1 scripts/cache_latents.py --data_path "$OUT/images" --split "$split" \
-            --cached_path "$cache" --vae_path "$VAE" --img_size 32 --device "$DEVICE" --num_workers 1
+            --cached_path "$cache" --vae_path "$VAE" --img_size 32 --device "$DEVICE" --num_workers 1 --no_flip
 done
 
 stage "training -> $OUT/run"

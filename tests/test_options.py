@@ -119,7 +119,7 @@ TABLE = [
     (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: the evaluation there has cfg 2.0, now it is 3.0; choose another --output_dir"),
     # scripts
     (CACHE, "--img_size 18", "--img_size 18 is not a multiple of the VAE's stride 4"),
-    (CACHE, "--format npz --crops 2", "--format npz is MAR's layout, which holds the centre crop only: leave out --crops"),
+    (CACHE, "--format npz --crops 2", "--format npz is MAR's layout, which holds the centre crop and its flipped copy: leave out --crops and --no_flip"),
     (CACHE, "--cached_path {p}/shards --seed 3", "{p}/shards: this cache was made with seed 0, now it is 3; choose another --cached_path"),
     (CACHE, "--cached_path {p}/npz", "{p}/npz: this cache was made with another --format"),
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),

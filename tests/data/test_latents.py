@@ -88,6 +88,18 @@ def test_random_crops_of_the_recipe(project, tmp_path):
     assert {ShardedMoments(tmp_path / "crops", train=True, flip=False).variant(epoch, 4) for epoch in range(50)} == {0, 2, 4}
 
 
+def test_without_flipped_copies(project, shards, tmp_path):
+    """--no_flip stores half of the numbers, the same ones; a training that flips is refused."""
+    make(cache_command(project, tmp_path / "crops", "--crops 3"))
+    make(cache_command(project, tmp_path / "half", "--crops 3 --no_flip"))
+    whole, half = (load_file(tmp_path / name / "shard-00000.safetensors")["moments"] for name in ("crops", "half"))
+    torch.testing.assert_close(half, whole[:, ::2], atol=2e-3, rtol=2e-3)  # batches of another size, float16
+    data = [ShardedMoments(tmp_path / name, train=True, flip=False) for name in ("crops", "half")]
+    assert all(data[0].variant(epoch, 4) == 2 * data[1].variant(epoch, 4) for epoch in range(20))
+    with pytest.raises(FlowARError, match="has no flipped images: train with --no_flip"):
+        ShardedMoments(tmp_path / "half", train=True)
+
+
 def test_a_latent_scale_of_channels_and_positions_goes_with_the_cache(project, tmp_path, monkeypatch):
     """Into the index and back; a second run finds the cache finished."""
     vae = load_vae(project / "vae.pth")

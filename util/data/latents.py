@@ -41,6 +41,10 @@ class ShardedMoments(Dataset):
         self.root, self.seed, self.train, self.flip = Path(root), seed, train, flip
         self.index = index = self.read_index()
         self.classes, self.shape, self.geometry = index["classes"], index["shape"], index["geometry"]
+        self.crops = index["crops"] if isinstance(index["crops"], int) else 1
+        if train and flip and index["variants"] == self.crops:
+            raise FlowARError(f"{root}: this cache was made with --no_flip and has no flipped images: train with "
+                              "--no_flip too, or cache them again without it")
         name, scale = index["vae"] or f"that of {root}", index["latent_scale"]
         self.origin = LatentOrigin(name, index["vae_sha256"], scale and tuple(scale), index["vae_tensors"])
         self.ends = np.cumsum([shard["images"] for shard in index["shards"]])
@@ -112,13 +116,14 @@ class ShardedMoments(Dataset):
         return np.concatenate([starts[k] + rng.permutation(self.ends[k] - starts[k]) for k in shards])
 
     def variant(self, epoch, index):
-        """Which of the stored crops: crop c is at 2 c, its flipped image at 2 c + 1."""
+        """Which of the stored crops: crop c is at 2 c and its flipped image at 2 c + 1, or c at c without flipped ones.
+        """
         if not self.train:
             return 0
         if self.drawn is None or self.drawn[0] != epoch:  # a generator for each image would cost more than the read
             rng = np.random.default_rng((self.seed, epoch, VARIANTS))
-            crops = rng.integers(self.index["variants"] // 2, size=len(self), dtype=np.int32)
-            self.drawn = (epoch, 2 * crops + (self.flip & (rng.random(len(self)) < 0.5)))
+            crops, copies = rng.integers(self.crops, size=len(self), dtype=np.int32), self.index["variants"] // self.crops
+            self.drawn = (epoch, copies * crops + (self.flip & (rng.random(len(self)) < 0.5)))
         return int(self.drawn[1][index])
 
     def __getitem__(self, key):
