@@ -122,7 +122,8 @@ class ShardedMoments(Dataset):
             return 0
         if self.drawn is None or self.drawn[0] != epoch:  # a generator for each image would cost more than the read
             rng = np.random.default_rng((self.seed, epoch, VARIANTS))
-            crops, copies = rng.integers(self.crops, size=len(self), dtype=np.int32), self.index["variants"] // self.crops
+            crops = rng.integers(self.crops, size=len(self), dtype=np.int32)
+            copies = self.index["variants"] // self.crops
             self.drawn = (epoch, copies * crops + (self.flip & (rng.random(len(self)) < 0.5)))
         return int(self.drawn[1][index])
 

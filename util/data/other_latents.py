@@ -42,8 +42,9 @@ class LightningLatents(ShardedMoments):
             shards.append({"file": path.name, "images": len(labels), "bytes": path.stat().st_size})
             last_label = max(last_label, int(labels.max()))
         unknown = dict.fromkeys(("vae", "vae_sha256", "vae_tensors", "latent_scale"))
-        return {**unknown, "shape": shape, "geometry": {"vae_embed_dim": shape[0]}, "shards": shards, "variants": 2,
-                "crops": 1, "classes": [str(label) for label in range(last_label + 1)], "source_sha256": content_hash(shards)}
+        return {**unknown, "shape": shape, "geometry": {"vae_embed_dim": shape[0]}, "shards": shards, "crops": 1,
+                "variants": 2, "classes": [str(label) for label in range(last_label + 1)],
+                "source_sha256": content_hash(shards)}
 
     def open(self, shard):
         return open_lightning(self.root / shard["file"])
