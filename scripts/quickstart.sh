@@ -45,12 +45,12 @@ for split in train val; do
     cache="$OUT/latents"
     [ "$split" = train ] || cache="$OUT/latents_val"
     [ -f "$cache/index.json" ] ||
-        torchrun --standalone --nproc_per_node=1 scripts/cache_latents.py --data_path "$OUT/images" --split "$split" \
+        python scripts/cache_latents.py --data_path "$OUT/images" --split "$split" \
             --cached_path "$cache" --vae_path "$VAE" --img_size 32 --device "$DEVICE" --num_workers 1 --no_flip
 done
 
 stage "training -> $OUT/run"
-torchrun --standalone --nproc_per_node=1 main_flowar.py --img_size 32 --vae_path "$VAE" --vae_embed_dim 4 \
+python main_flowar.py --img_size 32 --vae_path "$VAE" --vae_embed_dim 4 \
     --vae_stride 4 --patch_size 2 --model flowar_tiny --epochs 4 --warmup_epochs 0.2 \
     --batch_size 32 --lr 3e-3 --ema_rate 0.99 --attn_dropout 0 --proj_dropout 0 --no_flip \
     --save_last_freq 1 --eval_freq 4 --cfg 2.5 --guidance 1 --solver ab2 --num_step 12 --time_grid uniform \
@@ -65,7 +65,7 @@ fi
 if [ -n "$(find "$OUT/run" -name 'checkpoint-*.pth' -newer "$OUT/eval/settings.json" 2> /dev/null)" ]; then
     rm -rf "$OUT/eval" # of an older checkpoint
 fi
-torchrun --standalone --nproc_per_node=1 eval.py --resume "$OUT/run" --num_images 2000 --eval_bsz 250 \
+python eval.py --resume "$OUT/run" --num_images 2000 --eval_bsz 250 \
     --output_dir "$OUT/eval" --fid_stats "$OUT/val_stats.npz" --feature_extractor efficientnet-lite0 \
     --device "$DEVICE" --save_images --evaluate
 
