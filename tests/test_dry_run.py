@@ -140,6 +140,6 @@ def test_the_published_size_holds_what_the_page_says():
     with torch.device("meta"):
         model = small_model(**{**MODELS["flowar_small"], "img_size": 256, "vae_stride": 16, "vae_embed_dim": 16, "scale": (1, 2, 4, 8, 16),
                                "class_num": 1000, "diffloss_d": 2, "diffloss_w": 1024, "proj_dropout": 0.1})
-    page = (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "running.md").read_text()
     whole, kept = (memory.image_bytes(model, torch.bfloat16, use_checkpoint=recompute) / 2**20 for recompute in (False, True))
     assert f"| FlowAR-S | 64 | 3.2 | 0.3 | {whole / 16:.1f} ({whole:.0f} MiB an image) | {kept / 16:.1f} ({kept:.0f} MiB an image) |" in page

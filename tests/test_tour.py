@@ -1,15 +1,11 @@
-"""docs/tour.ipynb runs from its first cell to its last; the commands of docs/pictures.md run."""
+"""docs/tour.ipynb runs from its first cell to its last."""
 import json
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
-
-from scripts import sample
-from util.evaluation.pipeline import Pipeline
 
 TOUR = ROOT / "docs" / "tour.ipynb"
 PICTURES = 8
@@ -64,20 +60,3 @@ def test_outside_of_the_repository_it_is_fetched_and_installed(tmp_path, monkeyp
     clone, install = commands  # nothing of it in docs/
     assert clone == ["git", "clone", "--depth", "1", "https://example.org/FlowAR", str(tmp_path / "FlowAR")]
     assert install[1:4] == ["-m", "pip", "install"] and install[-1] == str(tmp_path / "FlowAR" / "requirements.txt")
-
-
-# ---- docs/pictures.md ----------------------------------------------------------------------------------------------
-
-
-def test_the_page_of_pictures_has_every_method_and_runs(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "pictures.md").read_text()
-    methods = {name for name in vars(Pipeline) if not name.startswith("_") and name != "kept"}
-    assert methods == set(re.findall(r"`pipe\.(\w+)\(", page))
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
-    for command in re.findall(r"^python scripts/sample\.py (.*)$", page, re.M):
-        monkeypatch.setattr("sys.argv", ["sample.py", *shlex.split(command, comments=True)])
-        sample.main()
-    made = {"sneaker", "grid", "boots", "strip", "variations", "edit", "more"}
-    assert {path.stem for path in tmp_path.glob("*.png")} == made
-    assert len(list((tmp_path / "single").iterdir())) == 24

@@ -66,7 +66,7 @@ class Sampler(NamedTuple):
 
     @property
     def vae_precision(self):
-        """On a CPU a VAE takes 1.7 times as long in bf16 (docs/performance.md)."""
+        """On a CPU a VAE takes 1.7 times as long in bf16 (docs/measurements.md)."""
         return "fp32" if self.device.type == "cpu" else self.precision
 
     def noise(self, indices):

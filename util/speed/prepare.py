@@ -42,7 +42,7 @@ def compile_sampling(model, what="blocks"):
 
 def compile_decoding(vae):
     """torch.compile of a VAE's decoder, in place: once for all batch sizes, on CUDA as channels_last. Elsewhere, and
-    eagerly, that is slower (docs/performance.md, The VAE).
+    eagerly, that is slower (docs/measurements.md, H200).
     """
     decoder = getattr(getattr(vae, "network", vae), "decoder", None)  # network: of diffusers
     if isinstance(decoder, nn.Module) and may_compile_in_thread(decoder):
@@ -58,7 +58,7 @@ def may_compile_in_thread(module):
 
 def compile_features(extractor):
     """torch.compile of the feature networks of an evaluation (extractors.Joint), in place: their features are those of
-    before but for rounding, 2e-7 to 1e-6 (docs/performance.md, The VAE and the feature networks).
+    before but for rounding, 2e-7 to 1e-6 (docs/measurements.md, Precision).
     """
     for part in extractor.parts:
         if may_compile_in_thread(part.network):
