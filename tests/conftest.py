@@ -8,7 +8,7 @@ from util.cluster import devices  # noqa: E402  after the number of threads is s
 # The goldens first, while a process is small; the method, then the longest files: the processes end together.
 ORDER = ("test_goldens", "tests/models/", "test_reliability", "test_programs", "test_extending", "test_evaluation", "test_app", "test_steps",
          "test_options", "test_fake_cuda", "test_metrics", "test_dry_run", "test_processes", "test_parallel", "test_tour", "test_distill",
-         "test_your_data", "")
+         "test_pages", "")
 
 
 def pytest_addoption(parser):
