@@ -61,7 +61,7 @@ def parse_args():
     add("--split", default="train", choices=("train", "val"), help="which images")
     add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
     add("--crops", type=as_type(crops_option), default="center", help="center, or a number of random crops an image")
-    add("--no_flip", dest="flip", action="store_false", help="without the flipped copy of every crop")
+    add("--no_flip", action="store_true", help="store no flipped copy of the crops")
     add("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
     add("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
     add("--shard_size", type=as_type(POSITIVE), default=10000, help="images a shard")
@@ -71,7 +71,9 @@ def parse_args():
     add("--num_workers", type=as_type(WORKERS), help="data workers of a process; default: as in training")
     add("--seed", type=as_type(SEED), default=0, help="seed of the crops and of the images' order")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.flip = not args.no_flip
+    return args
 
 
 class Row(NamedTuple):
@@ -265,6 +267,9 @@ def check_same(folder, before, settings):
         if key == "source_sha256":
             raise FlowARError(f"{folder}: the images are not those of this cache (names or sizes changed since); "
                               "choose another --cached_path or remove it")
+        if key == "variants":
+            raise FlowARError(f"{folder}: this cache was made {'with' if before[key] < value else 'without'} --no_flip; "
+                              "do the same, choose another --cached_path or remove it")
         raise FlowARError(f"{folder}: this cache was made with {key} {str(before.get(key))[:200]}, now it is "
                           f"{str(value)[:200]}; choose another --cached_path or remove it")
 

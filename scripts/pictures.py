@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from models import FlowARError
+from models.weights import writing
 from util.files import check_output
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor
@@ -68,8 +69,7 @@ def read_settings(path):
 
 def save(picture, path, settings=None):
     """Write a picture; a PNG carries the settings that it was made with."""
-    if settings and Path(path).suffix.lower() == ".png":
-        picture.save(path, pnginfo=png_text(settings))
-    else:
-        picture.save(path)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    with writing(path, sync=False) as file:
+        picture.save(file, kind, pnginfo=png_text(settings) if settings and kind == "PNG" else None)
     print(path)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from models import FlowARError
+from util.cluster import run_main
 from util.command_line import POSITIVE, as_type, path
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -49,13 +51,21 @@ def main():
     args = parser.parse_args()
     output = Path(args.output)
     if output.is_dir():
-        print(f"{output} is there already")
+        counts = [sum(1 for _ in (output / split).glob("*/*.png")) for split in SPLITS]
+        if counts != [len(GARMENTS) * args.train, len(GARMENTS) * args.val]:
+            raise FlowARError(f"{output}: {counts[0]} training and {counts[1]} test images, expected "
+                              f"{len(GARMENTS) * args.train} and {len(GARMENTS) * args.val}: move or remove the folder")
+        print(f"{counts[0]} training and {counts[1]} test images are in {output} already")
         return
     temporary, folder = output.with_name(output.name + ".tmp"), DEBIAN
     shutil.rmtree(temporary, ignore_errors=True)
     if not DEBIAN.is_dir():
         from torchvision.datasets import FashionMNIST
-        folder = Path(FashionMNIST(output.parent / "download", download=True).raw_folder)
+        try:
+            folder = Path(FashionMNIST(output.parent / "download", download=True).raw_folder)
+        except RuntimeError as error:
+            raise FlowARError(f"{error}: without network install Debian's package dataset-fashion-mnist, or copy "
+                              f"Fashion-MNIST's four files into {output.parent}/download/FashionMNIST/raw") from error
     counts = []
     for split, name in SPLITS.items():
         images, labels = (read_idx(folder / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
@@ -65,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

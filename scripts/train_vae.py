@@ -54,7 +54,7 @@ def parse_args():
     add("--ch_mult", type=as_type(list_of(POSITIVE)), default=(1, 2, 2), help="width multiplier of every level")
     add("--num_res_blocks", type=as_type(COUNT), default=1, help="residual blocks a level")
     add("--crop", default="random", choices=("random", "center"), help="training crops")
-    add("--no_flip", dest="flip", action="store_false", help="do not flip half of the images")
+    add("--no_flip", action="store_true", help="do not flip half of the images")
     add("--steps", type=as_type(POSITIVE), default=1000, help="optimizer steps")
     add("--batch_size", type=as_type(POSITIVE), default=64, help="images a step")
     add("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
@@ -68,7 +68,9 @@ def parse_args():
     add("--device", type=as_type(DEVICE), default="auto", help="cpu or cuda; auto is CUDA where there is a GPU")
     add("--num_workers", type=as_type(WORKERS), help="data loading processes; default: as in training")
     add("--seed", type=as_type(SEED), default=0, help="seed of weights, order, crops and posterior noise")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.flip = not args.no_flip
+    return args
 
 
 class PerceptualLoss:

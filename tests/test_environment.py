@@ -16,7 +16,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >> log
 case "$*" in
     "-c import sys"*) [ ! -f old ] ;;
-    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && [ ! -f no_pip ] ;;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && [ ! -f no_pip ] && cp "$0" .venv/bin/pip ;;
     "-m pip install"*) [ ! -f full ] && touch .venv/bin/torchrun ;;
 esac
 """
@@ -54,6 +54,8 @@ def test_the_environment_is_made_once(home):
     (home / ".venv" / "bin" / "python").unlink()
     (home / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")  # its Python is gone
     assert "pip install" in source(home)[2]
+    (home / ".venv" / "bin" / "pip").unlink()  # interrupted while it was made
+    assert "-m venv .venv" in source(home)[2]
 
 
 @pytest.mark.parametrize("trouble,message", [("old", "Python 3.11 or newer is needed"), ("no_pip", "apt install python3-venv"),

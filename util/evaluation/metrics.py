@@ -163,16 +163,18 @@ def build_measure(args, img_size, labels, device):
     """The Measure of the options: what is missing is refused before anything is sampled or trained. All ranks call it:
     each host downloads once, rank 0 lists the reference's images.
     """
+    name, listing = args.fid_stats or "", None
+    if name and not name.endswith(".npz") and not release_of(name):
+        listing = from_main(lambda: list_reference(name, args))
+    else:
+        fetch(name)
     with first_on_host():
         joint = build_extractors(args.feature_extractor, device)
     if args.compile:
         prepare.compile_features(joint)
-    name = args.fid_stats or ""
-    if name and not name.endswith(".npz") and not release_of(name):
-        listing = from_main(lambda: list_reference(args.fid_stats, args))
+    if listing is not None:
         measure = measure_against(listing, joint, img_size, device, args.background or WHITE)
     else:
-        fetch(name)
         references = [find_statistics(name, part, img_size) for part in joint.parts]
         for part, reference in zip(joint.parts, references):
             if not reference.spatial:
