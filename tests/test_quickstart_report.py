@@ -1,7 +1,9 @@
-"""scripts/quickstart_report.py: the table of a quickstart whose images are those of demo:fashion's student."""
+"""The quickstart's data, and its table of images that are those of demo:fashion's student."""
+import pytest
 from helpers import call, write_digits
 from test_plot_run import write_run
 
+from models import FlowARError
 from util.evaluation import load_pipeline
 from util.files import read_json, write_json
 
@@ -21,3 +23,11 @@ def test_the_classifier_reads_the_labels_that_were_drawn_for(tmp_path, monkeypat
     assert summary[name] == 12.34 and found["generated"] >= 0.8 > found["test images"]  # digits
     assert (root / "results.md").read_text().splitlines()[2] == f"| generated | {found['generated']:.1%} | 12.3 |"
     assert (root / "loss.png").is_file()
+
+
+def test_images_of_another_quickstart_are_refused(tmp_path, monkeypatch, capsys):
+    write_digits(tmp_path / "images", 2, val_per_class=1)
+    call(monkeypatch, f"scripts/quickstart_data.py --output {tmp_path}/images --train 2 --val 1")
+    assert "20 training and 10 test images" in capsys.readouterr().out
+    with pytest.raises(FlowARError, match="images: 20 training and 10 test images, expected 10000 and 2000: move or remove"):
+        call(monkeypatch, f"scripts/quickstart_data.py --output {tmp_path}/images")

@@ -88,7 +88,7 @@ def test_random_crops_of_the_recipe(project, tmp_path):
     assert {ShardedMoments(tmp_path / "crops", train=True, flip=False).variant(epoch, 4) for epoch in range(50)} == {0, 2, 4}
 
 
-def test_without_flipped_copies(project, shards, tmp_path):
+def test_without_flipped_copies(project, tmp_path, monkeypatch):
     """--no_flip stores half of the numbers, the same ones; a training that flips is refused."""
     make(cache_command(project, tmp_path / "crops", "--crops 3"))
     make(cache_command(project, tmp_path / "half", "--crops 3 --no_flip"))
@@ -98,6 +98,8 @@ def test_without_flipped_copies(project, shards, tmp_path):
     assert all(data[0].variant(epoch, 4) == 2 * data[1].variant(epoch, 4) for epoch in range(20))
     with pytest.raises(FlowARError, match="has no flipped images: train with --no_flip"):
         ShardedMoments(tmp_path / "half", train=True)
+    with pytest.raises(FlowARError, match="half: this cache was made with --no_flip; do the same"):
+        call(monkeypatch, cache_command(project, tmp_path / "half", "--crops 3"))
 
 
 def test_a_latent_scale_of_channels_and_positions_goes_with_the_cache(project, tmp_path, monkeypatch):

@@ -233,6 +233,10 @@ def test_adms_reference_batch_gives_the_five_columns_of_its_table(tmp_path, monk
     assert found == {**measure.compute([measured], cpu), "sfid": found["sfid"], "metrics": found["metrics"]}
     with pytest.raises(FlowARError, match="released:adm_in256: its img_size is 16, here it is 32"):
         metrics.build_measure(args, 32, None, cpu)
+    args.fid_stats, args.feature_extractor = "released:adm_in265", ["inception", "none such"]
+    with pytest.raises(FlowARError, match="adm_in265"):  # before a network is downloaded
+        metrics.build_measure(args, 16, None, cpu)
+    args.feature_extractor = ["inception"]
     args.fid_stats = f"{tmp_path}/stats.npz"  # as CIFAR-10's and pytorch-fid's
     np.savez(args.fid_stats, **own)
     assert "spatial" not in extractors.extract(metrics.build_measure(args, 32, None, cpu).extractor, images)
