@@ -63,7 +63,7 @@ def report(run):
     ends it at once, since the step before it is or is being saved; it is then made again.
     """
     step, epoch, reports = run.progress.step, run.progress.epoch, run.reports
-    message = f"asked to leave: saved after step {step}, the report after it will be made again"
+    message = f"stopped by a signal: saved after step {step}, the report after it will be repeated"
     with run.signals.at_once(message), gathered(run.network, run.ema.module):
         if reports.validation is not None:
             for name, module in (("val", run.network), ("val_ema", run.ema.module)):
@@ -158,7 +158,7 @@ def train_one_epoch(run):
             if run.writer is not None:
                 run.writer.wait()
             barrier()
-            raise Preempted(f"asked to leave: saved after step {progress.step}", run.signals.status)
+            raise Preempted(f"stopped by a signal: saved after step {progress.step}", run.signals.status)
     run.logger.end_epoch()
 
 
@@ -190,7 +190,7 @@ class StepResult(NamedTuple):
     losses: list  # of the global batch, then of every scale
     own_loss: float  # of this rank's images
     finite: bool  # loss and gradient norm, on every rank
-    stop: bool  # whether some rank was asked to leave
+    stop: bool  # whether some rank got a signal to stop
     save: bool  # whether a checkpoint is due by the clock
     failed: bool  # whether the checkpoint before could not be written
 

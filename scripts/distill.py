@@ -56,13 +56,11 @@ def open_teacher(args):
         raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
     for name in ("dry_run", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
-            raise FlowARError(f"--{name} is not for a distillation: the student begins as its teacher, reads what that "
-                              "draws and drops nothing")
+            raise FlowARError(f"--{name} does not apply to a distillation: leave it out")
     start = checkpoint.open_on_all(args.resume)
     teacher = load_flowar(start.path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR:
-        raise FlowARError(f"{start.path}: a distillation is of the released ways alone, without the options of the "
-                          "ablations")
+        raise FlowARError(f"{start.path}: models with ablation options cannot be distilled")
     sampling = Sampling.of(saved_sampling(start.content, args.resume), given_settings(args))
     teacher.schedule_sampling(sampling)  # refuses now what does not fit
     return teacher, start, sampling

@@ -46,7 +46,7 @@ def stack(*pictures):
 def check_picture(path):
     """FlowARError unless a picture can be written at `path`, before the work."""
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
-        raise FlowARError(f"{path}: no kind of picture ends so, expected .png or the like")
+        raise FlowARError(f"{path}: unknown picture format, expected a name such as grid.png")
     check_output(path)
 
 

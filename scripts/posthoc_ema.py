@@ -53,8 +53,8 @@ def read_averages(checkpoint, step):
         for width in POWER_WIDTHS:
             tensors = snapshot["posthoc"][f"{width:g}"]
             if shapes_of(tensors) != shapes:
-                raise FlowARError(f"{file}: its tensors are not those of {checkpoint.path}, as if of another model: "
-                                  "move it away")
+                raise FlowARError(f"{file}: its tensors are not those of {checkpoint.path}, they look like another "
+                                  "model's: move the file away")
             averages[snapshot["step"], width] = tensors
     return averages
 

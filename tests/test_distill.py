@@ -79,7 +79,7 @@ def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
         call(monkeypatch, command(project, student, "--cfg 3"))
     with pytest.raises(FlowARError, match="its reuse is 2, now 3"):
         call(monkeypatch, command(project, student).replace("--reuse 2", "--reuse 3"))
-    with pytest.raises(FlowARError, match="--proj_dropout is not for a distillation"):
+    with pytest.raises(FlowARError, match="--proj_dropout does not apply to a distillation"):
         call(monkeypatch, command(project, student, "--proj_dropout 0.1"))
 
 

@@ -255,7 +255,7 @@ def stored_settings(options):
     """{setting: value} of the settings of sampling among {option: value}, as a checkpoint holds them."""
     for name, neutral in REMOVED.items():
         if options.get(name) not in (None, neutral):
-            log(f"warning: the checkpoint asks for --{name} {options[name]}, which was removed: its images are others")
+            log(f"warning: the checkpoint asks for --{name} {options[name]}, which was removed: its images will differ")
     stored = {}
     for field in fields(Sampling):
         value = options.get(option_name(field))

@@ -58,7 +58,7 @@ class AblatedFlowAR(FlowAR):
 
     def sample_pyramid(self, labels, *, known=None, **options):
         if known and self.objective is diffusion:
-            raise FlowARError("a model with the diffusion objective keeps no known cells: they do not move on a line")
+            raise FlowARError("a model with the diffusion objective cannot keep known cells, as inpainting needs")
         return super().sample_pyramid(labels, known=known, **options)
 
 

@@ -116,7 +116,7 @@ def test_lightning_latents_are_read_in_order_and_deterministic(lightning):
 
 def test_training_on_lightning_latents_needs_their_scale(lightning, tmp_path):
     shared = f"--cached_path {lightning} --batch_size 5 --epochs 1 --warmup_epochs 0 --class_num 10 --data_path nowhere --vae_path nowhere.pth"
-    with pytest.raises(FlowARError, match="does not tell the scale of its latents: give the VAE that they are of .*, or --latent_norm channel"):
+    with pytest.raises(FlowARError, match="stores no latent scale: give its VAE .*, or --latent_norm channel"):
         train(lightning, tmp_path / "run", shared)
     content = train(lightning, tmp_path / "run", f"{shared} --latent_norm channel --resume {tmp_path}/run")
     assert content["vae"]["latent_scale"] == tuple(LightningLatents(lightning).channel_scale()) and content["data"]["images"] == 15

@@ -112,7 +112,7 @@ def test_a_rank_killed_and_then_one_asked_to_leave_end_with_the_same_bits(projec
         (tmp_path / "signalled.py").write_text(SIGNALLED.format(step=step, name=name))
         done = run(command.replace("main_flowar.py", f"{tmp_path}/signalled.py"), 2, check=False)
         assert done.returncode != 0 and steps_of(tmp_path)[0] == {4: 3, 9: 10}[step], done.stdout + done.stderr
-    assert done.stdout.count("asked to leave: saved after step 10") == 1, done.stdout
+    assert done.stdout.count("stopped by a signal: saved after step 10") == 1, done.stdout
     assert "resumes at step 10" in run(command, processes=2).stdout
     assert_same_run(tmp_path, undisturbed / "2")
     assert steps_of(tmp_path, "posthoc") == [12, 6]
@@ -162,7 +162,7 @@ def test_saving_by_the_clock(project, tmp_path):
     assert len(steps_of(tmp_path)) > 2
 
 
-# ---- asked to leave --------------------------------------------------------------------------------------------
+# ---- stopped by a signal --------------------------------------------------------------------------------------------
 
 
 def test_a_signal_saves_leaves_with_a_status_of_its_own_and_the_run_ends_with_the_same_bits(project, undisturbed, tmp_path, monkeypatch):

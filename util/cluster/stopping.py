@@ -13,12 +13,12 @@ from util.cluster.processes import is_main, log, rank, shutdown, world_size
 # Asked to leave: by torchrun, a terminal, SLURM (--signal, a preemption, a limit), a batch system.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
                 signal.SIGXCPU)
-RESTART = 75  # exit status of a run that was asked to leave and has saved: start it again (EX_TEMPFAIL of sysexits.h)
+RESTART = 75  # exit status of a run that was told to stop and has saved: start it again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 128 + signal.SIGINT  # of one that was left with Ctrl-C, as shells have it
 
 
 class Preempted(BaseException):  # no `except Exception` on the way means it
-    """The run was asked to leave, and has saved. status: of the process."""
+    """The run was told to stop, and has saved. status: of the process."""
 
     def __init__(self, message, status=RESTART):
         super().__init__(f"{message} (exit status {status})")
@@ -100,7 +100,7 @@ class Output:
 
 
 def run_main(main):
-    """Run a program. Exit status 2, or the error's own: a FlowARError, in one line; RESTART or 130: asked to leave."""
+    """Run a program. Exit status 2, or the error's own: a FlowARError, in one line; RESTART or 130: told to stop."""
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         run(main)
 

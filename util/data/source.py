@@ -102,8 +102,8 @@ def open_training_data(args, device, class_num=None):
                               "scripts/cache_latents.py as --cached_path")
         scale = training.channel_scale()
     elif origin.latent_scale is None:
-        raise FlowARError(f"{args.cached_path}: does not tell the scale of its latents: give the VAE that they are of "
-                          "(--vae_path), or --latent_norm channel")
+        raise FlowARError(f"{args.cached_path}: stores no latent scale: give its VAE (--vae_path), or --latent_norm "
+                          "channel")
     else:
         scale = LatentScale(*origin.latent_scale)
     origin = origin._replace(latent_scale=tuple(scale))
@@ -219,7 +219,7 @@ def check_same_classes(data, path, classes):
     if data.classes != classes:
         other = sorted(set(data.classes) ^ set(classes))
         raise FlowARError(f"{path}: the classes of the validation set are not those of the training set (only in one "
-                          f"of them: {name_some(other)}), so its labels would be others")
+                          f"of them: {name_some(other)}), so its labels would not match")
 
 
 def check_classes(classes, class_num):

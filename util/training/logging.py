@@ -166,7 +166,7 @@ class Wandb:
             yield
         except (Exception, SystemExit) as error:  # of its service, the network, an account
             self.run = None
-            log(f"warning: --wandb: {first_sentence(error)}; training goes on without it, TensorBoard and log.jsonl "
+            log(f"warning: --wandb: {first_sentence(error)}; training continues without it, TensorBoard and log.jsonl "
                 "have everything")
 
 

@@ -81,8 +81,7 @@ def check_data(content, path, now, class_num):
     """
     before = saved_data(content)
     if not before:
-        log(f"{path}: does not say what it was trained on: whether classes, images and VAE are the same cannot be "
-            "checked")
+        log(f"{path}: has no record of its training data: classes, images and VAE are not compared")
         return
     for label, (old, new) in enumerate(zip_longest(before["classes"], now["classes"])):
         if old != new and (old is not None or label >= class_num):
