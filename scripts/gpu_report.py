@@ -1,16 +1,15 @@
-"""Measure what the pages say of speed on this machine's GPU, and write docs/gpu/<the GPU's name>.md and .json.
+"""Measure speed and memory on this machine's GPU: a report, <the GPU's name>.md and .json, in --store.
 
-    bash scripts/gpu_report.sh --minutes 30
+    bash scripts/gpu_report.sh --minutes 9
 
-Each stage is a command of its own with a time limit. Its result lies in --store, and the same command goes on with the
-stages that have none: remove a stage's file to measure it again. A stage that fails is in the report with its last
+Each stage is a command of its own with a time limit. Its result lies in --store, and the same command continues with
+the stages that have none: remove a stage's file to measure it again. A stage that fails is in the report with its last
 lines, and the next one follows.
 """
 import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +24,12 @@ from util.manifest import code_version, describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 12
-PUBLISHED = {  # options of the published commands: of training, of sampling
-    "flowar_small": ("", "--cfg 4.3 --guidance 0.9 --num_step 25"),
-    "flowar_large": ("--use_checkpoint", "--cfg 2.4 --guidance 0.9 --num_step 25"),
-    "flowar_huge": ("--use_checkpoint", "--cfg 2.4 --guidance 0.7 --num_step 50"),
-    "flowar_tiny": ("", "--cfg 3 --num_step 5")}
+SAMPLING = {  # as published; of the student that scripts/distill.py makes
+    "flowar_small": "--cfg 4.3 --guidance 0.9 --num_step 25",
+    "flowar_large": "--cfg 2.4 --guidance 0.9 --num_step 25",
+    "flowar_huge": "--cfg 2.4 --guidance 0.7 --num_step 50",
+    "flowar_tiny": "--cfg 3 --num_step 5"}
+STUDENT = "--cfg 1 --time_grid uniform --num_step"
 
 
 class Stage(NamedTuple):
@@ -46,98 +46,95 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", type=as_type(DEVICE), default="auto", help="cpu: a rehearsal, with small sizes")
-    add("--minutes", type=as_type(REAL), default=10, help="stages that have not begun are left to the next command")
-    add("--sizes", type=as_type(list_of(one_of(*PUBLISHED))), default=tuple(PUBLISHED)[:3], help="models")
-    add("--batches", type=as_type(list_of(POSITIVE)), default=(64, 256, 1), help="images at once")
+    add("--minutes", type=as_type(REAL), default=9, help="stages that have not begun are left to the next command")
+    add("--sizes", type=as_type(list_of(one_of(*SAMPLING))), default=tuple(SAMPLING)[:3], help="three models")
+    add("--batches", type=as_type(list_of(POSITIVE)), default=(1, 64, 256), help="three numbers of images at once")
     add("--extra", type=shlex.split, default=[], help="options for every benchmark, such as a small geometry")
-    add("--store", type=as_type(path), default="output/gpu_report", help="folder for what each stage measured")
-    add("--output", type=as_type(path), default="docs/gpu", help="folder for the report")
+    add("--store", type=as_type(path), default="output/gpu_report", help="folder for report and figures")
     return parser.parse_args()
 
 
 def list_stages(args, device):
-    """Stages, the most important first."""
-    stages, first, on_cuda = [], args.batches[0], device.type == "cuda"
-    base, compiled = args.sizes[0], "--compile" * on_cuda  # a rehearsal waits for no compiler
+    """Stages, the most important first; what one compiles is on disk for the others."""
+    stages, on_cuda = [], device.type == "cuda"
+    small, large, huge = (*args.sizes, *args.sizes[-1:] * 2)[:3]
+    one, some, many = args.batches
+    compiled = "--compile" * on_cuda  # a rehearsal waits for no compiler
 
-    def bench(name, what, size, options, limit=120):
-        command = f"scripts/benchmark.py {what} --model {size} --device {device.type} --repeats 3 {options}"
-        stages.append(Stage(name, [*shlex.split(command), *args.extra], limit))
-
-    def train_and_sample(size, batch, options):
-        training, sampling = PUBLISHED[size]
-        bench(f"train {size}, batch {batch} {options}", "train", size,
-              f"{training} --batch_size {batch} --precision bf16 {options}")
-        bench(f"sample {size}, batch {batch} {options}", "sample", size,
-              f"{sampling} --eval_bsz {batch} --precision bf16 {options}")
+    def bench(what, size, batch, options, limit=90):
+        batch_option = "--batch_size" if what == "train" else "--eval_bsz"
+        command = (f"scripts/benchmark.py {what} --model {size} {batch_option} {batch} --device {device.type} "
+                   f"--repeats 3 --precision bf16 {options}")
+        name = f"{what} {size}, batch {batch} {options}".strip()
+        if name not in [stage.name for stage in stages]:
+            stages.append(Stage(name, [*shlex.split(command), *args.extra], limit))
 
     if on_cuda:
-        stages.append(Stage("checks", ["-m", "pytest", "-q", "-rs", "-n", "4", "tests/test_cuda.py"], 480))
-    for size in args.sizes:
-        train_and_sample(size, first, compiled)
-    _, sampling = PUBLISHED[base]
-    bench("evaluate", "evaluate", base,
-          f"{sampling} --eval_bsz {first} --num_images {2 * first} --precision bf16 {compiled}", 240)
-    for size in args.sizes:
-        for batch in args.batches[1:]:
-            train_and_sample(size, batch, compiled)
-        train_and_sample(size, first, "--beside tests/plain.py")
+        stages.append(Stage("checks", ["-m", "pytest", "-q", "-rs", "-n", "8", "tests/test_cuda.py"], 200))
+    bench("train", small, some, compiled)
+    bench("train", large, some, compiled, 120)
+    for batch in (many, some, one):
+        bench("sample", small, batch, f"{SAMPLING[small]} {compiled}")
+    for steps in (2, 1):
+        bench("sample", small, many, f"{STUDENT} {steps} {compiled}")
+    bench("evaluate", small, many, f"{SAMPLING[small]} --num_images {2 * many} {compiled}", 150)
+    for batch in (some, many, one):
+        for size in (large, huge):
+            bench("sample", size, batch, f"{SAMPLING[size]} {compiled}", 120)
+    bench("train", small, many, compiled)
+    bench("sample", small, many, f"{SAMPLING[small]} --precision fp16 {compiled}")
+    bench("sample", small, one, f"{SAMPLING[small]} {'--compile graphs' * on_cuda}")
+    for what, options in (("train", ""), ("sample", SAMPLING[small])):
+        bench(what, small, some, f"{options} --beside tests/plain.py", 150)
     return stages
 
 
-def run_stage(stage):
-    """{command, status, seconds, last_lines, figures} of a stage."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        figures, command = Path(folder) / "figures.json", [sys.executable, *stage.command]
-        if "scripts/benchmark.py" in stage.command:
-            command += ["--json", str(figures)]
-        try:
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  timeout=stage.limit)
-            output, status = done.stdout, f"failed with status {done.returncode}" if done.returncode else "ok"
-        except subprocess.TimeoutExpired as error:
-            output, status = error.stdout or b"", f"not done after {stage.limit} s"
-        figures = read_json(figures) if figures.is_file() else None
+def run_stage(stage, figures):
+    """{command, status, seconds, last_lines, figures} of a stage. figures: a file that a benchmark may write."""
+    start, command = time.monotonic(), [sys.executable, *stage.command]
+    if "scripts/benchmark.py" in stage.command:
+        command += ["--json", str(figures)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=stage.limit)
+        output, status = done.stdout, f"failed with status {done.returncode}" if done.returncode else "ok"
+    except subprocess.TimeoutExpired as error:
+        output, status = error.stdout or b"", f"not done after {stage.limit} s"
     lines = output.decode(errors="replace").replace(f"{ROOT}/", "").strip().splitlines()[-LAST_LINES:]
     return {"command": stage.command, "status": status, "seconds": time.monotonic() - start, "last_lines": lines,
-            "figures": figures}
+            "figures": read_json(figures) if figures.is_file() else None}
 
 
 def as_markdown(about, stages, results):
-    """The report. results: {name of a stage: of run_stage} of those that have run."""
-    speed = ["| | ms an image | GFLOP an image | GFLOP/s of a matrix product | share | GiB | ratio |", "|---" * 7 + "|"]
-    evaluation, runs, outputs = ["| | ms an image |", "|---|---|"], ["| | | s |", "|---|---|---|"], []
+    """The report. results: {name of a stage: of run_stage}."""
+    rows = ["| stage | status | s | ms an image | GFLOP an image | share | GiB | ratio |", "|---" * 8 + "|"]
+    outputs = []
     for stage in stages:
         if stage.name not in results:
-            runs.append(f"| {stage.name} | not run: no time was left | |")
+            rows.append(f"| {stage.name} | not run: no time was left |")
             continue
         result = results[stage.name]
-        runs.append(f"| {stage.name} | {result['status']} | {result['seconds']:.0f} |")
+        row = [stage.name, result["status"], f"{result['seconds']:.0f}"]
+        figures = result["figures"] or {}
+        if "share_of_peak" in figures:
+            row += [f"{1000 / figures['images_per_second']:.2f}", f"{figures['gigaflop_per_image']:,.0f}",
+                    f"{figures['share_of_peak']:.0%} of {figures['matmul_gigaflops']:,.0f}",
+                    f"{figures['memory_gib']:.1f}", *([f"{figures['ratio']:.2f}"] if "ratio" in figures else [])]
+        parts = figures.get("seconds_per_image", {}).items()
+        row += [", ".join(f"{part} {1000 * seconds:.2f}" for part, seconds in parts)] if parts else []
+        rows.append(f"| {' | '.join(row)} |")
         if result["status"] != "ok" or stage.name == "checks":
             command, lines = shlex.join(result["command"]), "\n".join(result["last_lines"])
             outputs.append(f"### {stage.name}: {result['status']}\n\n`{command}`\n\n```\n{lines}\n```")
-        figures = result["figures"] or {}
-        if "share_of_peak" in figures:
-            ratio = f"{figures['ratio']:.2f}" if "ratio" in figures else ""
-            speed.append(f"| {stage.name} | {1000 / figures['images_per_second']:.2f} | "
-                         f"{figures['gigaflop_per_image']:,.0f} | {figures['matmul_gigaflops']:,.0f} | "
-                         f"{figures['share_of_peak']:.0%} | {figures['memory_gib']:.1f} | {ratio} |")
-        for part, seconds in figures.get("seconds_per_image", {}).items():
-            evaluation.append(f"| {part} | {1000 * seconds:.2f} |")
-    heads = [f"# {about['device']}", *(f"* {name}: {value}" for name, value in about.items()), ""]
-    words = ("*Share*: of the matrix product measured beside it. *GiB*: peak memory. *Ratio*: time of the plain "
-             "implementation to this one's.")
-    return "\n".join([*heads, words, "", "## Training and sampling", "", *speed, "",
-                      "## An evaluation", "", *evaluation, "", "## Stages", "", *runs, "", *outputs, ""])
+    words = ("*Share*: of the GFLOP/s of a matrix product beside it. *GiB*: peak memory. *Ratio*: time of the textbook "
+             "form to this one's.")
+    return "\n".join([*(f"* {name}: {value}" for name, value in about.items()), "", words, "", *rows, "", *outputs, ""])
 
 
 def main():
     args = parse_args()
     device, end = select_device(args.device), time.monotonic() + 60 * args.minutes
-    store, output = Path(args.store), Path(args.output)
+    store = Path(args.store)
     make_directory(store)
-    make_directory(output)
     stages, results = list_stages(args, device), {}
     for stage in stages:
         file = store / f"{file_name(stage.name)}.json"
@@ -145,15 +142,15 @@ def main():
             results[stage.name] = before
         elif time.monotonic() < end:
             print(f"== {stage.name}", flush=True)
-            results[stage.name] = run_stage(stage)
-            write_json(results[stage.name], file)
-            print(f"   {results[stage.name]['status']}, {results[stage.name]['seconds']:.0f} s", flush=True)
+            result = results[stage.name] = run_stage(stage, file.with_suffix(".figures"))
+            write_json(result, file)
+            print(f"   {result['status']}, {result['seconds']:.0f} s", flush=True)
     about = {"device": describe_machine(device)["device"], "devices": torch.cuda.device_count(),
              "torch": torch.__version__, "cuda": torch.version.cuda, "commit": code_version()}
-    path = output / file_name(about["device"])
+    path = store / file_name(about["device"])
     write_bytes(as_markdown(about, stages, results).encode(), path.with_suffix(".md"))
     write_json({**about, "stages": results}, path.with_suffix(".json"))
-    left = "" if len(results) == len(stages) else ": the same command goes on"
+    left = "" if len(results) == len(stages) else ": the same command continues"
     print(f"{len(results)} of {len(stages)} stages are done; {path}.md{left}")
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show: checks, speed, memory -> docs/gpu/<the GPU's name>.md and .json. The same command resumes.
-# Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 30
+# What only a GPU can show: checks, speed, memory -> output/gpu_report/<the GPU's name>.md and .json. The same command resumes.
+# Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 9
 set -euo pipefail
 EXTRA="quickstart"
 source "$(dirname "$0")/env.sh"

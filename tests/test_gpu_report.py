@@ -22,12 +22,13 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_report, "list_stages", lambda args, device: stages)
     done = {"command": ["sample"], "status": "ok", "seconds": 7.0, "last_lines": [], "figures": SAMPLE}
     (tmp_path / "sample-tiny.json").write_text(json.dumps(done))
-    command = f"scripts/gpu_report.py --device cpu --store {tmp_path} --output {tmp_path}/out"
+    command = f"scripts/gpu_report.py --device cpu --store {tmp_path}"
     call(monkeypatch, command)
-    (page,), (found,) = (list((tmp_path / "out").glob(f"*.{kind}")) for kind in ("md", "json"))
+    (page,) = tmp_path.glob("*.md")
+    found = page.with_suffix(".json")
     text, figures = page.read_text(), json.loads(found.read_text())["stages"]["evaluate"]["figures"]
-    assert "| sample tiny | 250.00 | 2 | 100 | 8% | 3.5 | 1.25 |" in text
-    assert figures == {"seconds_per_image": {"sampling": 0.0015}} and "| sampling | 1.50 |" in text
+    assert "| sample tiny | ok | 7 | 250.00 | 2 | 8% of 100 | 3.5 | 1.25 |" in text
+    assert figures == {"seconds_per_image": {"sampling": 0.0015}} and "| sampling 1.50 |" in text
     assert "| broken | failed with status 1 |" in text and "the kernel is missing" in text
     assert "| endless | not done after 2 s |" in text and "waiting" in text and torch.__version__ in text
 
@@ -50,4 +51,4 @@ def test_the_stages_are_commands_that_benchmark_takes(monkeypatch, device):
         what, args = benchmark.parse_args()
         assert args.device == device and args.vae_ch == 16 and (device == "cuda" or args.compile is None)
         measured.add(what)
-    assert measured == set(benchmark.BENCHMARKS) - {"memory"}
+    assert measured == set(benchmark.BENCHMARKS) - {"memory"} and sum("--num_step 1 " in " ".join(stage.command) for stage in planned) == 1
