@@ -32,7 +32,7 @@ from PIL import Image
 
 from engine_flowar import evaluate
 from models import AutoencoderKL, FlowARError, build_model
-from models.settings import Sampling, setting
+from models.settings import Sampling, one_of, setting
 from scripts import flops
 from util.cluster import AUTOCAST, autocast, memory_gib, run_main, select_device, set_precision
 from util.command_line import BELOW_ONE, POSITIVE, Parser, flag, list_of, parse_options, path
@@ -48,7 +48,7 @@ from util.manifest import describe_machine
 from util.options import Extractors, Model, Runtime, SamplingSettings, check_single, given_settings, model_options
 from util.speed import prepare
 from util.speed.memory import FLOAT, STATES, image_bytes
-from util.training.optimization import EMA, build_optimizer
+from util.training.optimization import EMA, OPTIMIZERS, build_optimizer
 from util.training.randomness import draw, image_noise
 
 GRAD_CLIP, LR, WEIGHT_DECAY, EMA_RATE = 3.0, 1e-4, 0.02, 0.9999
@@ -89,6 +89,7 @@ class Comparison:
 @dataclass
 class Train(Memory, Comparison):
     """training, timed"""
+    optimizer: str = setting("adamw", "as in training", one_of(*OPTIMIZERS))
 
 
 @dataclass
@@ -156,9 +157,9 @@ def alternate(functions, device, repeats):
 
 
 def benchmark_train(args, device):
-    """Optimizer steps: forward, backward, clipping, fused AdamW, EMA."""
+    """Optimizer steps: forward, backward, clipping, optimizer, EMA."""
     model = build_network(args, device).train()
-    optimizer, ema = build_optimizer(model, LR, WEIGHT_DECAY), EMA(model, EMA_RATE)
+    optimizer, ema = build_optimizer(model, LR, WEIGHT_DECAY, args.optimizer), EMA(model, EMA_RATE)
     labels = torch.arange(args.batch_size, device=device) % model.class_num
     draws = draw(model, args.batch_size, 0, device)
     latents, t, noise = draws.posterior, draws.draws.t, draws.draws.noise

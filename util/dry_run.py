@@ -55,10 +55,11 @@ def report(args, source, network, optimizer, progress):
     parameters = sum(p.numel() for p in network.parameters())
 
     # ---- what is trained, and how
-    groups = []
+    groups, moments = [], 0  # of the optimizer: two numbers a parameter, one by momentum
     for group in optimizer.param_groups:
-        size = sum(p.numel() for p in group["params"])
-        groups.append(f"{size:,} with weight decay {group['weight_decay']:g}")
+        size, by_momentum = sum(p.numel() for p in group["params"]), "momentum" in group
+        moments += size if by_momentum else 2 * size
+        groups.append(f"{size:,} with weight decay {group['weight_decay']:g}{', by Muon' * by_momentum}")
     row("model", f"{args.model}{describe(network)}, {parameters:,} parameters ({' and '.join(groups)}), "
         f"{args.precision}")
     row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "
@@ -78,8 +79,8 @@ def report(args, source, network, optimizer, progress):
         "step")
     row("start", f"at step {progress.step:,}, in epoch {progress.epoch + 1}" if progress.step else "a new run")
 
-    # ---- what it takes of the disk at most: a checkpoint has weights, EMA, two moments, power averages
-    size, snapshots, milestones = FLOAT * parameters * 4, 0, 0
+    # ---- what it takes of the disk at most: a checkpoint has weights, EMA, moments, power averages
+    size, snapshots, milestones = FLOAT * (2 * parameters + moments), 0, 0
     if args.posthoc_ema:
         size += FLOAT * parameters * len(POWER_WIDTHS)
         snapshots = steps * args.epochs // args.posthoc_ema
@@ -92,18 +93,19 @@ def report(args, source, network, optimizer, progress):
         free = f"; {space / 1e9:.1f} GB are free here" + (", too few" if space < total else "")
     row("disk", f"{total / 1e9:.1f} GB at most: {size / 1e9:.2f} a checkpoint, {args.keep} and the one that is written,"
         f" {milestones} for ever, {snapshots} snapshots for --posthoc_ema{free}")
-    report_memory(args, network, parameters)
+    report_memory(args, network, parameters, moments)
 
 
 def row(name, text):
     log(f"{name:<14}{text}")
 
 
-def report_memory(args, network, parameters):
+def report_memory(args, network, parameters, moments):
     """Print what a GPU's memory holds, with and without --use_checkpoint."""
-    from util.speed.memory import STATES, image_bytes, largest_block  # here: it needs a private class of torch
+    from util.speed.memory import image_bytes, largest_block  # here: it needs a private class of torch
     dtype = AUTOCAST.get(args.precision)
-    states = FLOAT * parameters * (STATES + (len(POWER_WIDTHS) if args.posthoc_ema else 0))
+    averages = 1 + (len(POWER_WIDTHS) if args.posthoc_ema else 0)
+    states = FLOAT * ((2 + averages) * parameters + moments)  # weights, gradients
     copies = HALF * parameters if dtype else 0
     # A GPU's kernels of attention hold no weights, with or without dropout.
     an_image = [image_bytes(network, dtype, attn_dropout=0.0, use_checkpoint=recompute) for recompute in (True, False)]

@@ -18,7 +18,7 @@ from util.cluster import PRECISIONS, TIMEOUT, log
 from util.command_line import (BELOW_ONE, COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Checked, choices_of,
                                color, flag, list_of, optional_path, path, several, take_options, turned_off_by)
 from util.data.tables import Columns
-from util.training.optimization import LR_SCHEDULES, peak_learning_rate
+from util.training.optimization import LR_SCHEDULES, OPTIMIZERS, peak_learning_rate
 
 BASE_RATE = 5e-5
 SETTINGS = tuple(map(option_name, fields(Sampling)))  # the options of sampling
@@ -134,6 +134,8 @@ class Training(Checked):
     blr: float = setting(None, f"base learning rate, where --lr is not given; default {BASE_RATE:g}", REAL)
     min_lr: float = setting(1e-5, "learning rate at the end of the cosine", REAL)
     lr_schedule: str = setting("cosine", "after the warm-up", one_of(*LR_SCHEDULES))
+    optimizer: str = setting("adamw", "muon: Muon for the matrices of all blocks, AdamW for the rest, with one rate",
+                             one_of(*OPTIMIZERS), beyond=True)
     weight_decay: float = setting(0.02, "on parameters with two or more dimensions", REAL)
     grad_clip: float = setting(3.0, "largest norm of the gradient; 0 does not clip", REAL)
     ema_rate: float = setting(0.9999, "EMA of the parameters, a step", BELOW_ONE)
@@ -320,6 +322,9 @@ def check_training(args):
         raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}")
     if args.fsdp and args.precision == "fp16":
         raise FlowARError("--fsdp with --precision fp16: every process would scale its own loss; use bf16 or fp32")
+    if args.fsdp and args.optimizer == "muon":
+        raise FlowARError("--fsdp with --optimizer muon: products of cut matrices, in bf16, would round otherwise than "
+                          "DDP's; use adamw, or leave out --fsdp")
     ignored = ["guide", "weights", "save_images"]
     if not args.online_eval:
         ignored += [field.name for field in fields(Evaluation) if field.metadata.get("beyond")]

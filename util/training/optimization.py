@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from models import FlowARError
 from util.training.parallel import local
 
 BETAS = (0.9, 0.95)
+OPTIMIZERS = ("adamw", "muon")
+CUT = {}  # {end of a weight's name: how many matrices Muon makes of it}, for experiments, as {".qkv.weight": 3}
 LR_SCHEDULES = ("cosine", "constant")
 POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
@@ -21,12 +24,61 @@ def peak_learning_rate(blr, global_batch):
     return blr * global_batch / 256
 
 
-def build_optimizer(model, lr, weight_decay, betas=BETAS):
-    """Fused AdamW; weight decay on every parameter with two or more dimensions, none on the others."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(model, lr, weight_decay, name="adamw", betas=BETAS):
+    """Fused AdamW, or of OPTIMIZERS "muon", see MuonWithAdamW; weight decay on every parameter with two or more
+    dimensions, none on the others.
+    """
+    matrices = count_matrices(model) if name == "muon" else {}
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in matrices]
     groups = [{"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
               {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}]
+    if matrices:
+        return MuonWithAdamW(groups, matrices, lr, weight_decay, betas)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def count_matrices(model):
+    """{weight: how many matrices lie in it, one below the other} of what Muon trains: all two-dimensional weights of
+    the blocks of transformer and head.
+    """
+    matrices = {}
+    for block in (*model.blocks, *model.flownet.res_blocks):
+        for name, parameter in block.named_parameters():
+            if parameter.requires_grad and parameter.ndim == 2:
+                matrices[parameter] = next((count for end, count in CUT.items() if name.endswith(end)), 1)
+    return matrices
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """AdamW on `groups` and torch's Muon on `matrices`, see count_matrices, as one optimizer with one state; its last
+    group is Muon's. By "match_rms_adamw" a rate and a weight decay mean the same in both.
+    """
+
+    def __init__(self, groups, matrices, lr, weight_decay, betas):
+        if not hasattr(torch.optim, "Muon"):
+            raise FlowARError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}")
+        self.matrices = matrices
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        self.muon = torch.optim.Muon(list(matrices), lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__(self.adamw.param_groups + self.muon.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        *self.adamw.param_groups, group = self.param_groups
+        self.adamw.state = self.state  # load_state_dict makes another
+        self.adamw.step()
+        self.muon.state = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            if weight not in self.state:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            parts = weight, weight.grad, self.state[weight]["momentum_buffer"]
+            for matrix, grad, momentum in zip(*(part.detach().chunk(self.matrices[weight]) for part in parts)):
+                matrix.grad = grad
+                self.muon.state[matrix] = {"momentum_buffer": momentum}
+        self.muon.param_groups = [{**group, "params": list(self.muon.state)}]
+        self.muon.step()
 
 
 def learning_rate(epoch, *, lr, min_lr, epochs, warmup_epochs, schedule="cosine"):
