@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import forked
+import pytest
 import torch
 from scripts.studies.runs import (CLASSES, GEOMETRY, ROOT, AutoencoderKL, LatentScale, assert_same_run, finish, make_project, ranks_of,  # noqa: F401
                                   read_checkpoint, read_log, save_vae, small_vae, start, training_command, wait_for, write_digits)
@@ -21,6 +22,7 @@ from util.recipe import build_run
 from util.training import checkpoint
 
 SCALES = (1, 2, 4)
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 engine_flowar.gc = SimpleNamespace(collect=gc.collect, freeze=int, unfreeze=int)  # conftest.py's freeze stays
 
 

@@ -83,7 +83,7 @@ def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, worl
 
 
 def test_what_options_add_to_the_disk(project, tmp_path, monkeypatch, capsys):
-    call(monkeypatch, f"{training_command(project, tmp_path / 'out')} --dry_run 2 --posthoc_ema 2 --precision bf16 --keep_every 1")
+    call(monkeypatch, f"{training_command(project, tmp_path / 'out')} --dry_run 2 --posthoc_ema 2 --precision bf16 --keep_every 1 --optimizer muon")
     said = capsys.readouterr().out
     assert "32 images a step: 16 x 2 processes x 1 forward passes" in said and "2 an epoch, 4 in all" in said
     assert "2 for ever, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and "power averages" in said

@@ -166,12 +166,6 @@ def test_bf16_trains(project, trained, untrained, tmp_path):
     assert 0 < distance(trained[0], bf16) < 0.5 * distance(trained[0], untrained)
 
 
-def test_weight_decay_of_the_options_holds_after_a_resume(project, tmp_path):
-    train(project, tmp_path, "--epochs 1")
-    content = train(project, tmp_path, f"--epochs 2 --weight_decay 0.5 --resume {tmp_path}")
-    assert [group["weight_decay"] for group in content["optimizer"]["param_groups"]] == [0, 0.5]
-
-
 def test_main_program_evaluates(project, trained, tmp_path, monkeypatch):
     call(monkeypatch, f"main_flowar.py --evaluate --resume {trained[1]} --vae_path {project}/vae.pth --num_images 3 --num_step 2 --device cpu "
          f"--feature_extractor efficientnet-lite0 --output_dir {tmp_path}")

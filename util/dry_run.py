@@ -55,11 +55,11 @@ def report(args, source, network, optimizer, progress):
     parameters = sum(p.numel() for p in network.parameters())
 
     # ---- what is trained, and how
-    groups, moments = [], 0  # of the optimizer: two numbers a parameter, one by momentum
+    groups, moments = [], 0  # AdamW keeps two moments, Muon and SGD one
     for group in optimizer.param_groups:
-        size, by_momentum = sum(p.numel() for p in group["params"]), "momentum" in group
-        moments += size if by_momentum else 2 * size
-        groups.append(f"{size:,} with weight decay {group['weight_decay']:g}{', by Muon' * by_momentum}")
+        size = sum(p.numel() for p in group["params"])
+        moments += size * (2 if "betas" in group else 1)
+        groups.append(f"{size:,} with weight decay {group['weight_decay']:g}{', by Muon' * ('ns_steps' in group)}")
     row("model", f"{args.model}{describe(network)}, {parameters:,} parameters ({' and '.join(groups)}), "
         f"{args.precision}")
     row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "

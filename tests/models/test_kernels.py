@@ -286,13 +286,6 @@ def test_training_compiles_one_graph_a_kind_of_block(cross, recompute, graphs, n
     assert graphs() == 2
 
 
-# ---- the optimizer -------------------------------------------------------------------------------------------
-
-
-def test_the_optimizer_is_fused():
-    assert all(group["fused"] for group in build_optimizer(small_model(), 1e-3, 0.02).param_groups)
-
-
 # ---- counted operations --------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import needs_muon, small_model
 from torch import nn
 
 from scripts.posthoc_ema import rebuild_power
-from util.training.optimization import EMA, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent
+from util.training.optimization import CUT, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent
 
 SCHEDULE = dict(lr=4e-4, min_lr=1e-5, epochs=400, warmup_epochs=100)
 
@@ -30,20 +30,41 @@ def test_weight_decay_on_matrices_and_tables_alone():
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.ndim >= 2), name
     assert {group["weight_decay"] for group in groups} == {0.0, 0.02}
-    assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in groups)
+    assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 and group["fused"] for group in groups)
 
 
-def test_ema_starts_from_the_initial_weights():
-    model = small_model()
-    initial = [p.detach().clone() for p in model.parameters()]
-    ema = EMA(model, 0.9)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
-    ema.update(model)
-    for start, p, averaged in zip(initial, model.parameters(), ema.module.parameters()):
-        torch.testing.assert_close(averaged, 0.9 * start + 0.1 * p)
-        assert not averaged.requires_grad
+@needs_muon
+def test_muon_trains_the_matrices_of_all_blocks_and_adamw_the_rest():
+    model = small_model(cross=True)
+    names = {p: name for name, p in model.named_parameters()}
+    *others, found = ({names[p] for p in group["params"]} for group in build_optimizer(model, 1e-3, 0.02, "muon").param_groups)
+    of_head, expected = "crossattn.q crossattn.kv crossattn.proj ada_lin_attn ada_lin_mlp", set()
+    for block, own in (("encoder_blocks.0", "ada_lin.1"), ("decoder_blocks.0", "ada_lin.1"), ("flownet.res_blocks.0", of_head)):
+        expected |= {f"{block}.{layer}.weight" for layer in f"attn.qkv attn.proj mlp.fc1_g mlp.fc1_x mlp.fc2 {own}".split()}
+    assert found == expected and set.union(*others) == set(names.values()) - expected
+
+
+@needs_muon
+@pytest.mark.parametrize("cut", [1, 3])
+def test_muons_update_is_that_of_the_method(monkeypatch, cut):
+    """Two steps of one weight, by hand in float64, whole and cut into three matrices; torch's products are bf16."""
+    monkeypatch.setitem(CUT, "attn.qkv.weight", cut)
+    model, rate, decay = small_model(), 0.01, 0.5
+    optimizer, weight = build_optimizer(model, 1.0, decay, "muon"), model.decoder_blocks[0].attn.qkv.weight
+    optimizer.param_groups[-1]["lr"] = rate
+    before = expected = weight.detach().double()
+    momentum = torch.zeros_like(expected)
+    for seed in (1, 2):
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+        momentum = 0.95 * momentum + weight.grad
+        update = (weight.grad + 0.95 * momentum).unflatten(0, (cut, -1))
+        update = update / update.norm(dim=(1, 2), keepdim=True)
+        for _ in range(5):
+            square = update @ update.mT
+            update = 3.4445 * update + (-4.775 * square + 2.0315 * square @ square) @ update
+        expected = (1 - rate * decay) * expected - rate * 0.2 * max(update.shape[1:]) ** 0.5 * update.flatten(0, 1)
+    assert (weight - expected).norm() < 0.02 * (weight - before).norm()
 
 
 def walk(widths, steps):

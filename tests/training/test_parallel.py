@@ -75,7 +75,7 @@ def test_two_processes_four_and_then_one_go_on(project, sharded, tmp_path):
         assert a == pytest.approx(b, rel=0.05) and checkpoint.step_of(checkpoint.list_numbered(output)[0]) == 5
 
 
-def test_fp16_is_refused():
-    args = parse_options(TrainingOptions, ["--fsdp", "--precision", "fp16"])
-    with pytest.raises(FlowARError, match="--fsdp with --precision fp16"):
-        check_training(args)
+@pytest.mark.parametrize("other", ["--precision fp16", "--optimizer muon"])
+def test_what_would_train_otherwise_is_refused(other):
+    with pytest.raises(FlowARError, match=f"--fsdp with {other}"):
+        check_training(parse_options(TrainingOptions, ["--fsdp", *other.split()]))

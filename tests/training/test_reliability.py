@@ -8,7 +8,7 @@ import threading
 import pytest
 import seams
 import torch
-from helpers import assert_same_run, make_project, read_checkpoint, read_log, run, steps_of, train, training_command
+from helpers import assert_same_run, make_project, needs_muon, read_checkpoint, read_log, run, steps_of, train, training_command
 
 from models import FlowARError
 from util.cluster import RESTART, Preempted
@@ -51,7 +51,8 @@ def stopping_before(step, error=KeyboardInterrupt):
         yield
 
 
-@pytest.mark.parametrize("extra", ["--global_batch 32 --posthoc_ema 2", pytest.param("--precision fp16", marks=pytest.mark.slow),
+@pytest.mark.parametrize("extra", ["--global_batch 32 --posthoc_ema 2", pytest.param("--global_batch 32 --optimizer muon", marks=needs_muon),
+                                   pytest.param("--precision fp16", marks=pytest.mark.slow),
                                    pytest.param("--save_every 2 --log_freq 3 --deterministic", marks=pytest.mark.slow)])
 def test_stopped_at_any_step_it_ends_with_the_same_bits_and_log(project, tmp_path, extra):
     common = f"--epochs 2 --save_every 1 --keep 1 --eval_freq 2 {DROPOUT} {extra}"

@@ -5,7 +5,7 @@ import math
 import pytest
 import seams
 import torch
-from helpers import ROOT, make_project, read_checkpoint, read_log, run, small_model, steps_of, train, training_command
+from helpers import ROOT, make_project, needs_muon, read_checkpoint, read_log, run, steps_of, train, training_command
 from torch.utils.data import Dataset
 
 import engine_flowar
@@ -14,24 +14,20 @@ from models.weights import content_hash
 from util import recipe
 from util.data import build_loader
 from util.training import checkpoint, parallel
-from util.training.optimization import adjust_learning_rate
+from util.training.optimization import build_optimizer
 
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
 
 
-def adamw(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-
-
-def sgd(model, lr, weight_decay):
+def sgd(model, lr, weight_decay, name):
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def muon(model, lr, weight_decay):
-    return torch.optim.Muon([p for p in model.encoder_blocks[0].parameters() if p.ndim == 2][:1], lr=lr)  # one matrix: bf16 is slow on many CPUs
+def muon(model, lr, weight_decay, name):
+    return build_optimizer(model, lr, weight_decay, "muon")
 
 
-OPTIMIZERS = [adamw, sgd, pytest.param(muon, marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon"))]
+OPTIMIZERS = [build_optimizer, sgd, pytest.param(muon, marks=needs_muon)]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +135,7 @@ from models.weights import content_hash
 from util import cluster, recipe
 from util.command_line import parse_options
 from util.options import TrainingOptions
+from util.training.optimization import build_optimizer
 from util.training.parallel import local, whole
 
 {optimizers}
@@ -172,9 +169,9 @@ cluster.run_main(main)
 @pytest.mark.parametrize("extra", ["", pytest.param("--fsdp", marks=pytest.mark.slow)])
 def test_what_is_bad_on_one_rank_of_two_is_skipped_on_both(project, tmp_path, extra):
     """A gradient in step 4, an image in step 7, which is named; the other steps are logged."""
-    names = ["adamw", "sgd"] + ["muon"] * (hasattr(torch.optim, "Muon") and not extra)
+    names = ["build_optimizer", "sgd"] + ["muon"] * (hasattr(torch.optim, "Muon") and not extra)
     options = training_command(project, "x", f"--batch_size 8 --blr 1e-3 --log_freq 1 --eval_freq 100 {extra}").split(maxsplit=1)[1]
-    optimizers = "\n".join(map(inspect.getsource, (adamw, sgd, muon)))
+    optimizers = "\n".join(map(inspect.getsource, (sgd, muon)))
     (tmp_path / "two.py").write_text(TWO_RANKS.format(root=str(ROOT), optimizers=optimizers, names=names, options=options, folder=str(tmp_path)))
     run(f"{tmp_path}/two.py", processes=2)
     order = order_of_epoch(1)
@@ -215,7 +212,7 @@ def test_weights_that_are_not_finite_end_the_run(project, tmp_path, monkeypatch,
                 self.param_groups[0]["params"][0].data.fill_(math.inf)
             steps.append(1)
 
-    monkeypatch.setattr(recipe, "build_optimizer", lambda model, lr, weight_decay: Overflowing(model.parameters(), lr=lr))
+    monkeypatch.setattr(recipe, "build_optimizer", lambda model, lr, *_: Overflowing(model.parameters(), lr=lr))
     with pytest.raises(FloatingPointError, match=f"weights are not finite after step {6 if '2' in saving else 9}"):
         train(project, tmp_path, f"{saving} --blr 1e-3")
     assert steps_of(tmp_path) == ([4, 2] if "2" in saving else [])
@@ -225,32 +222,24 @@ def test_weights_that_are_not_finite_end_the_run(project, tmp_path, monkeypatch,
 # ---- rates and state of optimizers -----------------------------------------------------------------------------
 
 
-def test_groups_keep_the_ratio_of_their_rates():
-    model, schedule = small_model(), dict(lr=1e-3, min_lr=1e-4, epochs=10, warmup_epochs=2)
-    head = list(model.flownet.parameters())
-    optimizer = torch.optim.AdamW([{"params": model.encoder_blocks.parameters()}, {"params": head, "lr": 2.5e-4}], lr=1e-3)
-    for epoch, rate in ((0, 0.0), (1, 5e-4), (2, 1e-3), (10, 1e-4)):
-        assert adjust_learning_rate(optimizer, epoch, **schedule) == pytest.approx(rate)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate / 4])
-
-
-def two_rates(model, lr, weight_decay):
+def two_rates(model, lr, weight_decay, name):
     halves = list(model.parameters())[::2], list(model.parameters())[1::2]
-    return torch.optim.SGD([{"params": halves[0]}, {"params": halves[1], "lr": lr / 10}], lr=lr, momentum=0.9)
+    return torch.optim.SGD([{"params": halves[0]}, {"params": halves[1], "lr": lr / 10}], lr=lr, momentum=0.9, weight_decay=weight_decay)
 
 
-def test_a_resume_keeps_rates_of_groups_and_takes_the_peak_of_now(project, tmp_path, monkeypatch):
+def test_a_resume_keeps_rates_of_groups_and_takes_peak_and_weight_decay_of_now(project, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "build_optimizer", two_rates)
-    train(project, tmp_path, "--epochs 1 --lr 1e-3 --lr_schedule constant --warmup_epochs 0")
-    content = train(project, tmp_path, f"--epochs 2 --lr 2e-3 --lr_schedule constant --warmup_epochs 0 --resume {tmp_path}")
-    assert [group["lr"] for group in content["optimizer"]["param_groups"]] == pytest.approx([2e-3, 2e-4])
+    train(project, tmp_path, "--epochs 1 --lr 1e-3 --lr_schedule constant --warmup_epochs 1")
+    content = train(project, tmp_path, f"--epochs 2 --lr 2e-3 --weight_decay 0.5 --lr_schedule constant --warmup_epochs 1 --resume {tmp_path}")
+    assert [(group["lr"], group["weight_decay"]) for group in content["optimizer"]["param_groups"]] == [(2e-3, 0.5), (pytest.approx(2e-4), 0.5)]
 
 
 def test_another_optimizer_is_refused_by_name(project, tmp_path, monkeypatch):
     train(project, tmp_path, "--epochs 1")
-    monkeypatch.setattr(recipe, "build_optimizer", sgd)
-    with pytest.raises(FlowARError, match="checkpoint-000000005.pth: its optimizer is AdamW, this training's is SGD"):
-        train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
-    monkeypatch.setattr(recipe, "build_optimizer", adamw)  # one group in place of two
+    for optimizer, name in ((sgd, "SGD"), (muon, "MuonWithAdamW"))[:1 + hasattr(torch.optim, "Muon")]:
+        monkeypatch.setattr(recipe, "build_optimizer", optimizer)
+        with pytest.raises(FlowARError, match=f"checkpoint-000000005.pth: its optimizer is AdamW, this training's is {name}"):
+            train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")
+    monkeypatch.setattr(recipe, "build_optimizer", lambda model, lr, *_: torch.optim.AdamW(model.parameters(), lr=lr))  # one group in place of two
     with pytest.raises(FlowARError, match="its optimizer's parameters are not this training's, or lie in other groups"):
         train(project, tmp_path, f"--epochs 2 --resume {tmp_path}")

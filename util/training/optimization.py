@@ -14,7 +14,7 @@ from util.training.parallel import local
 
 BETAS = (0.9, 0.95)
 OPTIMIZERS = ("adamw", "muon")
-CUT = {}  # {end of a weight's name: how many matrices Muon makes of it}, for experiments, as {".qkv.weight": 3}
+CUT = {}  # {name in a block: how many matrices Muon makes of the weight}, for experiments: {"attn.qkv.weight": 3}
 LR_SCHEDULES = ("cosine", "constant")
 POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
@@ -45,7 +45,7 @@ def count_matrices(model):
     for block in (*model.blocks, *model.flownet.res_blocks):
         for name, parameter in block.named_parameters():
             if parameter.requires_grad and parameter.ndim == 2:
-                matrices[parameter] = next((count for end, count in CUT.items() if name.endswith(end)), 1)
+                matrices[parameter] = CUT.get(name, 1)
     return matrices
 
 
