@@ -67,7 +67,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         *self.adamw.param_groups, group = self.param_groups
         self.adamw.state = self.state  # load_state_dict makes another
         self.adamw.step()
-        self.muon.state = {}
+        state = {}
         for weight in group["params"]:
             if weight.grad is None:
                 continue
@@ -76,9 +76,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             parts = weight, weight.grad, self.state[weight]["momentum_buffer"]
             for matrix, grad, momentum in zip(*(part.detach().chunk(self.matrices[weight]) for part in parts)):
                 matrix.grad = grad
-                self.muon.state[matrix] = {"momentum_buffer": momentum}
-        self.muon.param_groups = [{**group, "params": list(self.muon.state)}]
+                state[matrix] = {"momentum_buffer": momentum}
+        self.muon.param_groups, self.muon.state = [{**group, "params": list(state)}], state
         self.muon.step()
+        self.muon.param_groups, self.muon.state = [], {}  # else gradients outlive the step
 
 
 def learning_rate(epoch, *, lr, min_lr, epochs, warmup_epochs, schedule="cosine"):
