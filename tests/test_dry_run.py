@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, call, make_project, small_model, train, training_command
+from helpers import ROOT, call, make_project, needs_muon, small_model, train, training_command
 from safetensors.torch import save
 
 from models import AutoencoderKL, FlowARError, MODELS
@@ -82,11 +82,13 @@ def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, worl
     assert cluster.world_size() == 1
 
 
-def test_what_options_add_to_the_disk(project, tmp_path, monkeypatch, capsys):
+@needs_muon
+def test_what_options_add_to_disk_and_memory(project, tmp_path, monkeypatch, capsys):
     call(monkeypatch, f"{training_command(project, tmp_path / 'out')} --dry_run 2 --posthoc_ema 2 --precision bf16 --keep_every 1 --optimizer muon")
     said = capsys.readouterr().out
     assert "32 images a step: 16 x 2 processes x 1 forward passes" in said and "2 an epoch, 4 in all" in said
-    assert "2 for ever, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and "power averages" in said
+    assert "2 for ever, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and re.search("power averages +0.017", said)
+    assert " and 63,744 with weight decay 0.02 and 663,168 with weight decay 0.02, by Muon)" in said  # one moment less of these
 
 
 def test_it_goes_on_from_a_run(project, monkeypatch, capsys):
