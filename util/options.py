@@ -18,7 +18,7 @@ from util.cluster import PRECISIONS, TIMEOUT, log
 from util.command_line import (BELOW_ONE, COUNT, DEVICE, PIXELS, POSITIVE, REAL, SEED, WORKERS, Checked, choices_of,
                                color, flag, list_of, optional_path, path, several, take_options, turned_off_by)
 from util.data.tables import Columns
-from util.training.optimization import LR_SCHEDULES, OPTIMIZERS, peak_learning_rate
+from util.training.optimization import BETAS, LR_SCHEDULES, OPTIMIZERS, peak_learning_rate
 
 BASE_RATE = 5e-5
 SETTINGS = tuple(map(option_name, fields(Sampling)))  # the options of sampling
@@ -33,6 +33,14 @@ def time_distribution(value):
     for part in parts:
         read_time_distribution(part)
     return tuple(parts) if len(parts) > 1 else parts[0]
+
+
+def betas(value):
+    """'0.9,0.95' -> (0.9, 0.95)."""
+    values = list_of(BELOW_ONE)(value)
+    if len(values) != 2:
+        raise ValueError("expected two numbers, separated by a comma")
+    return values
 
 
 class SaveEvery(NamedTuple):
@@ -136,6 +144,7 @@ class Training(Checked):
     lr_schedule: str = setting("cosine", "after the warm-up", one_of(*LR_SCHEDULES))
     optimizer: str = setting("adamw", "muon: Muon for the matrices of all blocks, AdamW for the rest, with one rate",
                              one_of(*OPTIMIZERS), beyond=True)
+    betas: tuple = setting(BETAS, "AdamW's", betas, beyond=True)
     weight_decay: float = setting(0.02, "on parameters with two or more dimensions", REAL)
     grad_clip: float = setting(3.0, "largest norm of the gradient; 0 does not clip", REAL)
     ema_rate: float = setting(0.9999, "EMA of the parameters, a step", BELOW_ONE)

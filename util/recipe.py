@@ -120,7 +120,7 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
         prepare.compile_training(network)
         prepare.compile_sampling(ema.module, args.compile)
     model = distribute(network, ema, device, args.fsdp, static_graph=args.accum_iter == 1)
-    optimizer = build_optimizer(network, args.lr, args.weight_decay, args.optimizer)
+    optimizer = build_optimizer(network, args.lr, args.weight_decay, args.optimizer, args.betas)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = checkpoint.resume(start, (network, ema, optimizer, scaler), record)
     del start  # the file is mapped no longer

@@ -1,0 +1,179 @@
+"""Compare recipes of training on the quickstart's data: losses of weights and EMA, and samples over guidance.
+
+    python scripts/studies/recipes.py --root output/recipes --groups "adamw rate,muon rate" --images 40000 --seeds 9
+    python scripts/studies/recipes.py --root output/recipes --groups tuned --images 40000,80000 --cfg 1,1.5,2,2.5,3
+
+ROOT has images, latents, latents_val and val_stats.npz, as scripts/quickstart.sh makes them. Every recipe of GROUPS is
+a training with each of --seeds and for each number of --images, evaluated with every --cfg; of several its row has the
+best. What is done is kept in ROOT/recipes: the same command goes on. Writes a table, all figures as .json and the
+curves as .png there, with the groups in their names.
+"""
+import itertools
+import re
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+import torch
+from matplotlib.figure import Figure
+
+from models.settings import number, one_of
+from scripts.quickstart_report import accuracy, gray, load_classifier
+from scripts.studies.ablations import TRAINING, folder_of, run_program, spread
+from util.cluster import run_main, select_device
+from util.command_line import COUNT, DEVICE, POSITIVE, Parser, as_type, list_of, path
+from util.evaluation.labels import image_label
+from util.evaluation.references import load_uint8
+from util.evaluation.reports import RESULTS
+from util.files import read_json, write_bytes, write_json
+from util.manifest import describe_machine
+from util.training.logging import read_lines
+
+SAMPLING = ("eval.py --solver ab2 --num_step 12 --time_grid uniform --guidance 1 --fid_stats {root}/val_stats.npz "
+            "--feature_extractor efficientnet-lite0 --save_images")
+# On a CPU Muon's products are in float32: many emulate bf16, which takes three times as long.
+FLOAT_MUON = ("import runpy, sys, torch; torch.Tensor.bfloat16 = torch.Tensor.float; sys.argv.pop(0); "
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
+MUON = "--optimizer muon"
+RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
+ADAMW_RATE, MUON_RATE = "4e-3", "4e-3"
+OTHER = {"betas 0.9, 0.99": "--betas 0.9,0.99", "betas 0.95, 0.95": "--betas 0.95,0.95", "weight decay 0": "--weight_decay 0",
+         "weight decay 0.1": "--weight_decay 0.1", "warm-up 1 %": "--warmup_epochs 0.02",
+         "warm-up 20 %": "--warmup_epochs 0.4", "EMA 0.99": "--ema_rate 0.99", "EMA 0.998": "--ema_rate 0.998"}
+GROUPS = {  # {group: {name: options of training}}; other warm-ups are those of 40,000 images
+    "adamw rate": {f"adamw {rate}": f"--lr {rate}" for rate in RATES},
+    "muon rate": {f"muon {rate}": f"{MUON} --lr {rate}" for rate in RATES},
+    "adamw": {f"adamw, {name}": f"--lr {ADAMW_RATE} {options}" for name, options in OTHER.items()},
+    "muon": {f"muon, {name}": f"{MUON} --lr {MUON_RATE} {options}" for name, options in OTHER.items()},
+}
+COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": ".3f", "recall": ".3f",
+           "label found": ".1%"}
+
+
+def parse_args():
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--root", type=as_type(path), default="output/recipes", help="folder of the data")
+    add("--groups", type=as_type(list_of(one_of(*GROUPS))), default=tuple(GROUPS), help=", ".join(GROUPS))
+    add("--images", type=as_type(list_of(POSITIVE)), default=(80000,), help="training images, in whole epochs")
+    add("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
+    add("--cfg", type=as_type(list_of(number(float, 1.0))), default=(), help="guidance of the evaluations; default: "
+        "losses alone")
+    add("--samples", type=as_type(POSITIVE), default=2000, help="images of an evaluation")
+    add("--options", default="", help="more options of every training, such as another geometry")
+    add("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
+    add("--device", type=as_type(DEVICE), default="auto", help="where to compute")
+    return parser.parse_args()
+
+
+class Training:
+    """One recipe with one seed for so many images; run: its folder."""
+
+    def __init__(self, args, options, images, seed):
+        self.options, self.images, self.seed = f"{options} {args.options}".strip(), images, seed
+        self.run = Path(args.root) / "recipes" / f"{images}" / f"{folder_of(self.options)}_seed{seed}"
+
+    def train(self, args, epoch_images):
+        epochs = max(1, round(self.images / epoch_images))
+        command = (f"{TRAINING} --eval_freq 1 --keep_every 0 --warmup_epochs {epochs * 0.05:g} {self.options} "
+                   f"--seed {self.seed} --epochs {epochs} --output_dir {self.run} --resume {self.run} "
+                   f"--device {args.device}")
+        if MUON in command and select_device(args.device).type == "cpu":
+            command = f"-c {shlex.quote(FLOAT_MUON)} {command}"
+        run_program(args, command, self.run)
+
+    def output(self, args, cfg):
+        return self.run / f"eval{args.samples}_cfg{cfg:g}"
+
+    def evaluate(self, args):
+        for cfg in args.cfg:
+            command = (f"{SAMPLING} --cfg {cfg} --resume {self.run} --seed {self.seed} --num_images {args.samples} "
+                       f"--eval_bsz {min(args.samples, 250)} --output_dir {self.output(args, cfg)} "
+                       f"--device {args.device}")
+            run_program(args, command, self.output(args, cfg))
+
+    def losses(self):
+        """{"val", "val_ema": the last log entry, with the loss of every scale}."""
+        lines = read_lines(self.run / "log.jsonl")
+        return {line["group"]: line for line in lines if line["group"] in ("val", "val_ema")}
+
+    def samples(self, args, network, device):
+        """{cfg: (distance, precision, recall, part whose label is found)}."""
+        found = {}
+        for cfg in args.cfg:
+            report = read_json(self.output(args, cfg) / RESULTS)
+            metrics = [next(report[name] for name in report["metrics"] if name.startswith(prefix))
+                       for prefix in ("frechet_distance", "precision", "recall")]
+            found[cfg] = *metrics, label_agreement(self.output(args, cfg), report, network, device)
+        return found
+
+
+def label_agreement(output, report, network, device):
+    """Of an evaluation's images, the part that the classifier gives the label they were drawn for; Fashion-MNIST's."""
+    files = [output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
+    labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
+    return accuracy(network, gray(load_uint8(files)), labels, device)
+
+
+# ---- the table and the curves --------------------------------------------------------------------------------
+
+
+def main():
+    args = parse_args()
+    root, device = Path(args.root), select_device(args.device)
+    epoch_images = sum(1 for _ in (root / "images" / "train").glob("*/*"))
+    rows = {}
+    for name, options in itertools.chain(*(GROUPS[group].items() for group in args.groups)):
+        for images in args.images:
+            rows[name, images] = [Training(args, options, images, seed) for seed in args.seeds]
+    trainings = [training for column in zip(*rows.values()) for training in column]  # the first seed of all comes first
+    with ThreadPoolExecutor(args.at_once) as pool:
+        list(pool.map(lambda training: training.train(args, epoch_images), trainings))
+        list(pool.map(lambda training: training.evaluate(args), trainings))
+    network, table, record = load_classifier(device), [], {}
+    for (name, images), row in rows.items():
+        losses = [training.losses() for training in row]
+        samples = [training.samples(args, network, device) for training in row]
+        by_cfg = {cfg: [each[cfg] for each in samples] for cfg in args.cfg}
+        best = min(args.cfg, key=lambda cfg: mean(each[0] for each in by_cfg[cfg]), default=None)
+        figures = [[each[group]["loss"] for each in losses] for group in ("val", "val_ema")]
+        figures += zip(*by_cfg[best]) if best else []
+        cells = [spread(values, form) for values, form in zip(figures, COLUMNS.values())]
+        table.append([name, f"{images:,}", *cells, *([f"{best:g}"] if best else [])])
+        record[f"{name}, {images} images"] = {"losses": losses, "samples": by_cfg}
+    names = ["", "images", *COLUMNS, "cfg"][:len(table[0])]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *table))
+    print(text)
+    file = root / "recipes" / re.sub("[^a-z0-9]+", "-", "_".join(args.groups))
+    write_bytes(f"{text}\n".encode(), file.with_suffix(".md"))
+    write_json({**vars(args), **describe_machine(device), "rows": record}, file.with_suffix(".json"))
+    draw(args, rows, record, epoch_images, file.with_suffix(".png"))
+
+
+def draw(args, rows, record, epoch_images, file):
+    """For the first seed the loss by images and by seconds; the distance over cfg, a dot for each seed."""
+    figure = Figure(figsize=(15, 4.5), dpi=100)
+    by_images, by_time, by_cfg = figure.subplots(1, 3)
+    for (name, images), row in rows.items():
+        lines = [line for line in read_lines(row[0].run / "log.jsonl") if line["group"] == "train"]
+        seen = [line["epoch"] * epoch_images for line in lines]
+        seconds = list(itertools.accumulate((after - before) / line["images_per_second"]
+                                            for before, after, line in zip([0, *seen], seen, lines)))
+        label, losses = f"{name}, {images:,} images", [line["loss"] for line in lines]
+        by_images.plot(seen, losses, label=label, linewidth=0.8)
+        by_time.plot(seconds, losses, label=label, linewidth=0.8)
+        samples = record[f"{name}, {images} images"]["samples"]
+        by_cfg.plot(samples.keys(), [mean(each[0] for each in seeds) for seeds in samples.values()], label=label)
+        for cfg, seeds in samples.items():
+            by_cfg.plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=by_cfg.lines[-1].get_color())
+    by_images.set(xlabel="images", ylabel="training loss", yscale="log")
+    by_time.set(xlabel=f"seconds, {args.at_once} trainings at once", yscale="log")
+    by_cfg.set(xlabel="cfg", ylabel="distance to the test split")
+    by_images.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+if __name__ == "__main__":
+    run_main(main)
