@@ -37,7 +37,7 @@ FLOAT_MUON = ("import runpy, sys, torch; torch.Tensor.bfloat16 = torch.Tensor.fl
               "runpy.run_path(sys.argv[0], run_name='__main__')")
 MUON = "--optimizer muon"
 RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
-ADAMW_RATE, MUON_RATE = "4e-3", "4e-3"
+ADAMW_RATE, MUON_RATE = "8e-3", "4e-3"
 OTHER = {"betas 0.9, 0.99": "--betas 0.9,0.99", "betas 0.95, 0.95": "--betas 0.95,0.95", "weight decay 0": "--weight_decay 0",
          "weight decay 0.1": "--weight_decay 0.1", "warm-up 1 %": "--warmup_epochs 0.02",
          "warm-up 20 %": "--warmup_epochs 0.4", "EMA 0.99": "--ema_rate 0.99", "EMA 0.998": "--ema_rate 0.998"}
