@@ -155,7 +155,7 @@ def test_status_and_last_line(command, message):
 
 
 TEXTS = {"weights", "wandb", "labels", "feature_extractor", "image_column_name", "label_column_name", "dataset_config_name", "host", "license", "push",
-         "extra", "x", "y", "by"}  # what else may hold any text
+         "extra", "options", "x", "y", "by"}  # what else may hold any text
 PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in (".", "scripts", "scripts/studies") for path in (ROOT / folder).glob("*.py")
                   if "parse_" in path.read_text() and "__main__" in path.read_text())
 
