@@ -29,10 +29,10 @@ from util.training.record import saved_data, saved_origin
 
 CARD, UNKNOWN = "README.md", "not known"
 OF_THIS_MACHINE = ("num_workers", "pin_mem", "timeout", "evaluate")  # numbers that say nothing of the model
-WORDS = ("model", "precision", "lr_schedule", "solver", "time_grid", "cfg_schedule", "head", "objective", "condition",
-         "pyramid", "latent_norm")  # options with a word out of a fixed list
-RECIPE = ("epochs", "global_batch", "lr", "min_lr", "lr_schedule", "warmup_epochs", "weight_decay", "grad_clip",
-          "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
+WORDS = ("model", "optimizer", "precision", "lr_schedule", "solver", "time_grid", "cfg_schedule", "head", "objective",
+         "condition", "pyramid", "latent_norm")  # options with a word out of a fixed list
+RECIPE = ("epochs", "global_batch", "optimizer", "lr", "min_lr", "lr_schedule", "warmup_epochs", "weight_decay",
+          "grad_clip", "ema_rate", "attn_dropout", "proj_dropout", "label_drop_prob", "flip", "precision", "seed")
 MEASURED = ("num_images", "labels", "weights", "num_step", "num_step_last", "solver", "cfg", "cfg_schedule",
             "guidance", "temperature", "seed", "precision", "feature_extractor", "reference_sha256", "reference_images",
             "device")

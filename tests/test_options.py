@@ -267,4 +267,4 @@ def test_help_has_the_release_first_and_names_choices(capsys):
     first, rest = text.split("beyond the release:", 1)
     assert text.startswith("usage: ") and text.splitlines()[0].endswith(" [options]")
     assert "--batch_size" in first and "--cfg" in first and "--fsdp" not in first and "--fsdp" in rest
-    assert "--lr_schedule {cosine,constant}" in text and "{euler,heun,ab2,midpoint,rk4,ancestral}" in text
+    assert "--lr_schedule {cosine,constant,linear_end}" in text and "{euler,heun,ab2,midpoint,rk4,ancestral}" in text

@@ -67,7 +67,7 @@ def report(args, source, network, optimizer, progress):
         f"{','.join(map(str, network.scale))}")
     row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.dry_run} processes x "
         f"{args.accum_iter} forward passes")
-    end = f"cosine to {args.min_lr:g}" if args.lr_schedule == "cosine" else args.lr_schedule
+    end = args.lr_schedule if args.lr_schedule == "constant" else f"{args.lr_schedule} to {args.min_lr:g}"
     row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; then {end}; gradients "
         f"clipped at {args.grad_clip:g}; EMA {args.ema_rate:g}")
 

@@ -141,7 +141,8 @@ class Training(Checked):
     lr: float = setting(None, "peak learning rate; default: blr x global batch / 256", REAL)
     blr: float = setting(None, f"base learning rate, where --lr is not given; default {BASE_RATE:g}", REAL)
     min_lr: float = setting(1e-5, "learning rate at the end of the cosine", REAL)
-    lr_schedule: str = setting("cosine", "after the warm-up", one_of(*LR_SCHEDULES))
+    lr_schedule: str = setting("cosine", "after the warm-up; linear_end: constant, and over the last fifth down "
+                              "to min_lr", one_of(*LR_SCHEDULES))
     optimizer: str = setting("adamw", "muon: Muon for the matrices of all blocks, AdamW for the rest, with one rate",
                              one_of(*OPTIMIZERS), beyond=True)
     betas: tuple = setting(BETAS, "AdamW's", betas, beyond=True)

@@ -21,6 +21,8 @@ def test_schedule_of_the_release():
     assert learning_rate(175, **SCHEDULE) == pytest.approx(expected)
     assert learning_rate(400, **SCHEDULE) == pytest.approx(1e-5)
     assert learning_rate(300, **SCHEDULE, schedule="constant") == 4e-4
+    rates = [learning_rate(epoch, **SCHEDULE, schedule="linear_end") for epoch in (50, 100, 340, 370, 400)]
+    assert rates == pytest.approx([2e-4, 4e-4, 4e-4, 1e-5 + 3.9e-4 / 2, 1e-5])
 
 
 def test_weight_decay_on_matrices_and_tables_alone():

@@ -15,7 +15,8 @@ from util.training.parallel import local
 BETAS = (0.9, 0.95)
 OPTIMIZERS = ("adamw", "muon")
 CUT = {}  # {name in a block: how many matrices Muon makes of the weight}, for experiments: {"attn.qkv.weight": 3}
-LR_SCHEDULES = ("cosine", "constant")
+LR_SCHEDULES = ("cosine", "constant", "linear_end")
+END = 0.2  # part of the training after the warm-up in which linear_end falls
 POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
 
@@ -83,14 +84,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def learning_rate(epoch, *, lr, min_lr, epochs, warmup_epochs, schedule="cosine"):
-    """Rate at a fractional epoch: linear warm-up, then cosine from lr to min_lr, or constant. schedule: one of
-    LR_SCHEDULES.
+    """Rate at a fractional epoch: linear warm-up, then by `schedule`, one of LR_SCHEDULES, cosine from lr to min_lr,
+    constant, or constant with a linear end at min_lr.
     """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     if schedule == "constant":
         return lr
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+    if schedule == "linear_end":
+        return min_lr + (lr - min_lr) * min(1, (1 - progress) / END)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
