@@ -9,11 +9,12 @@ best. What is done is kept in ROOT/recipes: the same command goes on. Writes a t
 curves as .png there, with the groups in their names.
 """
 import itertools
+import math
 import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 from matplotlib.figure import Figure
@@ -37,15 +38,17 @@ FLOAT_MUON = ("import runpy, sys, torch; torch.Tensor.bfloat16 = torch.Tensor.fl
               "runpy.run_path(sys.argv[0], run_name='__main__')")
 MUON = "--optimizer muon"
 RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
-ADAMW_RATE, MUON_RATE = "8e-3", "4e-3"
-OTHER = {"betas 0.9, 0.99": "--betas 0.9,0.99", "betas 0.95, 0.95": "--betas 0.95,0.95", "weight decay 0": "--weight_decay 0",
-         "weight decay 0.1": "--weight_decay 0.1", "warm-up 1 %": "--warmup_epochs 0.02",
-         "warm-up 20 %": "--warmup_epochs 0.4", "EMA 0.99": "--ema_rate 0.99", "EMA 0.998": "--ema_rate 0.998"}
-GROUPS = {  # {group: {name: options of training}}; other warm-ups are those of 40,000 images
+BEST = "8e-3"
+OTHER = {  # warm-ups are those of 40,000 images
+    "betas 0.9, 0.99": "--betas 0.9,0.99", "betas 0.95, 0.95": "--betas 0.95,0.95",
+    "weight decay 0": "--weight_decay 0", "weight decay 0.1": "--weight_decay 0.1",
+    "warm-up 1 %": "--warmup_epochs 0.02", "warm-up 20 %": "--warmup_epochs 0.4",
+    "EMA 0.98": "--ema_rate 0.98", "EMA 0.99": "--ema_rate 0.99", "linear end": "--lr_schedule linear_end"}
+GROUPS = {  # {group: {name: options of training}}
     "adamw rate": {f"adamw {rate}": f"--lr {rate}" for rate in RATES},
     "muon rate": {f"muon {rate}": f"{MUON} --lr {rate}" for rate in RATES},
-    "adamw": {f"adamw, {name}": f"--lr {ADAMW_RATE} {options}" for name, options in OTHER.items()},
-    "muon": {f"muon, {name}": f"{MUON} --lr {MUON_RATE} {options}" for name, options in OTHER.items()},
+    "adamw": {f"adamw, {name}": f"--lr {BEST} {options}" for name, options in OTHER.items()},
+    "muon": {f"muon, {name}": f"{MUON} --lr {BEST} {options}" for name, options in OTHER.items()},
 }
 COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": ".3f", "recall": ".3f",
            "label found": ".1%"}
@@ -152,24 +155,25 @@ def main():
 
 
 def draw(args, rows, record, epoch_images, file):
-    """For the first seed the loss by images and by seconds; the distance over cfg, a dot for each seed."""
-    figure = Figure(figsize=(15, 4.5), dpi=100)
-    by_images, by_time, by_cfg = figure.subplots(1, 3)
+    """For the first seed the loss by images and by time; the distance over cfg, a dot for each seed."""
+    figure = Figure(figsize=(5 * (2 + bool(args.cfg)), 4.5), dpi=100)
+    by_images, by_time, *by_cfg = figure.subplots(1, 2 + bool(args.cfg))
+    lowest = math.inf
     for (name, images), row in rows.items():
         lines = [line for line in read_lines(row[0].run / "log.jsonl") if line["group"] == "train"]
-        seen = [line["epoch"] * epoch_images for line in lines]
-        seconds = list(itertools.accumulate((after - before) / line["images_per_second"]
-                                            for before, after, line in zip([0, *seen], seen, lines)))
-        label, losses = f"{name}, {images:,} images", [line["loss"] for line in lines]
+        seen, losses = [line["epoch"] * epoch_images for line in lines], [line["loss"] for line in lines]
+        speed = median(line["images_per_second"] for line in lines)  # whatever held the machine up for a while
+        label, lowest = f"{name}, {images:,} images", min(lowest, *losses)
         by_images.plot(seen, losses, label=label, linewidth=0.8)
-        by_time.plot(seconds, losses, label=label, linewidth=0.8)
+        by_time.plot([count / speed for count in seen], losses, linewidth=0.8)
         samples = record[f"{name}, {images} images"]["samples"]
-        by_cfg.plot(samples.keys(), [mean(each[0] for each in seeds) for seeds in samples.values()], label=label)
-        for cfg, seeds in samples.items():
-            by_cfg.plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=by_cfg.lines[-1].get_color())
-    by_images.set(xlabel="images", ylabel="training loss", yscale="log")
-    by_time.set(xlabel=f"seconds, {args.at_once} trainings at once", yscale="log")
-    by_cfg.set(xlabel="cfg", ylabel="distance to the test split")
+        for axis in by_cfg:
+            axis.plot(samples.keys(), [mean(each[0] for each in seeds) for seeds in samples.values()])
+            for cfg, seeds in samples.items():
+                axis.plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=axis.lines[-1].get_color())
+            axis.set(xlabel="cfg", ylabel="distance to the test split")
+    by_images.set(xlabel="images", ylabel="training loss", ylim=(0.95 * lowest, 2 * lowest))
+    by_time.set(xlabel=f"seconds at its usual speed, {args.at_once} trainings at once", ylim=(0.95 * lowest, 2 * lowest))
     by_images.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file)
