@@ -172,8 +172,10 @@ def draw(args, rows, record, epoch_images, file):
             for cfg, seeds in samples.items():
                 axis.plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=axis.lines[-1].get_color())
             axis.set(xlabel="cfg", ylabel="distance to the test split")
-    by_images.set(xlabel="images", ylabel="training loss", ylim=(0.95 * lowest, 2 * lowest))
-    by_time.set(xlabel=f"seconds at its usual speed, {args.at_once} trainings at once", ylim=(0.95 * lowest, 2 * lowest))
+    by_images.set(xlabel="images", ylabel="training loss")
+    by_time.set(xlabel=f"seconds at its usual speed, {args.at_once} trainings at once")
+    for axis in (by_images, by_time):
+        axis.set_ylim(0.95 * lowest, 2 * lowest)
     by_images.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file)
