@@ -7,7 +7,7 @@ from helpers import needs_muon, small_model
 from torch import nn
 
 from scripts.posthoc_ema import rebuild_power
-from util.training.optimization import CUT, PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent
+from util.training.optimization import PowerEMA, build_optimizer, learning_rate, peak_learning_rate, power_exponent
 
 SCHEDULE = dict(lr=4e-4, min_lr=1e-5, epochs=400, warmup_epochs=100)
 
@@ -47,12 +47,11 @@ def test_muon_trains_the_matrices_of_all_blocks_and_adamw_the_rest():
 
 
 @needs_muon
-@pytest.mark.parametrize("cut", [1, 3])
-def test_muons_update_is_that_of_the_method(monkeypatch, cut):
-    """Two steps of one weight, by hand in float64, whole and cut into three matrices; torch's products are bf16."""
-    monkeypatch.setitem(CUT, "attn.qkv.weight", cut)
+@pytest.mark.parametrize("name,cut", [("attn.proj", 1), ("attn.qkv", 3)])
+def test_muons_update_is_that_of_the_method(name, cut):
+    """Two steps of one weight, by hand in float64, whole or of queries, keys and values apart; torch's products are bf16."""
     model, rate, decay = small_model(), 0.01, 0.5
-    optimizer, weight = build_optimizer(model, 1.0, decay, "muon"), model.decoder_blocks[0].attn.qkv.weight
+    optimizer, weight = build_optimizer(model, 1.0, decay, "muon"), model.decoder_blocks[0].get_submodule(name).weight
     optimizer.param_groups[-1]["lr"] = rate
     before = expected = weight.detach().double()
     momentum = torch.zeros_like(expected)

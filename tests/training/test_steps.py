@@ -19,11 +19,11 @@ from util.training.optimization import build_optimizer
 DROPOUT = "--attn_dropout 0.2 --proj_dropout 0.2"
 
 
-def sgd(model, lr, weight_decay, name):
+def sgd(model, lr, weight_decay, *_):
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def muon(model, lr, weight_decay, name):
+def muon(model, lr, weight_decay, *_):
     return build_optimizer(model, lr, weight_decay, "muon")
 
 
@@ -222,7 +222,7 @@ def test_weights_that_are_not_finite_end_the_run(project, tmp_path, monkeypatch,
 # ---- rates and state of optimizers -----------------------------------------------------------------------------
 
 
-def two_rates(model, lr, weight_decay, name):
+def two_rates(model, lr, weight_decay, *_):
     halves = list(model.parameters())[::2], list(model.parameters())[1::2]
     return torch.optim.SGD([{"params": halves[0]}, {"params": halves[1], "lr": lr / 10}], lr=lr, momentum=0.9, weight_decay=weight_decay)
 

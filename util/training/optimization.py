@@ -14,7 +14,7 @@ from util.training.parallel import local
 
 BETAS = (0.9, 0.95)
 OPTIMIZERS = ("adamw", "muon")
-CUT = {}  # {name in a block: how many matrices Muon makes of the weight}, for experiments: {"attn.qkv.weight": 3}
+MATRICES = {"attn.qkv.weight": 3, "crossattn.kv.weight": 2}  # how many matrices lie in a weight of a block, else one
 LR_SCHEDULES = ("cosine", "constant", "linear_end")
 END = 0.2  # part of the training after the warm-up in which linear_end falls
 POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
@@ -46,7 +46,7 @@ def count_matrices(model):
     for block in (*model.blocks, *model.flownet.res_blocks):
         for name, parameter in block.named_parameters():
             if parameter.requires_grad and parameter.ndim == 2:
-                matrices[parameter] = CUT.get(name, 1)
+                matrices[parameter] = MATRICES.get(name, 1)
     return matrices
 
 
