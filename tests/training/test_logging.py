@@ -96,7 +96,7 @@ def test_what_fails_there_is_said_once(stub, tmp_path, capsys, fails):
     stub(fails)
     write(tmp_path)
     out = capsys.readouterr().out
-    assert out.count("warning: --wandb: the service is gone; training goes on without it") == 1 and "and more" not in out
+    assert out.count("warning: --wandb: the service is gone; training continues without it") == 1 and "and more" not in out
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
