@@ -127,7 +127,8 @@ def add_options(parser, members):
             if "on" in more:
                 parser.add_argument(f"--{more['on']}", action="store_true", help="the default", **common)
             continue
-        shown = "" if field.default in (None, "") or "default" in more["help"] else " (default %(default)s)"
+        default = ",".join(map(str, field.default)) if type(field.default) is tuple else "%(default)s"
+        shown = "" if field.default in (None, "") or "default" in more["help"] else f" (default {default})"
         extra = {name: more[name] for name in ("nargs", "const") if name in more}
         metavar = more.get("metavar") or choices_of(kind)
         parser.add_argument(*flags, type=as_type(kind), help=more["help"] + shown, metavar=metavar, **common, **extra)

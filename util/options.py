@@ -145,7 +145,7 @@ class Training(Checked):
                               "to min_lr", one_of(*LR_SCHEDULES))
     optimizer: str = setting("adamw", "muon: Muon for the matrices of all blocks, AdamW for the rest, with one rate",
                              one_of(*OPTIMIZERS), beyond=True)
-    betas: tuple = setting(BETAS, "AdamW's", betas, beyond=True)
+    betas: tuple = setting(BETAS, "AdamW's decay rates of both moments", betas, beyond=True)
     weight_decay: float = setting(0.02, "on parameters with two or more dimensions", REAL)
     grad_clip: float = setting(3.0, "largest norm of the gradient; 0 does not clip", REAL)
     ema_rate: float = setting(0.9999, "EMA of the parameters, a step", BELOW_ONE)
