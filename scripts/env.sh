@@ -23,8 +23,10 @@ else
     fi
     if [ ! -x .venv/bin/python ] || [ ! -x .venv/bin/pip ]; then # none, of a Python that is gone, or interrupted: pip comes last
         python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || fail "Python 3.11 or newer is needed: install one, or name it in FLOWAR_PYTHON"
-        rm -rf .venv
-        python3 -m venv .venv || { rm -rf .venv; fail "python3 could not make .venv (on Debian and Ubuntu it needs: apt install python3-venv); then start again"; }
+        [ -x .venv/bin/python ] || rm -f .venv/installed* .venv/bin/python* # of a Python that is gone
+        maker=python3
+        [ ! -x .venv/bin/python ] || maker=.venv/bin/python # adds pip, and removes nothing of an environment that others made
+        "$maker" -m venv .venv || fail "$maker could not make .venv (on Debian and Ubuntu it needs: apt install python3-venv); then start again"
     fi
     installed=".venv/installed-${EXTRA:-base}" wanted="$PWD $(cat requirements.txt pyproject.toml)" # a folder that was moved is installed anew
     if [ ! -f "$installed" ] || [ "$(cat "$installed")" != "$wanted" ]; then

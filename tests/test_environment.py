@@ -16,7 +16,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >> log
 case "$*" in
     "-c import sys"*) [ ! -f old ] ;;
-    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && [ ! -f no_pip ] && cp "$0" .venv/bin/pip ;;
+    "-m venv .venv") mkdir -p .venv/bin && { [ -x .venv/bin/python ] || cp "$0" .venv/bin/python; } && [ ! -f no_pip ] && cp "$0" .venv/bin/pip ;;
     "-m pip install"*) [ ! -f full ] && touch .venv/bin/torchrun ;;
 esac
 """
@@ -54,8 +54,9 @@ def test_the_environment_is_made_once(home):
     (home / ".venv" / "bin" / "python").unlink()
     (home / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")  # its Python is gone
     assert "pip install" in source(home)[2]
-    (home / ".venv" / "bin" / "pip").unlink()  # interrupted while it was made
-    assert "-m venv .venv" in source(home)[2]
+    (home / ".venv" / "bin" / "pip").unlink()  # interrupted while it was made, or of another tool: nothing of it is removed
+    (home / ".venv" / "own").touch()
+    assert "-m venv .venv" in source(home)[2] and (home / ".venv" / "own").is_file()
 
 
 @pytest.mark.parametrize("trouble,message", [("old", "Python 3.11 or newer is needed"), ("no_pip", "apt install python3-venv"),

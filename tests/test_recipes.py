@@ -3,11 +3,14 @@ import json
 import shlex
 
 import numpy as np
+import pytest
 import torch
 from helpers import call
 from PIL import Image
+from scripts.quickstart_data import GARMENTS
 from scripts.studies import ablations, recipes  # as call() imports them
 
+from models import FlowARError
 from util.command_line import parse_options
 from util.options import EvaluationOptions, TrainingOptions, check_training, sweep
 
@@ -30,6 +33,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
             assert f"--epochs {3 if '/6/' in str(output) else 5}" in command and ("torch.Tensor.float" in command) == ("muon" in command)
             lines = [{"group": "train", "step": 1, "epoch": 0.5, "loss": 1.0, "images_per_second": 2.0}]
             lines += [{"group": group, "step": 2, "epoch": 1, "loss": loss + 0.1 * seed} for group, loss in (("val", 0.3), ("val_ema", 0.4))]
+            (output / "run.json").write_text(json.dumps({"data": {"classes": [f"{i}_{name}" for i, name in enumerate(GARMENTS)]}}))
             (output / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
             return
         cfg = float(command.split("--cfg ")[1].split()[0])
@@ -51,3 +55,8 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     assert Image.open(out / "two.png").size[0] == 1500
     call(monkeypatch, f"{common} --images 6")  # losses alone
     assert (out / "two.md").read_text().splitlines()[2] == f"| adamw | 6 | {' | '.join(row.split(' | ')[:2])} |"
+    with pytest.raises(FlowARError, match="--images 7: expected a multiple of the 2"):
+        call(monkeypatch, f"{common} --images 7")
+    monkeypatch.setattr(recipes, "GARMENTS", ("cat", "dog"))
+    call(monkeypatch, f"{common} --images 6 --cfg 2")
+    assert "| 0.200 ± 0.000 |  | 2 |" in (out / "two.md").read_text()  # no label is looked for in other data

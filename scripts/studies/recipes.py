@@ -19,7 +19,9 @@ from statistics import mean, median
 import torch
 from matplotlib.figure import Figure
 
+from models import FlowARError
 from models.settings import number, one_of
+from scripts.quickstart_data import GARMENTS
 from scripts.quickstart_report import accuracy, gray, load_classifier
 from scripts.studies.ablations import TRAINING, folder_of, run_program, spread
 from util.cluster import run_main, select_device
@@ -28,7 +30,7 @@ from util.evaluation.labels import image_label
 from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS
 from util.files import read_json, write_bytes, write_json
-from util.manifest import describe_machine
+from util.manifest import RUN, describe_machine
 from util.training.logging import read_lines
 
 SAMPLING = ("eval.py --solver ab2 --num_step 12 --time_grid uniform --guidance 1 --fid_stats {root}/val_stats.npz "
@@ -113,7 +115,12 @@ class Training:
 
 
 def label_agreement(output, report, network, device):
-    """Of an evaluation's images, the part that the classifier gives the label they were drawn for; Fashion-MNIST's."""
+    """Of an evaluation's images, the part that the classifier gives the label they were drawn for; nan where the data
+    are not Fashion-MNIST, which alone it knows.
+    """
+    classes = read_json(output.parent / RUN)["data"]["classes"]
+    if classes != [f"{label}_{name}" for label, name in enumerate(GARMENTS)]:
+        return math.nan
     files = [output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
     labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
     return accuracy(network, gray(load_uint8(files)), labels, device)
@@ -126,6 +133,8 @@ def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
     epoch_images = sum(1 for _ in (root / "images" / "train").glob("*/*"))
+    if partial := [images for images in args.images if images % epoch_images]:
+        raise FlowARError(f"--images {partial[0]}: expected a multiple of the {epoch_images} in {root}/images/train")
     rows = {}
     for name, options in itertools.chain(*(GROUPS[group].items() for group in args.groups)):
         for images in args.images:

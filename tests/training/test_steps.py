@@ -234,6 +234,12 @@ def test_a_resume_keeps_rates_of_groups_and_takes_peak_and_weight_decay_of_now(p
     assert [(group["lr"], group["weight_decay"]) for group in content["optimizer"]["param_groups"]] == [(2e-3, 0.5), (pytest.approx(2e-4), 0.5)]
 
 
+def test_a_resume_takes_the_betas_of_now(project, tmp_path):
+    train(project, tmp_path, "--epochs 1")
+    content = train(project, tmp_path, f"--epochs 2 --betas 0.8,0.9 --resume {tmp_path}")
+    assert [tuple(group["betas"]) for group in content["optimizer"]["param_groups"]] == [(0.8, 0.9)] * 2
+
+
 def test_another_optimizer_is_refused_by_name(project, tmp_path, monkeypatch):
     train(project, tmp_path, "--epochs 1")
     for optimizer, name in ((sgd, "SGD"), (muon, "MuonWithAdamW"))[:1 + hasattr(torch.optim, "Muon")]:

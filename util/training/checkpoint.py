@@ -32,7 +32,7 @@ STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 UNNAMED = ("output_dir", "log_dir", "resume", "dry_run")  # options that may change freely
-OPTIONS = "lr", "weight_decay", "fused", "foreach"  # of an optimizer's group: those of now, not of the checkpoint
+OPTIONS = "lr", "weight_decay", "betas", "fused", "foreach"  # of an optimizer's group: those of now, not of the checkpoint
 
 
 # ---- a folder of checkpoints -----------------------------------------------------------------------------------
