@@ -13,8 +13,7 @@ def check_scales(img_size, vae_stride, patch_size, scale):
                           f"{vae_stride} x {patch_size}")
     side = img_size // (vae_stride * patch_size)
     if not scale or scale[0] != 1 or any(a >= b for a, b in zip(scale, scale[1:])):
-        raise FlowARError(f"scale is {','.join(map(str, scale))}: expected an increasing list that starts with 1, the "
-                          "class token")
+        raise FlowARError(f"scale is {','.join(map(str, scale))}: expected an increasing list that starts with 1")
     if scale[-1] != side:
         raise FlowARError(f"scale ends with {scale[-1]}: expected {side}, the latent's size in tokens (img_size "
                           f"{img_size} / vae_stride {vae_stride} / patch_size {patch_size})")
@@ -51,8 +50,8 @@ def check_guide(model, guide):
     """FlowARError unless a guide reads and draws what the model does."""
     for name in ("scale", "vae_embed_dim", "patch_size", "class_num"):
         if getattr(guide, name) != getattr(model, name):
-            raise FlowARError(f"guide: its {name} is {getattr(guide, name)}, the model's is {getattr(model, name)}: "
-                              "give a weaker checkpoint of the same geometry")
+            raise FlowARError(f"guide: {name} is {getattr(guide, name)}, expected the model's {getattr(model, name)}: "
+                              "use a checkpoint of the same geometry")
 
 
 def check_images(shape, stride):

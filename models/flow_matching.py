@@ -67,7 +67,7 @@ def read_time_distribution(text):
         raise FlowARError(f"t_dist is {text!r}: expected {usage}") from None
     times = distribution(torch.linspace(0, 1, 1025, device="cpu")[:-1])
     if not ((times >= 0) & (times <= 1)).all():
-        raise FlowARError(f"t_dist is {text!r}: its times go from {times.min():g} to {times.max():g}, expected [0, 1]")
+        raise FlowARError(f"t_dist is {text!r}: times range from {times.min():g} to {times.max():g}, expected [0, 1]")
     return distribution
 
 
@@ -112,7 +112,7 @@ def of_each_scale(name, values, num_scales):
     if not isinstance(values, (list, tuple)):
         return [values] * num_scales
     if len(values) != num_scales:
-        raise FlowARError(f"{name} has {len(values)} values ({values}): expected one for each of {num_scales} scales")
+        raise FlowARError(f"{name} has {len(values)} values ({values}): expected {num_scales}, one per scale")
     return list(values)
 
 

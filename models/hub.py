@@ -91,7 +91,7 @@ def ask_hub(read):
     except Exception as error:
         with contextlib.suppress(Exception):
             cached = read(local_files_only=True)
-            print(f"the hub does not answer ({first_sentence(error)}): its cache is used", file=sys.stderr)
+            print(f"the hub does not respond ({first_sentence(error)}): using its local cache", file=sys.stderr)
             return cached
         raise
 
@@ -126,8 +126,8 @@ def fetch_archive(name, url, path, offline):
             raise zipfile.BadZipFile(f"{damaged} is damaged or missing")
     except (OSError, zipfile.BadZipFile) as error:  # OSError: of the network, by urllib
         temporary.unlink(missing_ok=True)
-        raise FlowARError(f"{name}: cannot be downloaded from {url} ({error}): fetch it elsewhere and give its path, "
-                          f"or put it at {path}") from error
+        raise FlowARError(f"{name}: cannot be downloaded from {url} ({error}): download it elsewhere and pass its "
+                          f"path, or copy it to {path}") from error
     temporary.replace(path)
 
 
@@ -135,11 +135,11 @@ def demo_file(name, part):
     """Path of a file of this repository's weights; FlowARError unless it is the one of this version, bit by bit."""
     key = name if name in DEMO_FILES else f"{name}/{part}"
     if key not in DEMO_FILES:
-        raise FlowARError(f"demo:{name}: expected demo:fashion, or demo: and one of {', '.join(DEMO_FILES)}")
+        raise FlowARError(f"demo:{name}: expected demo:fashion, or demo:FILE with FILE one of {', '.join(DEMO_FILES)}")
     path = DEMO_FOLDER / key
     if not path.is_file() or file_hash(path) != DEMO_FILES[key]:
-        raise FlowARError(f"{path}: is missing, altered or a Git LFS pointer (expected SHA-256 {DEMO_FILES[key]}): "
-                          "restore it with git checkout HEAD -- models/demo, or git lfs pull, or install again")
+        raise FlowARError(f"{path}: missing, modified or a Git LFS pointer (expected SHA-256 {DEMO_FILES[key]}): run "
+                          "git checkout HEAD -- models/demo or git lfs pull, or reinstall")
     return path
 
 
@@ -152,14 +152,15 @@ def explain(name):
     except Exception as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.EACCES, errno.EROFS):
-            raise FlowARError(f"{name}: {cause}: set HF_HOME (or HF_HUB_CACHE, HF_DATASETS_CACHE) to a folder that can "
-                              "be written") from error
+            raise FlowARError(f"{name}: {cause}: set HF_HOME (or HF_HUB_CACHE, HF_DATASETS_CACHE) to a writable "
+                              "folder") from error
         if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
-            raise FlowARError(f"{name}: the hub refuses it ({first_sentence(cause)}): is the token right, that of "
-                              "HF_TOKEN or of hf auth login, and may it read this?") from error
+            raise FlowARError(f"{name}: the hub denies access ({first_sentence(cause)}): check that your token "
+                              "(HF_TOKEN or hf auth login) is valid and may read it") from error
         if isinstance(error, LocalEntryNotFoundError):
-            raise FlowARError(f"{name}: is not in the cache, and the hub does not answer ({first_sentence(cause)}): "
-                              "fetch it where there is a network, or give a path (HF_HOME, HF_HUB_OFFLINE)") from error
+            raise FlowARError(f"{name}: not in the cache, and the hub does not respond ({first_sentence(cause)}): "
+                              "download it on a machine with network access, or pass a path (see HF_HOME, "
+                              "HF_HUB_OFFLINE)") from error
         raise
 
 

@@ -46,7 +46,7 @@ def read_variant(state, path):
         return {}
     values = bytes(state["variant"].tolist()).decode("ascii", "replace").split(",")
     if len(values) != len(RELEASED):
-        raise FlowARError(f"{path}: its variant is {','.join(values)!r}, of another version of this code")
+        raise FlowARError(f"{path}: unknown variant {','.join(values)!r}, written by another version of this code")
     return dict(zip(RELEASED, values))
 
 
@@ -65,12 +65,12 @@ def load_model(model, state, path):
     FlowARError for a file that was trained with others.
     """
     if other := differences(model, state, path):
-        raise FlowARError(f"{path}: was trained with {other}: give the same")
+        raise FlowARError(f"{path}: was trained with {other}: use the same options")
     own = {name: buffer.clone() for name, buffer in model.named_buffers()}
     left_out = load_state(model, state, path)
     for name, buffer in model.named_buffers():
         if not buffer.is_meta and not torch.allclose(buffer, own[name], rtol=HALF_PRECISION):
-            raise FlowARError(f"{path}: {name} is not the model's: these weights were trained with another "
+            raise FlowARError(f"{path}: {name} differs from the model's: the weights were trained with another "
                               f"{'attention pattern' if name == 'mask' else name.rpartition('.')[2]}")
         buffer.copy_(own[name])
     return left_out
@@ -82,7 +82,7 @@ def recognise_size(state, path):
     body["cross"] &= variant.get("condition") != "cross_attention"
     names = [name for name, size in MODELS.items() if body.items() <= size.items()]
     if not names:
-        raise FlowARError(f"{path}: no model of the registry has this size ({body}); give --model")
+        raise FlowARError(f"{path}: no model in the registry has this size ({body}): set --model")
     names.sort(key=lambda name: MODELS[name] != {**body, **head})  # the exact size before one with another flow head
     return {"model": names[0], **head, **variant}
 

@@ -98,41 +98,42 @@ REMOVED = {"num_step_schedule": "linear"}
 class Sampling:
     """How images are drawn. The defaults are the release's."""
     cfg: float | tuple = setting(
-        1.0, "classifier-free guidance at the last scale, 1 is none; or one for each scale, 1:1.5:3",
+        1.0, "classifier-free guidance at the last scale (1: none), or one value per scale: 1:1.5:3",
         per_scale(number(float, 1.0)))
     cfg_schedule: str = setting(
-        "linear", "guidance over the scales: linear, from 1 to cfg, or constant", one_of(*fm.CFG_SCHEDULES))
-    guidance: float = setting(0.9, "guidance acts only at times t <= this (t = 1 is noise)", FRACTION)
-    guidance_low: float = setting(0.0, "guidance acts only at times t > this", FRACTION, beyond=True)
+        "linear", "guidance over the scales: linear from 1 to cfg, or constant", one_of(*fm.CFG_SCHEDULES))
+    guidance: float = setting(0.9, "apply guidance only at times t <= this (t = 1 is noise)", FRACTION)
+    guidance_low: float = setting(0.0, "apply guidance only at times t > this", FRACTION, beyond=True)
     num_steps: int | tuple = setting(
-        25, "length of the time grid (25 makes 24 Euler steps, 50 makes 50), or one for each scale, 25:25:12",
+        25, "length of the time grid (25 makes 24 Euler steps, 50 makes 50), or one value per scale: 25:25:12",
         per_scale(STEPS), option="num_step")
     num_steps_last: int | None = setting(
-        None, "steps at the last scale, annealed from num_step at the first (DiSA)", STEPS, option="num_step_last",
+        None, "num_step of the last scale, reached linearly from num_step at the first "
+              "(DiSA)", STEPS, option="num_step_last",
         beyond=True)
     solver: str = setting(
-        "euler", "euler or ab2 (one evaluation a step), heun or midpoint (two), rk4 (four); with --objective diffusion "
-        "euler (DDIM) or ancestral", one_of(*SOLVERS), beyond=True)
-    temperature: float = setting(1.0, "factor of the starting noise", number(float, 0.0, 1e6))
+        "euler", "euler, ab2 (1 network evaluation per step), heun, midpoint (2) or rk4 (4); with --objective "
+                 "diffusion: euler (DDIM) or ancestral", one_of(*SOLVERS), beyond=True)
+    temperature: float = setting(1.0, "scale of the initial noise", number(float, 0.0, 1e6))
     time_grid: str = setting(
-        "release", "times of the steps: the release's, or uniform, with exactly num_step Euler steps",
+        "release", "time grid of the release, or uniform with exactly num_step Euler steps",
         one_of(*fm.TIME_GRIDS), beyond=True)
 
     def __post_init__(self):
         check_fields(self)
         steps, last, fewest = self.num_steps, self.num_steps_last, fm.TIME_GRIDS[self.time_grid]
         if last is not None and (isinstance(steps, tuple) or last > steps):
-            raise FlowARError(f"num_steps_last is {last}, num_steps {as_text(steps)}: steps are annealed down from one "
-                              "number; give one that is not smaller")
+            raise FlowARError(f"num_steps_last is {last}, num_steps {as_text(steps)}: expected a single num_steps, at "
+                              "least num_steps_last")
         counts = [*steps] if isinstance(steps, tuple) else [steps, last or steps]
         if min(counts) < fewest:
-            raise FlowARError(f"num_steps is {as_text(steps)}, num_steps_last {last}: the {self.time_grid} "
-                              f"time grid needs at least {fewest}; time_grid uniform takes 1")
+            raise FlowARError(f"num_steps is {as_text(steps)}, num_steps_last {last}: the {self.time_grid} time grid "
+                              f"needs at least {fewest}; use time_grid uniform for 1")
         if self.guidance_low >= self.guidance > 0:
-            raise FlowARError(f"guidance_low is {self.guidance_low}, guidance {self.guidance}: guidance would act "
-                              "nowhere; cfg 1 is no guidance")
+            raise FlowARError(f"guidance_low is {self.guidance_low}, guidance {self.guidance}: expected guidance_low < "
+                              "guidance; use cfg 1 for no guidance")
         if isinstance(self.cfg, tuple) and self.cfg_schedule != "linear":
-            raise FlowARError(f"cfg is {as_text(self.cfg)}, one for each scale: leave out cfg_schedule "
+            raise FlowARError(f"cfg is {as_text(self.cfg)}, one value per scale: leave out cfg_schedule "
                               f"{self.cfg_schedule}")
 
     @classmethod
@@ -144,7 +145,7 @@ class Sampling:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
-                raise FlowARError(f"{name}: no setting of sampling; expected one of {', '.join(names)}")
+                raise FlowARError(f"{name}: not a sampling setting; expected one of {', '.join(names)}")
         if "num_steps" in given:
             stored = {**stored, "num_steps_last": None}
         if isinstance(given.get("cfg"), (list, tuple)):

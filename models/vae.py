@@ -34,8 +34,8 @@ def as_tensor(part, shape, dtype, device):
         return part
     numbers = torch.tensor(part, dtype=dtype, device=device)
     if numbers.shape not in (shape[:1], shape):
-        raise FlowARError(f"the latent scale is {tuple(numbers.shape)}, the latents are {tuple(shape)}: expected one "
-                          "number, one of every channel or of every position; it is of another VAE or image size")
+        raise FlowARError(f"the latent scale has shape {tuple(numbers.shape)}, the latents {tuple(shape)}: expected "
+                          "one number, or one per channel or position; it belongs to another VAE or image size")
     return numbers if numbers.ndim == 3 else numbers[:, None, None]
 
 

@@ -116,8 +116,8 @@ def read_latent_scale(value, path):
     except (TypeError, ValueError):
         is_one = False
     if not is_one:
-        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift], the scale above 0, "
-                          "each a number or a list of one for each channel or each position (channel, row, column)")
+        raise FlowARError(f"{path}: latent_scale is {str(value)[:200]}, expected [scale, shift] with scale > 0, each a "
+                          "number or a list with one per channel or position (channel, row, column)")
     return as_tuples(scale.tolist()), as_tuples(shift.tolist())
 
 
@@ -182,8 +182,8 @@ class RepresentationAutoencoder(DiffusersVAE):
     def check_size(self, height, width):
         size = self.network.decoder_image_size
         if (height, width) != (size, size):
-            raise FlowARError(f"this AutoencoderRAE is of {size} x {size} pixels, not of {height} x {width}: give "
-                              f"--img_size {size}")
+            raise FlowARError(f"this AutoencoderRAE needs images of {size} x {size} pixels, got {height} x {width}: "
+                              f"use --img_size {size}")
 
 
 AUTOENCODERS = {  # classes of diffusers
@@ -204,7 +204,7 @@ class Diffusers(NamedVAE):
         config = ask_hub(lambda **where: diffusers.AutoencoderKL.load_config(source, **options, **where))
         name = config.get("_class_name")
         if name not in AUTOENCODERS:
-            raise FlowARError(f"{self.name}: its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
+            raise FlowARError(f"{self.name}: class {name} is not supported, expected one of {', '.join(AUTOENCODERS)}")
         network, loaded = ask_hub(lambda **where: getattr(diffusers, name).from_pretrained(
             source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options, **where))
         # diffusers draws what is missing at random

@@ -36,7 +36,7 @@ def read_file(path):
     with open(path, "rb") as file:
         head = file.read(len(LFS))
     if head == LFS:
-        raise FlowARError(f"{path}: a Git LFS pointer, not the file itself: git lfs install; git lfs pull")
+        raise FlowARError(f"{path}: a Git LFS pointer, not the file itself: run git lfs install; git lfs pull")
     try:
         if head[8:9] == b"{":
             return read_safetensors(path)
@@ -46,7 +46,7 @@ def read_file(path):
             except RuntimeError:  # a file system that maps no files, or a file that is cut short
                 return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise FlowARError(f"{path}: cannot be read: it is cut short (download it again), or no file of tensors "
+        raise FlowARError(f"{path}: cannot be read: truncated (download it again), or not a file of tensors "
                           f"({first_sentence(error)})") from error
 
 
@@ -202,7 +202,7 @@ class Weights(NamedTuple):
 
     def describe(self, left_out=()):
         """Which weights these are, and what of them is not used."""
-        text = {"ema": "EMA weights", "raw": "raw weights", "unnamed": "weights, not said if EMA or raw"}[self.kind]
+        text = {"ema": "EMA weights", "raw": "raw weights", "unnamed": "weights, unknown if EMA or raw"}[self.kind]
         if self.key:
             text += f" under {self.key!r}"
         if left_out:
@@ -225,14 +225,14 @@ def find_weights(content, path, what, names, choice=None):
         if states.get(key):
             break
     else:
-        raise FlowARError(f"{path}: no {choice or ''} weights of a {what} in this file, which holds "
-                          f"{name_some(map(str, content)) or 'nothing'}: expected a state dict by itself, or under "
+        raise FlowARError(f"{path}: no {choice or ''} weights of a {what} found; the file contains "
+                          f"{name_some(map(str, content)) or 'nothing'}: expected a bare state dict, or one under "
                           f"{', '.join(EMA + RAW)} or the key of --weights KEY")
     tensors = {WRAPPERS.sub("", name): value for name, value in states[key].items() if isinstance(value, torch.Tensor)}
     for name in names:
         if name not in tensors:
-            raise FlowARError(f"{path}: no {what} weights under {key!r}: {name} is missing (--weights takes another "
-                              "key of the file)")
+            raise FlowARError(f"{path}: no {what} weights under {key!r}: {name} is missing (choose another key with "
+                              "--weights)")
     return Weights(tensors, key)
 
 
@@ -262,7 +262,7 @@ def load_state(network, state, path, what="model"):
         elif name not in own:
             left_out.append(name)
     if wrong:
-        hint = "; is it of another size (--model, --diffloss_d, --diffloss_w)?" if what == "model" else ""
+        hint = "; check the size (--model, --diffloss_d, --diffloss_w)" if what == "model" else ""
         raise FlowARError(f"{path}: {len(wrong)} tensors do not fit the {what}: {name_some(wrong, 3)}{hint}")
     network.load_state_dict({name: state[name] for name in own})
     return left_out
@@ -283,8 +283,8 @@ def recognise_geometry(state, path, vae_embed_dim):
     channels = state["z_proj.weight"].shape[1]
     patch_size = math.isqrt(channels // vae_embed_dim)
     if patch_size ** 2 * vae_embed_dim != channels:
-        raise FlowARError(f"{path}: tokens have {channels} channels, which {vae_embed_dim} latent channels of the VAE "
-                          "do not make with any patch size: the VAE is another one than the model was trained with")
+        raise FlowARError(f"{path}: tokens have {channels} channels, which no patch size makes from the VAE's "
+                          f"{vae_embed_dim} latent channels: use the VAE that the model was trained with")
     return {"class_num": count_classes(state), "scales": scales_of(state["mask"]), "patch_size": patch_size}
 
 

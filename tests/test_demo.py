@@ -95,12 +95,12 @@ def test_a_file_that_is_not_the_committed_one_is_refused(name, load, change, tmp
     file.unlink()
     if change != "missing":
         file.write_bytes(content if change == "altered" else POINTER.format(hub.DEMO_FILES[f"fashion/{file.name}"]).encode())
-    with pytest.raises(FlowARError, match=f"{file.name}: is missing, altered or a Git LFS pointer .*git checkout HEAD"):
+    with pytest.raises(FlowARError, match=f"{file.name}: missing, modified or a Git LFS pointer .*git checkout HEAD"):
         load("demo:fashion")
 
 
 def test_another_name_is_refused():
-    with pytest.raises(FlowARError, match="demo:mode: expected demo:fashion, or demo: and one of fashion/model"):
+    with pytest.raises(FlowARError, match="demo:mode: expected demo:fashion, or demo:FILE with FILE one of fashion/model"):
         load_flowar("demo:mode")
 
 

@@ -25,9 +25,9 @@ class AblatedFlowAR(FlowAR):
             if value not in CHOICES[name]:
                 raise FlowARError(f"{name} is {value!r}: expected one of {', '.join(CHOICES[name])}")
         if config.get("cross") and condition != RELEASED["condition"]:
-            raise FlowARError(f"condition {condition}: this size has cross-attention to the condition already")
+            raise FlowARError(f"condition {condition}: this model size already has cross-attention to the condition")
         if head == "token" and condition in TOGETHER:
-            raise FlowARError(f"head token: with condition {condition} tokens read the condition of others")
+            raise FlowARError(f"head token: condition {condition} would let tokens read each other's condition")
         super().__init__(**config)
         self.config.update(choices)
         c = self.config
@@ -58,7 +58,7 @@ class AblatedFlowAR(FlowAR):
 
     def sample_pyramid(self, labels, *, known=None, **options):
         if known and self.objective is diffusion:
-            raise FlowARError("a model with the diffusion objective cannot keep known cells, as inpainting needs")
+            raise FlowARError("the diffusion objective does not support known cells, which inpainting needs")
         return super().sample_pyramid(labels, known=known, **options)
 
 

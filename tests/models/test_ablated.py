@@ -164,7 +164,7 @@ def test_a_run_carries_its_choices(tmp_path, monkeypatch):
     assert report["solver"] == "ancestral" and report["metrics"] == []
     with pytest.raises(FlowARError, match="solver is 'heun': expected one of euler, ancestral"):
         evaluate(project, tmp_path / "run", tmp_path / "wrong", "--solver heun")
-    with pytest.raises(FlowARError, match=r"trained with --head token \(here scale\), --objective diffusion \(here flow\), --condition adaln .*: give the same"):
+    with pytest.raises(FlowARError, match=r"trained with --head token \(here scale\), --objective diffusion \(here flow\), --condition adaln .*: use the same"):
         train(project, tmp_path / "run", f"--epochs 2 --resume {tmp_path}/run")
     assert ablated.describe(model) == ", head token, objective diffusion, condition adaln, pyramid image" and ablated.describe(small_model()) == ""
     with pytest.raises(FlowARError, match="models with ablation options cannot be distilled"):
@@ -172,8 +172,8 @@ def test_a_run_carries_its_choices(tmp_path, monkeypatch):
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
-    for chosen, message in (({"head": "token", "condition": "cross_attention"}, "tokens read the condition of others"),
-                            ({"condition": "addition", "cross": True}, "this size has cross-attention to the condition already")):
+    for chosen, message in (({"head": "token", "condition": "cross_attention"}, "would let tokens read each other's condition"),
+                            ({"condition": "addition", "cross": True}, "this model size already has cross-attention")):
         with pytest.raises(FlowARError, match=message):
             variant(**chosen)
     with pytest.raises(FlowARError, match="--pyramid image encodes images at every scale: leave out --cached_path"):

@@ -50,14 +50,14 @@ def test_steps_of_each_scale(first, last, expected):
 def test_a_list_has_a_value_for_each_scale():
     assert fm.scale_steps([5, 6, 7, 8], None, 4) == [5, 6, 7, 8]
     assert fm.guidance_weights([1, 2, 4], 3) == fm.guidance_weights((1, 2, 4), 3, "constant") == [1, 2, 4]
-    with pytest.raises(FlowARError, match=r"cfg has 2 values \(\[1, 2\]\): expected one for each of 3 scales"):
+    with pytest.raises(FlowARError, match=r"cfg has 2 values \(\[1, 2\]\): expected 3, one per scale"):
         fm.guidance_weights([1, 2], 3)
 
 
 @pytest.mark.parametrize("text,message", [
     ("normal", "expected one of uniform, logit_normal, shift"), ("shift:2,3", "expected shift:K"), ("uniform:1", "expected uniform$"),
     ("logit_normal:a,b", "expected logit_normal:MEAN,STD"), ("shift:0", "K is 0, expected above 0"),
-    ("logit_normal:0,-1", "STD is -1, expected above 0"), ("logit_normal:nan,1", "its times")])
+    ("logit_normal:0,-1", "STD is -1, expected above 0"), ("logit_normal:nan,1", "times range from")])
 def test_what_is_no_distribution_of_times_is_refused(text, message):
     with pytest.raises(FlowARError, match=message):
         fm.read_time_distribution(text)
@@ -71,7 +71,7 @@ def test_a_distribution_checks_its_own_numbers_and_must_stay_within_0_and_1(monk
     assert torch.equal(fm.read_time_distribution("power:0")(u), u)
     assert torch.equal(fm.read_time_distribution("power:-1")(u), u ** math.exp(1))
     assert torch.equal(fm.read_time_distribution("line:1,-1")(u), 1 - u)
-    for text, message in (("line:0.5,1", r"'line:0.5,1': its times go from 0.5 to 1.49\d+, expected \[0, 1\]"), ("line:0,-1", "its times go"),
+    for text, message in (("line:0.5,1", r"'line:0.5,1': times range from 0.5 to 1.49\d+, expected \[0, 1\]"), ("line:0,-1", "times range"),
                           ("power", "expected power:EXPONENT")):
         with pytest.raises(FlowARError, match=message):
             fm.read_time_distribution(text)

@@ -244,7 +244,7 @@ def test_autoguidance_is_that_of_a_plain_computation():
     for found, expected in zip(own, model.sample_pyramid(labels, **{**options, "cfg": 1.0})):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for other in (dict(scale=(1, 4)), dict(class_num=CLASSES + 1)):
-        with pytest.raises(FlowARError, match="guide: its .* is .*, the model's is .*: give a weaker checkpoint of the same geometry"):
+        with pytest.raises(FlowARError, match="guide: .* is .*, expected the model's .*: use a checkpoint of the same geometry"):
             model.sample_pyramid(labels, guide=small_model(**other), **options)
 
 

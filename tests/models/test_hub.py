@@ -88,7 +88,7 @@ def test_a_file_is_downloaded_once(server, weights, monkeypatch):
     assert hub.local_file("hf:me/it/x.pth@v1").read_bytes() == weights
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is in the cache needs no network
     assert hub.local_file("hf:me/it/deep/x.pth") == path
-    with pytest.raises(FlowARError, match="hf:me/it/y.pth: is not in the cache, and the hub does not answer .*: fetch it where"):
+    with pytest.raises(FlowARError, match="hf:me/it/y.pth: not in the cache, and the hub does not respond .*: download it on"):
         hub.local_file("hf:me/it/y.pth")
 
 
@@ -113,7 +113,7 @@ def test_a_token_that_is_refused_is_named(server, weights, monkeypatch, status):
     path, server.status = hub.local_file("hf:me/it/x.pth"), status
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert hub.local_file("hf:me/it/x.pth") == path
-    with pytest.raises(FlowARError, match=f"hf:me/it/y.pth: the hub refuses it .*{status}.*: is the token right, that of HF_TOKEN"):
+    with pytest.raises(FlowARError, match=f"hf:me/it/y.pth: the hub denies access .*{status}.*: check that your token .HF_TOKEN"):
         hub.local_file("hf:me/it/y.pth")
 
 
@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_written_is_read_or_named(server, weights, monkey
     monkeypatch.setattr("os.makedirs", denied)
     monkeypatch.setattr("pathlib.Path.mkdir", denied)
     assert hub.local_file("hf:me/it/x.pth") == path
-    with pytest.raises(FlowARError, match="hf:me/it/y.pth: .*Permission denied.*: set HF_HOME .* to a folder that can be written"):
+    with pytest.raises(FlowARError, match="hf:me/it/y.pth: .*Permission denied.*: set HF_HOME .* to a writable folder"):
         hub.local_file("hf:me/it/y.pth")
 
 
@@ -157,7 +157,7 @@ def test_adms_reference_batch_is_downloaded_once_and_whole(server, tmp_path, mon
     content, less = (tmp_path / "adm.npz").read_bytes(), (tmp_path / "less.npz").read_bytes()
     for sent, words in ((None, "HTTP Error 404"), (content[:-99], "not a zip file"), (less, "mu_s"), (content.replace(b"MMM", b"MLM"), "arr_0.npy is damaged")):
         server.files[place] = sent
-        with pytest.raises(FlowARError, match=f"{name}: cannot be downloaded from http:.*{words}.*: fetch it elsewhere and give its path, or put it"):
+        with pytest.raises(FlowARError, match=f"{name}: cannot be downloaded from http:.*{words}.*: download it elsewhere and pass its path, or copy it"):
             hub.local_file(name)
     server.files[place], server.gets = content, []
     (tmp_path / "assets" / "flowar" / "references" / "adm" / "adm.new.abc.partial").touch()  # as a kill leaves it
@@ -166,7 +166,7 @@ def test_adms_reference_batch_is_downloaded_once_and_whole(server, tmp_path, mon
     assert path.read_bytes() == content and len(server.gets) == 1 and {file.suffix for file in path.parent.iterdir()} == {".npz", ".lock"}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.local_file(name) == path
-    with pytest.raises(FlowARError, match="released:adm_in512: cannot be downloaded from https://.* .HF_HUB_OFFLINE is set.: fetch it"):
+    with pytest.raises(FlowARError, match="released:adm_in512: cannot be downloaded from https://.* .HF_HUB_OFFLINE is set.: download it elsewhere"):
         hub.local_file("released:adm_in512")
 
 
@@ -176,6 +176,6 @@ def test_our_own_safetensors_say_what_they_are(server, tmp_path):
     write_safetensors(model.state_dict(), said, tmp_path / hub.EXPORTED)
     server.files[("me/it", "main", hub.EXPORTED)] = (tmp_path / hub.EXPORTED).read_bytes()
     for name in (tmp_path, tmp_path / hub.EXPORTED, "hf:me/it"):
-        with pytest.raises(FlowARError, match="no model of the registry has this size"):
+        with pytest.raises(FlowARError, match="no model in the registry has this size"):
             load_flowar(name)  # its tensors were found
     assert hub.local_file("hf:me/it").name == hub.EXPORTED

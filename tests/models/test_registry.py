@@ -19,7 +19,7 @@ def test_size_is_recognised_from_the_tensors(tiny):
     assert registry.recognise_size(state, "x") == {"model": "flowar_tiny", "diffloss_d": 3, "diffloss_w": 128}
     assert registry.recognise_geometry(state, "x", 4) == {"class_num": 10, "scales": SCALES, "patch_size": 1}
     assert registry.recognise_geometry(state, "x", 1)["patch_size"] == 2
-    with pytest.raises(FlowARError, match="x: tokens have 4 channels, which 3 latent channels of the VAE do not make"):
+    with pytest.raises(FlowARError, match="x: tokens have 4 channels, which no patch size makes from the VAE's 3 latent channels"):
         registry.recognise_geometry(state, "x", 3)
 
 
@@ -46,7 +46,7 @@ def test_a_file_or_a_folder_of_a_run_loads(tmp_path, tiny, monkeypatch):
     model = load_flowar(f"~/{tmp_path.name}")
     assert model.config == {**tiny.config, "patch_size": 1} and not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny.state_dict().values()))
-    with pytest.raises(FlowARError, match="tokens have 4 channels, which 16 latent channels of the VAE do not make"):
+    with pytest.raises(FlowARError, match="tokens have 4 channels, which no patch size makes from the VAE's 16 latent channels"):
         load_flowar(tmp_path / "weights.pth")  # says nothing of its VAE: taken for KL-16's
 
 
@@ -57,7 +57,7 @@ def test_weights_of_another_method_are_refused(tiny, name, what):
     state[name] = state[name].half()  # of a file that was converted: still the same
     registry.load_model(build_model("flowar_tiny", **TINY), state, "x.pth")
     state[name][..., 0] = 7
-    with pytest.raises(FlowARError, match=f"x.pth: {name} is not the model's: these weights were trained with another {what}"):
+    with pytest.raises(FlowARError, match=f"x.pth: {name} differs from the model's: the weights were trained with another {what}"):
         registry.load_model(build_model("flowar_tiny", **TINY), state, "x.pth")
 
 

@@ -49,7 +49,7 @@ def test_latent_scale_of_channels_and_positions(shape):
     torch.testing.assert_close(scale.restore(by_hand), raw)
     assert scale.normalize(raw.half()).dtype == torch.float16
     for other in (torch.zeros(5, 1, 2, 3), torch.zeros(5, 3, 2, 3), *([torch.zeros(5, 4, 1, 1)] if shape[1:] else [])):
-        with pytest.raises(FlowARError, match="the latent scale is .4.*, the latents are .*: expected one number"):
+        with pytest.raises(FlowARError, match="the latent scale has shape .4.*, the latents .*: expected one number"):
             scale.restore(other)
 
 
@@ -59,7 +59,7 @@ def totuple(tensor):
 
 @pytest.mark.parametrize("bad", [None, [1.0], [[1.0, 0.0], 0], [["1", 1], 0], [[1.0, [1.0, 2.0]], 0], [1.0, float("inf")], [[[[float("nan")] * 99]] * 9, 0]])
 def test_what_is_no_latent_scale_is_refused_in_a_short_line(bad):
-    with pytest.raises(FlowARError, match="file: latent_scale is .{4,200}, expected .*each channel or each position.{,30}$"):
+    with pytest.raises(FlowARError, match="file: latent_scale is .{4,200}, expected .*per channel or position.{,30}$"):
         read_latent_scale(bad, "file")
 
 

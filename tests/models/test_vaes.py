@@ -143,7 +143,7 @@ def test_a_representation_autoencoder(tmp_path, encoder):
         torch.testing.assert_close(latents, (tokens - mean) / std, atol=2e-4, rtol=1e-4)
         torch.testing.assert_close(vae.decode(latents), plain.decode(tokens).sample * 2 - 1, atol=2e-4, rtol=1e-4)
     for wrong in (lambda: vae.encode(torch.zeros(1, 3, 32, 32)), lambda: vae.decode(torch.zeros(1, 64, 8, 8))):
-        with pytest.raises(FlowARError, match="is of 16 x 16 pixels, not of 32 x 32: give --img_size 16"):
+        with pytest.raises(FlowARError, match="needs images of 16 x 16 pixels, got 32 x 32: use --img_size 16"):
             wrong()
 
 
@@ -154,7 +154,7 @@ def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
         train(tmp_path, tmp_path / "out", f"--vae_path diffusers:{tmp_path}/vae")
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"AutoencoderKL"', '"AutoencoderOobleck"'))
-    with pytest.raises(FlowARError, match="its class is AutoencoderOobleck, expected one of AutoencoderKL"):
+    with pytest.raises(FlowARError, match="class AutoencoderOobleck is not supported, expected one of AutoencoderKL"):
         find_vae(f"diffusers:{tmp_path}/vae").open()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(FlowARError, match="needs: pip install diffusers"):

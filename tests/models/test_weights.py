@@ -34,7 +34,7 @@ def same(state, other):
 
 
 @pytest.mark.parametrize("content,choice,expected,line", [
-    (EMA, None, EMA, "weights, not said if EMA or raw"),
+    (EMA, None, EMA, "weights, unknown if EMA or raw"),
     ({"model": RAW, "model_ema": EMA, "epoch": 3}, None, EMA, "EMA weights under 'model_ema'"),
     ({"model": RAW, "model_ema": EMA}, "ema", EMA, "EMA weights under 'model_ema'"),
     ({"model": RAW, "model_ema": EMA}, "raw", RAW, "raw weights under 'model'"),
@@ -42,8 +42,8 @@ def same(state, other):
     ({"state_dict": RAW, "ema": EMA}, None, EMA, "EMA weights under 'ema'"),
     ({"state_dict": RAW, "ema": 0.9999}, None, RAW, "raw weights under 'state_dict'"),
     ({"ema": EMA}, "raw first", EMA, "EMA weights under 'ema'"),
-    ({"model": RAW, "best": EMA}, "best", EMA, "weights, not said if EMA or raw under 'best'"),
-    (under("module.", EMA), None, EMA, "weights, not said if EMA or raw"),
+    ({"model": RAW, "best": EMA}, "best", EMA, "weights, unknown if EMA or raw under 'best'"),
+    (under("module.", EMA), None, EMA, "weights, unknown if EMA or raw"),
     ({"model": under("module._orig_mod.", RAW)}, None, RAW, "raw weights under 'model'"),
     ({"model": {name.replace("attn.", "attn._orig_mod."): value for name, value in RAW.items()}}, None, RAW, "raw weights under 'model'")])
 def test_which_weights_are_read_is_told(content, choice, expected, line):
@@ -52,9 +52,9 @@ def test_which_weights_are_read_is_told(content, choice, expected, line):
 
 
 @pytest.mark.parametrize("content,choice,message", [
-    ({"ema": EMA}, "raw", "no raw weights of a FlowAR in this file, which holds ema: expected a state dict by itself, or under model_ema, "),
-    ({"model": RAW, "ema": {"shadow": EMA}}, None, "no FlowAR weights under 'ema': class_emb.weight is missing (--weights takes another key"),
-    (torch.zeros(2), None, "weights of a FlowAR in this file, which holds nothing")])
+    ({"ema": EMA}, "raw", "no raw weights of a FlowAR found; the file contains ema: expected a bare state dict, or one under model_ema, "),
+    ({"model": RAW, "ema": {"shadow": EMA}}, None, "no FlowAR weights under 'ema': class_emb.weight is missing (choose another key"),
+    (torch.zeros(2), None, "weights of a FlowAR found; the file contains nothing")])
 def test_a_file_without_the_weights_that_are_asked_for_is_refused(content, choice, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         find_model(content, "x.pth", choice)
@@ -140,14 +140,14 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, write):
 def test_a_truncated_download_ends_in_one_line(tmp_path, name, length):
     torch.save(EMA, tmp_path / name) if name == "x.pth" else save_file(EMA, tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:length])
-    with pytest.raises(FlowARError, match=f"{name}: cannot be read: it is cut short .download it again., or no file of tensors") as error:
+    with pytest.raises(FlowARError, match=f"{name}: cannot be read: truncated .download it again., or not a file of tensors") as error:
         read_file(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content,message", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 687430000\n", "a Git LFS pointer, not the file itself: git lfs install"),
-    (b"<!DOCTYPE html>\n<html>", "no file of tensors")])
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 687430000\n", "a Git LFS pointer, not the file itself: run git lfs install"),
+    (b"<!DOCTYPE html>\n<html>", "not a file of tensors")])
 def test_what_a_server_answers_in_place_of_a_file_ends_in_one_line(tmp_path, content, message):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(FlowARError, match=f"x.pth: .*{message}"):
