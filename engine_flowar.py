@@ -63,7 +63,7 @@ def report(run):
     ends it at once, since the step before it is or is being saved; it is then made again.
     """
     step, epoch, reports = run.progress.step, run.progress.epoch, run.reports
-    message = f"stopped by a signal: saved after step {step}, the report after it will be repeated"
+    message = f"stopped by a signal: saved after step {step}; a resume repeats the report of this step"
     with run.signals.at_once(message), gathered(run.network, run.ema.module):
         if reports.validation is not None:
             for name, module in (("val", run.network), ("val_ema", run.ema.module)):
@@ -92,7 +92,7 @@ def log_samples(run, name, sampler):
     try:
         grid = sampler.grid(run.reports.plan.labels.allowed)
     except FlowARError as error:  # such as a VAE that overflows in fp16: no reason to end a training
-        log(f"warning: no samples: {error}")
+        log(f"warning: samples skipped: {error}")
         return
     run.logger.image(f"samples/{name}", grid, run.progress.step)
     file = f"samples_epoch{run.progress.epoch:04d}{'_raw' if name == 'raw' else ''}.png"
@@ -142,8 +142,8 @@ def train_one_epoch(run):
             report_bad_step(run.logger, progress.step, numbers, [latents for latents, _, _ in parts], images)
         if progress.bad_in_a_row >= MAX_BAD_STEPS:
             check_weights(run)
-            raise FlowARError(f"{progress.bad_in_a_row} steps in a row were not finite, up to step {progress.step}: "
-                              "lower --lr or --blr, or use --precision fp32")
+            raise FlowARError(f"{progress.bad_in_a_row} steps in a row with non-finite loss or gradients, up to step "
+                              f"{progress.step}: lower --lr or --blr, or use --precision fp32")
 
         # Log, save, stop.
         if (index + 1) % recipe.log_steps == 0 or progress.done == 0:
@@ -301,7 +301,7 @@ def evaluate(sampler, plan, measure, description, output):
     if plan.persistent:
         report, missing = from_main(lambda: store.resume(settings, batches))
         if report is not None:
-            log(f"{output}: evaluated already, with the same settings")
+            log(f"{output}: already evaluated with the same settings")
             store.close()
             return report if is_main() else None
     manifest.add_start(output, plan.start)
@@ -317,7 +317,7 @@ def evaluate(sampler, plan, measure, description, output):
     measured = [store.finished[number] for number in batches]
     bad = torch.cat([batch["bad"] for batch in measured]).tolist()
     if bad and not plan.persistent:  # no reason to end a training, which would meet them again when it is resumed
-        log(f"warning: no evaluation: {len(bad)} of {count} images are not finite")
+        log(f"warning: evaluation skipped: {len(bad)} of {count} images are not finite")
         return None
     sampler.refuse_not_finite(bad, count)
     report = {**measure.compute(measured, sampler.device), **settings,

@@ -76,9 +76,9 @@ def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, worl
     assert f"{batch:,} images a step: {batch // world} x {world} processes x 1 forward passes" in said
     assert f"{IMAGES // batch} an epoch, {400 * (IMAGES // batch):,} in all; {batch * 341:,} tokens a step" in said
     assert f"learning rate {5e-5 * batch / 256:.3g}, after 100 of 400 epochs; then cosine to 1e-05" in said
-    assert f"4,200 cached latents; the last {IMAGES % batch:,} of each epoch's order are left out" in said and "a new run" in said
+    assert f"4,200 cached latents; {IMAGES % batch:,} dropped per epoch" in said and "a new run" in said
     if sharded:
-        assert re.search(rf"together with --fsdp: the first line over {world}, one block whole +{sharded} +{blocks}\n", said)
+        assert re.search(rf"total with --fsdp: first line / {world}, plus one whole block +{sharded} +{blocks}\n", said)
     assert cluster.world_size() == 1
 
 
@@ -87,7 +87,7 @@ def test_what_options_add_to_disk_and_memory(project, tmp_path, monkeypatch, cap
     call(monkeypatch, f"{training_command(project, tmp_path / 'out')} --dry_run 2 --posthoc_ema 2 --precision bf16 --keep_every 1 --optimizer muon")
     said = capsys.readouterr().out
     assert "32 images a step: 16 x 2 processes x 1 forward passes" in said and "2 an epoch, 4 in all" in said
-    assert "2 for ever, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and re.search("power averages +0.017", said)
+    assert "2 kept by --keep_every, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and re.search("power averages +0.017", said)
     assert " and 63,744 with weight decay 0.02 and 663,168 with weight decay 0.02, by Muon)" in said  # one moment less of these
 
 
@@ -103,7 +103,7 @@ def test_it_goes_on_from_a_run(project, monkeypatch, capsys):
 @pytest.mark.parametrize("options,message", [
     ("--dry_run 4 --evaluate", "leave out --evaluate"),
     ("--dry_run 2 --cached_path {p}/shards --vae_path {p}/other.pth", "{p}/shards: its VAE is"),
-    ("--dry_run 2 --output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite"),
+    ("--dry_run 2 --output_dir {p}/run", "--output_dir {p}/run contains checkpoints that this run would overwrite"),
     ("--dry_run 2 --resume {p}/run --diffloss_d 4", "do not fit the model")])
 def test_it_refuses_what_would_fail_later(project, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

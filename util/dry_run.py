@@ -25,7 +25,7 @@ HALF, FLOAT = 2, 4  # bytes
 def run(args, build_run):
     """build_run(options, device) as if it were one of --dry_run processes."""
     if args.evaluate or "RANK" in os.environ:
-        raise FlowARError("--dry_run is of a training, and one process for all: leave out --evaluate and torchrun")
+        raise FlowARError("--dry_run checks a training in a single process: leave out --evaluate and torchrun")
     with cluster.pretend(args.dry_run), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # of a checkpoint
         build_run(args, cluster.select_device("cpu"))
@@ -74,7 +74,7 @@ def report(args, source, network, optimizer, progress):
     # ---- on what, and how long
     images, kind = len(source.loader.dataset), "cached latents" if source.is_moments else "images, encoded on the fly"
     steps = images // args.global_batch
-    row("data", f"{images:,} {kind}; the last {images % args.global_batch:,} of each epoch's order are left out")
+    row("data", f"{images:,} {kind}; {images % args.global_batch:,} dropped per epoch")
     row("steps", f"{steps:,} an epoch, {steps * args.epochs:,} in all; {network.tokens * args.global_batch:,} tokens a "
         "step")
     row("start", f"at step {progress.step:,}, in epoch {progress.epoch + 1}" if progress.step else "a new run")
@@ -90,9 +90,9 @@ def report(args, source, network, optimizer, progress):
     place, free = check_place(Path(args.output_dir)), ""
     with contextlib.suppress(OSError):  # a file system that does not know
         space = shutil.disk_usage(place).free
-        free = f"; {space / 1e9:.1f} GB are free here" + (", too few" if space < total else "")
-    row("disk", f"{total / 1e9:.1f} GB at most: {size / 1e9:.2f} a checkpoint, {args.keep} and the one that is written,"
-        f" {milestones} for ever, {snapshots} snapshots for --posthoc_ema{free}")
+        free = f"; {space / 1e9:.1f} GB free here" + (", too few" if space < total else "")
+    row("disk", f"{total / 1e9:.1f} GB at most: {size / 1e9:.2f} per checkpoint, {args.keep} and the one being "
+        f"written, {milestones} kept by --keep_every, {snapshots} snapshots for --posthoc_ema{free}")
     report_memory(args, network, parameters, moments)
 
 
@@ -111,16 +111,16 @@ def report_memory(args, network, parameters, moments):
     an_image = [image_bytes(network, dtype, attn_dropout=0.0, use_checkpoint=recompute) for recompute in (True, False)]
     activations = [args.batch_size * size for size in an_image]
     sharded = states / args.dry_run + largest_block(network)
-    log(f"memory of a GPU, GiB{'':<48}{'with':>10}{'without':>12} --use_checkpoint")
+    log(f"memory per GPU, GiB{'':<49}{'with':>10}{'without':>12} --use_checkpoint")
     line(f"weights, gradients, moments, EMA{', power averages' * bool(args.posthoc_ema)}", [states] * 2)
     if dtype:
         line(f"copies of the weights in {args.precision}", [copies] * 2)
     line(f"activations of {args.batch_size} images ({an_image[0] / MIB:.0f} and {an_image[1] / MIB:.0f} MiB each)",
          activations)
-    line("together", [states + copies + size for size in activations])
-    line(f"together with --fsdp: the first line over {args.dry_run}, one block whole",
+    line("total", [states + copies + size for size in activations])
+    line(f"total with --fsdp: first line / {args.dry_run}, plus one whole block",
          [sharded + copies + size for size in activations])
-    log("  not counted: CUDA and NCCL themselves, fragments, and the VAE where it encodes images")
+    log("  not counted: CUDA and NCCL, fragmentation, and the VAE if it encodes images on the fly")
 
 
 def line(name, sizes):

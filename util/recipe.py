@@ -147,7 +147,7 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     logger = TrainingLog(args.log_dir or args.output_dir, device, progress.step, args.wandb, record["args"])
     manifest.add_start(args.output_dir, manifest.describe_start(record, device, step=progress.step))
     log(f"{args.model}{describe(network)}: {sum(p.numel() for p in network.parameters()):,} parameters, scales "
-        f"{network.scale}, {world_size()} x {device.type} with {rank_cpus():g} CPUs and "
-        f"{source.loader.num_workers} data workers each, {args.precision}, global batch {args.global_batch}, peak lr "
-        f"{args.lr:.2e}; beyond the release: {beyond or 'nothing'}")
+        f"{network.scale}, {world_size()} x {device.type} with {rank_cpus():g} CPUs and {source.loader.num_workers} "
+        f"data workers each, {args.precision}, global batch {args.global_batch}, peak lr {args.lr:.2e}; options beyond "
+        f"the release: {beyond or 'none'}")
     return Run(recipe, model, network, ema, optimizer, scaler, source, progress, reports, writer, logger, record, lock)

@@ -241,6 +241,6 @@ def test_slurm_script(tmp_path):
     assert status == 75 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output
     assert 10 <= read_checkpoint(tmp_path / "out")["progress"]["step"] < 80
     status, output = finish(submit(*options.split()[1:]))
-    assert status == 0 and "resumes at step" in output and read_checkpoint(tmp_path / "out")["progress"]["epoch"] == 16, output
+    assert status == 0 and "resumes from step" in output and read_checkpoint(tmp_path / "out")["progress"]["epoch"] == 16, output
     status, output = finish(submit("--no_such_option"))
     assert status == 2 and (tmp_path / "requeued").read_text() == "requeue 4711\n", output

@@ -73,7 +73,7 @@ def test_a_torn_newest_checkpoint_falls_back(tmp_path, damage, capsys):
     newest.write_bytes({"torn": newest.read_bytes()[:-300], "empty": b"", "text": b"hello"}[damage])
     assert checkpoint.open_newest(tmp_path).path.name == "checkpoint-000000001.pth"
     printed = capsys.readouterr().out
-    assert printed.count("\n") == printed.count(str(newest)) == 1 and f"warning: {newest}: " in printed and "the checkpoint before it is resumed" in printed
+    assert printed.count("\n") == printed.count(str(newest)) == 1 and f"warning: {newest}: " in printed and "using the previous checkpoint" in printed
     (tmp_path / "checkpoint-000000001.pth").write_bytes(b"x")
     with pytest.raises(FlowARError, match="checkpoint-000000001.pth: "):  # nothing starts from scratch
         checkpoint.open_newest(tmp_path)
@@ -122,7 +122,7 @@ def test_one_run_writes_to_a_folder(tmp_path):
         try:
             files.lock_folder(tmp_path, patience=0)
         except FlowARError as error:  # of this host: status 2, the job is not queued again
-            os._exit(9 if error.status == 2 and f"{tmp_path}: another run writes here (process {os.getppid()} on " in str(error) else 8)
+            os._exit(9 if error.status == 2 and f"{tmp_path}: another run is writing here (process {os.getppid()} on " in str(error) else 8)
         finally:
             os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -143,7 +143,7 @@ def test_the_lock_of_another_host_is_waited_for_longer_and_where_nothing_is_writ
     monkeypatch.setattr(files.fcntl, "lockf", lockf)
     (tmp_path / "log.jsonl").touch()
     (tmp_path / files.LOCK).write_text(f"process 7 on {host}\n")
-    with pytest.raises(FlowARError, match=f"{tmp_path}: another run writes here .process 7 on {host}.") as error:
+    with pytest.raises(FlowARError, match=f"{tmp_path}: another run is writing here .process 7 on {host}.") as error:
         files.lock_folder(tmp_path)
     assert getattr(error.value, "status", 2) == status and abs(len(slept) - patience) < 5
     lockf.side_effect = OSError(errno.EPERM, "no locks here")
@@ -259,14 +259,14 @@ def test_power_averages_begin_with_a_training(tiny, capsys):
     assert resume(True, True).step == 5
     assert torch.equal(averages[True].powers["0.1"].tensors["z_proj.bias"], saved[True]["posthoc"]["0.1"]["z_proj.bias"])
     assert resume(True, False).step == 5
-    with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model: they begin with a training"):
+    with pytest.raises(FlowARError, match="x.pth: no --posthoc_ema averages of this model found, and they must begin at step 0"):
         resume(False, True)
-    with pytest.raises(FlowARError, match="--start_epoch 2 and --posthoc_ema: its averages begin with a training"):
+    with pytest.raises(FlowARError, match="--start_epoch 2 and --posthoc_ema: the averages must begin at step 0"):
         resume(True, True, start_epoch=2)
     assert resume(True, True, start_epoch=0).step == 0
     capsys.readouterr()
     resume(True, True, cfg=2.0, num_step=9, output_dir="there")
-    assert capsys.readouterr().out == "x.pth: resumes at step 5, in epoch 2, with other options than before: cfg 3.0 -> 2.0, num_step None -> 9\n"
+    assert capsys.readouterr().out == "x.pth: resumes from step 5, in epoch 2, with other options than before: cfg 3.0 -> 2.0, num_step None -> 9\n"
     saved[True]["posthoc"]["0.1"]["z_proj.bias"] = torch.zeros(3)
-    with pytest.raises(FlowARError, match="x.pth: it has no averages of --posthoc_ema of this model"):
+    with pytest.raises(FlowARError, match="x.pth: no --posthoc_ema averages of this model found"):
         resume(True, True)

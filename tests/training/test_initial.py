@@ -27,7 +27,7 @@ def test_what_fits_is_the_average_bit_for_bit(project, capsys):
     load_initial_weights(project / "run", network, RECORD)
     assert all(torch.equal(value, old.state_dict()[name]) for name, value in network.state_dict().items())
     printed = capsys.readouterr().out
-    assert "EMA weights" in printed and "resized: none; left as drawn: none" in printed
+    assert "EMA weights" in printed and "resized: none; randomly initialised: none" in printed
 
 
 def test_classes_go_by_name_and_the_others_begin_as_the_null_class(tmp_path, capsys):
@@ -65,8 +65,8 @@ def test_what_does_not_fit_is_left_and_said_and_little_is_refused(tmp_path, caps
     drawn = other_vae.z_proj.weight.clone()
     load_initial_weights(file_of(old, tmp_path / "old.pth"), other_vae, RECORD)
     assert torch.equal(other_vae.z_proj.weight, drawn) and torch.equal(other_vae.encoder_norm.weight, old.encoder_norm.weight)
-    assert "left as drawn: z_proj.weight (32, 8), flownet.input_proj.weight (64, 8)" in capsys.readouterr().out
-    with pytest.raises(FlowARError, match=r"only \d+% of the model's weights are there, without .* give --model, --diffloss_d and --diffloss_w"):
+    assert "randomly initialised: z_proj.weight (32, 8), flownet.input_proj.weight (64, 8)" in capsys.readouterr().out
+    with pytest.raises(FlowARError, match=r"only \d+% of the model's weights, not .*: set --model, --diffloss_d and --diffloss_w"):
         load_initial_weights(tmp_path / "old.pth", small_model(encoder_embed_dim=64, decoder_embed_dim=64, diffloss_w=128), RECORD)
 
 
@@ -77,6 +77,6 @@ def test_a_training_begins_with_it_once(project, tmp_path, monkeypatch, capsys):
     before, first = read_checkpoint(project / "run")["model_ema"], torch.load(tmp_path / "run" / "checkpoint-000000001.pth", weights_only=True)
     for key in ("model", "model_ema"):
         torch.testing.assert_close(first[key]["z_proj.weight"], before["z_proj.weight"], atol=1e-3, rtol=0)
-    assert "left as drawn: none" in capsys.readouterr().out
+    assert "randomly initialised: none" in capsys.readouterr().out
     call(monkeypatch, training_command(project, tmp_path / "run", f"{options} 2"))
-    assert "left as drawn" not in (printed := capsys.readouterr().out) and "resumes at step 5" in printed
+    assert "randomly initialised" not in (printed := capsys.readouterr().out) and "resumes from step 5" in printed

@@ -77,12 +77,12 @@ def test_evaluation_decodes_with_the_runs_statistics(project, tmp_path):
 
 
 def test_another_norm_or_a_guide_of_another_is_refused_on_the_way_on(project, tmp_path):
-    with pytest.raises(FlowARError, match=r"its latents have the scale and shift \('4 numbers \w{12}', .* \(2.0, 0.1\): .*the same --latent_norm"):
+    with pytest.raises(FlowARError, match=r"latent scale and shift are \('4 numbers \w{12}', .* \(2.0, 0.1\): .*the same --latent_norm"):
         train(project, project / "run", f"--batch_size 10 --epochs 2 --resume {project}/run --cached_path {project}/shards")
-    with pytest.raises(FlowARError, match="--latent_norm channel needs cached latents whose channels were measured"):
+    with pytest.raises(FlowARError, match="--latent_norm channel needs channel statistics"):
         train(project, tmp_path / "images", "--latent_norm channel")
     train(project, tmp_path / "plain", f"--batch_size 10 --epochs 1 --warmup_epochs 0 --cached_path {project}/shards")
-    with pytest.raises(FlowARError, match="--guide .*plain.*: its latents have the scale and shift"):
+    with pytest.raises(FlowARError, match="--guide .*plain.*: latent scale and shift are"):
         load_pipeline(project / "run", device="cpu", guide=str(tmp_path / "plain"))
 
 

@@ -85,7 +85,7 @@ def test_the_id_stays_with_the_folder(stub, tmp_path, capsys):
     assert wandb.options == {"scales": [1, 2]}
     write(tmp_path, step=1)
     assert len({options["id"] for options in wandb.inits}) == 1 and wandb.inits[1]["resume"] == "allow"
-    assert "of project p; what it has of steps after 1 stays there" in capsys.readouterr().out
+    assert "of project p; its entries after step 1, if any, stay" in capsys.readouterr().out
     write(tmp_path)  # from scratch: as log.jsonl, a new one
     write(tmp_path, step=1, project="other")
     assert len({options["id"] for options in wandb.inits}) == 3

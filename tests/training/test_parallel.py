@@ -77,5 +77,5 @@ def test_two_processes_four_and_then_one_go_on(project, sharded, tmp_path):
 
 @pytest.mark.parametrize("other", ["--precision fp16", "--optimizer muon"])
 def test_what_would_train_otherwise_is_refused(other):
-    with pytest.raises(FlowARError, match=f"--fsdp with {other}"):
+    with pytest.raises(FlowARError, match=f"--fsdp does not support {other}"):
         check_training(parse_options(TrainingOptions, ["--fsdp", *other.split()]))

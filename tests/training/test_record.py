@@ -20,21 +20,21 @@ DATA = {"classes": ["cat", "dog", "owl"], "counts": [5, 5, 0], "images": 10, "sh
     (["cat", "cow", "dog", "owl"], "label 1 was class dog, now it is cow"), (["cat", "dog"], "label 2 was class owl, now it is no class"),
     ([*DATA["classes"], "yak"], "label 3 was no class, now it is yak")])
 def test_a_label_that_moved_or_has_no_room_is_refused_by_name(classes, message):
-    with pytest.raises(FlowARError, match=f"run.pth: {message}: a class folder was added, renamed or removed; put"):
+    with pytest.raises(FlowARError, match=f"run.pth: {message}: a class folder was added, renamed or removed; restore"):
         check_data({"data": DATA}, "run.pth", {**DATA, "classes": classes}, 3)
 
 
 @pytest.mark.parametrize("now,said", [
-    (DATA, ""), ({**DATA, "sha256": "b", "images": 12}, "other data than before: 10 images of 3 classes, now 12 of 3"),
-    ({**DATA, "sha256": "b", "classes": [*DATA["classes"], "yak"]}, "other data than before: 10 images of 3 classes, now 10 of 4")])
+    (DATA, ""), ({**DATA, "sha256": "b", "images": 12}, "the data has changed: 10 images of 3 classes, now 12 of 3"),
+    ({**DATA, "sha256": "b", "classes": [*DATA["classes"], "yak"]}, "the data has changed: 10 images of 3 classes, now 10 of 4")])
 def test_other_images_are_said(now, said, capsys):
     check_data({"data": DATA}, "run.pth", now, 5)
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("found,message", [
-    (LatentOrigin("a", "1" * 64, (2.0, 0.0)), "its VAE is a .sha256 .*, but b has .*: latents of two VAEs do not mix"),
-    (LatentOrigin("a", None, (1.0, 0.0)), r"its latents have the scale and shift \(1.0, 0.0\), those of b \(2.0, 0.0\): latents of two scales do not mix; use")])
+    (LatentOrigin("a", "1" * 64, (2.0, 0.0)), "its VAE is a .sha256 .*, but b has .*: use the same VAE"),
+    (LatentOrigin("a", None, (1.0, 0.0)), r"latent scale and shift are \(1.0, 0.0\), those of b \(2.0, 0.0\): use")])
 def test_latents_of_another_vae_or_scale_are_refused(found, message):
     with pytest.raises(FlowARError, match=f"what: {message}"):
         check_origin("what", found, LatentOrigin("b", "2" * 64, (2.0, 0.0)))
@@ -45,7 +45,7 @@ def test_latent_scales_of_many_numbers_are_compared_and_named_in_a_short_line():
     ours, other = (LatentOrigin(name, "1" * 64, ((((1.0,) * 16,) * 15 + ((1.0,) * 15 + (end,),),) * 78, 0.0)) for name, end in (("a", 1.0), ("b", 1.5)))
     assert saved_origin({"vae": json.loads(json.dumps(ours._asdict()))}) == ours
     check_origin("what", ours, ours._replace(latent_scale=json.loads(json.dumps(ours.latent_scale))))
-    with pytest.raises(FlowARError, match=r"^what: .* \('78 x 16 x 16 numbers \w{12}', 0.0\), those of b .*: latents of two scales.{,200}$"):
+    with pytest.raises(FlowARError, match=r"^what: .* \('78 x 16 x 16 numbers \w{12}', 0.0\), those of b .*: use the VAE it was made with.{,200}$"):
         check_origin("what", ours, other)
 
 
@@ -70,7 +70,7 @@ def test_a_run_remembers_and_compares(tmp_path, capsys):
     shutil.copy(images / "1" / "000.png", images / "2" / "more.png")
     more = f"--resume {tmp_path}/run --batch_size 6 --epochs"
     train(project, tmp_path / "run", f"{more} 2")
-    assert "other data than before: 36 images of 10 classes, now 37 of 10" in capsys.readouterr().out
+    assert "the data has changed: 36 images of 10 classes, now 37 of 10" in capsys.readouterr().out
     (images / "55").mkdir()
     shutil.copy(images / "1" / "000.png", images / "55")
     with pytest.raises(FlowARError, match="label 6 was class 6, now it is 55"):
@@ -94,5 +94,5 @@ def test_a_val_that_cannot_be_used_is_left_out_with_a_word(tmp_path, capsys):
     shutil.rmtree(project / "images" / "val" / "3")
     train(project, tmp_path / "run", "--batch_size 10 --epochs 1")
     printed = capsys.readouterr().out
-    assert "val: the classes of the validation set are not those of the training set (only in one of them: 3)" in printed
+    assert "val: classes of the validation and training set differ (only in one of them: 3)" in printed
     assert "warning: no validation loss: " in printed and "val loss" not in printed

@@ -114,7 +114,7 @@ def test_a_rank_killed_and_then_one_asked_to_leave_end_with_the_same_bits(projec
         done = run(command.replace("main_flowar.py", f"{tmp_path}/signalled.py"), 2, check=False)
         assert done.returncode != 0 and steps_of(tmp_path)[0] == {4: 3, 9: 10}[step], done.stdout + done.stderr
     assert done.stdout.count("stopped by a signal: saved after step 10") == 1, done.stdout
-    assert "resumes at step 10" in run(command, processes=2).stdout
+    assert "resumes from step 10" in run(command, processes=2).stdout
     assert_same_run(tmp_path, undisturbed / "2")
     assert steps_of(tmp_path, "posthoc") == [12, 6]
 
@@ -144,7 +144,7 @@ def test_in_the_middle_of_an_epoch_data_and_batch_stay(project, tmp_path):
     make_project(tmp_path / "more", per_class=9)
     for extra, message in (("--global_batch 20", "with global batch 16, now global batch is 20"),
                            (f"--data_path {tmp_path}/more/images", "with images 80, now images is 90")):
-        with pytest.raises(FlowARError, match=f"checkpoint-000000003.pth: it is in the middle of an epoch {message}"):
+        with pytest.raises(FlowARError, match=f"checkpoint-000000003.pth: stopped within an epoch {message}"):
             train(project, tmp_path / "run", f"--resume {tmp_path}/run {extra}")
     assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 3
 

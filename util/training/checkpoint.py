@@ -62,8 +62,8 @@ def claim_folder(output_dir, resume, dry_run=False):
     """
     resumed = Path(resume).parent if Path(resume).is_file() else resume
     if list_checkpoints(output_dir) and not is_same_folder(resumed, output_dir):
-        raise FlowARError(f"--output_dir {output_dir} holds checkpoints that this run would overwrite: resume them "
-                          f"with --resume {output_dir}, or choose another --output_dir")
+        raise FlowARError(f"--output_dir {output_dir} contains checkpoints that this run would overwrite: resume with "
+                          f"--resume {output_dir}, or choose another --output_dir")
     if dry_run:
         return None
     make_directory(Path(output_dir))
@@ -113,7 +113,7 @@ class CheckpointWriter:
         for path in paths + list_numbered(self.folder, "posthoc"):
             if step_of(path) > step:
                 path.replace(f"{path}.later")
-                log(f"{path}: is later than step {step}, where this run begins; renamed to {path.name}.later")
+                log(f"{path}: later than step {step}, where this run starts; renamed to {path.name}.later")
 
     def __enter__(self):
         return self
@@ -280,12 +280,13 @@ def open_newest(name):
         candidates = list_checkpoints(path) or [path / EXPORTED, path / BARE]
     candidates = [candidate for candidate in candidates if candidate.is_file()]
     if not candidates:
-        raise FlowARError(f"{name}: no such checkpoint file, nor a directory with {LAST}, {EXPORTED} or {BARE}")
+        raise FlowARError(f"{name}: not found: expected a checkpoint file, or a directory with {LAST}, {EXPORTED} or "
+                          f"{BARE}")
     for candidate in candidates[:-1]:
         try:
             return Checkpoint.open(candidate)
         except (FlowARError, OSError) as error:
-            log(f"warning: {error}; the checkpoint before it is resumed")
+            log(f"warning: {error}; using the previous checkpoint")
     return Checkpoint.open(candidates[-1])
 
 
@@ -322,8 +323,8 @@ def resume(start, parts, record):
     beginning = Progress(epoch=first, step=first * steps)
     continues = start is not None and start.continues(options["start_epoch"])
     if ema.powers and first and not continues:
-        raise FlowARError(f"--start_epoch {first} and --posthoc_ema: its averages begin with a training and go by the "
-                          "step: leave out one of them")
+        raise FlowARError(f"--start_epoch {first} and --posthoc_ema: the averages must begin at step 0: leave out one "
+                          "of the two")
     if start is None:
         return beginning
 
@@ -338,17 +339,17 @@ def resume(start, parts, record):
     # What only a training's checkpoint has.
     load_optimizer(optimizer, scaler, network, start)
     if not continues:
-        log(f"{path}: --start_epoch: continues with epoch {first + 1}")
+        log(f"{path}: --start_epoch: resumes with epoch {first + 1}")
         return beginning
     load_powers(ema, start)
     progress = start.progress(steps)
     if progress.done:
         check_same_epoch(start, record)
     changes = start.changes(options)
-    log(f"{path}: resumes at step {progress.step}, in epoch {progress.epoch + 1}"
+    log(f"{path}: resumes from step {progress.step}, in epoch {progress.epoch + 1}"
         + (f", with other options than before: {changes}" if changes else ""))
     if progress.epoch >= options["epochs"]:
-        log(f"nothing to train: the first epoch would be number {progress.epoch + 1} of --epochs {options['epochs']}")
+        log(f"nothing to train: the next epoch is {progress.epoch + 1}, --epochs is {options['epochs']}")
     return progress
 
 
@@ -357,8 +358,8 @@ def check_same_epoch(start, record):
     for what, saved, now in (("images", start.content.get("images"), record["images"]),
                              ("global batch", start.global_batch, record["args"]["global_batch"])):
         if saved not in (None, now):
-            raise FlowARError(f"{start.path}: it is in the middle of an epoch with {what} {saved}, now {what} is "
-                              f"{now}: keep that until the epoch ends, or give --start_epoch")
+            raise FlowARError(f"{start.path}: stopped within an epoch with {what} {saved}, now {what} is {now}: keep "
+                              f"{saved} until the epoch ends, or set --start_epoch")
 
 
 def load_optimizer(optimizer, scaler, network, start):
@@ -368,12 +369,13 @@ def load_optimizer(optimizer, scaler, network, start):
     now, saved = describe_optimizer(optimizer, network), start.content["optimizer"]
     before = start.content.get("optimizer_of", {**now, "class": "AdamW"})  # earlier versions had no other
     if before["class"] != now["class"]:
-        raise FlowARError(f"{start.path}: its optimizer is {before['class']}, this training's is {now['class']}: take "
-                          "the same, or begin a new training from its weights with --init_from")
+        raise FlowARError(f"{start.path}: the optimizer is {before['class']}, this run uses {now['class']}: use the "
+                          "same, or start a new run from its weights with --init_from")
     counts = [len(group["params"]) for group in saved["param_groups"]]
     if before != now or counts != list(map(len, now["parameters"])):
-        raise FlowARError(f"{start.path}: its optimizer's parameters are not this training's, or lie in other groups "
-                          f"({' + '.join(map(str, counts))} tensors): take the same, or begin with --init_from")
+        raise FlowARError(f"{start.path}: the optimizer has other parameters or parameter groups "
+                          f"({' + '.join(map(str, counts))} tensors) than this run: use the same, or start a new run "
+                          "with --init_from")
     parameters, groups, state = [], [], {}
     for group, own in zip(saved["param_groups"], optimizer.param_groups):
         parameters += own["params"]
@@ -394,8 +396,8 @@ def load_powers(ema, start):
     for width, power in ema.powers.items():
         saved = start.content.get("posthoc", {}).get(width, {})
         if shapes_of(saved) != shapes_of(power.tensors):
-            raise FlowARError(f"{start.path}: it has no averages of --posthoc_ema of this model: they begin with a "
-                              "training: leave the option out, or begin anew in another folder")
+            raise FlowARError(f"{start.path}: no --posthoc_ema averages of this model found, and they must begin at "
+                              "step 0: leave the option out, or train from scratch in another folder")
         for name, value in power.tensors.items():
             value.copy_(shard(saved[name], value))
 

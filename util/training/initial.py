@@ -46,13 +46,13 @@ def load_initial_weights(name, network, record):
     left = [f"{key} {tuple(own[key].shape)}" for key in own if key not in fitting]
     share = sum(own[key].numel() for key in fitting) / sum(value.numel() for value in own.values())
     if share < LEAST:
-        raise FlowARError(f"--init_from {path}: only {share:.0%} of the model's weights are there, without "
-                          f"{name_some(left, 3)}; give --model, --diffloss_d and --diffloss_w as it was trained")
+        raise FlowARError(f"--init_from {path}: contains only {share:.0%} of the model's weights, not "
+                          f"{name_some(left, 3)}: set --model, --diffloss_d and --diffloss_w as in its training")
     for key, value in fitting.items():
         own[key].copy_(value)
-    by_number = ", rows of classes by number, as it does not name them" if before is None and not other_classes else ""
-    log(f"--init_from {path}: {weights.describe([])}; {len(fitting)} of {len(own)} tensors{by_number}; "
-        f"resized: {', '.join(resized) or 'none'}; left as drawn: {name_some(left) or 'none'}")
+    by_number = ", classes by number (the file has no names)" if before is None and not other_classes else ""
+    log(f"--init_from {path}: {weights.describe([])}; {len(fitting)} of {len(own)} tensors{by_number}; resized: "
+        f"{', '.join(resized) or 'none'}; randomly initialised: {name_some(left) or 'none'}")
 
 
 def class_table(table, size, before, now):

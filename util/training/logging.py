@@ -142,7 +142,7 @@ class Wandb:
             run.define_metric("step")
             run.define_metric("*", step_metric="step")  # its own count never goes back, a training does
             self.run, self.picture = run, wandb.Image
-            log(f"wandb: run {identity} of project {project}; what it has of steps after {step} stays there")
+            log(f"wandb: run {identity} of project {project}; its entries after step {step}, if any, stay")
 
     def log(self, step, values):
         """values: {name: number, or image (3, H, W) uint8}."""
@@ -167,7 +167,7 @@ class Wandb:
         except (Exception, SystemExit) as error:  # of its service, the network, an account
             self.run = None
             log(f"warning: --wandb: {first_sentence(error)}; training continues without it, TensorBoard and log.jsonl "
-                "have everything")
+                "are complete")
 
 
 def read_lines(path):

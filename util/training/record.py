@@ -41,12 +41,12 @@ def check_origin(what, saved, expected):
     one, other = shorten(getattr(saved, name)), shorten(getattr(expected, name))
     if one and other and one != other:
         raise FlowARError(f"{what}: its VAE is {saved.name or 'another one'} ({name} {one}), but {expected.name} has "
-                          f"{name} {other}: latents of two VAEs do not mix; use the VAE it was made with")
+                          f"{name} {other}: use the same VAE")
     one, other = shorten(saved.latent_scale), shorten(expected.latent_scale)
     if one and other and one != other:
-        raise FlowARError(f"{what}: its latents have the scale and shift {one}, those of {expected.name} {other}: "
-                          "latents of two scales do not mix; use the file it was made with, the same --latent_norm, or "
-                          "give this one that scale ('config': {'latent_scale': [scale, shift]})")
+        raise FlowARError(f"{what}: latent scale and shift are {one}, those of {expected.name} {other}: use the VAE it "
+                          "was made with, the same --latent_norm, or store that scale in this VAE file ('config': "
+                          "{'latent_scale': [scale, shift]})")
 
 
 def shorten(value):
@@ -81,14 +81,14 @@ def check_data(content, path, now, class_num):
     """
     before = saved_data(content)
     if not before:
-        log(f"{path}: has no record of its training data: classes, images and VAE are not compared")
+        log(f"{path}: contains no record of its training data: classes, images and VAE are not checked")
         return
     for label, (old, new) in enumerate(zip_longest(before["classes"], now["classes"])):
         if old != new and (old is not None or label >= class_num):
             raise FlowARError(
                 f"{path}: label {label} was {'no class' if old is None else f'class {old}'}, now it is "
-                f"{'no class' if new is None else new}: a class folder was added, renamed or removed; put the class "
-                "folders back, or begin a new training, without --resume and in another --output_dir")
+                f"{'no class' if new is None else new}: a class folder was added, renamed or removed; restore the "
+                "class folders, or start a new run without --resume in another --output_dir")
     if before.get("sha256") != now["sha256"]:
-        log(f"warning: {path}: other data than before: {before.get('images')} images of {len(before['classes'])} "
+        log(f"warning: {path}: the data has changed: {before.get('images')} images of {len(before['classes'])} "
             f"classes, now {now['images']} of {len(now['classes'])} (names or sizes differ)")
