@@ -128,9 +128,9 @@ def test_labels_of_edms_tools(tmp_path):
 
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
     labels = [[f"0000{i % 2}/img{i:08d}.png", 0] for i in range(5)]
-    with pytest.raises(FlowARError, match="dataset.json: its labels are not those of the images here .00000/img00000004.png only in one of them"):
+    with pytest.raises(FlowARError, match="dataset.json: labels and images do not match .00000/img00000004.png only in one of them"):
         list_images(edm(tmp_path / "train.zip", labels))
-    with pytest.raises(FlowARError, match="dataset.json: its labels are null, and the folders beside it are no classes"):
+    with pytest.raises(FlowARError, match="dataset.json: labels are null: make it with labels, or remove it"):
         list_images(edm(tmp_path / "null.zip", None))
 
 
@@ -140,7 +140,7 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
 def test_a_split_lies_in_an_archive_or_is_one(tmp_path):
     put(tmp_path / "wrapped", "imagenet/train/a/1.png")
     make_archive(tmp_path / "wrapped", tmp_path / "wrapped.zip")
-    with pytest.raises(FlowARError, match="wrapped.zip: there is no train/ in it, only imagenet; give what holds"):
+    with pytest.raises(FlowARError, match="wrapped.zip: train/ not found, only imagenet: expected train/ and val/"):
         find_split(tmp_path / "wrapped.zip", "train")
     assert list_images(find_split(tmp_path / "wrapped.zip" / "imagenet", "train")).name(0) == "a/1.png"
     make_archive(tmp_path / "wrapped" / "imagenet" / "train", tmp_path / "train.tar")
@@ -173,13 +173,13 @@ def test_tars_of_tars_and_webdatasets_are_named_with_what_unpacks_them(tmp_path)
     for name in ("a", "b"):
         make_archive(tmp_path / "images" / name, tmp_path / "classes" / f"{name}.tar")
     shard = make_archive(tmp_path / "samples", tmp_path / "shards" / "00000.tar")
-    refusal(make_archive(tmp_path / "classes", tmp_path / "all.tar"), "0 images; left out: 2 .tar; (unpack) them where they lie")
+    refusal(make_archive(tmp_path / "classes", tmp_path / "all.tar"), "0 images; left out: 2 .tar; (unpack) them in place")
     unpack_classes, unpack_shards = refusal(tmp_path / "classes", "if each is a class: (for .* done); if they are shards: (.*)")
-    assert refusal(shard, r"its labels are in .cls files: .*folder \((.*)\), and") == (unpack_shards,)
+    assert refusal(shard, r"labels are in .cls files.*folder \((.*)\), and") == (unpack_shards,)
     subprocess.run(["bash", "-c", unpack_classes], cwd=tmp_path / "classes", check=True)
     assert list_images(tmp_path / "classes").identity() == list_images(tmp_path / "images").identity()
     subprocess.run(["bash", "-c", unpack_shards], cwd=tmp_path / "shards", check=True)
-    (sort,) = refusal(tmp_path / "shards", "make class folders there: (.*)")
+    (sort,) = refusal(tmp_path / "shards", "sort them into class folders: (.*)")
     subprocess.run(["bash", "-c", sort], cwd=tmp_path / "shards", check=True)
     sorted_listing = list_images(tmp_path / "shards")
     assert [sorted_listing.name(i) for i in range(2)] == ["00009/b1.png", "00010/a1.png"]
@@ -207,14 +207,14 @@ def zip_of(path, name, mode=0o644, system=3):
     return path
 
 
-PLAIN = "a link, encrypted, or packed in a way that is not known here: pack plain files"
+PLAIN = "is a link, encrypted, or of an unsupported compression: pack plain files"
 
 
 @pytest.mark.parametrize("name,make,message", [
-    ("x.zip", lambda path: zip_of(path, "a/1.png", mode=0o120777), f": a/1.png: {PLAIN}"), ("x.zip", lambda path: zip_of(path, "a/../b/1.png"), PLAIN),
-    ("x.zip", lambda path: path.write_bytes(zip_of(path, "a/1.png").read_bytes()[:-30]), "cut short, damaged, or of another kind"),
-    ("x.tar", lambda path: path.write_bytes(b"\x1f\x8b" + bytes(5000)), "cut short, damaged, or of another kind"),
-    ("x.tar", lambda path: tar_of(path, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}), ("b/1.png", {})), f": a: {PLAIN}"),
+    ("x.zip", lambda path: zip_of(path, "a/1.png", mode=0o120777), f": a/1.png {PLAIN}"), ("x.zip", lambda path: zip_of(path, "a/../b/1.png"), PLAIN),
+    ("x.zip", lambda path: path.write_bytes(zip_of(path, "a/1.png").read_bytes()[:-30]), "truncated, damaged, or not of the type"),
+    ("x.tar", lambda path: path.write_bytes(b"\x1f\x8b" + bytes(5000)), "truncated, damaged, or not of the type"),
+    ("x.tar", lambda path: tar_of(path, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}), ("b/1.png", {})), f": a {PLAIN}"),
     ("x.tar", lambda path: path.write_bytes(tar_of(path, *[(f"a/{i}.png", {}) for i in range(9)]).read_bytes()[:3 * 1536]), "no mark of its end at byte")])
 def test_an_archive_that_cannot_be_read_as_its_folders_is_refused(tmp_path, name, make, message):
     make(tmp_path / name)
@@ -225,7 +225,7 @@ def test_an_archive_that_cannot_be_read_as_its_folders_is_refused(tmp_path, name
 def test_of_a_name_that_comes_twice_the_last_counts_as_when_unpacked(tmp_path):
     tar_of(tmp_path / "x.tar", ("a/1.png", {"size": 600}), ("./a//1.png", {"size": 700}), ("a/.1.png", {"type": tarfile.SYMTYPE, "linkname": "x"}))
     found = list_images(tmp_path / "x.tar")
-    assert found.sizes.tolist() == [700] and found.summary() == "1 images; left out: 1 hidden or a system's"
+    assert found.sizes.tolist() == [700] and found.summary() == "1 images; left out: 1 hidden or system files"
 
 
 def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path):
@@ -235,7 +235,7 @@ def test_damaged_bytes_are_named_and_may_be_skipped(tmp_path):
     content[content.index(b"a/1.png") + 900] ^= 1  # one bit of its pixels
     (tmp_path / "stored.zip").write_bytes(content)
     data = Images(tmp_path / "stored.zip", 16, on_bad="error")
-    with pytest.raises(FlowARError, match="stored.zip/a/1.png: cannot be read as an image .its bytes are not those that were packed.*--on_bad_image skip"):
+    with pytest.raises(FlowARError, match="stored.zip/a/1.png: cannot be read as an image .checksum mismatch: the zip is damaged.*--on_bad_image skip"):
         data[(0, 1)]
     data.on_bad = "skip"
     assert torch.equal(data[(0, 1)][0], data[(0, 2)][0])
@@ -248,5 +248,5 @@ def test_hosts_may_have_copies_but_not_another_archive(tmp_path):
     os.utime(archive, (1, 1))
     assert pickle.loads(pickle.dumps(data))[(0, 0)][1] == 0
     archive.write_bytes(archive.read_bytes() + b"\0")
-    with pytest.raises(FlowARError, match="gnu.tar: not of .* bytes, as when it was listed"):
+    with pytest.raises(FlowARError, match="gnu.tar: expected .* bytes, as when it was listed"):
         pickle.loads(pickle.dumps(data))[(0, 0)]

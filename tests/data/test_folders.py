@@ -45,19 +45,19 @@ def test_what_is_hidden_or_a_systems_is_no_image_and_no_class(tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     found = list_images(f"~/{tmp_path.name}")
     assert names(found) == [("a/1.png", 0), ("b/2.png", 1)] and found.classes == ["a", "b"]
-    assert found.summary() == "2 images; left out: 7 hidden or a system's"
+    assert found.summary() == "2 images; left out: 7 hidden or system files"
 
 
 def test_suffixes_in_any_case_and_others_are_counted(tmp_path):
     put(tmp_path, *(f"a/{i:02d}.{suffix}" for i, suffix in enumerate(("jpg", "JPG", "Jpeg", "tiff", "heic"))), "a/x.txt", "a/y.txt", "a/z.psd", "a/plain", "top.png", "top.csv")
     found = list_images(tmp_path)
-    assert len(found) == 5 and found.left_out == {".txt": 2, ".psd": 1, "without a suffix": 1, "outside of the class folders": 1, ".csv": 1}
+    assert len(found) == 5 and found.left_out == {".txt": 2, ".psd": 1, "without a suffix": 1, "outside the class folders": 1, ".csv": 1}
 
 
 def test_images_outside_of_class_folders_are_left_out_by_one_rule(tmp_path):
     put(tmp_path, "a/1.png", "b/2.png", "top.png")
     found = list_images(tmp_path, flat=True)
-    assert names(found) == [("a/1.png", 0), ("b/2.png", 1)] and found.left_out == {"outside of the class folders": 1}
+    assert names(found) == [("a/1.png", 0), ("b/2.png", 1)] and found.left_out == {"outside the class folders": 1}
     assert list_images(tmp_path).identity() == found.identity() and count_classes(found) == {"a": 1, "b": 1}
 
 
@@ -65,7 +65,7 @@ def test_a_flat_set_is_one_without_classes(tmp_path):
     put(tmp_path, "1.png", "2.png", ".hidden/3.png")
     (tmp_path / "empty").mkdir()
     found = list_images(tmp_path, flat=True)
-    assert names(found) == [("1.png", 0), ("2.png", 0)] and found.classes == [] and found.summary() == "2 images; left out: 1 hidden or a system's"
+    assert names(found) == [("1.png", 0), ("2.png", 0)] and found.classes == [] and found.summary() == "2 images; left out: 1 hidden or system files"
 
 
 def test_links_are_followed_and_loops_end_without_numbers_of_files_too(tmp_path, monkeypatch):
@@ -94,9 +94,9 @@ def test_names_are_bytes(tmp_path):
 
 @pytest.mark.parametrize("files,message", [
     (("a/x.txt",), "0 images; left out: 1 .txt; expected images in class folders"),
-    (("a.zip", "b.zip"), "0 images; left out: 2 .zip; unpack them where they lie: for z in .*zip; do unzip -qd"),
-    (("1.png", "2.png", "1.json"), "2 images; left out: 1 .json; no class folders, and labels in other files are not read: put the images into a folder"),
-    (("train/a/1.png", "train/b/1.png"), "one class folder, which holds only folders, as train/a: move them up if they are the classes")])
+    (("a.zip", "b.zip"), "0 images; left out: 2 .zip; unpack them in place: for z in .*zip; do unzip -qd"),
+    (("1.png", "2.png", "1.json"), "2 images; left out: 1 .json; no class folders found .label files are not read.: put the images into one folder per class"),
+    (("train/a/1.png", "train/b/1.png"), "the only class folder contains just folders, such as train/a: if these are the classes, move them up")])
 def test_folders_without_images_or_classes_are_named(tmp_path, files, message):
     put(tmp_path, *files)
     with pytest.raises(FlowARError, match=message):
@@ -111,8 +111,8 @@ def test_a_class_may_hold_one_folder_or_images_beside_folders(tmp_path):
 
 
 @pytest.mark.parametrize("files,place,message", [
-    (("train/a/1.png",), "train", "train: there is no train/ in it, only a; give what holds train/ and val/, each with a folder per class"),
-    ((), "nowhere", "nowhere: no such folder, archive .* or dataset")])
+    (("train/a/1.png",), "train", "train: train/ not found, only a: expected train/ and val/, each with one folder per class"),
+    ((), "nowhere", "nowhere: not found: expected a folder, archive .* or dataset")])
 def test_a_path_that_is_one_folder_off_is_named_with_what_is_there(tmp_path, files, place, message):
     put(tmp_path, *files)
     with pytest.raises(FlowARError, match=f"--data_path .*{message}"):
@@ -126,11 +126,11 @@ def test_bad_images_and_possible_mistakes_are_listed(tmp_path, monkeypatch, caps
     content = (tmp_path / "1" / "001.png").read_bytes()
     (tmp_path / "9" / "half.png").write_bytes(content[:len(content) // 2])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FlowARError, match="2 of 15 images cannot be read; they are named above"):
+    with pytest.raises(FlowARError, match="2 of 15 images cannot be read .listed above."):
         call(monkeypatch, f"scripts/check_images.py {tmp_path} --img_size 8 --num_workers 1")
     printed = capsys.readouterr().out
     assert "15 images\n" in printed and "7/bad.png: cannot be read as an image" in printed and "9/half.png: cannot be read" in printed
-    for line in ("1 of 13 class folders hold no image (empty) and keep", "1 of 13 class folders hold only folders (only)", "13 of 13 images are smaller than"):
+    for line in ("1 of 13 class folders contain no images (empty), but count", "1 of 13 class folders contain only folders (only)", "13 of 13 images are smaller than"):
         assert f"warning: {line}" in printed, line
     shutil.rmtree(tmp_path / "only")
     shutil.rmtree(tmp_path / "empty")

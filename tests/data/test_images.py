@@ -78,7 +78,7 @@ def torn(tmp_path):
 
 
 def test_a_bad_image_is_named(torn):
-    with pytest.raises(FlowARError, match=r"torn.png: cannot be read as an image \([^)]*\); mend or remove it, or --on_bad_image skip$"):
+    with pytest.raises(FlowARError, match=r"torn.png: cannot be read as an image \([^)]*\); fix or remove it, or use --on_bad_image skip$"):
         list(build_loader(Images(torn, 16, on_bad="error"), 2, num_workers=1))
 
 

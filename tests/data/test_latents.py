@@ -96,9 +96,9 @@ def test_without_flipped_copies(project, tmp_path, monkeypatch):
     torch.testing.assert_close(half, whole[:, ::2], atol=2e-3, rtol=2e-3)  # batches of another size, float16
     data = [ShardedMoments(tmp_path / name, train=True, flip=False) for name in ("crops", "half")]
     assert all(data[0].variant(epoch, 4) == 2 * data[1].variant(epoch, 4) for epoch in range(20))
-    with pytest.raises(FlowARError, match="has no flipped images: train with --no_flip"):
+    with pytest.raises(FlowARError, match="this cache was made with --no_flip: train with --no_flip"):
         ShardedMoments(tmp_path / "half", train=True)
-    with pytest.raises(FlowARError, match="half: this cache was made with --no_flip; do the same"):
+    with pytest.raises(FlowARError, match="half: this cache was made with --no_flip; use the same"):
         call(monkeypatch, cache_command(project, tmp_path / "half", "--crops 3"))
 
 
@@ -150,7 +150,7 @@ def test_training_on_shards_needs_no_vae_and_takes_its_geometry(project, shards,
     train(project, tmp_path, f"--epochs 1 --batch_size 40 --cached_path {shards} --cached_val_path {shards} --use_cached --vae_path nowhere.pth "
                              "--data_path nowhere")
     printed = capsys.readouterr().out
-    assert "80 cached latents" in printed and "no VAE at nowhere.pth" in printed
+    assert "80 cached latents" in printed and "no VAE found at nowhere.pth" in printed
 
 
 def test_going_on_from_a_cache_or_from_images_is_no_other_option(project, shards, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_interrupted_it_ends_with_the_same_files(project, shards, tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         seams.interrupt(patch, (cache_latents, "write_bytes"), 1)
         call(patch, cache_command(project, folder, "--dtype float32"))
-    with pytest.raises(FlowARError, match="not complete; run scripts/cache_latents.py again"):
+    with pytest.raises(FlowARError, match="this cache is incomplete: run scripts/cache_latents.py again"):
         open_latents(folder)
     kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
     make(cache_command(project, folder, "--dtype float32"))
@@ -203,10 +203,10 @@ def test_a_damaged_shard_is_named_and_written_again(project, shards, tmp_path):
     make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)
     file.write_bytes(content[:-1])
-    with pytest.raises(FlowARError, match="shard-00001.safetensors: .* bytes, expected .*: truncated"):
+    with pytest.raises(FlowARError, match="shard-00001.safetensors: expected .* bytes, got .*: truncated"):
         train(project, tmp_path / "out", f"--cached_path {folder}")
     file.unlink()
-    with pytest.raises(FlowARError, match="shard-00001.safetensors: this shard is missing"):
+    with pytest.raises(FlowARError, match="shard-00001.safetensors: shard not found"):
         train(project, tmp_path / "out", f"--cached_path {folder}")
     make(cache_command(project, folder, "--dtype float32"))
     assert contents(folder) == contents(shards)
@@ -219,7 +219,7 @@ def test_bad_images_are_left_out_of_a_cache(project, tmp_path, monkeypatch):
     shutil.copytree(project / "images", tmp_path / "images")
     shutil.copy(project / "vae.pth", tmp_path / "vae.pth")
     (tmp_path / "images" / "train" / "4" / "003.png").write_bytes(b"no image")
-    with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image .*; mend or remove it, or --on_bad_image skip"):
+    with pytest.raises(FlowARError, match="4/003.png: cannot be read as an image .*; fix or remove it, or use --on_bad_image skip"):
         call(monkeypatch, cache_command(tmp_path, tmp_path / "cache"))
     call(monkeypatch, cache_command(tmp_path, tmp_path / "cache", "--on_bad_image skip"))
     index = ShardedMoments(tmp_path / "cache").index
@@ -252,7 +252,7 @@ def test_a_finished_cache_notices_that_its_images_changed(project, tmp_path, mon
     with pytest.raises(FlowARError, match="this cache was made with background .255, 255, 255., now it is .0, 0, 0."):
         call(monkeypatch, f"{command} --background black")
     (images / "0" / "000.png").rename(images / "0" / "other.png")
-    with pytest.raises(FlowARError, match="the images are not those of this cache .names or sizes changed since"):
+    with pytest.raises(FlowARError, match="the images differ from those of this cache .names or sizes changed"):
         call(monkeypatch, command)
 
 

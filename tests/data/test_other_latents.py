@@ -51,7 +51,7 @@ def test_an_unfinished_npz_cache_is_not_taken_for_a_whole_one(project, npz, tmp_
     lost.unlink()
     empty.write_bytes(b"")  # as a power cut may leave it
     info.write_text(json.dumps({**json.loads(info.read_text()), "complete": False}))
-    with pytest.raises(FlowARError, match="not complete"):
+    with pytest.raises(FlowARError, match="this cache is incomplete"):
         NpzMoments(folder)
     make(cache_command(project, folder, "--format npz"))
     with np.load(lost) as file, np.load(npz / "3" / "001.png.npz") as expected:
@@ -64,11 +64,11 @@ def test_caches_of_mar_are_kl16(tmp_path):
     np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((32, 16, 16), np.float32))
     assert open_latents(tmp_path).origin.latent_scale == KL16_LATENT_SCALE
     np.savez(tmp_path / "n01440764" / "x.JPEG.npz", moments=np.zeros((8, 16, 16), np.float32))
-    with pytest.raises(FlowARError, match="must be a KL-16 cache with 16 channels, not 4"):
+    with pytest.raises(FlowARError, match="expected a KL-16 cache with 16 channels, got 4"):
         NpzMoments(tmp_path)
 
 
-@pytest.mark.parametrize("name,message", [("moments", r"moments is \(32, 4, 5\)"), ("other", "cannot read moments")])
+@pytest.mark.parametrize("name,message", [("moments", r"moments is \(32, 4, 5\)"), ("other", "moments cannot be read")])
 def test_damaged_npz_latents_are_named(tmp_path, name, message):
     (tmp_path / "a").mkdir()
     np.savez(tmp_path / "a" / "first.npz", moments=np.zeros((32, 4, 4), np.float32))
@@ -116,21 +116,21 @@ def test_lightning_latents_are_read_in_order_and_deterministic(lightning):
 
 def test_training_on_lightning_latents_needs_their_scale(lightning, tmp_path):
     shared = f"--cached_path {lightning} --batch_size 5 --epochs 1 --warmup_epochs 0 --class_num 10 --data_path nowhere --vae_path nowhere.pth"
-    with pytest.raises(FlowARError, match="stores no latent scale: give its VAE .*, or --latent_norm channel"):
+    with pytest.raises(FlowARError, match="contains no latent scale: pass its VAE .*, or use --latent_norm channel"):
         train(lightning, tmp_path / "run", shared)
     content = train(lightning, tmp_path / "run", f"{shared} --latent_norm channel --resume {tmp_path}/run")
     assert content["vae"]["latent_scale"] == tuple(LightningLatents(lightning).channel_scale()) and content["data"]["images"] == 15
     (lightning / "latents_stats.pt").unlink()
-    with pytest.raises(FlowARError, match="latents_stats.pt: no such file, from which --latent_norm channel takes"):
+    with pytest.raises(FlowARError, match="latents_stats.pt: not found, but --latent_norm channel reads"):
         train(lightning, tmp_path / "other", f"{shared} --latent_norm channel")
-    with pytest.raises(FlowARError, match="its latents are .4, 4, 4., but --img_size / --vae_stride is 8"):
+    with pytest.raises(FlowARError, match="latents are .4, 4, 4., but --img_size / --vae_stride is 8"):
         train(lightning, tmp_path / "other", f"{shared} --latent_norm channel --img_size 32")
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(labels=torch.zeros(4, dtype=torch.int64)), "its labels are not 5 numbers from 0 on"),
+    (dict(labels=torch.zeros(4, dtype=torch.int64)), "expected 5 labels, integers from 0"),
     (dict(latents_flip=torch.zeros(4, 4, 4, 4)), "latents and latents_flip are .5, 4"),
-    (dict(latents=torch.zeros(5, 4, 4, 8), latents_flip=torch.zeros(5, 4, 4, 8)), "its latents are .4, 4, 8., those of .*rank00_shard000.safetensors .4, 4, 4.")])
+    (dict(latents=torch.zeros(5, 4, 4, 8), latents_flip=torch.zeros(5, 4, 4, 8)), "latents are .4, 4, 8., expected .4, 4, 4. as in .*rank00_shard000.safetensors")])
 def test_damaged_lightning_latents_are_refused_by_name(lightning, change, message):
     file = lightning / "latents_rank00_shard001.safetensors"
     save_file({**load_file(file), **change}, file)

@@ -186,7 +186,7 @@ def test_zero_may_be_white():
 
 
 @pytest.mark.parametrize("values,message", [
-    (np.linspace(0, 255, 9, dtype=np.float32), "floats from 0 to 255, expected 0 to 1"), (np.array([np.nan, 1] * 3, np.float32), "floats from nan to nan"),
+    (np.linspace(0, 255, 9, dtype=np.float32), "float values from 0 to 255: expected 0 to 1"), (np.array([np.nan, 1] * 3, np.float32), "float values from nan to nan"),
     (np.array([-5, 7] * 3, np.int32), "negative grey values, down to -5")])
 def test_values_without_an_agreed_range_are_refused(tmp_path, values, message):
     path = tmp_path / "depth.tif"
@@ -202,7 +202,7 @@ def test_floats_from_0_to_1_are_scaled():
 
 def test_a_transparent_colour_of_16_bits_is_refused():
     """Pillow compares the upper 8 bits: it would show what is hidden, or hide what is not."""
-    with pytest.raises(FlowARError, match="colours of 16 bits, one of which is transparent"):
+    with pytest.raises(FlowARError, match="16-bit RGB with a transparent colour"):
         open_image(png_of(16, 2, struct.pack(">3H", 1000, 2000, 3000) * 8, struct.pack(">3H", 1000, 2000, 3000)))
 
 

@@ -65,9 +65,9 @@ def test_a_training_and_a_cache_are_those_of_the_folder(project, monkeypatch, tm
     command = f"scripts/cache_latents.py --cached_path {tmp_path}/cache --vae_path {project}/vae.pth --img_size 16 --num_workers 0 --device cpu"
     call(monkeypatch, f"{command} --data_path {project}/images")
     call(monkeypatch, f"{command} --data_path {project}/hub")  # the finished cache is one of these images
-    with pytest.raises(FlowARError, match="cache: the images are not those of this cache"):
+    with pytest.raises(FlowARError, match="cache: the images differ from those of this cache"):
         call(monkeypatch, f"{command} --data_path {project}/hub --label_column_name parity")
-    with pytest.raises(FlowARError, match="--format npz: .* these images have those of the dataset: leave it out"):
+    with pytest.raises(FlowARError, match="--format npz .*, but these come from the dataset: use --format shards"):
         call(monkeypatch, f"{command.replace('/cache ', '/npz ')} --format npz --data_path {project}/hub")
 
 
@@ -86,9 +86,9 @@ def test_a_name_on_the_hub_is_a_repository_a_split_and_a_revision(project, datas
     assert place == "hf:somebody/pictures/validation@v2" and Images(place, 16, columns=large).identity()["sha256"] == Images(project / "images" / "val", 16).identity()["sha256"]
     assert ("somebody/pictures", "large", "validation", "v2") in asked
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config, revision=None: ["test"])
-    with pytest.raises(FlowARError, match="--data_path hf:somebody/pictures: there is no train/ in it, only test"):
+    with pytest.raises(FlowARError, match="--data_path hf:somebody/pictures: train/ not found, only test"):
         find_split("hf:somebody/pictures", "train")
-    with pytest.raises(FlowARError, match="hf:somebody/pictures: expected hf:OWNER/NAME/SPLIT, of which there are test"):
+    with pytest.raises(FlowARError, match="hf:somebody/pictures: expected hf:OWNER/NAME/SPLIT with SPLIT one of test"):
         list_images("hf:somebody/pictures")
 
 
@@ -105,8 +105,8 @@ def test_labels_without_names_are_numbers_or_texts(project, datasets, tmp_path):
 
 
 @pytest.mark.parametrize("change,features,message", [
-    (lambda images, labels: (images, [-1, *labels[1:]]), {"label": "int64"}, "row 0 has the label -1, expected a whole number from 0 on"),
-    (lambda images, labels: ([images[0], None, *images[2:]], labels), {}, "row 1 holds no image: a dataset whose images are files of their own")])
+    (lambda images, labels: (images, [-1, *labels[1:]]), {"label": "int64"}, "row 0 has label -1: expected integers from 0"),
+    (lambda images, labels: ([images[0], None, *images[2:]], labels), {}, "row 1 contains no image data: if the images are separate files")])
 def test_rows_without_image_or_label_are_named(project, datasets, tmp_path, change, features, message):
     write(datasets, tmp_path / "train", *change(*rows_of(project / "images" / "train")), **{name: datasets.Value(kind) for name, kind in features.items()})
     with pytest.raises(FlowARError, match=f"{tmp_path}/train: {message}"):
@@ -116,7 +116,7 @@ def test_rows_without_image_or_label_are_named(project, datasets, tmp_path, chan
 def test_columns_and_configurations_are_chosen(project, datasets, tmp_path, monkeypatch):
     images, labels = rows_of(project / "images" / "train")
     write(datasets, tmp_path / "large" / "train", images, labels, cls=datasets.Value("int64"), picture=datasets.Image())
-    with pytest.raises(FlowARError, match="expected --label_column_name with one of its columns: image, label, cls, picture"):
+    with pytest.raises(FlowARError, match="set --label_column_name to one of its columns: image, label, cls, picture"):
         list_images(tmp_path / "large" / "train", columns=Columns(label_column_name="style"))
     chosen = Columns("picture", "cls", "large")
     data = pickle.loads(pickle.dumps(Images(find_split(tmp_path, "train", columns=chosen), 16, columns=chosen)))
@@ -127,7 +127,7 @@ def test_columns_and_configurations_are_chosen(project, datasets, tmp_path, monk
 def test_scripts_take_the_column(project, monkeypatch, tmp_path):
     for command in (f"check_images.py {project}/hub/train", f"train_vae.py --data_path {project}/hub --output {tmp_path}/vae.pth",
                     f"distance.py {project}/hub/train --halves --feature_extractor efficientnet-lite0 --device cpu"):
-        with pytest.raises(FlowARError, match="expected --label_column_name with one of its columns: image, label, parity"):
+        with pytest.raises(FlowARError, match="set --label_column_name to one of its columns: image, label, parity"):
             call(monkeypatch, f"scripts/{command} --label_column_name style")
 
 
@@ -135,5 +135,5 @@ def test_a_cache_that_cannot_be_written_is_named(project, datasets, monkeypatch)
     def denied(*args, **options):
         raise PermissionError(13, "Permission denied", "/home/x.lock")
     monkeypatch.setattr(datasets, "load_dataset", denied)
-    with pytest.raises(FlowARError, match="hub/train: .*/home/x.lock.*set HF_HOME .or HF_HUB_CACHE, HF_DATASETS_CACHE. to a folder"):
+    with pytest.raises(FlowARError, match="hub/train: .*/home/x.lock.*set HF_HOME .or HF_HUB_CACHE, HF_DATASETS_CACHE. to a writable folder"):
         list_images(project / "hub" / "train")

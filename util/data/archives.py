@@ -50,8 +50,8 @@ class Archive(Listing):
     def open(self):
         self.file = open(self.archive, "rb", buffering=0)
         if os.fstat(self.file.fileno()).st_size != self.bytes:
-            raise FlowARError(f"{self.archive}: not of {self.bytes} bytes, as when it was listed: was it written to, "
-                              "or does this host have another one?")
+            raise FlowARError(f"{self.archive}: expected {self.bytes} bytes, as when it was listed: it changed since, "
+                              "or this host has a different file")
 
     def read(self, index):
         if self.file is None:
@@ -70,13 +70,13 @@ class Archive(Listing):
         if method == DEFLATED:
             content = zlib.decompress(content, -zlib.MAX_WBITS)
         if mark != b"PK\3\4" or zlib.crc32(content) != crc:
-            raise ValueError("its bytes are not those that were packed: the zip is damaged")
+            raise ValueError("checksum mismatch: the zip is damaged")
         return content
 
     def read_at(self, start, length):
         content = os.pread(self.file.fileno(), length, start)
         if len(content) != length:
-            raise ValueError("the archive ends in it")
+            raise ValueError("the archive is truncated")
         return content
 
 
@@ -99,12 +99,12 @@ def index_archive(archive):
             parts = [part for part in name.split("/") if part not in ("", ".")]
             hidden = any(is_hidden(part) for part in parts if part != "..")
             if (member is None or ".." in parts) and not hidden:
-                raise FlowARError(f"{archive}: {name}: a link, encrypted, or packed in a way that is not known here: "
-                                  "pack plain files (tar -h --hard-dereference; zip -0)")
+                raise FlowARError(f"{archive}: {name} is a link, encrypted, or of an unsupported compression: pack "
+                                  "plain files (tar -h --hard-dereference; zip -0)")
             names.append(os.fsencode("/".join(parts)))
             numbers.extend(member or (AS_IT_IS, 0, 0, 0, 0))
     except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise FlowARError(f"{archive}: cut short, damaged, or of another kind than its name says ({error})") from error
+        raise FlowARError(f"{archive}: truncated, damaged, or not of the type its name says ({error})") from error
     return b"\0".join(names), np.array(numbers, np.int64).reshape(-1, 5)
 
 

@@ -23,7 +23,7 @@ SYSTEM_FILES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
                           "lost+found", "system volume information", "__pycache__"))
 LABELS_FILE = "dataset.json"  # of EDM's tools
 THREADS = 16  # a network disk answers many at once
-HIDDEN, REPEATED, OUTSIDE = "hidden or a system's", "folders already read", "outside of the class folders"
+HIDDEN, REPEATED, OUTSIDE = "hidden or system files", "folders already read", "outside the class folders"
 NO_SUFFIX = "without a suffix"
 UNPACK_CLASSES = 'for t in *.tar*; do mkdir "${t%.tar*}" && tar -xf "$t" -C "${t%.tar*}"; done'
 UNPACK_ZIPS = 'for z in *.zip; do unzip -qd "${z%.zip}" "$z"; done'
@@ -89,7 +89,7 @@ class Listing:
         return {"classes": self.classes, "counts": self.counts, "images": len(self), "sha256": digest.hexdigest()}
 
     def summary(self):
-        """'3,700 images; left out: 12 hidden or a system's, 28 .txt'."""
+        """'3,700 images; left out: 12 hidden or system files, 28 .txt'."""
         text = f"{len(self):,} images"
         if self.left_out:
             text += "; left out: " + ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
@@ -98,22 +98,22 @@ class Listing:
     def check_classes(self):
         """FlowARError without images, without classes, or where the classes are likely one folder deeper."""
         if 2 * self.left_out[".cls"] > len(self):  # not a stray one
-            raise FlowARError(f"{self.root}: its labels are in .cls files: unpack the tars into one folder "
-                              f"({UNPACK_SHARDS}), and make class folders there: {SORT_SHARDS}")
+            raise FlowARError(f"{self.root}: labels are in .cls files, which are not read: unpack the tars into one "
+                              f"folder ({UNPACK_SHARDS}), and sort them into class folders: {SORT_SHARDS}")
         if not len(self) and self.left_out[".zip"]:
-            raise FlowARError(f"{self.root}: {self.summary()}; unpack them where they lie: {UNPACK_ZIPS}")
+            raise FlowARError(f"{self.root}: {self.summary()}; unpack them in place: {UNPACK_ZIPS}")
         if not len(self) and (self.left_out[".tar"] or self.left_out[".gz"]):
-            raise FlowARError(f"{self.root}: {self.summary()}; unpack them where they lie, if each is a class: "
+            raise FlowARError(f"{self.root}: {self.summary()}; unpack them in place, if each is a class: "
                               f"{UNPACK_CLASSES}; if they are shards: {UNPACK_SHARDS}")
         if not len(self):
             raise FlowARError(f"{self.root}: {self.summary()}; expected images in class folders")
         if not self.classes:
-            raise FlowARError(f"{self.root}: {self.summary()}; no class folders, and labels in other files are not "
-                              f"read: put the images into a folder for each class, or all into one, as {self.root}/all")
+            raise FlowARError(f"{self.root}: {self.summary()}; no class folders found (label files are not read): put "
+                              f"the images into one folder per class, or all into one, such as {self.root}/all")
         if len(self.classes) == 1 and not self.labels_from and self.depths.min() > 1:
-            raise FlowARError(f"{self.root}: one class folder, which holds only folders, as "
-                              f"{os.path.dirname(self.name(0))}: move them up if they are the classes; images of one "
-                              f"class lie in {self.classes[0]} itself")
+            raise FlowARError(f"{self.root}: the only class folder contains just folders, such as "
+                              f"{os.path.dirname(self.name(0))}: if these are the classes, move them up; else put the "
+                              f"images into {self.classes[0]} itself")
 
 
 class Folder(Listing):
@@ -198,13 +198,13 @@ def assign_edm_labels(listing, content):
     except (ValueError, TypeError, KeyError):  # another file of that name
         return
     if not has_labels:
-        raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are null, and the folders beside it are no "
-                          "classes: make it with labels, or remove it if the folders are classes after all")
+        raise FlowARError(f"{listing.root}/{LABELS_FILE}: labels are null: make it with labels, or remove it if the "
+                          "folders are the classes")
     names = [listing.name(index) for index in range(len(listing))]
     if labels.keys() != set(names):
-        raise FlowARError(f"{listing.root}/{LABELS_FILE}: its labels are not those of the images here ("
-                          f"{name_some(sorted(labels.keys() ^ set(names)), 3)} only in one of them): put the right "
-                          "file there, or remove it if the folders are the classes")
+        raise FlowARError(f"{listing.root}/{LABELS_FILE}: labels and images do not match "
+                          f"({name_some(sorted(labels.keys() ^ set(names)), 3)} only in one of them): use the right "
+                          "file, or remove it if the folders are the classes")
     listing.labels = np.array([labels[name] for name in names], np.int32)
     listing.classes, listing.labels_from = number_names(int(listing.labels.max()) + 1), LABELS_FILE
     listing.left_out -= Counter({".json": 1})

@@ -29,7 +29,7 @@ def list_images(path, flat=False, columns=Columns()):
             if not flat or not len(listing):
                 listing.check_classes()
             return listing
-    raise FlowARError(f"{path}: no folder, archive (.zip, .tar) or dataset of images is there")
+    raise FlowARError(f"{path}: not found: expected a folder, archive (.zip, .tar) or dataset of images")
 
 
 def find_split(data_path, split, needed=True, columns=Columns()):
@@ -52,10 +52,10 @@ def find_split(data_path, split, needed=True, columns=Columns()):
         names = {name.partition("/")[0] for name in names_below(index_archive(archive[0])[0], archive[1])}
     elif not is_hub(data_path):
         if not os.path.isdir(data_path):
-            raise FlowARError(f"--data_path {data_path}: no such folder, archive (.zip, .tar) or dataset")
+            raise FlowARError(f"--data_path {data_path}: not found: expected a folder, archive (.zip, .tar) or dataset")
         names = os.listdir(data_path)
-    raise FlowARError(f"--data_path {data_path}: there is no {split}/ in it, only {name_some(sorted(names), 3)}; give "
-                      "what holds train/ and val/, each with a folder per class")
+    raise FlowARError(f"--data_path {data_path}: {split}/ not found, only {name_some(sorted(names), 3)}: expected "
+                      "train/ and val/, each with one folder per class")
 
 
 class Images(Dataset):
@@ -98,9 +98,9 @@ class Images(Dataset):
                 if self.on_bad is None:
                     raise
                 if self.on_bad == "error":
-                    raise FlowARError(f"{error}; mend or remove it, or --on_bad_image skip") from error
+                    raise FlowARError(f"{error}; fix or remove it, or use --on_bad_image skip") from error
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
-        raise FlowARError(f"{MOST_UNREADABLE} images in a row cannot be read, the last of them {name}")
+        raise FlowARError(f"{MOST_UNREADABLE} images in a row cannot be read, up to {name}")
 
     def crop(self, image, key):
         """The tensor that a key takes of an RGB image."""

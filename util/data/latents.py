@@ -43,8 +43,8 @@ class ShardedMoments(Dataset):
         self.classes, self.shape, self.geometry = index["classes"], index["shape"], index["geometry"]
         self.crops = index["crops"] if isinstance(index["crops"], int) else 1
         if train and flip and index["variants"] == self.crops:
-            raise FlowARError(f"{root}: this cache was made with --no_flip and has no flipped images: train with "
-                              "--no_flip too, or cache them again without it")
+            raise FlowARError(f"{root}: this cache was made with --no_flip: train with --no_flip too, or make it again "
+                              "without")
         name, scale = index["vae"] or f"that of {root}", index["latent_scale"]
         self.origin = LatentOrigin(name, index["vae_sha256"], scale and tuple(scale), index["vae_tensors"])
         self.ends = np.cumsum([shard["images"] for shard in index["shards"]])
@@ -57,7 +57,7 @@ class ShardedMoments(Dataset):
         if (Path(path) / INDEX).is_file():
             return True
         if (Path(path) / UNFINISHED).is_file():
-            raise FlowARError(f"{path}: this cache is not complete; run scripts/cache_latents.py again to finish it")
+            raise FlowARError(f"{path}: this cache is incomplete: run scripts/cache_latents.py again to finish it")
         return False
 
     def read_index(self):
@@ -69,9 +69,10 @@ class ShardedMoments(Dataset):
         for shard in index["shards"]:
             path = self.root / shard["file"]
             if not path.is_file():
-                raise FlowARError(f"{path}: this shard is missing")
+                raise FlowARError(f"{path}: shard not found")
             if (size := path.stat().st_size) != shard["bytes"]:
-                raise FlowARError(f"{path}: {size} bytes, expected {shard['bytes']}: truncated or of another cache")
+                raise FlowARError(f"{path}: expected {shard['bytes']} bytes, got {size}: truncated or from another "
+                                  "cache")
         channels, stride, side = index["channels"], index["stride"], index["img_size"] // index["stride"]
         index["latent_scale"] = LatentScale(*read_latent_scale(index["latent_scale"], file))
         index["shape"] = channels, side, side
@@ -161,10 +162,10 @@ def open_shard(path, index, images=None):
     side = index["img_size"] // index["stride"]
     expected = [len(labels) if images is None else images, index["variants"], 2 * index["channels"], side, side]
     if (moments.get_shape(), moments.get_dtype()) != (expected, SAFETENSORS[index["dtype"]]):
-        raise FlowARError(f"{path}: moments are {moments.get_shape()} {moments.get_dtype()}, expected {expected} "
+        raise FlowARError(f"{path}: moments are {moments.get_shape()} {moments.get_dtype()}: expected {expected} "
                           f"{SAFETENSORS[index['dtype']]}")
     if len(labels) != expected[0] or labels.min() < 0 or labels.max() >= len(index["classes"]):
-        raise FlowARError(f"{path}: its labels are not {expected[0]} numbers of its {len(index['classes'])} classes")
+        raise FlowARError(f"{path}: expected {expected[0]} labels of {len(index['classes'])} classes")
     return moments, labels
 
 

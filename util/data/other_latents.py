@@ -37,8 +37,8 @@ class LightningLatents(ShardedMoments):
             shape = tuple(latents.get_shape()[1:])
             first = first or (path.name, shape)
             if shape != first[1]:
-                raise FlowARError(f"{path}: its latents are {shape}, those of {first[0]} {first[1]}: of another VAE or "
-                                  "image size")
+                raise FlowARError(f"{path}: latents are {shape}, expected {first[1]} as in {first[0]}: made with "
+                                  "another VAE or image size")
             shards.append({"file": path.name, "images": len(labels), "bytes": path.stat().st_size})
             last_label = max(last_label, int(labels.max()))
         unknown = dict.fromkeys(("vae", "vae_sha256", "vae_tensors", "latent_scale"))
@@ -55,8 +55,8 @@ class LightningLatents(ShardedMoments):
     def channel_scale(self):
         path = self.root / LIGHTNING_STATS
         if not path.is_file():
-            raise FlowARError(f"{path}: no such file, from which --latent_norm channel takes mean and std: LightningDiT"
-                              " writes it when it first reads the latents, and publishes it beside its VAE")
+            raise FlowARError(f"{path}: not found, but --latent_norm channel reads mean and std from it: LightningDiT "
+                              "writes it on first use of the latents, and publishes it with its VAE")
         statistics = read_file(path)
         mean, std = statistics["mean"].flatten().tolist(), statistics["std"].flatten().tolist()
         return scale_of_channels(mean, std, path)
@@ -68,10 +68,10 @@ def open_lightning(path):
     latents, flipped = file.get_slice("latents"), file.get_slice("latents_flip")
     shape, labels = latents.get_shape(), file.get_tensor("labels").numpy()
     if shape != flipped.get_shape() or len(shape) != 4 or latents.get_dtype() not in SAFETENSORS.values():
-        raise FlowARError(f"{path}: latents and latents_flip are {shape} and {flipped.get_shape()}, expected two of "
-                          "N x C x h x w, floating-point")
+        raise FlowARError(f"{path}: latents and latents_flip are {shape} and {flipped.get_shape()}: expected floats N "
+                          "x C x h x w for both")
     if labels.shape != (shape[0],) or not len(labels) or labels.dtype != np.int64 or labels.min() < 0:
-        raise FlowARError(f"{path}: its labels are not {shape[0]} numbers from 0 on")
+        raise FlowARError(f"{path}: expected {shape[0]} labels, integers from 0")
     return (latents, flipped), labels
 
 
@@ -88,16 +88,15 @@ class NpzMoments(Dataset):
         if file.is_file():
             info = read_json(file)
             if not info.get("complete"):
-                raise FlowARError(f"{root}: this cache is not complete; run scripts/cache_latents.py again")
+                raise FlowARError(f"{root}: this cache is incomplete: run scripts/cache_latents.py again")
             if info.get("files", len(self)) != len(self) or info.get("classes", self.classes) != self.classes:
-                raise FlowARError(f"{root}: files or classes are not those of {NPZ_INFO} ({len(self)} files in "
-                                  f"{len(self.classes)} class folders are there): some are missing, or were added; run "
-                                  "scripts/cache_latents.py again")
+                raise FlowARError(f"{root}: files or classes do not match {NPZ_INFO} ({len(self)} files in "
+                                  f"{len(self.classes)} class folders found): run scripts/cache_latents.py again")
         channels, *sides = self.load(0, "moments").shape
         self.shape, self.geometry = (channels // 2, *sides), {"vae_embed_dim": channels // 2}
         if not info and channels != 32:  # a cache of MAR says nothing of itself
-            raise FlowARError(f"{root}: no {NPZ_INFO}, so this must be a KL-16 cache with 16 channels, not "
-                              f"{channels // 2}; make the cache with scripts/cache_latents.py")
+            raise FlowARError(f"{root}: without {NPZ_INFO}, expected a KL-16 cache with 16 channels, got "
+                              f"{channels // 2}: make the cache with scripts/cache_latents.py")
         scale = read_latent_scale(info["latent_scale"], file) if info else KL16_LATENT_SCALE
         name = info.get("vae") or f"that of {root}"
         self.origin = LatentOrigin(name, info.get("vae_sha256"), tuple(scale), info.get("vae_tensors"))
@@ -121,7 +120,7 @@ class NpzMoments(Dataset):
             with np.load(path) as file:
                 return file[name]
         except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
-            raise FlowARError(f"{path}: cannot read {name} ({first_sentence(error)})") from error
+            raise FlowARError(f"{path}: {name} cannot be read ({first_sentence(error)})") from error
 
     def __getitem__(self, key):
         epoch, index = key
@@ -130,6 +129,6 @@ class NpzMoments(Dataset):
             name = "moments_flip"
         moments, expected = self.load(index, name), (2 * self.shape[0], *self.shape[1:])
         if moments.dtype.kind != "f" or moments.shape != expected:
-            raise FlowARError(f"{self.listing.path(index)}: {name} is {moments.shape} of {moments.dtype}, expected "
-                              f"{expected}, floats, as of the first image")
+            raise FlowARError(f"{self.listing.path(index)}: {name} is {moments.shape} {moments.dtype}: expected floats "
+                              f"{expected}, as for the first image")
         return torch.from_numpy(moments.astype(np.float32, copy=False)), int(self.listing.labels[index])

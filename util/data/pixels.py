@@ -92,7 +92,7 @@ def parse_color(text):
     """'white', '#ffffff' or '255,255,255' -> (r, g, b); ValueError."""
     color = ImageColor.getrgb(f"rgb({text})" if text[:1].isdecimal() else text)[:3]
     if max(color) > 255:
-        raise ValueError(f"{color} is beyond 255")
+        raise ValueError(f"{color}: expected values up to 255")
     return color
 
 
@@ -124,9 +124,9 @@ def read_image(file, background=WHITE, name=None):
             return convert(image, background)
     except UnidentifiedImageError:
         file.seek(0)
-        reason = "it is of no known format"
+        reason = "unknown format"
         if file.read(len(LFS)) == LFS:
-            reason = "it is a Git LFS pointer: git lfs install; git lfs pull"
+            reason = "it is a Git LFS pointer: run git lfs install; git lfs pull"
         elif str(name).lower().endswith((".heic", ".heif")):
             reason += ": pip install pillow-heif"
         raise FlowARError(f"{name}: cannot be read as an image ({reason})") from None
@@ -143,8 +143,8 @@ def convert(image, background):
     turn = TRANSPOSED.get(orientation(image))
     if "transparency" in image.info:
         if coding == "RGB;16B":
-            raise ValueError("colours of 16 bits, one of which is transparent: Pillow decodes 8 of them, which do not "
-                             "tell it; save it with an alpha channel")
+            raise ValueError("16-bit RGB with a transparent colour, which Pillow does not decode exactly: save it with "
+                             "an alpha channel")
         if coding in EXPANDED:
             image.info["transparency"] *= EXPANDED[coding]
     if image.mode == "F" or image.mode == "I" or image.mode.startswith("I;16"):
@@ -192,8 +192,8 @@ def scale_grey(image):
     if image.mode == "F":
         top = 1
         if not (values.min() >= 0 and values.max() <= 1):  # not a number fails too
-            raise ValueError(f"floats from {values.min():g} to {values.max():g}, expected 0 to 1: their range is known "
-                             "to you alone, so divide by it, or save 8 or 16 bits")
+            raise ValueError(f"float values from {values.min():g} to {values.max():g}: expected 0 to 1; rescale them, "
+                             "or save with 8 or 16 bits")
     else:
         bits = tags.get(BITS, (16,))[0]  # PNG's and PGM's are of 16
         signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
@@ -201,7 +201,7 @@ def scale_grey(image):
         if bits == 32 and not signed:
             values = values.view(np.uint32)
         if values.min() < 0:
-            raise ValueError(f"negative grey values, down to {values.min()}: save it with values from 0 on")
+            raise ValueError(f"negative grey values, down to {values.min()}: save it with values of at least 0")
     shares = values / top
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         shares = 1 - shares

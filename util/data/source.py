@@ -85,9 +85,9 @@ def open_training_data(args, device, class_num=None):
     if vae is not None:
         check_vae(vae, args, named.name)
     elif args.online_eval:
-        raise FlowARError("--online_eval needs the VAE to decode with: give --vae_path")
+        raise FlowARError("--online_eval needs a VAE to decode images: set --vae_path")
     else:
-        log(f"no VAE at {named.name} (--vae_path): no sample grids")
+        log(f"no VAE found at {named.name} (--vae_path): no sample grids")
 
     # ---- 3. the VAE and the scale of the latents: one for both sets
     if training.is_moments:
@@ -98,12 +98,12 @@ def open_training_data(args, device, class_num=None):
         check_origin(f"--cached_val_path {args.cached_val_path}", held_out.origin, origin)
     if args.latent_norm == "channel":
         if not hasattr(training, "channel_scale"):
-            raise FlowARError("--latent_norm channel needs cached latents whose channels were measured: shards of "
-                              "scripts/cache_latents.py as --cached_path")
+            raise FlowARError("--latent_norm channel needs channel statistics: use shards of scripts/cache_latents.py "
+                              "as --cached_path")
         scale = training.channel_scale()
     elif origin.latent_scale is None:
-        raise FlowARError(f"{args.cached_path}: stores no latent scale: give its VAE (--vae_path), or --latent_norm "
-                          "channel")
+        raise FlowARError(f"{args.cached_path}: contains no latent scale: pass its VAE with --vae_path, or use "
+                          "--latent_norm channel")
     else:
         scale = LatentScale(*origin.latent_scale)
     origin = origin._replace(latent_scale=tuple(scale))
@@ -116,7 +116,7 @@ def open_training_data(args, device, class_num=None):
     loader = build_loader(training, args.batch_size, seed=args.seed, train=True, **workers)
     if len(loader) < args.accum_iter:
         raise FlowARError(f"{len(training)} training images are fewer than one global batch of {args.global_batch}: "
-                          "lower --batch_size, or --global_batch")
+                          "lower --batch_size or --global_batch")
     sides = [s * args.patch_size for s in args.scales[:-1]] if args.pyramid == "image" else ()
     source, validation = Source(loader, vae, device, scale, sides), None
     if held_out is not None:
@@ -144,8 +144,8 @@ def list_data(args, named, vae, class_num):
     else:
         explain_caching(args, named)
         if vae is None:
-            raise FlowARError(f"--vae_path {named.name}: no such file: give the VAE's path (training alone needs none, "
-                              "where --cached_path has latents)")
+            raise FlowARError(f"--vae_path {named.name}: not found: pass the path of the VAE (not needed to train on "
+                              "latents in --cached_path)")
         args = resolve_geometry(args, {"class_num": class_num, "vae_embed_dim": vae.embed_dim,
                                        "vae_stride": vae.stride, "background": WHITE})
         data = Images(find_split(args.data_path, "train", columns=args), args.img_size, args.seed, train=True,
@@ -174,9 +174,9 @@ def explain_caching(args, named):
         if value := getattr(args, field.name):
             command += f" --{field.name} {value}"
     if args.use_cached:
-        raise FlowARError(f"--cached_path {args.cached_path}: no cached latents there; make them with: {command}")
+        raise FlowARError(f"--cached_path {args.cached_path}: no cached latents found: make them with: {command}")
     if args.cached_path:
-        log(f"no cached latents in {args.cached_path}: encoding images on the fly. To make a cache: {command}")
+        log(f"no cached latents found in {args.cached_path}: encoding images on the fly. To cache them: {command}")
 
 
 def check_cache(data, path, args):
@@ -187,7 +187,7 @@ def check_cache(data, path, args):
             raise FlowARError(f"{path}: this cache has {option} {value}, but --{option} is {given[option]}")
     side = args.img_size // args.vae_stride
     if data.shape[1:] != (side, side):
-        raise FlowARError(f"{path}: its latents are {data.shape}, but --img_size / --vae_stride is {side}")
+        raise FlowARError(f"{path}: latents are {data.shape}, but --img_size / --vae_stride is {side}")
 
 
 def open_validation(args, classes, vae):
@@ -197,14 +197,14 @@ def open_validation(args, classes, vae):
     if args.cached_val_path:
         data = open_latents(args.cached_val_path)
         if data is None:
-            raise FlowARError(f"--cached_val_path {args.cached_val_path}: no cached latents there")
+            raise FlowARError(f"--cached_val_path {args.cached_val_path}: no cached latents found")
         check_cache(data, args.cached_val_path, args)
         check_same_classes(data, args.cached_val_path, classes)
         return data
     try:
         path = None if vae is None else find_split(args.data_path, "val", needed=False, columns=args)
         if path is None:
-            log("no validation set (--cached_val_path, or val/ in --data_path and the VAE): no validation loss")
+            log("no validation loss: it needs --cached_val_path, or a VAE and val/ in --data_path")
             return None
         data = Images(path, args.img_size, on_bad=args.on_bad_image, background=args.background or WHITE, columns=args)
         check_same_classes(data, path, classes)
@@ -218,8 +218,8 @@ def open_validation(args, classes, vae):
 def check_same_classes(data, path, classes):
     if data.classes != classes:
         other = sorted(set(data.classes) ^ set(classes))
-        raise FlowARError(f"{path}: the classes of the validation set are not those of the training set (only in one "
-                          f"of them: {name_some(other)}), so its labels would not match")
+        raise FlowARError(f"{path}: classes of the validation and training set differ (only in one of them: "
+                          f"{name_some(other)}), so labels would not match")
 
 
 def check_classes(classes, class_num):

@@ -19,10 +19,11 @@ IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")  # where a 
 @dataclass
 class Columns:
     """hf: and parquet data"""
-    image_column_name: str = setting(None, "default: image, img or the only column of images", str, beyond=True)
-    label_column_name: str = setting(None, "numbers or texts; default: label, labels or the only column of class "
-                                     "labels", str, beyond=True)
-    dataset_config_name: str = setting(None, "of a dataset with several configurations; of a folder, the one in it",
+    image_column_name: str = setting(None, "image column; default: image, img or the only one of "
+                                     "images", str, beyond=True)
+    label_column_name: str = setting(None, "label column, integers or strings; default: label, labels or the only "
+                                     "ClassLabel column", str, beyond=True)
+    dataset_config_name: str = setting(None, "configuration of the dataset, or subfolder of a local one",
                                        str, beyond=True)
 
 
@@ -39,8 +40,9 @@ class Table(Listing):
         images = self.rows.with_format("arrow")[:][self.column]
         sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
         if None in sizes:
-            raise FlowARError(f"{root}: row {sizes.index(None)} holds no image: a dataset whose images are files of "
-                              "their own is read as class folders: download it (hf download --repo-type dataset)")
+            raise FlowARError(f"{root}: row {sizes.index(None)} contains no image data: if the images are separate "
+                              "files, download the dataset (hf download --repo-type dataset) and pass its class "
+                              "folders")
         files = [os.path.basename(name or "") for name in pc.struct_field(images, "path").to_pylist()]
         folders = [name.replace("/", "_") for name in classes]
         names = [f"{folders[label]}/{file}" for label, file in zip(labels, files)]
@@ -102,7 +104,7 @@ def load_table(path, config=None):
     repository, split, revision = split_hub_name(path)
     if split is None:
         names = ", ".join(split_names(path, config))
-        raise FlowARError(f"{path}: expected hf:OWNER/NAME/SPLIT, of which there are {names}")
+        raise FlowARError(f"{path}: expected hf:OWNER/NAME/SPLIT with SPLIT one of {names}")
     with explain(path):
         return datasets.load_dataset(repository, config, split=split, revision=revision, keep_in_memory=False)
 
@@ -128,7 +130,7 @@ def find_column(path, features, kind, usual_names, option, chosen):
     if getattr(chosen, option):
         columns = [getattr(chosen, option)]
     if len(columns) != 1 or columns[0] not in features:
-        raise FlowARError(f"{path}: expected --{option} with one of its columns: {', '.join(features)}")
+        raise FlowARError(f"{path}: set --{option} to one of its columns: {', '.join(features)}")
     return columns[0]
 
 
@@ -144,6 +146,6 @@ def number_labels(path, feature, values):
         values = [labels[value] for value in values]
     for row, value in enumerate(values):
         if type(value) is not int or value < 0:
-            raise FlowARError(f"{path}: row {row} has the label {value!r}, expected a whole number from 0 on: a split "
-                              "without labels cannot be trained on")
+            raise FlowARError(f"{path}: row {row} has label {value!r}: expected integers from 0; a split without "
+                              "labels cannot be used for training")
     return names or number_names(max(values, default=-1) + 1), values
