@@ -101,7 +101,7 @@ def test_npz_is_what_adms_evaluator_reads(whole):
 
 def test_without_a_reference_nothing_is_written_but_the_report(project, checkpoint, tmp_path, capsys):
     evaluate(project, checkpoint, tmp_path / "out", "--num_images 2")
-    assert "no reference: the frechet_distance" in capsys.readouterr().out
+    assert "no reference, frechet_distance" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "settings.json", "run.json", ".lock"}
 
 
@@ -119,7 +119,7 @@ def test_several_extractors(project, checkpoint, whole, colors, tmp_path, monkey
         assert report[name] == pytest.approx(whole[0][name], rel=1e-5, abs=1e-6), name
     assert report["fdr_mean_of_2"] == pytest.approx((report["fdr_colors"] + report["fdr_efficientnet_lite0"]) / 2) and report["fdr_colors"] > 1
     assert report["metrics"][0] == "frechet_distance_colors" and report["feature_extractor"] == "colors,efficientnet-lite0"
-    with pytest.raises(FlowARError, match="--held_out .*val: the same images as those of --ref_images"):
+    with pytest.raises(FlowARError, match="--held_out .*val: contains the same images as --ref_images"):
         call(monkeypatch, f"scripts/reference_stats.py --ref_images {project}/images/val --held_out {project}/images/val "
                           f"--output {tmp_path}/same.npz --feature_extractor colors --device cpu")
 
@@ -179,7 +179,7 @@ def test_a_torn_batch_is_sampled_again_by_another_commit_too(project, checkpoint
     sampled = seams.count(monkeypatch, seams.LATENTS)
     assert same_figures(evaluate(project, checkpoint, tmp_path / "out", options), whole[0]) and len(sampled) == 2
     assert np.array_equal(pictures(tmp_path / "out"), pictures(whole[1]))
-    assert "the evaluation there is of commit abc, this is" in capsys.readouterr().out
+    assert "contains results of commit abc, the current commit is" in capsys.readouterr().out
 
 
 def test_other_settings_in_the_same_place_are_refused(project, checkpoint, tmp_path):
@@ -202,10 +202,10 @@ def test_a_moved_run_is_known_again(project, checkpoint, colors, tmp_path, monke
     (tmp_path / "a").rename(tmp_path / "b")
     calls = [seams.count(monkeypatch, seam) for seam in (seams.LATENTS, (metrics, "extract_folder"))]
     again = evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --fid_stats {tmp_path}/b/images")
-    assert again == first and "evaluated already" in capsys.readouterr().out
+    assert again == first and "already evaluated" in capsys.readouterr().out
     assert calls == [[], []]  # no image, no feature
     (tmp_path / "b" / "images" / "3" / "000.png").unlink()
-    with pytest.raises(FlowARError, match="has reference_sha256 .*; choose another"):
+    with pytest.raises(FlowARError, match="with reference_sha256 .*: choose another"):
         evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --fid_stats {tmp_path}/b/images")
     torch.save({**torch.load(checkpoint / "checkpoint-last.pth", weights_only=True), "more": 1}, tmp_path / "other.pth")
     with pytest.raises(FlowARError, match="has checkpoint_sha256 "):
@@ -225,7 +225,7 @@ def test_a_sweeps_table_has_rows_of_other_settings_alike(project, checkpoint, tm
     assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["1.0", "2.0", "3.0"]
     evaluate(project, checkpoint, tmp_path, "--cfg 4,5 --num_images 2 --num_step 2 --weights raw")
     assert [row["cfg"] for row in csv.DictReader((tmp_path / "results.csv").open())] == ["4.0", "5.0"]
-    assert "3 results there have other settings and stay out of the table" in capsys.readouterr().out
+    assert "3 results with other settings are not in the table" in capsys.readouterr().out
 
 
 # ---- sweeps and solvers ------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_online_evaluation_leaves_training_alone(project, colors, tmp_path):
 def test_pictures_that_are_not_finite_end_no_training(project, colors, tmp_path, monkeypatch, capsys):
     seams.wrap(monkeypatch, seams.DECODED, lambda original, *args: (original(*args)[0], torch.zeros(len(args[1]), dtype=torch.bool)))
     train(project, tmp_path, f"--epochs 1 --online_eval {colors} --num_images 6 --fid_stats {project}/images/val")
-    assert "warning: no evaluation: 6 of 6 images are not finite" in capsys.readouterr().out and not list(tmp_path.glob("eval*/results.json"))
+    assert "warning: evaluation skipped: 6 of 6 images are not finite" in capsys.readouterr().out and not list(tmp_path.glob("eval*/results.json"))
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------

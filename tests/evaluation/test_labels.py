@@ -52,7 +52,7 @@ def test_training_proportions_are_exact():
 @pytest.mark.parametrize("text,expected", [
     ("ant\ncat\n0\n2\n", [0, 2, 0, 2]), ("\ufeff3\r\n ant \r\n0\r\n0", [3, 0, 0, 0]),
     ("0\n0\n0\nbee", [0, 0, 0, 1]),
-    ("0\n0\n0", "3 lines, one for each image, but 4 images are asked for"), ("0\n10\n0\n0", "line 2 is '10', expected a label from 0 to 9")])
+    ("0\n0\n0", "3 lines, but --num_images is 4: use --num_images 3"), ("0\n10\n0\n0", "line 2 is '10', expected a label from 0 to 9")])
 def test_labels_of_a_file(tmp_path, text, expected):
     file, few = tmp_path / "labels.txt", classes_of(FEW, 10, "x.pth")
     file.write_text(text, newline="")
@@ -70,14 +70,14 @@ def test_numbers_that_name_other_classes_are_labels(tmp_path):
 
 
 def test_a_checkpoint_that_knows_more_classes_than_the_model_is_refused():
-    with pytest.raises(FlowARError, match="x.pth: was trained on 11 classes, the model has 10"):
+    with pytest.raises(FlowARError, match="x.pth: was trained on 11 classes, but the model has 10"):
         classes_of({"classes": list("abcdefghijk"), "counts": [1] * 11}, 10, "x.pth")
     assert classes_of({"images": 3}, 10, "x.pth") == classes_of({}, 10, "x.pth") == Classes(10)
 
 
 def test_evaluation_samples_what_was_trained(project, tmp_path, capsys):
     report = evaluate(project, project / "few", tmp_path / "few", "--save_images npz --num_step 2")
-    assert "7 of 10 classes had no training images and are not sampled (a file of --labels may ask for them)" in capsys.readouterr().out
+    assert "7 of 10 classes have no training images and are not sampled (to sample them, pass a file to --labels)" in capsys.readouterr().out
     with np.load(tmp_path / "few" / "samples.npz") as file:
         assert file["arr_1"].tolist() == [0, 0, 0, 0, 2, 2, 2, 3, 3, 3]
     assert (report["labels"], report["classes_sampled"]) == ("balanced", 3)
@@ -93,7 +93,7 @@ def test_training_knows_its_own_counts(tmp_path, capsys):
     report = read_json(p / "run" / "eval_epoch0001" / "results.json")
     assert (report["labels"], report["classes_sampled"], report["num_images"]) == ("train", 6, 6)
     out = capsys.readouterr().out
-    assert f"the reference {p}/images/val has another mix of classes than the samples" in out
+    assert f"class proportions of the reference {p}/images/val and the samples differ by" in out
 
 
 @pytest.mark.parametrize("kind,classes,reference,share", [
@@ -103,7 +103,7 @@ def test_training_knows_its_own_counts(tmp_path, capsys):
 def test_a_reference_of_another_mix_is_said(capsys, kind, classes, reference, share):
     warn_of_mix(choose_labels(kind, 60, classes), Reference("ref", classes=reference))
     found = capsys.readouterr().out
-    assert (share is None and not found) or f"{share} of the images are of other classes, which the distance counts too" in found
+    assert (share is None and not found) or f"the samples differ by {share}, which raises the distance" in found
 
 
 # ---- the distance between folders ----------------------------------------------------------------------------------

@@ -103,9 +103,9 @@ def test_names_of_imagenet_need_no_download():
     names = class_names(Classes(1000))
     assert names[207] == "golden retriever" and class_names(Classes(1000, [f"n{i:08d}" for i in range(1000)])) == names
     assert find_label("Golden Retriever", names) == find_label("207", names) == find_label(207, names) == 207
-    with pytest.raises(FlowARError, match="'crane': 2 classes have this name, give a number: 0, 2"):
+    with pytest.raises(FlowARError, match="'crane': 2 classes have this name, use a number: 0, 2"):
         find_label("crane", ["crane", "dog", "crane"])
-    with pytest.raises(FlowARError, match="'retriever': no class of this name; near are: .*golden retriever"):
+    with pytest.raises(FlowARError, match="'retriever': no such class; similar names: .*golden retriever"):
         find_label("retriever", names)
     with pytest.raises(FlowARError, match="the model has classes 0..999"):
         find_label(1000, names)
@@ -169,7 +169,7 @@ def test_other_settings_and_precision_of_one_model(pipe, trained):
     assert same(pipe.using("bf16", cfg=4.0)([3]), rounded([3], cfg=4.0)) and not same(pipe([3], cfg=4.0), rounded([3], cfg=4.0))
     assert same(pipe.using("bf16").using("fp32")([3]), pipe([3])) and pipe.using(cfg=4.0).settings()["cfg"] == 4.0
     assert same(rounded.using(cfg=4.0)([3]), rounded([3], cfg=4.0))
-    with pytest.raises(FlowARError, match="precision fp32: this pipeline was opened with weights rounded to torch.bfloat16"):
+    with pytest.raises(FlowARError, match="precision fp32: this pipeline was opened with weights in torch.bfloat16"):
         rounded.using("fp32")
 
 
@@ -215,8 +215,8 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
 
 @pytest.mark.parametrize("call,message", [
     (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5: expected a number"),
-    (lambda pipe: pipe([1], num_step=3), "num_step: no setting of sampling; expected one of cfg, cfg_schedule, guidance"),
-    (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "give one that is not smaller"),
+    (lambda pipe: pipe([1], num_step=3), "num_step: not a sampling setting; expected one of cfg, cfg_schedule, guidance"),
+    (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "at least num_steps_last"),
     (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):
     with pytest.raises(FlowARError, match=message):
@@ -290,7 +290,7 @@ def test_every_picture_of_the_script_and_once_more(pipe, trained, tmp_path, monk
     Path("grid.png").unlink()
     monkeypatch.setattr(sample, "code_version", lambda: "def")
     script("--again before.png --edit after.png")
-    assert f"before.png: drawn by commit {said['commit']}, this is def" in capsys.readouterr().out
+    assert f"before.png: made with commit {said['commit']}, the current commit is def" in capsys.readouterr().out
     assert not Path("grid.png").exists()  # that picture alone
     assert same([Image.open("after.png")], [Image.open("before.png")]) and read_settings("after.png")["command"][-2:] == ["--edit", "after.png"]
     words = ["--num_step_schedule", "linear", "--class_names", "x", "--vae", "kl16", "--vae", "diffusers:x", "--grid", "--cfg", "2"]

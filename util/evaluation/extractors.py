@@ -170,8 +170,8 @@ def download_weights(name, url, sha256=""):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, sha256 or None, progress=False)
         except OSError as error:  # of the network, by urllib, or of a folder that cannot be written (TORCH_HOME)
-            raise FlowARError(f"--feature_extractor {name}: its weights cannot be downloaded from {url} ({error}): "
-                              f"fetch them elsewhere and give them as {name}=FILE, or put them at {path}"
+            raise FlowARError(f"--feature_extractor {name}: weights cannot be downloaded from {url} ({error}): "
+                              f"download them elsewhere and pass {name}=FILE, or copy them to {path}"
                               ) from error
     return path
 

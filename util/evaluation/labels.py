@@ -38,7 +38,7 @@ def classes_of(data, number, path):
         return Classes(number)
     names, counts = list(data["classes"]), np.zeros(number, np.int64)
     if len(names) > number:
-        raise FlowARError(f"{path}: was trained on {len(names)} classes, the model has {number}")
+        raise FlowARError(f"{path}: was trained on {len(names)} classes, but the model has {number}")
     counts[:len(names)] = data["counts"]
     return Classes(number, names, counts)
 
@@ -68,19 +68,19 @@ def choose_labels(kind, count, classes):
     allowed = classes.sampled()
     if kind == "balanced":
         if len(allowed) < classes.number:
-            log(f"{classes.number - len(allowed)} of {classes.number} classes had no training images and are not "
-                "sampled (a file of --labels may ask for them)")
+            log(f"{classes.number - len(allowed)} of {classes.number} classes have no training images and are not "
+                "sampled (to sample them, pass a file to --labels)")
         return Labels(kind, allowed[image_label(np.arange(count), count, len(allowed))], classes, allowed)
     if kind == "train":
         if classes.counts is None:
-            raise FlowARError("--labels train: how many training images each class had is not known: use balanced, or "
-                              "a file of labels")
+            raise FlowARError("--labels train: the checkpoint does not record its training images per class: use "
+                              "balanced, or a file of labels")
         counts = divide_in_proportion(classes.counts, count)
         return Labels(kind, np.repeat(np.arange(classes.number), counts), classes, allowed)
     values = read_labels(kind, classes)
     if len(values) != count:
-        raise FlowARError(f"--labels {kind}: {len(values)} lines, one for each image, but {count} images are asked "
-                          f"for: give --num_images {len(values)}")
+        raise FlowARError(f"--labels {kind}: {len(values)} lines, but --num_images is {count}: use --num_images "
+                          f"{len(values)}")
     return Labels("file", values, classes, allowed, str(kind))
 
 
@@ -103,7 +103,7 @@ def read_labels(path, classes):
     number is a label, whatever the classes' names are.
     """
     if not Path(path).is_file():
-        raise FlowARError(f"--labels {path}: expected {', '.join(KINDS)}, or a file with a label in each line")
+        raise FlowARError(f"--labels {path}: expected {', '.join(KINDS)}, or a file with one label per line")
     lines = Path(path).read_text("utf-8-sig", errors="surrogateescape").splitlines()
     labels = {name: label for label, name in enumerate(classes.names or []) if not name.isdecimal()}
     labels.update((str(label), label) for label in range(classes.number))
@@ -112,7 +112,7 @@ def read_labels(path, classes):
         label = labels.get(line, labels.get(line.strip()))
         if label is None:
             raise FlowARError(f"--labels {path}: line {number} is {line[:60]!r}, expected a label from 0 to "
-                              f"{classes.number - 1}, or the name of a class of the checkpoint")
+                              f"{classes.number - 1}, or a class name of the checkpoint")
         values.append(label)
     return np.array(values, dtype=np.int64)
 
@@ -134,8 +134,8 @@ def warn_of_mix(labels, reference):
     for name in {**ours, **reference.classes}:
         unlike += abs(ours.get(name, 0) - reference.classes.get(name, 0) / images) / 2
     if unlike > UNLIKE:
-        log(f"warning: the reference {reference.name} has another mix of classes than the samples: {unlike:.0%} of the "
-            "images are of other classes, which the distance counts too; --labels chooses the samples' mix")
+        log(f"warning: class proportions of the reference {reference.name} and the samples differ by {unlike:.0%}, "
+            "which raises the distance; choose those of the samples with --labels")
 
 
 # ---- names: what captions show, and what a person may type for a label -----------------------------------------
@@ -160,10 +160,10 @@ def find_label(label, names):
     matches = [number for number, name in enumerate(names) if name == text]
     matches = matches or [number for number, name in enumerate(names) if name.casefold() == text.casefold()]
     if len(matches) > 1:
-        raise FlowARError(f"label {text!r}: {len(matches)} classes have this name, give a number: "
+        raise FlowARError(f"label {text!r}: {len(matches)} classes have this name, use a number: "
                           f"{', '.join(map(str, matches))}")
     if not matches:
         near = [name for name in names if text.casefold() in name.casefold()]
         near = near or difflib.get_close_matches(text, names, n=5) or names[:3]
-        raise FlowARError(f"label {text!r}: no class of this name; near are: {name_some(near)}")
+        raise FlowARError(f"label {text!r}: no such class; similar names: {name_some(near)}")
     return matches[0]

@@ -36,8 +36,8 @@ def frechet_distance(a, b):
 def warn_of_few(count, extractor):
     """Say it if a distance of so many images is biased."""
     if count <= extractor.dim:
-        log(f"warning: {count} images for {extractor.dim} features: the covariance is rank-deficient and the distance "
-            "is biased upwards")
+        log(f"warning: only {count} images for {extractor.dim} features: the covariance is rank-deficient, so the "
+            "distance is biased upwards")
 
 
 # The metrics of a report: function(features, logits, reference, device) -> {name: number}, {} where it cannot be.
@@ -147,8 +147,8 @@ class Measure:
             if reference.statistics is not None:
                 warn_of_few(count, extractor)
             if reference.held_out and reference.held_out[1] != count:
-                log(f"warning: {count} images against {reference.held_out[1]:.0f} held-out ones in the fdr of "
-                    f"{extractor.name}: the fewer images, the larger their distance")
+                log(f"warning: fdr of {extractor.name} compares {count} images with {reference.held_out[1]:.0f} "
+                    "held-out ones: distances grow with fewer images")
             values |= compute_metrics(own, logits if extractor.classes else None, reference, extractor, device)
             if extractor.spatial and reference.spatial and "spatial" in measured:
                 values["sfid"] = frechet_distance(statistics(measured["spatial"]), reference.spatial)
@@ -188,7 +188,7 @@ def measure_against(listing, joint, img_size, device, background=WHITE):
     """The Measure against the images of a Listing, which read_references() reads in one pass for all extractors."""
     keep = len(listing) <= MOST_FEATURES
     if not keep:
-        log(f"{listing.root}: KID, precision and recall are left out: they compare every pair of images, and these are "
-            f"more than {MOST_FEATURES:,}")
+        log(f"{listing.root}: no KID, precision and recall: they compare all pairs of images, at most "
+            f"{MOST_FEATURES:,} images")
     read_images = functools.partial(extract_folder, listing, joint, device, img_size, keep=keep, background=background)
     return Measure(joint, [describe_folder(listing, background)] * len(joint.parts), read_images)

@@ -50,7 +50,7 @@ def open_for_sampling(args, device, identify=False):
     files. identify: with the file's hash, for which rank 0 reads it once more.
     """
     if not args.resume:
-        raise FlowARError("--resume is missing: give a checkpoint, a directory with checkpoint-last.pth, a "
+        raise FlowARError("--resume is missing: pass a checkpoint, a directory with checkpoint-last.pth, a "
                           ".safetensors, or a name such as demo:fashion")
     default = "fp16" if device.type == "cuda" else None  # as the release samples and decodes
     precision = set_precision(args.precision or default, device)
@@ -134,7 +134,7 @@ def saved_sampling(content, name):
     chosen = [f"--{option} {as_text(value)}" for option, value in sampling.by_option().items()
               if value != default[option]]
     if chosen:
-        log(f"{name}: sampled with {', '.join(chosen)} where no option says otherwise")
+        log(f"{name}: sampling options default to {', '.join(chosen)}")
     return {setting: getattr(sampling, setting) for setting in stored}
 
 
@@ -237,8 +237,8 @@ class Pipeline:
         precision = check_value("precision", one_of(*PRECISIONS), precision or sampler.precision)
         rounded = sampler.model.z_proj.weight.dtype
         if precision != sampler.precision and rounded != torch.float32:
-            raise FlowARError(f"precision {precision}: this pipeline was opened with weights rounded to {rounded}, "
-                              "open it in fp32 to choose later")
+            raise FlowARError(f"precision {precision}: this pipeline was opened with weights in {rounded}: open it in "
+                              "fp32 to change the precision")
         sampler = sampler._replace(precision=set_precision(precision, sampler.device))
         return Pipeline(sampler, self.names, self.classes, self.description)
 
@@ -305,7 +305,7 @@ class Pipeline:
         scales = len(self.sampler.model.scale)
         keep_scales = min(3, scales - 1) if keep_scales is None else keep_scales
         if not 0 <= keep_scales <= scales:
-            raise FlowARError(f"keep_scales is {keep_scales}: expected 0 to {scales}, the model's scales")
+            raise FlowARError(f"keep_scales is {keep_scales}: expected 0 to {scales}, the number of scales")
         return self.latents([self.label(label)], self.noise(seed, [0]), **settings)[:keep_scales]
 
     def interpolate(self, label, seed_a, seed_b, count=8, **settings):
@@ -323,7 +323,7 @@ class Pipeline:
         image, mask = as_rgb(image), as_rgb(mask)
         if image.size != mask.size:
             raise FlowARError(f"the mask is {mask.width}x{mask.height} pixels, the image {image.width}x{image.height}: "
-                              "expected one size")
+                              "expected the same size")
         image, mask = (to_tensor(center_crop(picture, size))[None] for picture in (image, mask))
         keep = mask.amax(dim=1, keepdim=True) <= -1 + 2 * DARK
         with torch.no_grad(), autocast(sampler.device, sampler.vae_precision):

@@ -52,7 +52,7 @@ def find_statistics(fid_stats, extractor, img_size):
         fid_stats = DEFAULT_STATS
     if fid_stats:
         return load_statistics(fid_stats, extractor, img_size)
-    log(f"warning: no reference: the {extractor.distance} is left out; give --fid_stats")
+    log(f"warning: no reference, {extractor.distance} is not computed: set --fid_stats")
     return Reference()
 
 
@@ -63,7 +63,7 @@ def load_statistics(path, extractor, img_size):
     """
     archive, arrays = local_file(path), {}
     if not archive.is_file():
-        raise FlowARError(f"--fid_stats {path}: no such file")
+        raise FlowARError(f"--fid_stats {path}: not found")
     with np.load(archive) as file:
         has_images = "arr_0" in file
         if has_images:  # ADM's, whose header alone is read here
@@ -81,8 +81,8 @@ def load_statistics(path, extractor, img_size):
     arrays.setdefault("feature_extractor", np.array(Inception.name))
     for name, value in here.items():
         if name in arrays and arrays[name].item() != value:
-            raise FlowARError(f"--fid_stats {path}: its {name} is {arrays[name].item()}, here it is {value} (a file "
-                              "that does not say it is taken as Inception's); make statistics with "
+            raise FlowARError(f"--fid_stats {path}: {name} is {arrays[name].item()}, expected {value} (a file without "
+                              "feature_extractor counts as Inception's); make statistics with "
                               "scripts/reference_stats.py")
     shapes = {"mu": (extractor.dim,), "sigma": (extractor.dim,) * 2}
     has_spatial = extractor.spatial and "mu_s" in arrays
@@ -90,8 +90,8 @@ def load_statistics(path, extractor, img_size):
         shapes |= {"mu_s": (extractor.spatial,), "sigma_s": (extractor.spatial,) * 2}
     for name, shape in shapes.items():
         if name not in arrays or arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
-            raise FlowARError(f"--fid_stats {path}: expected finite numbers {name} of shape {shape}; make statistics "
-                              "with scripts/reference_stats.py")
+            raise FlowARError(f"--fid_stats {path}: expected {name} of shape {shape}, finite; make statistics with "
+                              "scripts/reference_stats.py")
     kinds = {"mu": np.float64, "sigma": np.float64, "features": np.float32, "held_out": np.float64}
     tensors = {name: torch.from_numpy(arrays[name].astype(kind)) for name, kind in kinds.items() if name in arrays}
     reference = Reference(str(path), {name: tensors[name].numpy() for name in ("mu", "sigma")}, tensors.get("features"))
@@ -115,7 +115,7 @@ def measure_archives(references, joint, device):
     measured = []
     for reference, extractor in zip(references, joint.parts):
         if reference.archive:
-            log(f"{reference.name}: features of its images")
+            log(f"{reference.name}: computing features of its images")
             with np.load(reference.archive) as file:
                 batches = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).split(extractor.batch)
             features = [extract(extractor, batch.to(device))["features"] for batch in batches]

@@ -80,7 +80,7 @@ def write_sweep(folder, like, swept):
                 row[name] = value
         rows.append(row)
     if others:
-        log(f"{folder}: {others} results there have other settings and stay out of the table")
+        log(f"{folder}: {others} results with other settings are not in the table")
     columns, text = {}, io.StringIO()
     for row in rows:
         columns.update(row)
@@ -99,7 +99,7 @@ def plot_sweep(rows, metric, swept, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log(f"no {path.name}: it needs pip install matplotlib")
+        log(f"no {path.name}: it needs matplotlib (pip install matplotlib)")
         return
     varied = [name for name in swept if len({row.get(name) for row in rows}) > 1]
     across, along = "nfe", ("num_step", "num_step_last")

@@ -71,7 +71,7 @@ class Store:
                 self.finished[number] = measured
         missing = [number for number in batches if number not in self.finished]
         if self.finished:
-            log(f"{self.folder}: resumes, {len(missing)} of {len(batches)} batches are missing")
+            log(f"{self.folder}: resumes with {len(missing)} of {len(batches)} batches to do")
         return None, missing
 
     def check_settings(self, settings):
@@ -82,10 +82,10 @@ class Store:
         before = drop_removed(read_json(file)) if file.is_file() else {}
         for key in {**before, **settings}:
             if key not in NOT_COMPARED and before.get(key) != settings.get(key):
-                raise FlowARError(f"{self.folder}: the evaluation there has {key} {before.get(key)}, now it is "
-                                  f"{settings.get(key)}; choose another --output_dir or remove it")
+                raise FlowARError(f"{self.folder}: contains an evaluation with {key} {before.get(key)}, now it is "
+                                  f"{settings.get(key)}: choose another --output_dir, or remove it")
         if before.get("commit") != settings["commit"]:
-            log(f"{self.folder}: the evaluation there is of commit {before.get('commit')}, this is "
+            log(f"{self.folder}: contains results of commit {before.get('commit')}, the current commit is "
                 f"{settings['commit']}")
 
     def path(self, number):
