@@ -1,4 +1,4 @@
-"""A page in the browser that draws pictures of a model, and shows what a scale-wise model can do.
+"""A page in the browser that samples images and shows what a scale-wise model can do.
 
     pip install gradio
     python scripts/app.py                                # demo:fashion, at http://127.0.0.1:7860
@@ -125,7 +125,7 @@ def grow(pipe, drawing):
 def vary(pipe, drawing, keep, count, report):
     """(`count` images that share the chosen image's first `keep` scales, the first is that image itself; seconds)."""
     if drawing is None:
-        raise FlowARError("There is no image to vary: draw some first")
+        raise FlowARError("No image to vary: draw one first")
     keep = check_value("Scales to keep", number(int, 0, len(pipe.sampler.model.scale)), keep)
     count = check_value("Variations", number(int, 1, MOST_IMAGES), count)
     pipe, start = pipe.using(drawing.request.precision, **drawing.request.settings), time.perf_counter()
@@ -183,7 +183,7 @@ footer { display: none !important; }
 }
 """
 WHOLE_PIXELS = ".pictures img { image-rendering: pixelated; }"  # of images below 128 pixels, which are enlarged
-KEEPING = "Its first scales are kept as they are, the finer ones drawn anew."
+KEEPING = "Its first scales are kept, the finer ones are sampled again."
 
 
 class Events:
@@ -283,13 +283,13 @@ def add_fields(gr, pipe):
         what = [gr.Dropdown(classes, value=int(pipe.classes.sampled()[0]), label="Class", allow_custom_value=True,
                             elem_id="class", info="Type to search, by name or number"),
                 gr.Number(0, precision=0, label="Seed", elem_id="seed",
-                          info="Of the first image; the others have the next ones"),
+                          info="Seed of the first image; the next images use the following seeds"),
                 gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="images")]
     with gr.Group():
         how = [gr.Slider(1, max(MOST_CFG, now["cfg"]), now["cfg"], step=0.1, label="Guidance scale (cfg)",
                          elem_id="cfg", info="1: none; higher: clearer, less varied"),
                gr.Slider(0, 1, now["guidance"], step=0.05, label="Guidance interval", elem_id="guidance",
-                         info="It acts at times up to this; 1 is noise"),
+                         info="Applied at times t up to this; t = 1 is noise"),
                gr.Slider(TIME_GRIDS[now["time_grid"]], max(MOST_STEPS, now["num_steps"]), now["num_steps"], step=1,
                          label="Steps of a scale", elem_id="steps")]
         with gr.Row():
@@ -378,8 +378,8 @@ def build_page(pipe, name, words, folder):
 def page_parser():
     parser = make_parser(SamplingOptions, __doc__.splitlines()[0])
     add = parser.add_argument_group("page").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: whoever can reach this machine may draw")
-    add("--port", type=int, help="default: the first free one from 7860 on")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: open to the whole network")
+    add("--port", type=int, help="port of the page; default: the first free one from 7860")
     return parser
 
 
@@ -414,7 +414,7 @@ def serve(args, pipe, words, folder):
     css = STYLE + WHOLE_PIXELS * (pipe.sampler.model.img_size < 128)
     page.launch(server_name=args.host, server_port=args.port, share=False, quiet=True, ssr_mode=False, show_error=True,
                 theme=theme, css=css, prevent_thread_lock=True)
-    print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
+    print(f"running at {page.local_url} (Ctrl-C to stop)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
@@ -423,7 +423,7 @@ def serve(args, pipe, words, folder):
 def main():
     args, words = parse_args()
     if importlib.util.find_spec("gradio") is None:
-        raise FlowARError("scripts/app.py needs gradio: pip install gradio")
+        raise FlowARError("scripts/app.py needs gradio: run pip install gradio")
     pipe = open_for_page(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="flowar-page-", ignore_cleanup_errors=True) as folder:

@@ -64,15 +64,15 @@ PLAIN = {"solver": "euler", "time_grid": "release", "num_steps_last": None, "tem
 class Benchmark(Model, Extractors, Runtime):
     """benchmark"""
     vae_ch: int = setting(128, "base width of the VAE (KL-16 has 128)", POSITIVE)
-    vae_ch_mult: tuple = setting((1, 1, 2, 2, 4), "its levels", list_of(POSITIVE))
-    repeats: int = setting(5, "timings, whose median counts", POSITIVE)
-    json: str = setting(None, "file to write the figures to", path)
+    vae_ch_mult: tuple = setting((1, 1, 2, 2, 4), "width multiplier of each VAE level", list_of(POSITIVE))
+    repeats: int = setting(5, "number of timings, of which the median is reported", POSITIVE)
+    json: str = setting(None, "JSON file for the results", path)
 
 
 @dataclass
 class Memory(Benchmark):
     """training steps"""
-    batch_size: int = setting(16, "images of a step", POSITIVE)
+    batch_size: int = setting(16, "images per step", POSITIVE)
     use_checkpoint: bool = flag("recompute activations")
     attn_dropout: float = setting(0.1, "as in training", BELOW_ONE)
     proj_dropout: float = setting(0.1, "as in training", BELOW_ONE)
@@ -81,9 +81,9 @@ class Memory(Benchmark):
 @dataclass
 class Comparison:
     """comparison"""
-    beside: str = setting(None, "Python file with another implementation", path)
-    against: str = setting(None, "folder of another checkout of this project, timed in turns with this one", path)
-    turns: int = setting(3, "--against: how often each is started", POSITIVE)
+    beside: str = setting(None, "Python file with another implementation to compare with", path)
+    against: str = setting(None, "another checkout of this project, timed alternately with this one", path)
+    turns: int = setting(3, "with --against: number of runs of each checkout", POSITIVE)
 
 
 @dataclass
@@ -95,14 +95,14 @@ class Train(Memory, Comparison):
 @dataclass
 class Sample(Benchmark, SamplingSettings, Comparison):
     """samples"""
-    eval_bsz: int = setting(64, "images of a batch", POSITIVE)
+    eval_bsz: int = setting(64, "images per batch", POSITIVE)
 
 
 @dataclass
 class Evaluate(Benchmark, SamplingSettings):
     """evaluations"""
-    eval_bsz: int = setting(64, "images of a batch", POSITIVE)
-    num_images: int = setting(50000, "images", POSITIVE)
+    eval_bsz: int = setting(64, "images per batch", POSITIVE)
+    num_images: int = setting(50000, "number of images", POSITIVE)
 
 
 def parse_args():
@@ -125,7 +125,7 @@ def build_network(args, device):
 def build_vae(args, device):
     vae = AutoencoderKL(embed_dim=args.vae_embed_dim, ch=args.vae_ch, ch_mult=args.vae_ch_mult)
     if vae.stride != args.vae_stride:
-        raise FlowARError(f"--vae_stride is {args.vae_stride}, but --vae_ch_mult makes {vae.stride}")
+        raise FlowARError(f"--vae_stride is {args.vae_stride}, but --vae_ch_mult gives stride {vae.stride}")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -202,7 +202,8 @@ def benchmark_sample(args, device):
     if args.beside:
         plain_sample = runpy.run_path(args.beside)["sample"]
         if any(options[name] != value for name, value in PLAIN.items()):
-            raise FlowARError(f"--beside is a plain Euler sampler: leave out the options of {', '.join(PLAIN)}")
+            raise FlowARError("--beside compares with a plain Euler sampler: leave out the options for "
+                              f"{', '.join(PLAIN)}")
         ways["plain"] = lambda: sample("plain", lambda: plain_sample(original, labels, noise, **counted))
     if args.compile:
         prepare.compile_sampling(model, args.compile)

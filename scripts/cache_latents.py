@@ -58,19 +58,20 @@ def parse_args():
     add("--cached_path", type=as_type(path), required=True, help="folder to write")
     add("--vae_path", type=as_type(path), help="the VAE, as main_flowar.py takes it; default: "
         "pretrained_models/vae/kl16.ckpt")
-    add("--split", default="train", choices=("train", "val"), help="which images")
-    add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side of a crop")
-    add("--crops", type=as_type(crops_option), default="center", help="center, or a number of random crops an image")
-    add("--no_flip", action="store_true", help="store no flipped copy of the crops")
+    add("--split", default="train", choices=("train", "val"), help="split to encode")
+    add("--img_size", type=as_type(PIXELS), default=256, help="crop size in pixels")
+    add("--crops", type=as_type(crops_option), default="center", help="center, or the number of random crops per image")
+    add("--no_flip", action="store_true", help="do not store a flipped copy of each crop")
     add("--format", default="shards", choices=("shards", "npz"), help="shards, or MAR's .npz files")
-    add("--dtype", default="float16", choices=latents.DTYPES, help="of the moments in shards")
-    add("--shard_size", type=as_type(POSITIVE), default=10000, help="images a shard")
-    add("--on_bad_image", default="error", choices=("error", "skip"), help="what to do with unreadable images")
-    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
-    add("--batch_size", type=as_type(POSITIVE), default=128, help="crops a process")
-    add("--num_workers", type=as_type(WORKERS), help="data workers of a process; default: as in training")
-    add("--seed", type=as_type(SEED), default=0, help="seed of the crops and of the images' order")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to encode")
+    add("--dtype", default="float16", choices=latents.DTYPES, help="data type of the moments in shards")
+    add("--shard_size", type=as_type(POSITIVE), default=10000, help="images per shard")
+    add("--on_bad_image", default="error", choices=("error", "skip"), help="unreadable images: stop, or skip them")
+    add("--background", type=as_type(color), default="white", help="colour behind transparent pixels: '#ff8000' or "
+        "255,128,0")
+    add("--batch_size", type=as_type(POSITIVE), default=128, help="crops per process and forward pass")
+    add("--num_workers", type=as_type(WORKERS), help="data loading workers per process; default: as in training")
+    add("--seed", type=as_type(SEED), default=0, help="seed of the crops and the order of images")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device of the VAE")
     args = parser.parse_args()
     args.flip = not args.no_flip
     return args
@@ -98,7 +99,7 @@ class Crops(Dataset):
         except FlowARError as error:
             if self.skip:
                 return str(error)
-            raise FlowARError(f"{error}; mend or remove it, or --on_bad_image skip") from error
+            raise FlowARError(f"{error}; fix or remove it, or use --on_bad_image skip") from error
         crops = [self.images.crop(image, (crop, index)) for crop in range(self.crops)]
         digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
         converted = sum(1 << number for number in conversions)
@@ -143,8 +144,8 @@ def encode_groups(data, groups, vae, args, device):
         if parts:
             yield rows, torch.cat(parts), bad
         elif args.format == "shards":
-            raise FlowARError(f"{args.data_path}: none of {len(group)} images in a row can be read ({bad[0]}); "
-                              "mend or remove them")
+            raise FlowARError(f"{args.data_path}: {len(group)} images in a row cannot be read ({bad[0]}); fix or "
+                              "remove them")
     progress.close()
 
 
@@ -265,11 +266,11 @@ def check_same(folder, before, settings):
         if key == "vae_sha256" and before.get("vae_tensors") == settings["vae_tensors"]:
             continue  # the same in another file
         if key == "source_sha256":
-            raise FlowARError(f"{folder}: the images are not those of this cache (names or sizes changed since); "
-                              "choose another --cached_path or remove it")
+            raise FlowARError(f"{folder}: the images differ from those of this cache (names or sizes changed); choose "
+                              "another --cached_path or remove it")
         if key == "variants":
-            raise FlowARError(f"{folder}: this cache was made {'with' if before[key] < value else 'without'} --no_flip; "
-                              "do the same, choose another --cached_path or remove it")
+            raise FlowARError(f"{folder}: this cache was made {'with' if before[key] < value else 'without'} "
+                              "--no_flip; use the same, choose another --cached_path or remove it")
         raise FlowARError(f"{folder}: this cache was made with {key} {str(before.get(key))[:200]}, now it is "
                           f"{str(value)[:200]}; choose another --cached_path or remove it")
 
@@ -281,8 +282,8 @@ def cache_npz(data, vae, args, device, folder, settings):
     """<cached_path>/<class>/<file name>.npz with `moments` and `moments_flip`, float32."""
     listing = data.images.listing
     if listing.labels_from:
-        raise FlowARError("--format npz: MAR's layout has no labels but those of class folders, and these images have "
-                          f"those of {listing.labels_from}: leave it out, for shards")
+        raise FlowARError("--format npz supports labels from class folders only, but these come from "
+                          f"{listing.labels_from}: use --format shards")
     info = {**settings, "images": len(listing), "complete": False}
     cluster.from_main(lambda: begin_npz(folder, info, listing))
     mine = range(cluster.rank(), len(listing), cluster.world_size())
@@ -310,7 +311,7 @@ def begin_npz(folder, info, listing):
 def main():
     args = parse_args()
     if args.format == "npz" and (args.crops != "center" or not args.flip):
-        raise FlowARError("--format npz is MAR's layout, which holds the centre crop and its flipped copy: leave out "
+        raise FlowARError("--format npz always stores the centre crop and its flipped copy, as MAR does: leave out "
                           "--crops and --no_flip")
     device = cluster.init(args.device)
     named = find_vae(args.vae_path)

@@ -1,4 +1,4 @@
-"""List every image of a folder that cannot be read, and name what else may be a mistake, before hours of work.
+"""List the unreadable images of a folder and other likely mistakes, before hours of training.
 
     python scripts/check_images.py imagenet/train            # or an archive, a dataset, a folder of reference images
 """
@@ -40,30 +40,31 @@ def advice(listing, sides, img_size):
     """Lines on what may be a mistake, each with what to do."""
     classes, counts = listing.classes, listing.counts
     if empty := [name for name, count in zip(classes, counts) if not count]:
-        yield (f"{len(empty)} of {len(classes)} class folders hold no image ({name_some(empty, 3)}) and keep their "
-               "labels")
+        yield (f"{len(empty)} of {len(classes)} class folders contain no images ({name_some(empty, 3)}), but count as "
+               "classes")
     if len(classes) == 1:
         yield f"one class folder, {classes[0]}: every image gets the same label"
     if not listing.labels_from:
         direct = np.bincount(listing.labels[listing.depths == 1], minlength=len(classes))
         nested = [name for name, count, images in zip(classes, counts, direct) if count and not images]
         if nested:
-            yield (f"{len(nested)} of {len(classes)} class folders hold only folders ({name_some(nested, 3)}): if "
+            yield (f"{len(nested)} of {len(classes)} class folders contain only folders ({name_some(nested, 3)}): if "
                    "those are the classes, move them up")
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
-        yield "class names are numbers, and labels follow the order of text: 10 comes before 2; use leading zeros"
+        yield "class names are numbers but sorted as text (10 before 2): use leading zeros"
     if small := [side for side in sides if side < img_size]:
-        yield (f"{len(small)} of {len(sides)} images are smaller than --img_size {img_size} (shorter side from "
-               f"{min(small)} pixels on; median of all {int(np.median(sides))}): the model learns the blur of "
-               "enlarging")
+        yield (f"{len(small)} of {len(sides)} images are smaller than --img_size {img_size} (shorter side: minimum "
+               f"{min(small)} pixels, median of all {int(np.median(sides))}): they are enlarged, and the model learns "
+               "the blur")
 
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=as_type(path), help="folder, archive or dataset, see docs/data.md, or a flat set of images")
-    add("--img_size", type=as_type(PIXELS), default=256, help="pixels of training, to name smaller images")
-    add("--num_workers", type=as_type(WORKERS), help="processes that read; default: the CPUs, at most 10")
+    add("folder", type=as_type(path), help="folder, archive or dataset, with or without classes (see docs/data.md)")
+    add("--img_size", type=as_type(PIXELS), default=256, help="training image size in pixels: smaller images are "
+        "counted")
+    add("--num_workers", type=as_type(WORKERS), help="reading processes; default: number of CPUs, at most 10")
     add_options(parser, fields(Columns))
     args = parser.parse_args()
     listing = list_images(args.folder, flat=True, columns=args)
@@ -84,7 +85,7 @@ def main():
     for line in advice(listing, sides, args.img_size):
         print(f"warning: {line}")
     if bad:
-        raise FlowARError(f"{args.folder}: {bad} of {len(listing)} images cannot be read; they are named above")
+        raise FlowARError(f"{args.folder}: {bad} of {len(listing)} images cannot be read (listed above)")
 
 
 if __name__ == "__main__":

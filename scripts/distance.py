@@ -1,4 +1,4 @@
-"""Distance between two folders of images, in the features of an evaluation, with the floor that makes it readable.
+"""Distance between two folders of images in an evaluation's features, with the floor to compare it with.
 
 A distance falls as the images become more. So it is given for all images, and for as many as the floor has, which is
 the distance of two random halves of one folder: what is left between images of one source.
@@ -32,16 +32,17 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("folders", type=as_type(path), nargs="+", help="one or two folders of images, in class folders or not")
-    add("--halves", action="store_true", help="of one folder the floor alone, as without a VAE")
-    add("--vae_path", type=as_type(path), help="VAE, as main_flowar.py takes it")
-    add("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
+    add("--halves", action="store_true", help="only the floor of one folder: the distance of its halves")
+    add("--vae_path", type=as_type(path), help="compare the folder with itself through this VAE")
+    add("--img_size", type=as_type(PIXELS), help="centre-crop images to this size in pixels; default: no crop")
     add_options(parser, (*fields(Extractors), *fields(Columns)))
-    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
-    add("--seed", type=as_type(SEED), default=0, help="of the halves")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--background", type=as_type(color), default="white", help="colour behind transparent pixels: white (default), "
+        "'#ff8000' or 255,128,0")
+    add("--seed", type=as_type(SEED), default=0, help="seed of the random halves")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device of the feature networks")
     args = parser.parse_intermixed_args()  # folders may stand after options
     if len(args.folders) - 1 + args.halves + bool(args.vae_path) > 1:
-        raise FlowARError("two folders, or one and --vae_path, or one and --halves: give one of these")
+        raise FlowARError("expected two folders, or one folder and --vae_path, or one folder and --halves")
     return args
 
 
@@ -80,7 +81,7 @@ def main():
     sizes = [references[0].img_size for references in measured]
     counts = [references[0].images for references in measured]
     if len(set(sizes)) > 1:
-        raise FlowARError(f"{args.folders[0]}: images of {sizes[0]} pixels, {args.folders[1]}: of {sizes[1]}: give "
+        raise FlowARError(f"{args.folders[0]} has images of {sizes[0]} pixels, {args.folders[1]} of {sizes[1]}: set "
                           "--img_size")
     half = min(LARGEST_HALF, min(counts) // 2)
     for extractor, *references in zip(joint.parts, *measured):

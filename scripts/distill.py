@@ -1,4 +1,4 @@
-"""Distil a FlowAR into a student that samples in one or two steps a scale, without guidance (docs/few-step.md).
+"""Distil a FlowAR into a student that samples in one or two steps per scale, without guidance (docs/few-step.md).
 
     torchrun --standalone --nproc_per_node=8 scripts/distill.py --resume pretrained_models/FlowAR-S.pth \\
         --cfg 4.3 --num_step 25 --guidance 0.9 --output_dir output/student \\
@@ -37,14 +37,12 @@ DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99
 @dataclass
 class DistillationOptions(TrainingOptions):
     """distillation"""
-    student_steps: int = setting(2, "steps a scale that the student samples with where no option says otherwise",
-                                 POSITIVE, beyond=True)
-    reuse: int = setting(4, "times drawn for every pair of noise and the teacher's solution, in one pass", POSITIVE,
-                         beyond=True)
-    at_noise: float = setting(0.25, "part of the times that are exactly 1, where sampling begins; 1: for one step "
-                              "alone", FRACTION, beyond=True)
-    condition_on: str = setting("own", "coarser scales that the condition is of: what the teacher draws, as in "
-                                "sampling, or the training images'", one_of("own", "latents"), beyond=True)
+    student_steps: int = setting(2, "default sampling steps of the student per scale", POSITIVE, beyond=True)
+    reuse: int = setting(4, "training times per pair of noise and teacher solution", POSITIVE, beyond=True)
+    at_noise: float = setting(0.25, "fraction of training times that are exactly 1 (pure noise); 1: for one-step "
+                              "sampling only", FRACTION, beyond=True)
+    condition_on: str = setting("own", "coarser scales to condition on: those the teacher samples (own), or latents of "
+                                "the training images", one_of("own", "latents"), beyond=True)
     teacher: str | None = None  # these three are no options: checkpoints remember them
     teacher_sha256: str | None = None
     teacher_sampling: dict | None = None
@@ -53,10 +51,10 @@ class DistillationOptions(TrainingOptions):
 def open_teacher(args):
     """(FlowAR on the CPU, its Checkpoint, its Sampling) of --resume."""
     if not args.resume:
-        raise FlowARError("--resume is missing: give the teacher's checkpoint, or a name such as released:flowar_small")
+        raise FlowARError("--resume is missing: pass the teacher's checkpoint, or a name such as released:flowar_small")
     for name in ("dry_run", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
         if getattr(args, name):
-            raise FlowARError(f"--{name} does not apply to a distillation: leave it out")
+            raise FlowARError(f"--{name} is not supported in distillation: leave it out")
     start = checkpoint.open_on_all(args.resume)
     teacher = load_flowar(start.path, args.weights)  # the file: of a folder another might be taken
     if type(teacher) is not FlowAR:
@@ -86,8 +84,8 @@ def check_same(args):
     before = {**start.options, "teacher_sampling": drop_removed(start.options.get("teacher_sampling") or {})}
     for name in ("teacher_sha256", "teacher_sampling", "reuse", "at_noise", "condition_on"):
         if before.get(name) != getattr(args, name):
-            raise FlowARError(f"{start.path}: its {name} is {before.get(name)}, now {getattr(args, name)}: give the "
-                              "same, or another --output_dir")
+            raise FlowARError(f"{start.path}: {name} is {before.get(name)}, now {getattr(args, name)}: use the same, "
+                              "or choose another --output_dir")
 
 
 def main():

@@ -42,13 +42,13 @@ LISTED = 100  # classes: more are in config.json alone
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--resume", type=as_type(path), required=True, help="run: folder, checkpoint, or hf:, released:, demo: name")
-    add("--weights", metavar="ema|raw|KEY", help="which weights; default: the average (EMA) where there is one")
+    add("--resume", type=as_type(path), required=True, help="run folder, checkpoint, or hf:, released:, demo: name")
+    add("--weights", metavar="ema|raw|KEY", help="weights to export; default: ema if present")
     add("--output", type=as_type(path), required=True, help="folder to write, new or empty")
-    add("--format", choices=("safetensors", "pth"), default="safetensors", help="pth: a bare state dict as released")
-    add("--vae_path", type=as_type(path), help="the run's VAE, where it is not any more where the run had it")
-    add("--no_vae", action="store_true", help="leave the run's own VAE out (kl16.ckpt always is: it is released:kl16)")
-    add("--license", default="unknown", help="of the weights, as the Hugging Face hub names it: apache-2.0, mit")
+    add("--format", choices=("safetensors", "pth"), default="safetensors", help="pth: a bare state dict, as released")
+    add("--vae_path", type=as_type(path), help="the run's VAE, if its file was moved")
+    add("--no_vae", action="store_true", help="leave out the run's VAE (kl16.ckpt always is: use released:kl16)")
+    add("--license", default="unknown", help="license of the weights, by its Hugging Face name: apache-2.0, mit")
     add("--push", metavar="OWNER/REPO", help="upload the folder to the Hugging Face hub")
     return parser.parse_args()
 
@@ -88,11 +88,11 @@ def find_vae_file(args, content):
     if Path(path).name == Path(DEFAULT_PATH).name:
         return None
     if not args.vae_path and not Path(path).is_file():
-        log(f"warning: the run's VAE {path} is not there: the export is without it (give --vae_path FILE)")
+        log(f"warning: VAE {path} not found: exporting without it (use --vae_path FILE)")
         return None
     if origin.sha256 and file_hash(path) != origin.sha256:
-        raise FlowARError(f"{path}: is not the VAE that the run was trained with: give that one with --vae_path, or "
-                          "leave it out with --no_vae")
+        raise FlowARError(f"{path}: not the VAE that the run was trained with: pass the right one with --vae_path, or "
+                          "use --no_vae")
     return Path(path)
 
 
@@ -200,7 +200,7 @@ def main():
     folder = Path(args.output)
     make_directory(folder)
     if any(folder.iterdir()):
-        raise FlowARError(f"--output {folder}: is not empty: give a new folder")
+        raise FlowARError(f"--output {folder}: not empty: choose a new folder")
     checkpoint = open_newest(args.resume)
     path, content = checkpoint.path, checkpoint.content
     model, vae = load_flowar(path, args.weights), find_vae_file(args, content)
@@ -219,13 +219,13 @@ def main():
     else:
         header = {name: config[name] for name in ("args", "data", "vae", "weights_key")}
         write_safetensors(model.state_dict(), header, folder / EXPORTED)
-    log(f"card: figures of {report['path']}" if report else "card: no results of these weights")
+    log(f"model card: results from {report['path']}" if report else "model card: no results of these weights found")
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     if args.push:
         from huggingface_hub import HfApi
         HfApi().create_repo(args.push, exist_ok=True)
         HfApi().upload_folder(repo_id=args.push, folder_path=folder, commit_message="FlowAR weights")
-        print(f"on the hub as hf:{args.push}")
+        print(f"uploaded to the hub as hf:{args.push}")
 
 
 if __name__ == "__main__":

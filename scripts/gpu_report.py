@@ -45,12 +45,13 @@ def file_name(text):
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--device", type=as_type(DEVICE), default="auto", help="cpu: a rehearsal, with small sizes")
-    add("--minutes", type=as_type(REAL), default=9, help="stages that have not begun are left to the next command")
-    add("--sizes", type=as_type(list_of(one_of(*SAMPLING))), default=tuple(SAMPLING)[:3], help="three models")
-    add("--batches", type=as_type(list_of(POSITIVE)), default=(1, 64, 256), help="three numbers of images at once")
-    add("--extra", type=shlex.split, default=[], help="options for every benchmark, such as a small geometry")
-    add("--store", type=as_type(path), default="output/gpu_report", help="folder for report and figures")
+    add("--device", type=as_type(DEVICE), default="auto", help="cpu: a trial run with small sizes")
+    add("--minutes", type=as_type(REAL), default=9, help="time limit; the next run continues with the remaining stages")
+    add("--sizes", type=as_type(list_of(one_of(*SAMPLING))), default=tuple(SAMPLING)[:3], help="three models to "
+        "measure")
+    add("--batches", type=as_type(list_of(POSITIVE)), default=(1, 64, 256), help="three batch sizes")
+    add("--extra", type=shlex.split, default=[], help="extra options for every benchmark, such as a small geometry")
+    add("--store", type=as_type(path), default="output/gpu_report", help="folder for report and results")
     return parser.parse_args()
 
 
@@ -150,7 +151,7 @@ def main():
     path = store / file_name(about["device"])
     write_bytes(as_markdown(about, stages, results).encode(), path.with_suffix(".md"))
     write_json({**about, "stages": results}, path.with_suffix(".json"))
-    left = "" if len(results) == len(stages) else ": the same command continues"
+    left = "" if len(results) == len(stages) else ": run the same command to continue"
     print(f"{len(results)} of {len(stages)} stages are done; {path}.md{left}")
 
 

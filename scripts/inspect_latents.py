@@ -33,15 +33,15 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--cached_path", type=as_type(path), required=True, help="cache of shards")
-    add("--data_path", type=as_type(path), help="the images it was made of; without them only decoded ones are drawn")
+    add("--data_path", type=as_type(path), help="images the cache was made from; default: show decoded images only")
     add_options(parser, fields(Columns))
-    add("--split", default="train", choices=("train", "val"), help="which images")
+    add("--split", default="train", choices=("train", "val"), help="split of the originals")
     add("--vae_path", type=as_type(path), help="the VAE, as main_flowar.py takes it; default: "
         "pretrained_models/vae/kl16.ckpt")
-    add("--scales", type=as_type(list_of(POSITIVE)), help="of the pyramid; default: doubling up to the latent's size")
-    add("--images", type=as_type(POSITIVE), default=8, help="images to draw")
+    add("--scales", type=as_type(list_of(POSITIVE)), help="pyramid scales; default: doubling up to the latent size")
+    add("--images", type=as_type(POSITIVE), default=8, help="number of images to show")
     add("--output", type=as_type(path), required=True, help="PNG to write")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to decode")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device of the VAE")
     return parser.parse_args()
 
 
@@ -70,7 +70,7 @@ def originals(data, chosen, args):
     names = [name for shard in index["shards"] for name in read_texts(data.root / shard["file"], "names")]
     missing = [names[i] for i in chosen if names[i] not in position]
     if missing:
-        raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} is not there; the cache was made of other "
+        raise FlowARError(f"{args.data_path}/{args.split}: {missing[0]} not found: the cache was made from other "
                           "images")
     return pictures_of(to_uint8(torch.stack([images[(0, position[names[i]])][0] for i in chosen])))
 
@@ -97,8 +97,8 @@ def main():
     device = select_device(args.device)
     check_picture(args.output)
     if not ShardedMoments.is_at(args.cached_path):
-        raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards there; scripts/cache_latents.py makes "
-                          "one")
+        raise FlowARError(f"--cached_path {args.cached_path}: no cache of shards found: make one with "
+                          "scripts/cache_latents.py")
     data = ShardedMoments(args.cached_path)
     print_statistics(data.index)
     named = find_vae(args.vae_path)

@@ -63,7 +63,7 @@ def read_settings(path):
         image.load()  # the chunk may lie behind the pixels
         settings = image.info.get(SETTINGS)
     if settings is None:
-        raise FlowARError(f"{path}: holds no settings of scripts/sample.py")
+        raise FlowARError(f"{path}: contains no settings of scripts/sample.py")
     return json.loads(settings)
 
 

@@ -14,10 +14,10 @@ from util.command_line import Parser, as_type, path
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("tables", nargs="+", type=as_type(path), help="results.csv files; a line is named by its folder and --by")
+    add("tables", nargs="+", type=as_type(path), help="results.csv files; lines are named by folder and --by")
     add("--x", default="nfe", help="column of the horizontal axis")
     add("--y", help="column of the vertical axis; default: the first distance")
-    add("--by", default="solver", help="column that separates lines")
+    add("--by", default="solver", help="column with one line per value")
     add("--log", action="store_true", help="logarithmic horizontal axis")
     add("--output", type=as_type(path), required=True, help="picture to write")
     return parser.parse_args()

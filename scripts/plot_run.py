@@ -1,4 +1,4 @@
-"""Draw training runs: loss, that of every scale, validation of raw and EMA weights, learning rate, images/s, distance.
+"""Plot training runs: loss, also per scale, validation of raw and EMA weights, learning rate, images/s, distance.
 
     python scripts/plot_run.py output/run                                   # plot_run.png in the first run's folder
     python scripts/plot_run.py output/small output/base --output runs.pdf   # compared, in the same panels
@@ -63,7 +63,7 @@ def read_run(name):
     for line in read_lines(file):  # of two lines of a step the later one counts
         groups.setdefault(line["group"], {})[line["step"]] = line
     if not groups.get("train"):
-        raise FlowARError(f"{file}: no line of training in it: expected a log of main_flowar.py")
+        raise FlowARError(f"{file}: no training entries found: expected a log of main_flowar.py")
     groups = {group: [lines[step] for step in sorted(lines)] for group, lines in groups.items()}
     if file.name != "log.jsonl":  # of a run before, of which no evaluation tells
         return LoggedRun(f"{file.parent.name}/{file.name}", groups, None, [])
@@ -153,7 +153,7 @@ def draw_distance(axis, runs):
     metric, handles = next(run.metric for run in runs if run.metric), {}
     for run, color in zip(runs, COLORS):
         if run.metric not in (None, metric):
-            log(f"{run.name}: another distance than {metric}: left out of its panel")
+            log(f"{run.name}: measures another distance than {metric}: not in that panel")
             continue
         for kind, style in MEASURED.items():
             points = [(step, value) for step, value, how in run.distances if how == kind]
@@ -210,8 +210,9 @@ def save(figure, path):
 
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=as_type(path), help="output folders of trainings, or their log.jsonl")
-    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png by the first log")
+    parser.add_argument("runs", nargs="+", type=as_type(path), help="run folders, or their log.jsonl")
+    parser.add_argument("--output", type=as_type(path), help="PNG, PDF or SVG; default: plot_run.png beside the first "
+                        "log")
     return parser.parse_args()
 
 

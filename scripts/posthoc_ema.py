@@ -1,4 +1,4 @@
-"""Rebuild the EMA of any width of a training with --posthoc_ema, after it (EDM2, arXiv 2312.02696).
+"""Rebuild an EMA of any width after a training with --posthoc_ema (EDM2, arXiv 2312.02696).
 
     python scripts/posthoc_ema.py --resume output/run --width 0.07                        # output/run/ema_width0.07.pth
     python scripts/posthoc_ema.py --resume output/run --width 0.03,0.05,0.1 --output output/widths
@@ -30,14 +30,14 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--resume", type=as_type(path), required=True,
-        help="run: a folder with checkpoint-last.pth, or a checkpoint, beside its snapshots posthoc-*.pth")
+        help="run folder with checkpoint-last.pth, or a checkpoint, beside its snapshots posthoc-*.pth")
     add("--width", type=as_type(list_of(number(float, 0.001, 0.28))), required=True,
-        help="relative width of the EMA; of several, separated by commas, a file each")
-    add("--step", type=as_type(POSITIVE), help="optimizer step that it is the EMA of; default: the checkpoint's")
+        help="relative width of the EMA, such as 0.07; comma-separated widths are written to one file each")
+    add("--step", type=as_type(POSITIVE), help="optimizer step of the EMA; default: the checkpoint's")
     add("--output", type=as_type(path),
-        help="file to write, of several widths a folder; default: ema_width<WIDTH>.pth in the run's folder")
+        help="file to write, or folder for several widths; default: ema_width<WIDTH>.pth in the run's folder")
     add("--largest_error", type=as_type(FRACTION), default=LARGEST_ERROR,
-        help="relative error of a profile above which a width is refused")
+        help="maximum relative error of the EMA profile")
     return parser.parse_args()
 
 
@@ -53,8 +53,8 @@ def read_averages(checkpoint, step):
         for width in POWER_WIDTHS:
             tensors = snapshot["posthoc"][f"{width:g}"]
             if shapes_of(tensors) != shapes:
-                raise FlowARError(f"{file}: its tensors are not those of {checkpoint.path}, they look like another "
-                                  "model's: move the file away")
+                raise FlowARError(f"{file}: tensors do not match those of {checkpoint.path}, probably of another "
+                                  "model: move the file away")
             averages[snapshot["step"], width] = tensors
     return averages
 
@@ -89,11 +89,11 @@ def rebuild(checkpoint, averages, step, width, largest_error):
     """Content of a file with the EMA of a width, and with what the checkpoint says of its run."""
     path, content = checkpoint.path, checkpoint.content
     factors, error = rebuild_power(list(averages), (step, width))
-    source = "tracked" if error == 0 else f"of {len(averages)} averages, error of its profile {error:.2%}"
+    source = "tracked" if error == 0 else f"combined from {len(averages)} averages, profile error {error:.2%}"
     if error > largest_error:
-        raise FlowARError(f"--width {width} at step {step}: {source}, more than {largest_error:.0%}: give another "
-                          "(between 0.05 and 0.1 the error is smallest), train with more snapshots (a smaller "
-                          "--posthoc_ema), or accept it with --largest_error")
+        raise FlowARError(f"--width {width} at step {step}: {source}, more than {largest_error:.0%}: choose another "
+                          "width (the error is smallest from 0.05 to 0.1), train with a smaller --posthoc_ema, or "
+                          "raise --largest_error")
     log(f"{path}: width {width} at step {step}: {source}")
     record = {name: content[name] for name in ("args", "images", "data", "vae") if name in content}
     tensors = {**find_model(content, path, "raw first").tensors, **combine(averages.values(), factors)}
@@ -104,19 +104,19 @@ def main():
     args = parse_args()
     checkpoint = open_newest(args.resume)
     if "posthoc" not in checkpoint.content:
-        raise FlowARError(f"{checkpoint.path}: it has no averages to rebuild others from: expected a checkpoint of a "
-                          "training with --posthoc_ema")
+        raise FlowARError(f"{checkpoint.path}: contains no averages to rebuild from: expected a checkpoint trained "
+                          "with --posthoc_ema")
     last = checkpoint.content["progress"]["step"]
     step = args.step or last
     if step > last:
-        raise FlowARError(f"--step {step}: {checkpoint.path} is of step {last}")
+        raise FlowARError(f"--step {step}: {checkpoint.path} ends at step {last}")
     files = {width: Path(args.output or checkpoint.path.parent, f"ema_width{width}.pth") for width in args.width}
     if args.output and len(files) == 1:
         files = {args.width[0]: Path(args.output)}
     for file in files.values():
         check_output(file)
         if file.exists():
-            raise FlowARError(f"{file}: is there already: give another --output, or remove it")
+            raise FlowARError(f"{file}: already exists: choose another --output, or remove it")
     averages = read_averages(checkpoint, step)
     with torch.no_grad():
         for width, file in files.items():

@@ -45,9 +45,9 @@ def write_images(folder, images, labels, limit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=as_type(path), required=True, help="folder to make")
-    parser.add_argument("--train", type=as_type(POSITIVE), default=1000, help="training images of a class")
-    parser.add_argument("--val", type=as_type(POSITIVE), default=200, help="test images of a class")
+    parser.add_argument("--output", type=as_type(path), required=True, help="folder to create")
+    parser.add_argument("--train", type=as_type(POSITIVE), default=1000, help="training images per class")
+    parser.add_argument("--val", type=as_type(POSITIVE), default=200, help="test images per class")
     args = parser.parse_args()
     output = Path(args.output)
     if output.is_dir():
@@ -55,7 +55,7 @@ def main():
         if counts != [len(GARMENTS) * args.train, len(GARMENTS) * args.val]:
             raise FlowARError(f"{output}: {counts[0]} training and {counts[1]} test images, expected "
                               f"{len(GARMENTS) * args.train} and {len(GARMENTS) * args.val}: move or remove the folder")
-        print(f"{counts[0]} training and {counts[1]} test images are in {output} already")
+        print(f"{counts[0]} training and {counts[1]} test images are already in {output}")
         return
     temporary, folder = output.with_name(output.name + ".tmp"), DEBIAN
     shutil.rmtree(temporary, ignore_errors=True)
@@ -64,8 +64,9 @@ def main():
         try:
             folder = Path(FashionMNIST(output.parent / "download", download=True).raw_folder)
         except RuntimeError as error:
-            raise FlowARError(f"{error}: without network install Debian's package dataset-fashion-mnist, or copy "
-                              f"Fashion-MNIST's four files into {output.parent}/download/FashionMNIST/raw") from error
+            raise FlowARError(f"{error}: without network access, install Debian's package dataset-fashion-mnist, or "
+                              "copy Fashion-MNIST's four files into "
+                              f"{output.parent}/download/FashionMNIST/raw") from error
     counts = []
     for split, name in SPLITS.items():
         images, labels = (read_idx(folder / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))

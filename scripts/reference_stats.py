@@ -29,14 +29,15 @@ from util.options import Extractors
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ref_images", type=as_type(path), required=True, help="folder of images, in class folders or not")
-    add("--held_out", type=as_type(path), help="folder of other real images, for FDr, such as the validation images")
-    add("--output", type=as_type(path), required=True, help=".npz to write")
-    add("--img_size", type=as_type(PIXELS), help="centre-crop the images to this size; default: as they are")
-    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
-    add("--keep_features", action="store_true", help="store the features too")
+    add("--ref_images", type=as_type(path), required=True, help="folder of images, with or without class folders")
+    add("--held_out", type=as_type(path), help="folder of other real images for FDr, such as the validation set")
+    add("--output", type=as_type(path), required=True, help=".npz file to write")
+    add("--img_size", type=as_type(PIXELS), help="centre-crop images to this size in pixels; default: no crop")
+    add("--background", type=as_type(color), default="white", help="colour behind transparent pixels: white (default), "
+        "'#ff8000' or 255,128,0")
+    add("--keep_features", action="store_true", help="also store the features, for KID, precision and recall")
     add_options(parser, (*fields(Extractors), *fields(Columns)))
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device of the feature networks")
     return parser.parse_args()
 
 
@@ -73,7 +74,7 @@ def main():
     cluster.set_precision(None, device)  # as an evaluation does, whose features these are compared with
     check_output(args.output)
     if Path(args.output).exists() or not args.output.endswith(".npz"):
-        raise FlowARError(f"--output {args.output}: expected the name of an .npz file that is not there yet")
+        raise FlowARError(f"--output {args.output}: expected a new .npz file")
     with cluster.first_on_host():  # one download
         joint = build_extractors(args.feature_extractor, device)
     listing = cluster.from_main(lambda: list_reference(args.ref_images, args))
@@ -82,7 +83,7 @@ def main():
     if args.held_out:  # first: they are fewer
         others = cluster.from_main(lambda: list_reference(args.held_out, args))
         if others.identity() == listing.identity():
-            raise FlowARError(f"--held_out {args.held_out}: the same images as those of --ref_images {args.ref_images}")
+            raise FlowARError(f"--held_out {args.held_out}: contains the same images as --ref_images {args.ref_images}")
         held_out = extract_folder(others, joint, device, size, keep=False, **options)
         size = cluster.from_main(lambda: held_out[0].img_size)
     references = extract_folder(listing, joint, device, size, keep=args.keep_features, **options)

@@ -22,12 +22,12 @@ from util.manifest import code_version
 from util.options import SamplingOptions
 
 KINDS = {  # option: what it draws
-    "grid": "a row for each class, of --seeds, or of --per_class images",
-    "strip": "the first image after every scale",
-    "trajectory": "the last scale of the first image on its way from noise",
+    "grid": "a grid with one row per class, of --seeds or --per_class images",
+    "strip": "the first image after each scale",
+    "trajectory": "the first image's last scale on its way from noise",
     "variations": "--per_class images that share their first --keep_scales scales",
-    "interpolate": "--per_class images from the first of --seeds to the last",
-    "edit": "an image of the first of --labels, and its fine scales drawn for the others"}
+    "interpolate": "--per_class images between the first and the last of --seeds",
+    "edit": "an image of the first label, with its fine scales sampled for the others"}
 
 FILES = (*KINDS, "inpaint", "folder")
 
@@ -47,14 +47,14 @@ def sample_parser():
         add(f"--{kind}", type=as_type(path), nargs="?", const=f"{kind}.png", metavar="FILE",
             help=f"picture of {what}; default {kind}.png")
     add("--inpaint", type=as_type(path), nargs="+", metavar=("IMAGE MASK", "FILE"),
-        help="--per_class images with the white parts of MASK drawn anew, to FILE (inpaint.png)")
-    add("--folder", type=as_type(path), help="folder for single pictures of the grid, <label>-<seed or number>.png")
-    add("--labels", type=as_type(list_of(str)), help="numbers or names; default: the first 10 that were trained")
-    add("--seeds", type=as_type(seed_list), help="a picture of each class for each of these seeds, as 0-15 or 1,4,9")
-    add("--per_class", type=as_type(POSITIVE), default=8, help="samples of each class")
-    add("--keep_scales", type=as_type(COUNT), help="scales that --variations and --edit keep; default: at most 3")
+        help="--per_class images with the white parts of MASK sampled again; default inpaint.png")
+    add("--folder", type=as_type(path), help="folder for single images of the grid, <label>-<seed or number>.png")
+    add("--labels", type=as_type(list_of(str)), help="class numbers or names; default: the first 10 trained classes")
+    add("--seeds", type=as_type(seed_list), help="one image per class and seed, such as 0-15 or 1,4,9")
+    add("--per_class", type=as_type(POSITIVE), default=8, help="images per class")
+    add("--keep_scales", type=as_type(COUNT), help="scales kept by --variations and --edit; default: at most 3")
     add("--again", type=as_type(path), metavar="PICTURE",
-        help="take the options that a picture was made with; those given here come first")
+        help="use the options stored in a picture; options passed here override them")
     return parser
 
 
@@ -82,7 +82,7 @@ def parse_args():
         settings = read_settings(picture.again)
         before, kind = by_options_of_now(settings["command"]), settings["picture"]
         if settings.get("commit") != (commit := code_version()):
-            print(f"{picture.again}: drawn by commit {settings.get('commit')}, this is {commit}")
+            print(f"{picture.again}: made with commit {settings.get('commit')}, the current commit is {commit}")
         args = sample_parser().parse_args(before)
         for other in {*FILES} - {kind}:
             setattr(args, other, None)
@@ -131,7 +131,7 @@ def draw(kind, pipe, labels, args):
         return [pipe.variations(first, keep_scales=args.keep_scales, count=args.per_class, seed=start)], names[:1], []
     if kind == "interpolate":
         if not args.seeds or len(args.seeds) < 2:
-            raise FlowARError("--interpolate needs two seeds, its ends: --seeds 0,1")
+            raise FlowARError("--interpolate needs two seeds: --seeds 0,1")
         return [pipe.interpolate(first, start, args.seeds[-1], args.per_class)], names[:1], []
     if kind == "edit":
         edited = [pipe.edit(first, label, args.keep_scales, seed=start)[0] for label in labels[1:]]

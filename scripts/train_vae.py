@@ -44,30 +44,31 @@ PICTURES = 12
 def parse_args():
     parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or hf:...")
+    add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or "
+        "hf:OWNER/NAME")
     add_options(parser, fields(Columns))
     add("--output", type=as_type(path), required=True, help="file to write; <output>.png shows reconstructions")
-    add("--background", type=as_type(color), default="white", help="under transparent pixels: '#ff8000' or 255,128,0")
-    add("--img_size", type=as_type(PIXELS), default=256, help="pixels a side")
+    add("--background", type=as_type(color), default="white", help="colour behind transparent pixels: '#ff8000' or "
+        "255,128,0")
+    add("--img_size", type=as_type(PIXELS), default=256, help="image size in pixels")
     add("--embed_dim", type=as_type(POSITIVE), default=4, help="latent channels")
     add("--ch", type=as_type(POSITIVE), default=32, help="base width, a multiple of 4")
-    add("--ch_mult", type=as_type(list_of(POSITIVE)), default=(1, 2, 2), help="width multiplier of every level")
-    add("--num_res_blocks", type=as_type(COUNT), default=1, help="residual blocks a level")
+    add("--ch_mult", type=as_type(list_of(POSITIVE)), default=(1, 2, 2), help="width multiplier of each level")
+    add("--num_res_blocks", type=as_type(COUNT), default=1, help="residual blocks per level")
     add("--crop", default="random", choices=("random", "center"), help="training crops")
-    add("--no_flip", action="store_true", help="do not flip half of the images")
+    add("--no_flip", action="store_true", help="disable random horizontal flips")
     add("--steps", type=as_type(POSITIVE), default=1000, help="optimizer steps")
-    add("--batch_size", type=as_type(POSITIVE), default=64, help="images a step")
+    add("--batch_size", type=as_type(POSITIVE), default=64, help="images per step")
     add("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
     add("--kl_weight", type=as_type(REAL), default=1e-4, help="weight of the KL term, per latent element")
-    add("--perceptual", type=as_type(REAL), default=0.0, help="weight of the distance in EfficientNet-lite0's features")
-    add("--perceptual_from", type=as_type(COUNT), default=0, help="first step with it; those before are twice as "
-        "fast")
-    add("--ema_rate", type=as_type(BELOW_ONE), default=0.0, help="write the average of the weights over about "
-        "1 / (1 - rate) steps; 0: the last ones")
+    add("--perceptual", type=as_type(REAL), default=0.0, help="weight of the distance in EfficientNet-lite0 features")
+    add("--perceptual_from", type=as_type(COUNT), default=0, help="first step with it; earlier ones take half the time")
+    add("--ema_rate", type=as_type(BELOW_ONE), default=0.0, help="decay rate of the weights' EMA to write; 0: the last "
+        "weights")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
-    add("--device", type=as_type(DEVICE), default="auto", help="cpu or cuda; auto is CUDA where there is a GPU")
+    add("--device", type=as_type(DEVICE), default="auto", help="auto uses CUDA if available")
     add("--num_workers", type=as_type(WORKERS), help="data loading processes; default: as in training")
-    add("--seed", type=as_type(SEED), default=0, help="seed of weights, order, crops and posterior noise")
+    add("--seed", type=as_type(SEED), default=0, help="random seed")
     args = parser.parse_args()
     args.flip = not args.no_flip
     return args
@@ -123,12 +124,12 @@ def train(vae, data, args, device, precision):
     if snapshot.is_file():
         content = read_file(snapshot)
         if content["record"] != record:
-            raise FlowARError(f"{snapshot}: began with other options or data: remove it to start again")
+            raise FlowARError(f"{snapshot}: was made with other options or data: remove it to train from scratch")
         load_state(vae, content["model"], snapshot)
         average.load_state_dict(content["average"])
         optimizer.load_state_dict(content["optimizer"])
         first = content["step"]
-        print(f"resumes {snapshot} at step {first}")
+        print(f"resumes from step {first} of {snapshot}")
     loader = build_loader(data, args.batch_size, seed=args.seed, train=True, num_workers=args.num_workers,
                           pin_memory=device.type == "cuda")
     if len(loader) == 0:
@@ -204,7 +205,7 @@ def main():
     precision = set_precision(args.precision, device)
     check_output(output)
     if output.is_file() and not Path(f"{output}.training").is_file():
-        raise FlowARError(f"{output}: a file is there already: choose another --output, or remove it")
+        raise FlowARError(f"{output}: already exists: choose another --output, or remove it")
     data = Images(find_split(args.data_path, "train", columns=args), args.img_size, args.seed, train=True,
                   center=args.crop == "center", flip=args.flip, background=args.background, columns=args)
     print(f"{data.listing.summary()} in {data.listing.root}")
@@ -217,7 +218,7 @@ def main():
                           f"({len(args.ch_mult)} levels)")
     vae = train(vae.to(device), data, args, device, precision).eval()
     if not all(value.isfinite().all() for value in vae.state_dict().values()):
-        raise FlowARError("the VAE's weights are not finite: lower --lr, or use --precision fp32; nothing was written")
+        raise FlowARError("the VAE's weights are not finite, nothing was written: lower --lr, or use --precision fp32")
     vae.latent_scale = measure_latent_scale(vae, data, args, device)
     psnr = evaluate(vae, held_out or data, args, device)
     save_vae(vae, output)

@@ -75,11 +75,11 @@ def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkey
 
 
 def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):
-    with pytest.raises(FlowARError, match=r"its teacher_sampling is .*, now .*: give the same, or another --output_dir"):
+    with pytest.raises(FlowARError, match=r"teacher_sampling is .*, now .*: use the same, or choose another --output_dir"):
         call(monkeypatch, command(project, student, "--cfg 3"))
-    with pytest.raises(FlowARError, match="its reuse is 2, now 3"):
+    with pytest.raises(FlowARError, match="reuse is 2, now 3"):
         call(monkeypatch, command(project, student).replace("--reuse 2", "--reuse 3"))
-    with pytest.raises(FlowARError, match="--proj_dropout does not apply to a distillation"):
+    with pytest.raises(FlowARError, match="--proj_dropout is not supported in distillation"):
         call(monkeypatch, command(project, student, "--proj_dropout 0.1"))
 
 

@@ -67,7 +67,7 @@ def test_others_are_those_that_were_tracked(project, script, tmp_path, monkeypat
     for width, tracked in TRACKED.items():
         content = read_file(tmp_path / "widths" / f"ema_width{width}.pth")
         error = (vector(content["model_ema"]) - vector(tracked.tensors)).norm() / between
-        assert 0 < error < 0.05 and f"width {width} at step 20: of 20 averages, error of its profile {content['profile']['error']:.2%}" in said, error
+        assert 0 < error < 0.05 and f"width {width} at step 20: combined from 20 averages, profile error {content['profile']['error']:.2%}" in said, error
 
 
 def test_the_file_is_taken_as_any_weights(project, script, tmp_path):
@@ -91,11 +91,11 @@ def test_what_cannot_be_rebuilt_is_refused(project, script, tmp_path):
             script(options, resume=run)
         assert message.format(run=run) in str(error.value) and "\n" not in str(error.value)
 
-    refuse("--width 0.01", "--width 0.01 at step 20: of 20 averages, error of its profile ")
-    refuse("--width 0.07 --step 40", "--step 40: {run}/checkpoint-000000020.pth is of step 20")
+    refuse("--width 0.01", "--width 0.01 at step 20: combined from 20 averages, profile error ")
+    refuse("--width 0.07 --step 40", "--step 40: {run}/checkpoint-000000020.pth ends at step 20")
     powers = {width: {**power, "z_proj.bias": torch.zeros(3)} for width, power in read_file(snapshot)["posthoc"].items()}
     write_file({"step": 8, "posthoc": powers}, snapshot)
-    refuse("--width 0.07", "{run}/posthoc-000000008.pth: its tensors are not those of {run}/checkpoint-000000020.pth")
+    refuse("--width 0.07", "{run}/posthoc-000000008.pth: tensors do not match those of {run}/checkpoint-000000020.pth")
     write_file({name: value for name, value in read_file(last).items() if name != "posthoc"}, last)
-    refuse("--width 0.07", "{run}/checkpoint-last.pth: it has no averages to rebuild others from")
+    refuse("--width 0.07", "{run}/checkpoint-last.pth: contains no averages to rebuild from")
     assert not (tmp_path / "ema.pth").exists()

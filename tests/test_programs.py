@@ -173,10 +173,10 @@ def test_main_program_evaluates(project, trained, tmp_path, monkeypatch):
 
 
 def test_without_a_cache_one_is_told_how_to_make_it(project, tmp_path, capsys):
-    with pytest.raises(FlowARError, match="cached_path .*empty: no cached latents there; make them with: torchrun .*cache_latents.py"):
+    with pytest.raises(FlowARError, match="cached_path .*empty: no cached latents found: make them with: torchrun .*cache_latents.py"):
         train(project, tmp_path / "out", f"--cached_path {tmp_path}/empty --use_cached")
     train(project, tmp_path / "out2", f"--cached_path {tmp_path}/empty --epochs 1")
-    assert "encoding images on the fly. To make a cache: torchrun" in capsys.readouterr().out
+    assert "encoding images on the fly. To cache them: torchrun" in capsys.readouterr().out
 
 
 def test_use_checkpoint_changes_nothing(project, trained, tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def run_program(args, command, output):
         status = subprocess.run([sys.executable, *shlex.split(command)], stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}).returncode
     if status:
-        raise FlowARError(f"{output}.txt: this ended with status {status}: {command}")
+        raise FlowARError(f"{output}.txt: failed with status {status}: {command}")
 
 
 # ---- validation where the transformer reads the model's own scales -------------------------------------------

@@ -99,7 +99,7 @@ def main():
         status, text = finish(process) if ended else strike(what, process, output, rng)
         if ended and status != 0:
             write_bytes(text.encode(), folder / "output.txt")
-            raise FlowARError(f"the run ended by itself with status {status}: see {folder}/output.txt")
+            raise FlowARError(f"the run exited early with status {status}: see {folder}/output.txt")
         if not ended:
             events[what] += 1
             statuses[status] += 1
