@@ -82,8 +82,8 @@ TABLE = [
     (TRAIN, "--feature_extractor efficientnet-lite0", "--feature_extractor is for an evaluation (--evaluate, or --online_eval in training)"),
     (TRAIN, "--guide {p}/run", "--guide is for an evaluation"),
     # settings of sampling
-    (EVAL, "--num_step 4:5:6 --num_step_last 3", "num_steps_last is 3, num_steps 4:5:6: steps are annealed down from one number"),
-    (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: guidance would act nowhere"),
+    (EVAL, "--num_step 4:5:6 --num_step_last 3", "num_steps_last is 3, num_steps 4:5:6: expected a single num_steps, at least num_steps_last"),
+    (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: expected guidance_low < guidance"),
     (EVAL, "--weights raw --guide {p}/run --cfg 1", "--guide {p}/run needs --cfg above 1"),
     # geometry that cannot work
     (TRAIN, "--scales 1,2", "scale ends with 2: expected 4, the latent's size in tokens"),
@@ -92,38 +92,38 @@ TABLE = [
     (TRAIN, "--vae_path {p}/stride2.pth", "--vae_stride is 4, but the VAE {p}/stride2.pth has 2"),
     (TRAIN, "--class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 7 (--class_num"),
     # contradictions
-    (TRAIN, "--compile graphs", "--compile graphs is for sampling: in training use --compile"),
+    (TRAIN, "--compile graphs", "--compile graphs is for sampling only: use --compile in training"),
     (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
     (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
-    (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes several"),
+    (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes more than one"),
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
-    (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --batch_size 4", "20 steps in a row were not finite, up to step 21: lower --lr"),
-    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with a label in each line"),
-    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs the VAE to decode with"),
+    (TRAIN, "--lr 1e30 --grad_clip 0 --warmup_epochs 0 --batch_size 4", "20 steps in a row with non-finite loss or gradients, up to step 21: lower --lr"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --labels nowhere", "--labels nowhere: expected balanced, train, or a file with one label per line"),
+    (TRAIN, "--online_eval --feature_extractor efficientnet-lite0 --cached_path {p}/shards --vae_path nowhere.pth", "--online_eval needs a VAE to decode images"),
     # files and folders
-    (TRAIN, "--data_path nowhere", "--data_path nowhere: no such folder, archive (.zip, .tar) or dataset"),
+    (TRAIN, "--data_path nowhere", "--data_path nowhere: not found: expected a folder, archive (.zip, .tar) or dataset"),
     (TRAIN, "--vae_path {p}/file", "{p}/file: cannot be read"),
-    (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents there; make them with: torchrun"),
+    (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents found: make them with: torchrun"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
     (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background (255, 255, 255), but --background is (0, 0, 0)"),
     (TRAIN, "--evaluate", "--log_freq is for training: leave it out with --evaluate"),
-    (EVAL, "--fid_stats {p}/other.npz", "--fid_stats {p}/other.npz: expected finite numbers mu of shape (1280,)"),
+    (EVAL, "--fid_stats {p}/other.npz", "--fid_stats {p}/other.npz: expected mu of shape (1280,), finite"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights under 'model'"),
     (TRAIN, "--resume {p}/run --diffloss_w 128", "22 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (64, 256)"),
     (TRAIN, "--resume {p}/run --class_num 12", "--class_num is 12, but {p}/run/checkpoint-000000005.pth was trained with 10"),
-    (TRAIN, "--output_dir {p}/run", "--output_dir {p}/run holds checkpoints that this run would overwrite"),
+    (TRAIN, "--output_dir {p}/run", "--output_dir {p}/run contains checkpoints that this run would overwrite"),
     # evaluation
     (EVAL, "--vae_path {p}/channels2.pth", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
-    (EVAL, "--fid_stats {p}/stats.npz", "--fid_stats {p}/stats.npz: its feature_extractor is inception, here it is efficientnet-lite0"),
+    (EVAL, "--fid_stats {p}/stats.npz", "--fid_stats {p}/stats.npz: feature_extractor is inception, expected efficientnet-lite0"),
     (EVAL, "--fid_stats {p}/empty", "{p}/empty: 0 images; expected images in class folders"),
-    (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: the evaluation there has cfg 2.0, now it is 3.0; choose another --output_dir"),
+    (EVAL, "--output_dir {p}/eval --cfg 3", "{p}/eval: contains an evaluation with cfg 2.0, now it is 3.0: choose another --output_dir"),
     # scripts
     (CACHE, "--img_size 18", "--img_size 18 is not a multiple of the VAE's stride 4"),
-    (CACHE, "--format npz --crops 2", "--format npz is MAR's layout, which holds the centre crop and its flipped copy: leave out --crops and --no_flip"),
+    (CACHE, "--format npz --crops 2", "--format npz always stores the centre crop and its flipped copy, as MAR does: leave out --crops and --no_flip"),
     (CACHE, "--cached_path {p}/shards --seed 3", "{p}/shards: this cache was made with seed 0, now it is 3; choose another --cached_path"),
     (CACHE, "--cached_path {p}/npz", "{p}/npz: this cache was made with another --format"),
     (VAE, "--lr 1e30", "the VAE's weights are not finite"),
-    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: a file is there already: choose another --output"),
+    (VAE, "--output {p}/vae.pth", "{p}/vae.pth: already exists: choose another --output"),
     (SAMPLE, "--labels 3,10", "label 10: the model has classes 0..9"),
     (INSPECT, "--vae_path {p}/channels2.pth", "{p}/shards: its VAE is {p}/vae.pth (tensors "),
     (TRAIN, "--resume {p}/run --vae_path {p}/other.pth --epochs 3", "checkpoint-000000005.pth: its VAE is --vae_path {p}/vae.pth (tensors "),
@@ -146,7 +146,7 @@ def test_one_line_names_what_is_wrong(project, tmp_path, monkeypatch, capsys, pr
 
 @pytest.mark.parametrize("command,message", [
     ("main_flowar.py --scales 1,x", "error: --scales: '1,x': expected a whole number at least 1 and at most 2147483647"),
-    ("eval.py --resume nowhere.pth", "error: nowhere.pth: no such checkpoint file"),
+    ("eval.py --resume nowhere.pth", "error: nowhere.pth: not found: expected a checkpoint file"),
 ])
 def test_status_and_last_line(command, message):
     done = run(command, check=False)
@@ -194,9 +194,9 @@ def test_global_batch_on_any_number_of_processes(options, processes, saved, expe
 
 
 @pytest.mark.parametrize("options,processes,saved,message", [
-    ("--global_batch 256", 3, None, "a global batch of 256 cannot be split among 3 processes: use a divisor of it, or --global_batch"),
-    ("--batch_size 64", 3, 256, "a global batch of 256 cannot be split among 3 processes"),
-    ("--global_batch 2", 4, None, "a global batch of 2 cannot be split among 4 processes")])
+    ("--global_batch 256", 3, None, "the global batch of 256 is not a multiple of 3 processes: change --global_batch or the number of processes"),
+    ("--batch_size 64", 3, 256, "the global batch of 256 is not a multiple of 3 processes"),
+    ("--global_batch 2", 4, None, "the global batch of 2 is not a multiple of 4 processes")])
 def test_global_batches_that_cannot_be_split(options, processes, saved, message):
     with pytest.raises(FlowARError) as ended:
         resolved(options, processes, saved)
@@ -236,14 +236,14 @@ def test_settings_come_from_the_options_then_the_checkpoint_then_the_release():
     assert Sampling.of(stored, {}) == Sampling(**stored) and Sampling.of(stored, {"cfg": 2}) == Sampling(**{**stored, "cfg": 2})
     assert Sampling.of(stored, {"num_steps": 10}) == Sampling(num_steps=10, cfg=3.0)
     assert Sampling.of({"cfg_schedule": "constant"}, {"cfg": (1, 2)}).cfg_schedule == "linear"
-    with pytest.raises(FlowARError, match="steps: no setting of sampling; expected one of cfg, cfg_schedule, "):
+    with pytest.raises(FlowARError, match="steps: not a sampling setting; expected one of cfg, cfg_schedule, "):
         Sampling.of(stored, {"steps": 3})
 
 
 def test_a_stored_setting_that_was_removed_is_named_where_it_changed_images(capsys):
     assert stored_settings({"num_step": 5, "num_step_schedule": "linear", "temperature": None}) == {"num_steps": 5} and not capsys.readouterr().out
     assert stored_settings({"num_step": 5, "num_step_schedule": "cosine"}) == {"num_steps": 5}
-    assert "warning: the checkpoint asks for --num_step_schedule cosine, which was removed" in capsys.readouterr().out
+    assert "warning: the checkpoint sets --num_step_schedule cosine, which no longer exists" in capsys.readouterr().out
 
 
 def test_a_sweep_has_every_combination():

@@ -20,16 +20,16 @@ def make_directory(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FlowARError(f"{path}: cannot be made ({error})") from error
+        raise FlowARError(f"{path}: cannot be created ({error})") from error
 
 
 def check_place(path):
     """FlowARError unless make_directory would make it, or it is there, and it can be written in; nothing is made."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
     if not there.is_dir():
-        raise FlowARError(f"{path}: cannot be made ({there} is a file)")
+        raise FlowARError(f"{path}: cannot be created ({there} is a file)")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise FlowARError(f"{path}: cannot be made (no permission to write in {there})")
+        raise FlowARError(f"{path}: cannot be created (no write permission in {there})")
     return there
 
 
@@ -61,7 +61,7 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
         owner = file.read().strip() or f"unknown{here}"
         elsewhere = not owner.endswith(here)
         if time.monotonic() > start + (LEASE if elsewhere else patience):
-            error = FlowARError(f"{folder}: another run writes here ({owner}): wait for it or stop it, or choose "
+            error = FlowARError(f"{folder}: another run is writing here ({owner}): wait for it, stop it, or choose "
                                 "another --output_dir")
             if elsewhere and last_change(folder) == before:
                 error.status = RESTART
@@ -78,7 +78,7 @@ def check_output(path):
     path = Path(path)
     make_directory(path.parent)
     if path.is_dir():
-        raise FlowARError(f"{path}: is a directory, expected a file to write")
+        raise FlowARError(f"{path}: is a directory, expected the path of a file")
     check_place(path.parent)
 
 
@@ -86,7 +86,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
-        raise FlowARError(f"{path}: damaged, expected JSON ({error})") from error
+        raise FlowARError(f"{path}: damaged: expected JSON ({error})") from error
 
 
 def holds_bytes(path):

@@ -28,7 +28,7 @@ def compare_geometry(args, geometry, file):
     """FlowARError that names the first option that contradicts what a checkpoint's tensors say."""
     for option, value in geometry.items():
         if getattr(args, option) not in (None, value):
-            why = " (they follow from --img_size, --vae_stride and --patch_size)" if option == "scales" else ""
+            why = " (determined by --img_size, --vae_stride and --patch_size)" if option == "scales" else ""
             raise FlowARError(f"--{option} is {getattr(args, option)}, but {file} was trained with {value}{why}")
 
 

@@ -67,125 +67,125 @@ def save_every(value):
 @dataclass
 class Model(Checked):
     """model and VAE"""
-    model: str = setting(None, "size; default: the checkpoint's, else flowar_small", one_of(*MODELS))
-    img_size: int = setting(None, "pixels a side; default: the checkpoint's or the cache's, else 256", PIXELS)
+    model: str = setting(None, "model size; default: the checkpoint's, else flowar_small", one_of(*MODELS))
+    img_size: int = setting(None, "image size in pixels; default: from the checkpoint or cache, else 256", PIXELS)
     vae_path: str = setting(None, "the VAE: a file, hf:OWNER/REPO/FILE, released:kl16, demo:fashion or "
                             "diffusers:PATH_OR_REPOSITORY[:SUBFOLDER]; default: the run's, else "
                             "pretrained_models/vae/kl16.ckpt", path)
     vae_embed_dim: int = setting(None, "latent channels; default: the VAE's, else 16", POSITIVE)
-    vae_stride: int = setting(None, "pixels of a latent cell, a side; default: the VAE's, else 16", POSITIVE)
-    patch_size: int = setting(None, "latent cells of a token, a side; default: the checkpoint's, else 1", POSITIVE)
-    class_num: int = setting(None, "classes; default: the checkpoint's, else the number of class folders", POSITIVE)
-    diffloss_d: int = setting(None, "blocks of the flow head; default: the size's", POSITIVE)
-    diffloss_w: int = setting(None, "width of the flow head; default: the size's", POSITIVE)
-    buffer_size: int = setting(0, "only 0 exists", COUNT)
-    scales: tuple = setting(None, "tokens a side of every scale, as 1,2,4,8,16; default: doubling up to the latent's "
-                            "size", list_of(POSITIVE), beyond=True)
+    vae_stride: int = setting(None, "downsampling factor of the VAE; default: the VAE's, else 16", POSITIVE)
+    patch_size: int = setting(None, "patch size in latent pixels; default: the checkpoint's, else 1", POSITIVE)
+    class_num: int = setting(None, "number of classes; default: the checkpoint's, else that of class folders", POSITIVE)
+    diffloss_d: int = setting(None, "blocks in the flow head; default: set by --model", POSITIVE)
+    diffloss_w: int = setting(None, "width of the flow head; default: set by --model", POSITIVE)
+    buffer_size: int = setting(0, "only 0 is supported", COUNT)
+    scales: tuple = setting(None, "tokens per side at each scale, such as 1,2,4,8,16; default: doubling up to the "
+                            "latent size", list_of(POSITIVE), beyond=True)
 
 
 @dataclass
 class Weights(Checked):
     """weights"""
-    resume: str = setting("", "a run's folder, a file, or a hf:, released: or demo: name; training continues a run "
-                          "that is there and starts one that is not", optional_path)
-    weights: str = setting(None, "those of --resume to sample: ema, raw or another key; default: the EMA where there "
-                           "is one", str, beyond=True)
+    resume: str = setting("", "checkpoint: a run's folder, a file, or an hf:, released: or demo: name; if it is "
+                          "--output_dir without any yet, training starts from scratch", optional_path)
+    weights: str = setting(None, "which weights of --resume to sample: ema, raw or another key; default: ema if "
+                           "present", str, beyond=True)
 
 
 @dataclass
 class Runtime(Checked):
     """run"""
-    device: str = setting("auto", "auto is CUDA where there is a GPU", DEVICE)
-    seed: int = setting(0, "seed of everything that is drawn", SEED)
-    precision: str = setting(None, "default: training tf32 on CUDA, evaluation fp16 on CUDA (as the release), fp32 on "
-                             "a CPU", one_of(*PRECISIONS), beyond=True)
-    compile: str = setting(None, "torch.compile the blocks; in an evaluation the VAE's decoder and the feature "
-                           "networks too; graphs: with CUDA graphs, for small batches of samples",
+    device: str = setting("auto", "auto uses CUDA if available", DEVICE)
+    seed: int = setting(0, "random seed", SEED)
+    precision: str = setting(None, "default on CUDA: tf32 for training, fp16 for evaluation (as the release); on a "
+                             "CPU: fp32", one_of(*PRECISIONS), beyond=True)
+    compile: str = setting(None, "apply torch.compile to the blocks, in evaluation also to VAE decoder and feature "
+                           "networks; graphs: with CUDA graphs, for sampling in small batches",
                            one_of("blocks", "graphs"), beyond=True, nargs="?", const="blocks")
 
 
 @dataclass
 class Output(Checked):
     """files"""
-    output_dir: str = setting("./output_dir", "where everything is written", path)
-    timeout: float = setting(TIMEOUT, "seconds that a process waits for the others, or for data, before the run ends",
+    output_dir: str = setting("./output_dir", "folder for all output files", path)
+    timeout: float = setting(TIMEOUT, "seconds that a process waits for the others, or for data, before the run aborts",
                              number(float, 1.0, 1e6), beyond=True)
 
 
 @dataclass
 class Data(Checked):
     """data"""
-    data_path: str = setting("./data/imagenet", "folder, .zip or .tar with train/ and val/, class folders of images; "
+    data_path: str = setting("./data/imagenet", "folder, .zip or .tar with train/ and val/ that contain class folders; "
                              "or hf:OWNER/NAME", path)
-    cached_path: str = setting("", "cached latents (scripts/cache_latents.py, MAR's or LightningDiT's), used if they "
-                               "are there", optional_path)
-    use_cached: bool = flag("stop if there are no cached latents")
-    num_workers: int = setting(None, "data workers of a process; default: its CPUs, at most 10", WORKERS)
-    pin_mem: bool = turned_off_by("no_pin_mem", "ordinary memory for batches on CUDA, not page-locked", on="pin_mem")
-    cached_val_path: str = setting("", "cached latents of val/; default: val/ is encoded", optional_path, beyond=True)
-    flip: bool = turned_off_by("no_flip", "do not flip half of the training images", beyond=True)
-    background: tuple = setting(None, "under transparent pixels: white (default), '#ff8000' or 255,128,0", color,
-                                beyond=True)
-    on_bad_image: str = setting("error", "an unreadable image stops training, or the next one takes its place",
+    cached_path: str = setting("", "cached latents (scripts/cache_latents.py, MAR's or LightningDiT's), used if "
+                               "present", optional_path)
+    use_cached: bool = flag("fail if --cached_path contains no latents")
+    num_workers: int = setting(None, "data loading workers per process; default: its CPUs, at most 10", WORKERS)
+    pin_mem: bool = turned_off_by("no_pin_mem", "do not pin memory for transfers to the GPU", on="pin_mem")
+    cached_val_path: str = setting("", "cached latents of val/; default: encode its images", optional_path, beyond=True)
+    flip: bool = turned_off_by("no_flip", "disable random horizontal flips in training", beyond=True)
+    background: tuple = setting(None, "colour behind transparent pixels: white (default), '#ff8000' or "
+                                "255,128,0", color, beyond=True)
+    on_bad_image: str = setting("error", "unreadable images: stop training, or use the next image instead",
                                 one_of("error", "skip"), beyond=True)
-    latent_norm: str = setting("vae", "latents are scaled by the VAE's numbers, or every channel of the cache by its "
-                               "mean and std", one_of("vae", "channel"), beyond=True)
+    latent_norm: str = setting("vae", "normalise latents by the VAE's scale and shift, or by each channel's mean and "
+                               "std over the cache", one_of("vae", "channel"), beyond=True)
 
 
 @dataclass
 class Training(Checked):
     """training"""
-    epochs: int = setting(400, "epochs in all", POSITIVE)
+    epochs: int = setting(400, "total number of epochs", POSITIVE)
     warmup_epochs: float = setting(100, "epochs of linear warm-up", REAL)
-    batch_size: int = setting(64, "images of a process and forward pass", POSITIVE)
+    batch_size: int = setting(64, "images per process and forward pass", POSITIVE)
     lr: float = setting(None, "peak learning rate; default: blr x global batch / 256", REAL)
-    blr: float = setting(None, f"base learning rate, where --lr is not given; default {BASE_RATE:g}", REAL)
-    min_lr: float = setting(1e-5, "learning rate at the end of the cosine", REAL)
-    lr_schedule: str = setting("cosine", "after the warm-up; linear_end: constant, and over the last fifth down "
-                              "to min_lr", one_of(*LR_SCHEDULES))
-    optimizer: str = setting("adamw", "muon: Muon for the matrices of all blocks, AdamW for the rest, with one rate",
+    blr: float = setting(None, f"base learning rate, used without --lr; default {BASE_RATE:g}", REAL)
+    min_lr: float = setting(1e-5, "final learning rate of cosine and linear_end", REAL)
+    lr_schedule: str = setting("cosine", "schedule after warm-up; linear_end: constant, then linearly to min_lr over "
+                               "the last fifth", one_of(*LR_SCHEDULES))
+    optimizer: str = setting("adamw", "muon: Muon for the matrices of all blocks, AdamW for the rest, same rate",
                              one_of(*OPTIMIZERS), beyond=True)
-    betas: tuple = setting(BETAS, "AdamW's decay rates of both moments", betas, beyond=True)
-    weight_decay: float = setting(0.02, "on parameters with two or more dimensions", REAL)
-    grad_clip: float = setting(3.0, "largest norm of the gradient; 0 does not clip", REAL)
-    ema_rate: float = setting(0.9999, "EMA of the parameters, a step", BELOW_ONE)
-    attn_dropout: float = setting(0.1, "dropout on the transformer's attention weights", BELOW_ONE)
+    betas: tuple = setting(BETAS, "AdamW's beta1,beta2", betas, beyond=True)
+    weight_decay: float = setting(0.02, "weight decay of parameters with two or more dimensions", REAL)
+    grad_clip: float = setting(3.0, "maximum gradient norm; 0: no clipping", REAL)
+    ema_rate: float = setting(0.9999, "decay rate of the parameters' EMA, per step", BELOW_ONE)
+    attn_dropout: float = setting(0.1, "dropout of the transformer's attention weights", BELOW_ONE)
     proj_dropout: float = setting(0.1, "dropout after the transformer's projections and in its MLPs", BELOW_ONE)
-    label_drop_prob: float = setting(0.1, "probability of training a label as the null class", FRACTION)
+    label_drop_prob: float = setting(0.1, "probability of replacing a label by the null class, for guidance", FRACTION)
     use_checkpoint: bool = flag("recompute activations in the backward pass", aliases=("grad_checkpointing",))
-    start_epoch: int = setting(None, "first epoch; default: the one after the checkpoint's", COUNT)
+    start_epoch: int = setting(None, "first epoch, counted from 0; default: the one after the checkpoint's", COUNT)
     save_last_freq: int = setting(5, "epochs between checkpoints", POSITIVE)
-    eval_freq: int = setting(40, "epochs between validation loss, samples and --online_eval", POSITIVE)
-    online_eval: bool = flag("measure the EMA's images every --eval_freq epochs")
-    log_dir: str = setting(None, "folder of TensorBoard's files; default: the output folder", path)
-    global_batch: int = setting(None, "images of an optimizer step, in as many forward passes as it takes; default: "
-                                "the checkpoint's, else batch_size x processes", POSITIVE, beyond=True)
+    eval_freq: int = setting(40, "epochs between reports: validation loss, samples, --online_eval", POSITIVE)
+    online_eval: bool = flag("evaluate the EMA model every --eval_freq epochs")
+    log_dir: str = setting(None, "folder for TensorBoard logs; default: --output_dir", path)
+    global_batch: int = setting(None, "images per optimizer step, with gradient accumulation if needed; default: the "
+                                "checkpoint's, else batch_size x processes", POSITIVE, beyond=True)
     accum_iter: int = 1  # forward passes of an optimizer step: they follow, see resolve_training
-    save_every: SaveEvery = setting(SaveEvery(minutes=30.0), "checkpoints within an epoch: after so many steps (500) "
+    save_every: SaveEvery = setting(SaveEvery(minutes=30.0), "interval of checkpoints within an epoch, in steps (500) "
                                     "or minutes (30m); 0: none", save_every, beyond=True)
-    keep: int = setting(2, "checkpoints to keep", POSITIVE, beyond=True)
-    keep_every: int = setting(0, "epochs between checkpoints that are never removed; 0: none", COUNT, beyond=True)
+    keep: int = setting(2, "number of latest checkpoints to keep", POSITIVE, beyond=True)
+    keep_every: int = setting(0, "epochs between checkpoints that are kept forever; 0: none", COUNT, beyond=True)
     log_freq: int = setting(20, "steps between log entries", POSITIVE, beyond=True)
-    wandb: str = setting(None, "log to this project of Weights & Biases too (default flowar)", str, beyond=True,
+    wandb: str = setting(None, "also log to this Weights & Biases project (default flowar)", str, beyond=True,
                          nargs="?", const="flowar", metavar="PROJECT")
-    init_from: str = setting("", "weights that a new run starts from; classes, image size and scales may differ",
+    init_from: str = setting("", "initial weights of a new run; classes, image size and scales may differ",
                              optional_path, beyond=True)
     posthoc_ema: int = setting(0, "steps between snapshots for scripts/posthoc_ema.py; 0: none", COUNT, beyond=True)
-    fsdp: bool = flag("shard weights, gradients, optimizer and EMA among the processes (FSDP2)", beyond=True)
-    deterministic: bool = flag("on CUDA a resumed run has the same bits: slower, deterministic algorithms", beyond=True)
-    t_dist: str | tuple = setting("uniform", "times of training: uniform, logit_normal:MEAN,STD or shift:K; or one for "
-                                  "each scale, separated by ;", time_distribution, beyond=True)
-    condition_noise: float = setting(0.0, "largest std of the noise on the coarser scales that training reads", REAL,
+    fsdp: bool = flag("shard weights, gradients, optimizer and EMA across processes (FSDP2)", beyond=True)
+    deterministic: bool = flag("use deterministic, slower CUDA algorithms: a resumed run is bit-identical", beyond=True)
+    t_dist: str | tuple = setting("uniform", "distribution of training times: uniform, logit_normal:MEAN,STD or "
+                                  "shift:K; or one per scale, separated by ;", time_distribution, beyond=True)
+    condition_noise: float = setting(0.0, "maximum std of the noise on the coarser scales in training", REAL,
                                      beyond=True)
-    head: str = setting("scale", "ablation: in the flow head the tokens of a scale attend to each other, or not",
+    head: str = setting("scale", "ablation: flow head with attention within a scale, or none",
                         one_of(*ablated.CHOICES["head"]), beyond=True)
-    objective: str = setting("flow", "ablation: flow matching, or DDPM's epsilon",
+    objective: str = setting("flow", "ablation: flow matching, or DDPM's epsilon prediction",
                              one_of(*ablated.CHOICES["objective"]), beyond=True)
-    condition: str = setting("spatial_adaln", "ablation: how the transformer's condition enters the flow head",
+    condition: str = setting("spatial_adaln", "ablation: how the flow head is conditioned on the transformer's output",
                              one_of(*ablated.CHOICES["condition"]), beyond=True)
-    pyramid: str = setting("latent", "ablation: coarse scales are the downsampled latent, or of the downsampled image",
+    pyramid: str = setting("latent", "ablation: coarse scales from the downsampled latent or image",
                            one_of(*ablated.CHOICES["pyramid"]), beyond=True)
-    dry_run: int = setting(None, "check and describe this training of N processes, without a GPU, and write nothing",
+    dry_run: int = setting(None, "check and describe this training on N processes; needs no GPU, writes nothing",
                            POSITIVE, beyond=True, metavar="N")
 
 
@@ -203,37 +203,37 @@ def sampling_options():
 
 
 SamplingSettings = dataclasses.make_dataclass("SamplingSettings", sampling_options())
-SamplingSettings.__doc__ = "sampling (an evaluation takes several values of each, separated by commas)"
+SamplingSettings.__doc__ = "sampling (an evaluation takes comma-separated lists)"
 
 
 @dataclass
 class Drawing(SamplingSettings, Checked):
-    """drawing"""
-    eval_bsz: int = setting(64, "images of a batch and process", POSITIVE)
-    guide: str = setting("", "a weaker checkpoint of the same geometry in the null class's place (autoguidance)",
+    """image generation"""
+    eval_bsz: int = setting(64, "images per process and batch when sampling", POSITIVE)
+    guide: str = setting("", "autoguidance: a weaker checkpoint of the same geometry in place of the null class",
                          optional_path, beyond=True)
 
 
 @dataclass
 class Extractors(Checked):
     """feature networks"""
-    feature_extractor: tuple = setting(("inception",), "networks of the metrics, NAME,NAME, or NAME=FILE with their "
-                                       "weights, which otherwise are downloaded; default inception", list_of(str),
+    feature_extractor: tuple = setting(("inception",), "feature networks of the metrics: NAME,NAME, or NAME=FILE with "
+                                       "weights from a file, not downloaded; default inception", list_of(str),
                                        beyond=True)
 
 
 @dataclass
 class Evaluation(Extractors):
     """evaluation"""
-    num_images: int = setting(50000, "images to generate", POSITIVE)
-    evaluate: bool = flag("evaluate --resume instead of training; eval.py always does")
-    fid_stats: str = setting(None, "reference: released:adm_in256 or adm_in512, an .npz of statistics, with features "
-                             "for KID, precision and recall, or a folder of images; default: "
+    num_images: int = setting(50000, "number of images to generate", POSITIVE)
+    evaluate: bool = flag("evaluate --resume instead of training; implied by eval.py")
+    fid_stats: str = setting(None, "reference: released:adm_in256, released:adm_in512, a folder of images, or an .npz "
+                             "of statistics (with features for KID, precision, recall); default: "
                              "fid_stats/adm_in256_stats.npz", path, beyond=True)
-    labels: str = setting("balanced", "balanced, train (in the proportions of the training images), or a file with a "
-                          "label or class name a line", path, beyond=True)
-    save_images: tuple = setting((), "write the images: png to images/ (default), npz to samples.npz, as ADM's "
-                                 "evaluator reads them, or png,npz", list_of(one_of("png", "npz")), beyond=True,
+    labels: str = setting("balanced", "labels to sample: balanced, train (as frequent as in training), or a file with "
+                          "one label or class name per line", path, beyond=True)
+    save_images: tuple = setting((), "save the images: png to images/ (default), npz to samples.npz for ADM's "
+                                 "evaluator, or png,npz", list_of(one_of("png", "npz")), beyond=True,
                                  nargs="?", const="png", metavar="KIND")
 
 
@@ -245,8 +245,8 @@ class SamplingOptions(Model, Drawing, Weights, Runtime):
 @dataclass
 class EvaluationOptions(Model, Drawing, Evaluation, Columns, Weights, Runtime, Output):
     """eval.py"""
-    data_path: str = setting("./data/imagenet", "for the published commands; not read", path)
-    background: tuple = setting(None, "under transparent pixels of the reference's images: white (default), "
+    data_path: str = setting("./data/imagenet", "ignored; accepted for the published commands", path)
+    background: tuple = setting(None, "colour behind transparent pixels of reference images: white (default), "
                                 "'#ff8000' or 255,128,0", color, beyond=True)
 
 
@@ -267,7 +267,8 @@ def stored_settings(options):
     """{setting: value} of the settings of sampling among {option: value}, as a checkpoint holds them."""
     for name, neutral in REMOVED.items():
         if options.get(name) not in (None, neutral):
-            log(f"warning: the checkpoint asks for --{name} {options[name]}, which was removed: its images will differ")
+            log(f"warning: the checkpoint sets --{name} {options[name]}, which no longer exists: its images will "
+                "differ")
     stored = {}
     for field in fields(Sampling):
         value = options.get(option_name(field))
@@ -290,7 +291,7 @@ def check_single(args):
     """FlowARError if a setting of sampling has several values, which only an evaluation takes."""
     for name in SETTINGS:
         if isinstance(values := getattr(args, name), list):
-            raise FlowARError(f"--{name} has {len(values)} values: only an evaluation takes several")
+            raise FlowARError(f"--{name} has {len(values)} values: only an evaluation takes more than one")
 
 
 # ---- what follows from the options, as copies --------------------------------------------------------------------
@@ -327,14 +328,15 @@ def check_training(args):
     """FlowARError for options that contradict each other, or that a training would ignore."""
     check_single(args)
     if args.compile == "graphs":
-        raise FlowARError("--compile graphs is for sampling: in training use --compile")
+        raise FlowARError("--compile graphs is for sampling only: use --compile in training")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}")
     if args.fsdp and args.precision == "fp16":
-        raise FlowARError("--fsdp with --precision fp16: every process would scale its own loss; use bf16 or fp32")
+        raise FlowARError("--fsdp does not support --precision fp16 (loss scaling would differ between processes): use "
+                          "bf16 or fp32")
     if args.fsdp and args.optimizer == "muon":
-        raise FlowARError("--fsdp with --optimizer muon: products of cut matrices, in bf16, would round otherwise than "
-                          "DDP's; use adamw, or leave out --fsdp")
+        raise FlowARError("--fsdp does not support --optimizer muon (bf16 products of sharded matrices round "
+                          "differently from DDP): use adamw, or leave out --fsdp")
     ignored = ["guide", "weights", "save_images"]
     if not args.online_eval:
         ignored += [field.name for field in fields(Evaluation) if field.metadata.get("beyond")]
@@ -361,8 +363,8 @@ def resolve_training(args, world_size, saved_batch=None):
     if args.global_batch != at_once:
         each, rest = divmod(args.global_batch, world_size)
         if rest:
-            raise FlowARError(f"a global batch of {args.global_batch} cannot be split among {world_size} processes: "
-                              "use a divisor of it, or --global_batch")
+            raise FlowARError(f"the global batch of {args.global_batch} is not a multiple of {world_size} processes: "
+                              "change --global_batch or the number of processes")
         batch = max(size for size in range(1, min(args.batch_size, each) + 1) if each % size == 0)
         passes = each // batch
         log(f"global batch {args.global_batch}: {batch} images x {world_size} processes x {passes} forward passes")

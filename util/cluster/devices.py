@@ -21,8 +21,8 @@ def select_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and (gpu := first_gpu()):
             warn(f"nvidia-smi says '{gpu}', but PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
-                 "this runs on the CPU. Update the driver, or install PyTorch for its CUDA; --device cpu leaves this "
-                 "line out")
+                 "running on the CPU. Update the driver, or install PyTorch for its CUDA version; --device cpu hides "
+                 "this warning")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise FlowARError("--device cuda: no CUDA device is available; use --device cpu or leave it out")

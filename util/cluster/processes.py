@@ -72,8 +72,8 @@ def end_if_stuck(number, timeout):
             if os.getppid() != launcher:
                 limit = min(timeout, ORPHAN_PATIENCE)
         try:
-            print(f"\nerror: rank {number} waited {limit:g} seconds in one call, probably for a rank that hangs or is "
-                  "gone; it was here:", file=sys.stderr)
+            print(f"\nerror: rank {number} waited {limit:g} seconds in one call, probably for a rank that hangs or "
+                  "died; stack trace:", file=sys.stderr)
             faulthandler.dump_traceback()
         finally:
             os._exit(1)
