@@ -116,7 +116,7 @@ def test_the_hub_has_the_vae_beside(project, tmp_path, monkeypatch):
 
 
 def test_a_vae_of_another_run_is_refused(project, tmp_path, monkeypatch):
-    with pytest.raises(FlowARError, match="is not the VAE that the run was trained with"):
+    with pytest.raises(FlowARError, match="not the VAE that the run was trained with"):
         call(monkeypatch, f"scripts/export.py --resume {project}/run --output {tmp_path}/out --vae_path {project}/run/checkpoint-last.pth")
     assert not list((tmp_path / "out").glob("*"))
 

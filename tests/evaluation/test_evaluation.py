@@ -208,14 +208,14 @@ def test_a_moved_run_is_known_again(project, checkpoint, colors, tmp_path, monke
     with pytest.raises(FlowARError, match="with reference_sha256 .*: choose another"):
         evaluate(tmp_path / "b", tmp_path / "b" / "run", tmp_path / "b" / "out", f"{colors} --fid_stats {tmp_path}/b/images")
     torch.save({**torch.load(checkpoint / "checkpoint-last.pth", weights_only=True), "more": 1}, tmp_path / "other.pth")
-    with pytest.raises(FlowARError, match="has checkpoint_sha256 "):
+    with pytest.raises(FlowARError, match="with checkpoint_sha256 "):
         evaluate(tmp_path / "b", tmp_path / "other.pth", tmp_path / "b" / "out", colors)
 
 
 def test_pictures_of_another_evaluation_are_not_mixed_with_these(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "000023.png").touch()
-    with pytest.raises(FlowARError, match="has cfg None, now it is 2; choose another --output_dir"):
+    with pytest.raises(FlowARError, match="with cfg None, now it is 2: choose another --output_dir"):
         store.Store(tmp_path).resume({"cfg": 2, "save_images": True}, {0: range(4)})
 
 
