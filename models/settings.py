@@ -17,7 +17,7 @@ from models.errors import FlowARError
 
 def number(kind, low, high=math.inf, below=math.inf):
     """An int or a float from `low` to `high`, less than `below`."""
-    expected = f"expected {'a whole number' if kind is int else 'a number'} at least {low}"
+    expected = f"expected {'an integer' if kind is int else 'a number'} of at least {low}"
     if high < math.inf:
         expected += f" and at most {high}"
     if below < math.inf:

@@ -198,7 +198,7 @@ class Diffusers(NamedVAE):
         try:
             import diffusers  # here: it is heavy, and only some need it
         except ImportError as error:
-            raise FlowARError(f"{self.name} needs: pip install diffusers") from error
+            raise FlowARError(f"{self.name} needs diffusers: pip install diffusers") from error
         source, _, subfolder = os.path.expanduser(self.spec).partition(":")
         options = {"subfolder": subfolder} if subfolder else {}
         config = ask_hub(lambda **where: diffusers.AutoencoderKL.load_config(source, **options, **where))

@@ -32,7 +32,7 @@ def read_file(path):
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FlowARError(f"{path}: no such file")
+        raise FlowARError(f"{path}: file not found")
     with open(path, "rb") as file:
         head = file.read(len(LFS))
     if head == LFS:

@@ -35,7 +35,7 @@ FILES = (*KINDS, "inpaint", "folder")
 def seed_list(text):
     """'0-15' or '1,4,9-11' -> (0, 1, ..., 15)."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise ValueError("expected 0-15, or 1,4,9")
+        raise ValueError("expected seeds such as 0-15 or 1,4,9")
     parts = [part.partition("-") for part in text.split(",")]
     return tuple(value for first, _, last in parts for value in range(SEED(first), SEED(last or first) + 1))
 

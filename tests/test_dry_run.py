@@ -73,8 +73,8 @@ def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, worl
     call(monkeypatch, f"{published(size, cache, tmp_path / 'out')} --dry_run {world}")
     said = capsys.readouterr().out
     assert f"dry run of {world} processes: nothing was written" in said and not files(tmp_path)
-    assert f"{batch:,} images a step: {batch // world} x {world} processes x 1 forward passes" in said
-    assert f"{IMAGES // batch} an epoch, {400 * (IMAGES // batch):,} in all; {batch * 341:,} tokens a step" in said
+    assert f"{batch:,} images per step: {batch // world} x {world} processes x 1 forward passes" in said
+    assert f"{IMAGES // batch} per epoch, {400 * (IMAGES // batch):,} in total; {batch * 341:,} tokens per step" in said
     assert f"learning rate {5e-5 * batch / 256:.3g}, after 100 of 400 epochs; then cosine to 1e-05" in said
     assert f"4,200 cached latents; {IMAGES % batch:,} dropped per epoch" in said and "a new run" in said
     if sharded:
@@ -86,7 +86,7 @@ def test_the_published_commands(cache, tmp_path, monkeypatch, capsys, size, worl
 def test_what_options_add_to_disk_and_memory(project, tmp_path, monkeypatch, capsys):
     call(monkeypatch, f"{training_command(project, tmp_path / 'out')} --dry_run 2 --posthoc_ema 2 --precision bf16 --keep_every 1 --optimizer muon")
     said = capsys.readouterr().out
-    assert "32 images a step: 16 x 2 processes x 1 forward passes" in said and "2 an epoch, 4 in all" in said
+    assert "32 images per step: 16 x 2 processes x 1 forward passes" in said and "2 per epoch, 4 in total" in said
     assert "2 kept by --keep_every, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and re.search("power averages +0.017", said)
     assert " and 63,744 with weight decay 0.02 and 663,168 with weight decay 0.02, by Muon)" in said  # one moment less of these
 
@@ -95,7 +95,7 @@ def test_it_goes_on_from_a_run(project, monkeypatch, capsys):
     before = files(project)
     call(monkeypatch, f"{training_command(project, project / 'run')} --resume {project}/run --dry_run 4 --batch_size 4 --epochs 3")
     said = capsys.readouterr().out
-    assert "at step 5, in epoch 2" in said and "16 images a step: 4 x 4 processes" in said and files(project) == before
+    assert "at step 5, in epoch 2" in said and "16 images per step: 4 x 4 processes" in said and files(project) == before
     call(monkeypatch, f"{training_command(project, project / 'new')} --init_from {project}/run --dry_run 4 --batch_size 4")
     assert "--init_from" in capsys.readouterr().out and files(project) == before
 

@@ -76,11 +76,11 @@ TRAIN, EVAL, CACHE, VAE, SAMPLE, DISTANCE, INSPECT = (
 # Program, options, the essential part of the message. {p} is the fixture `project`, {out} the output folder.
 TABLE = [
     # names and values
-    (TRAIN, "--epochs 0", "--epochs: '0': expected a whole number at least 1 and at most 2147483647"),
+    (TRAIN, "--epochs 0", "--epochs: '0': expected an integer of at least 1 and at most 2147483647"),
     (TRAIN, "--data_path ''", "--data_path: '': expected a path"),
     # an option that would be ignored
-    (TRAIN, "--feature_extractor efficientnet-lite0", "--feature_extractor is for an evaluation (--evaluate, or --online_eval in training)"),
-    (TRAIN, "--guide {p}/run", "--guide is for an evaluation"),
+    (TRAIN, "--feature_extractor efficientnet-lite0", "--feature_extractor is for evaluation only (--evaluate, or --online_eval in training)"),
+    (TRAIN, "--guide {p}/run", "--guide is for evaluation only"),
     # settings of sampling
     (EVAL, "--num_step 4:5:6 --num_step_last 3", "num_steps_last is 3, num_steps 4:5:6: expected a single num_steps, at least num_steps_last"),
     (EVAL, "--guidance 0.5 --guidance_low 0.5", "guidance_low is 0.5, guidance 0.5: expected guidance_low < guidance"),
@@ -93,7 +93,7 @@ TABLE = [
     (TRAIN, "--class_num 7", "the training set has 10 classes (0, 1, 2 and 7 more), but the model has 7 (--class_num"),
     # contradictions
     (TRAIN, "--compile graphs", "--compile graphs is for sampling only: use --compile in training"),
-    (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train of --epochs 2"),
+    (TRAIN, "--start_epoch 2", "--start_epoch 2 leaves nothing to train: --epochs is 2"),
     (TRAIN, "--precision tf32", "--precision tf32 needs CUDA: the device is cpu; use fp32 or bf16"),
     (TRAIN, "--cfg 1,2", "--cfg has 2 values: only an evaluation takes more than one"),
     (TRAIN, "--global_batch 96", "80 training images are fewer than one global batch of 96"),
@@ -145,7 +145,7 @@ def test_one_line_names_what_is_wrong(project, tmp_path, monkeypatch, capsys, pr
 
 
 @pytest.mark.parametrize("command,message", [
-    ("main_flowar.py --scales 1,x", "error: --scales: '1,x': expected a whole number at least 1 and at most 2147483647"),
+    ("main_flowar.py --scales 1,x", "error: --scales: '1,x': expected an integer of at least 1 and at most 2147483647"),
     ("eval.py --resume nowhere.pth", "error: nowhere.pth: not found: expected a checkpoint file"),
 ])
 def test_status_and_last_line(command, message):
@@ -207,9 +207,9 @@ def test_global_batches_that_cannot_be_split(options, processes, saved, message)
 
 
 @pytest.mark.parametrize("options,message", [
-    (dict(epochs=0), "epochs is 0: expected a whole number at least 1"), (dict(epochs=2.5), "epochs is 2.5: expected a whole number"),
-    (dict(lr=float("nan")), "lr is nan: expected a number at least 0.0"), (dict(precision="fp8"), "precision is 'fp8': expected one of"),
-    (dict(num_step=0), "num_step is 0: expected a whole number at least 1"), (dict(cfg=(1, 0.5)), "cfg is (1, 0.5): expected a number at least 1")])
+    (dict(epochs=0), "epochs is 0: expected an integer of at least 1"), (dict(epochs=2.5), "epochs is 2.5: expected an integer"),
+    (dict(lr=float("nan")), "lr is nan: expected a number of at least 0.0"), (dict(precision="fp8"), "precision is 'fp8': expected one of"),
+    (dict(num_step=0), "num_step is 0: expected an integer of at least 1"), (dict(cfg=(1, 0.5)), "cfg is (1, 0.5): expected a number of at least 1")])
 def test_values_from_python_are_checked_by_the_same_code(options, message):
     with pytest.raises(FlowARError, match=re.escape(message)):
         TrainingOptions(**options)

@@ -63,9 +63,9 @@ def report(args, source, network, optimizer, progress):
     row("model", f"{args.model}{describe(network)}, {parameters:,} parameters ({' and '.join(groups)}), "
         f"{args.precision}")
     row("geometry", f"{args.img_size} pixels, VAE stride {args.vae_stride}, {args.vae_embed_dim} channels, patch "
-        f"{args.patch_size}, {args.class_num} classes; {network.tokens} tokens an image, in scales "
+        f"{args.patch_size}, {args.class_num} classes; {network.tokens} tokens per image, in scales "
         f"{','.join(map(str, network.scale))}")
-    row("batch", f"{args.global_batch:,} images a step: {args.batch_size} x {args.dry_run} processes x "
+    row("batch", f"{args.global_batch:,} images per step: {args.batch_size} x {args.dry_run} processes x "
         f"{args.accum_iter} forward passes")
     end = args.lr_schedule if args.lr_schedule == "constant" else f"{args.lr_schedule} to {args.min_lr:g}"
     row("learning rate", f"{args.lr:.3g}, after {args.warmup_epochs:g} of {args.epochs} epochs; then {end}; gradients "
@@ -75,8 +75,8 @@ def report(args, source, network, optimizer, progress):
     images, kind = len(source.loader.dataset), "cached latents" if source.is_moments else "images, encoded on the fly"
     steps = images // args.global_batch
     row("data", f"{images:,} {kind}; {images % args.global_batch:,} dropped per epoch")
-    row("steps", f"{steps:,} an epoch, {steps * args.epochs:,} in all; {network.tokens * args.global_batch:,} tokens a "
-        "step")
+    row("steps", f"{steps:,} per epoch, {steps * args.epochs:,} in total; {network.tokens * args.global_batch:,} "
+        "tokens per step")
     row("start", f"at step {progress.step:,}, in epoch {progress.epoch + 1}" if progress.step else "a new run")
 
     # ---- what it takes of the disk at most: a checkpoint has weights, EMA, moments, power averages

@@ -330,7 +330,7 @@ def check_training(args):
     if args.compile == "graphs":
         raise FlowARError("--compile graphs is for sampling only: use --compile in training")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}")
+        raise FlowARError(f"--start_epoch {args.start_epoch} leaves nothing to train: --epochs is {args.epochs}")
     if args.fsdp and args.precision == "fp16":
         raise FlowARError("--fsdp does not support --precision fp16 (loss scaling would differ between processes): use "
                           "bf16 or fp32")
@@ -342,7 +342,8 @@ def check_training(args):
         ignored += [field.name for field in fields(Evaluation) if field.metadata.get("beyond")]
     for field in chosen_beyond(args):
         if field.name in ignored:
-            raise FlowARError(f"--{option_name(field)} is for an evaluation (--evaluate, or --online_eval in training)")
+            raise FlowARError(f"--{option_name(field)} is for evaluation only (--evaluate, or --online_eval in "
+                              "training)")
 
 
 def evaluation_options(args):
@@ -350,7 +351,7 @@ def evaluation_options(args):
     read = {"deterministic", *(field.name for field in fields(EvaluationOptions))}
     for field in chosen_beyond(args):
         if field.name not in read:
-            raise FlowARError(f"--{option_name(field)} is for training: leave it out with --evaluate")
+            raise FlowARError(f"--{option_name(field)} is for training only: leave it out with --evaluate")
     return take_options(EvaluationOptions, args)
 
 

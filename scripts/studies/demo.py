@@ -60,7 +60,7 @@ def pack(file, name):
     sha256 = file_hash(packed)
     print(f"{packed}: {packed.stat().st_size:,} bytes, SHA-256 {sha256}")
     if sha256 != DEMO_FILES[f"fashion/{name}"]:
-        sys.exit("these are new weights: write their SHA-256 into models/hub.py and the card, then start again")
+        sys.exit("these are new weights: write their SHA-256 into models/hub.py and the model card, then run again")
 
 
 def main():

@@ -111,7 +111,7 @@ def test_how_a_program_ends():
     assert done.stdout.splitlines() == ["status -2", "status 130", "status 2", "status 2", "status 2", "status 2",
                                         "saved after step 5 (exit status 75)", "status 75", "status 1", "status 0"], done
     lines = [line for line in done.stderr.splitlines() if line]
-    assert lines[:4] == ["interrupted: saves first; Ctrl-C again leaves at once", "interrupted", "error: --lr: is too large",
+    assert lines[:4] == ["interrupted: saving; press Ctrl-C again to quit at once", "interrupted", "error: --lr: is too large",
                          "error: torn.png: cannot be read"]
     assert lines[4].startswith("Traceback") and lines[-1] == "ValueError: a defect"
 

@@ -185,7 +185,7 @@ def test_a_torn_batch_is_sampled_again_by_another_commit_too(project, checkpoint
 def test_other_settings_in_the_same_place_are_refused(project, checkpoint, tmp_path):
     evaluate(project, checkpoint, tmp_path, "--num_images 2")
     for extra, message in (("--cfg 3", "cfg 2.0, now it is 3.0"), ("--weights raw", "weights ema, now it is raw")):
-        with pytest.raises(FlowARError, match=f"has {message}; choose another --output_dir"):
+        with pytest.raises(FlowARError, match=f"with {message}: choose another --output_dir"):
             evaluate(project, checkpoint, tmp_path, f"--num_images 2 {extra}")
 
 

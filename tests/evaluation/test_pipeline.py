@@ -230,7 +230,7 @@ def test_the_vae_is_the_runs_own_or_the_one_that_is_named(trained, tmp_path):
     content = torch.load(project / "checkpoint-last.pth", weights_only=True)
     content["args"]["vae_path"] = "gone.pth"
     torch.save(content, tmp_path / "moved.pth")
-    with pytest.raises(FlowARError, match="gone.pth: no such file"):
+    with pytest.raises(FlowARError, match="gone.pth: file not found"):
         load_pipeline(tmp_path / "moved.pth")
 
 
@@ -258,7 +258,7 @@ def test_a_vae_of_ones_own_kind_is_the_runs_and_can_be_named(trained, tmp_path, 
     torch.save(content, tmp_path / "before.pth")
     images = [load_pipeline(tmp_path / run, vae, device="cpu") for run, vae in (("run", None), ("run", "pixels"), ("before.pth", None))]
     assert all(pipe.description["vae"] == "pixels" and same(pipe([3]), images[0]([3])) for pipe in images)
-    with pytest.raises(FlowARError, match="pixels: no such file"):
+    with pytest.raises(FlowARError, match="pixels: file not found"):
         monkeypatch.delitem(vaes.VAES, "pixels")
         load_pipeline(tmp_path / "run", device="cpu")
     with pytest.raises(FlowARError, match="its VAE is"):

@@ -213,7 +213,7 @@ def test_training_starts_from_the_weights_of_other_code(tiny, capsys):
     progress = checkpoint.resume(start, (network, ema, None, None), {"images": 80, "args": {"global_batch": 16, "start_epoch": None}})
     assert progress == Progress()
     assert torch.equal(network.z_proj.bias, raw["z_proj.bias"]) and torch.equal(ema.module.z_proj.bias, average["z_proj.bias"])
-    assert "the optimizer starts fresh" in capsys.readouterr().out
+    assert "the optimizer starts from scratch" in capsys.readouterr().out
 
 
 # ---- power averages ----------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_latents_that_are_not_finite_are_named(project, tmp_path, monkeypatch, p
     train(project, tmp_path, f"--log_freq 1 --precision {precision}")
     image = order_of_epoch(0).indices(48, 64)[5]
     line, = [line for line in read_log(tmp_path) if line["group"] == "bad_step" and line["step"] == 4]  # the scaler's first steps may be too large
-    assert line["images"] == [image] and f"skipped: loss nan, gradient norm nan; rank 0 has latents that are not finite, images {image}" in line["message"]
+    assert line["images"] == [image] and f"skipped: loss nan, gradient norm nan; rank 0 has non-finite latents, images {image}" in line["message"]
     losses = [line["loss"] for line in read_log(tmp_path) if line["group"] == "train"]
     assert len(losses) in (7, 8, 9) and all(map(math.isfinite, losses))
 

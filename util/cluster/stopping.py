@@ -39,7 +39,7 @@ class StopSignals:
             self.status = INTERRUPTED
             if is_main():
                 with contextlib.suppress(OSError):  # of | tee, which Ctrl-C ends too
-                    os.write(2, b"\ninterrupted: saves first; Ctrl-C again leaves at once\n")
+                    os.write(2, b"\ninterrupted: saving; press Ctrl-C again to quit at once\n")
             for second in (signal.SIGINT, signal.SIGTERM):  # torchrun makes a SIGTERM of the second Ctrl-C
                 signal.signal(second, signal.SIG_DFL)
         if self.message:

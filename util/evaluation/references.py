@@ -165,8 +165,8 @@ def load_uint8(files, crop=None, background=WHITE, names=None):
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
             raise FlowARError(f"{name}: {image.width}x{image.height} pixels, but {names[0]} is "
-                              f"{images[0].shape[2]}x{images[0].shape[1]}; scripts/reference_stats.py --img_size makes "
-                              "statistics of centre crops")
+                              f"{images[0].shape[2]}x{images[0].shape[1]}: make statistics of centre crops with "
+                              "scripts/reference_stats.py --img_size")
     return torch.stack(images)
 
 
@@ -212,8 +212,8 @@ def extract_folder(listing, joint, device, img_size=None, crop=False, keep=True,
         images = load_uint8([listing.read(index) for index in batch], img_size if crop else None, background, names)
         height, width = images.shape[2:]
         if (height, width) != expected:
-            raise FlowARError(f"{names[0]}: {width}x{height} pixels, expected {expected[1]}x{expected[0]}; "
-                              "scripts/reference_stats.py --img_size makes statistics of centre crops")
+            raise FlowARError(f"{names[0]}: {width}x{height} pixels, expected {expected[1]}x{expected[0]}: make "
+                              "statistics of centre crops with scripts/reference_stats.py --img_size")
         images = images.to(device)
         if through is not None:
             images = through(images)

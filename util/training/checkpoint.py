@@ -266,7 +266,7 @@ class Checkpoint:
             if name in options and name not in UNNAMED and options[name] != before:
                 changed.append(f"{name} {before} -> {options[name]}")
         if self.options.get("ema_warmup"):  # of earlier versions
-            changed.append("no --ema_warmup, which was removed: give a lower --ema_rate")
+            changed.append("--ema_warmup no longer exists: use a lower --ema_rate")
         return ", ".join(changed)
 
 
@@ -333,7 +333,8 @@ def resume(start, parts, record):
     left_out = load_model(network, shard_like(start.raw.tensors, network.state_dict()), path)
     load_model(ema.module, shard_like(average.tensors, ema.module.state_dict()), path)
     if not start.has_optimizer:
-        log(f"{path}: network: {start.raw.describe(left_out)}; EMA: {average.describe()}; the optimizer starts fresh")
+        log(f"{path}: network: {start.raw.describe(left_out)}; EMA: {average.describe()}; the optimizer starts from "
+            "scratch")
         return beginning
 
     # What only a training's checkpoint has.

@@ -14,11 +14,11 @@ def report_bad_step(logger, step, numbers, latents, images):
     of_ranks = gather_to_main((own_loss, bad_images, images))
     if of_ranks is None:
         return
-    cause, rank = "its gradient, not the loss of any rank", None
+    cause, rank = "only the gradient is not finite, no rank's loss", None
     for number, (own_loss, bad_images, images_of_rank) in enumerate(of_ranks):
         if bad_images or not math.isfinite(own_loss):
             rank, images = number, bad_images or images_of_rank
-            what = "latents that are not finite," if bad_images else f"loss {own_loss},"
+            what = "non-finite latents," if bad_images else f"loss {own_loss},"
             cause = f"rank {rank} has {what} images {', '.join(map(str, images[:8]))}"
             break
     logger.event("bad_step", step, f"skipped: loss {loss}, gradient norm {norm}; {cause}",
