@@ -106,7 +106,7 @@ TABLE = [
     (TRAIN, "--use_cached --cached_path nowhere", "--cached_path nowhere: no cached latents found: make them with: torchrun"),
     (TRAIN, "--cached_path {p}/shards --img_size 32", "{p}/shards: this cache has img_size 16, but --img_size is 32"),
     (TRAIN, "--cached_path {p}/shards --background black", "{p}/shards: this cache has background (255, 255, 255), but --background is (0, 0, 0)"),
-    (TRAIN, "--evaluate", "--log_freq is for training: leave it out with --evaluate"),
+    (TRAIN, "--evaluate", "--log_freq is for training only: leave it out with --evaluate"),
     (EVAL, "--fid_stats {p}/other.npz", "--fid_stats {p}/other.npz: expected mu of shape (1280,), finite"),
     (TRAIN, "--resume {p}/vae.pth", "{p}/vae.pth: no FlowAR weights under 'model'"),
     (TRAIN, "--resume {p}/run --diffloss_w 128", "22 tensors do not fit the model: flownet.time_embed.mlp.0.weight is (64, 256)"),

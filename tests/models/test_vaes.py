@@ -157,5 +157,5 @@ def test_contradictions_and_missing_things_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FlowARError, match="class AutoencoderOobleck is not supported, expected one of AutoencoderKL"):
         find_vae(f"diffusers:{tmp_path}/vae").open()
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(FlowARError, match="needs: pip install diffusers"):
+    with pytest.raises(FlowARError, match="needs diffusers: pip install diffusers"):
         find_vae("diffusers:x").open()
