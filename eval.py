@@ -1,4 +1,4 @@
-"""Evaluate FlowAR: sample class-balanced images with the EMA (or --weights raw), compute FID and Inception Score.
+"""Evaluate FlowAR: sample class-balanced images with the EMA (or --weights raw) and compute FID and Inception Score.
 
     torchrun --standalone --nproc_per_node=8 eval.py --model flowar_small --diffloss_d 2 --diffloss_w 1024 \\
         --eval_bsz 256 --num_images 50000 --num_step 25 --cfg 4.3 --guidance 0.9 --output_dir output \\

@@ -37,7 +37,7 @@ DEFAULTS = dict(epochs=1, warmup_epochs=0, batch_size=16, lr=2e-3, ema_rate=0.99
 @dataclass
 class DistillationOptions(TrainingOptions):
     """distillation"""
-    student_steps: int = setting(2, "default sampling steps of the student per scale", POSITIVE, beyond=True)
+    student_steps: int = setting(2, "steps per scale that the student samples with", POSITIVE, beyond=True)
     reuse: int = setting(4, "training times per pair of noise and teacher solution", POSITIVE, beyond=True)
     at_noise: float = setting(0.25, "fraction of training times that are exactly 1 (pure noise); 1: for one-step "
                               "sampling only", FRACTION, beyond=True)

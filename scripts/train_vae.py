@@ -62,7 +62,8 @@ def parse_args():
     add("--lr", type=as_type(REAL), default=1e-3, help="peak learning rate (cosine to zero)")
     add("--kl_weight", type=as_type(REAL), default=1e-4, help="weight of the KL term, per latent element")
     add("--perceptual", type=as_type(REAL), default=0.0, help="weight of the distance in EfficientNet-lite0 features")
-    add("--perceptual_from", type=as_type(COUNT), default=0, help="first step with it; earlier ones take half the time")
+    add("--perceptual_from", type=as_type(COUNT), default=0, help="first step with --perceptual; those before are "
+        "twice as fast")
     add("--ema_rate", type=as_type(BELOW_ONE), default=0.0, help="decay rate of the weights' EMA to write; 0: the last "
         "weights")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="default: tf32 on CUDA, fp32 elsewhere")
