@@ -9,7 +9,8 @@ from torch import nn
 from models import flow_matching as fm
 from models.errors import FlowARError
 from models.kernels import Linear, modulate, per_token, run_block
-from models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention, within_scales
+from models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention
+from models.patterns import within_scales
 
 HEAD_DIM = 64
 FREQUENCIES = 128

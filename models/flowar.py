@@ -20,7 +20,8 @@ from models.checks import check_grids, check_guide, check_labels, check_scales, 
 from models.errors import FlowARError
 from models.flow_head import FlowHead
 from models.kernels import Linear, modulate, per_token, run_block
-from models.layers import GatedMLP, KVCache, Pattern, RMSNorm, SelfAttention, spans
+from models.layers import GatedMLP, KVCache, RMSNorm, SelfAttention, spans
+from models.patterns import Pattern
 from models.settings import Sampling
 
 
@@ -247,7 +248,7 @@ class FlowAR(nn.Module):
         x_t = self.objective.interpolate(x, noise, per_token(t.T[..., None], self.pattern))
         velocity = self.flownet(x_t, t, z, self.scale)
         error = (velocity - self.objective.velocity_target(x, noise).float()).square().mean(dim=2)
-        return torch.stack([error[:, span].mean(dim=1) for span in self.spans])
+        return torch.stack([part.mean(dim=1) for part in error.split(self.pattern.sizes, dim=1)])
 
     def scale_weights(self):
         """Factor s^2 / S^2 of every scale in the loss."""

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from models.patterns import Pattern
+
 ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
+COARSE = 128  # tokens of coarse scales that attend in one call with a mask: fewer kernels, few operations more
 
 
 # ---- linear layers -------------------------------------------------------------------------------------------
@@ -122,27 +125,40 @@ def rotate(x, table):
     return turned.flatten(-2).to(x.dtype)
 
 
-def dense_attention(q, k, v, p):
-    """F.scaled_dot_product_attention(q, k, v, dropout_p=p); on a CPU the fused kernels have no dropout."""
+def dense_attention(q, k, v, p, mask=None):
+    """F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p); on a CPU the fused kernels have no dropout."""
     if p == 0 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    probabilities = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    probabilities = (scores if mask is None else scores + mask).softmax(dim=-1, dtype=torch.float32)
     return dropout(probabilities.to(v.dtype), p) @ v
 
 
 def attention(q, k, v, pattern, p=0.0):
-    """F.scaled_dot_product_attention(q, k, v, pattern.mask(), dropout_p=p).transpose(1, 2).flatten(2), without a mask.
+    """F.scaled_dot_product_attention(q, k, v, pattern.mask(), dropout_p=p).transpose(1, 2).flatten(2).
 
-    Each scale's queries see whole scales of keys, which are cut out: so the flash and memory-efficient kernels apply.
-    q, k, v: B heads N head_dim; pattern: layers.Pattern, None where all see all.
+    The coarse scales, a few tokens, are one call with a mask. The queries of every other scale see whole scales of
+    keys, which are cut out: so the flash and memory-efficient kernels apply.
+    q, k, v: B heads N head_dim; pattern: a Pattern, None where all see all.
     """
     if pattern is None or len(pattern.sizes) == 1:
         return dense_attention(q, k, v, p).transpose(1, 2).flatten(2)
+    merged = pattern.merge_coarse(0 if q.is_meta else COARSE)  # where operations are counted, masked ones are none
+    masks = [None] * len(merged.sees)
+    if len(merged.sizes) < len(pattern.sizes):
+        masks[0] = coarse_mask(*pattern, merged.sizes[0], q.dtype, q.device)
     parts = []
-    queries = q.split(pattern.sizes[-len(pattern.sees):], dim=2)
-    for part, keys, values in zip(queries, select_seen(k, pattern), select_seen(v, pattern)):
-        parts.append(dense_attention(part, keys, values, p).transpose(1, 2).flatten(2))
+    queries = q.split(merged.sizes[-len(merged.sees):], dim=2)
+    for part, keys, values, mask in zip(queries, select_seen(k, merged), select_seen(v, merged), masks):
+        parts.append(dense_attention(part, keys, values, p, mask).transpose(1, 2).flatten(2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@torch.compiler.assume_constant_result
+def coarse_mask(sizes, sees, tokens, dtype, device):
+    """Pattern.mask() of the first tokens; its rows begin at multiples of 16 numbers, as CUDA's kernels want them."""
+    mask = Pattern(sizes, sees).mask()[:tokens, :tokens]
+    return F.pad(mask, (0, -tokens % 16)).to(device, dtype, non_blocking=True)[:, :tokens]
 
 
 def select_seen(x, pattern):
@@ -166,7 +182,8 @@ def per_token(values, pattern):
     """
     if values.shape[1] == 1:
         return values
-    return torch.cat([values[:, k:k + 1].expand(-1, size, -1) for k, size in enumerate(pattern.sizes)], dim=1)
+    values = values.split(1, dim=1)
+    return torch.cat([value.expand(-1, size, -1) for value, size in zip(values, pattern.sizes)], dim=1)
 
 
 # ---- recomputation -------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Norms, rotary angles and softmax are computed in float32 whatever the autocast dtype.
 """
 import itertools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,28 +60,6 @@ class RotaryEmbedding(nn.Module):
             angles.append(torch.cat((row, column), dim=-1).flatten(0, 1))
         angles = torch.cat(angles)
         return angles.cos(), angles.sin()
-
-
-class Pattern(NamedTuple):
-    """Which keys a query sees: whole scales of them."""
-    sizes: tuple  # tokens of each scale of the keys
-    sees: tuple  # for each scale of the queries, the last ones of the keys': numbers of the scales that it sees
-
-    def mask(self):
-        """(queries, keys) float32 on the CPU: 0 where a token sees, -inf where it does not."""
-        keys, rows = torch.repeat_interleave(torch.tensor(self.sizes, device="cpu")), []
-        for sees, size in zip(self.sees, self.sizes[-len(self.sees):]):
-            rows.append(torch.isin(keys, torch.tensor(sees, device="cpu")).expand(size, -1))
-        return torch.zeros(1, device="cpu").masked_fill(~torch.cat(rows), float("-inf"))
-
-    def at(self, k):
-        """Of scale k alone, which comes after the coarser ones."""
-        return Pattern(self.sizes[:k + 1], self.sees[k:k + 1])
-
-
-def within_scales(scales):
-    """The Pattern in which a token sees its own scale."""
-    return Pattern(tuple(s * s for s in scales), tuple((k,) for k in range(len(scales))))
 
 
 def spans(scales):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show: checks, speed, memory -> output/gpu_report/<the GPU's name>.md and .json. The same command resumes.
+# Checks, speed and memory on a GPU -> output/gpu_report/<the GPU's name>.md and .json. The same command resumes.
 # Arguments go to scripts/gpu_report.py: bash scripts/gpu_report.sh --minutes 9
 set -euo pipefail
 EXTRA="quickstart"

@@ -28,16 +28,17 @@ stage "pictures of demo:fashion, a trained model in this repository -> $OUT/demo
 echo "See $OUT/demo.png. Now a model is trained from scratch: about $MINUTES minutes on two slow CPU cores."
 
 stage "real images -> $OUT/images (as root from Debian's package dataset-fashion-mnist, else a download)"
-if [ ! -d /usr/share/datasets/fashion-mnist ] && [ ! -d "$OUT/images" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if [ ! -d /usr/share/datasets/fashion-mnist ] && [ ! -d "$OUT/images" ] && [ "$(id -u)" = 0 ] &&
+    command -v apt-get >/dev/null; then
     apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || true # else it is downloaded
 fi
 python scripts/quickstart_data.py --output "$OUT/images"
 
 if [ "$VAE" != demo:fashion ]; then
     stage "VAE -> $VAE"
-    [ -f "$VAE" ] || python scripts/train_vae.py --data_path "$OUT/images" --output "$VAE" --device "$DEVICE" --img_size 32 \
-        --embed_dim 4 --ch 16 --ch_mult 1,2,4 --num_res_blocks 0 --crop center --no_flip --steps 750 --batch_size 32 --lr 3e-3 \
-        --num_workers 1
+    [ -f "$VAE" ] || python scripts/train_vae.py --data_path "$OUT/images" --output "$VAE" --device "$DEVICE" \
+        --img_size 32 --embed_dim 4 --ch 16 --ch_mult 1,2,4 --num_res_blocks 0 --crop center --no_flip --steps 750 \
+        --batch_size 32 --lr 3e-3 --num_workers 1
 fi
 
 stage "latents -> $OUT/latents"

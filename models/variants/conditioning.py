@@ -7,7 +7,8 @@ from torch import nn
 
 from models.flow_head import AttnCrossAttnMLPBlock, EmbeddedCondition, FlowHead
 from models.kernels import Linear, per_token
-from models.layers import Pattern, SelfAttention, within_scales
+from models.layers import SelfAttention
+from models.patterns import Pattern, within_scales
 
 
 def by_scale(tokens, scales, dim=1):

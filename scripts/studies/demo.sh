@@ -21,7 +21,8 @@ python scripts/studies/demo.py --pack "$OUT/vae.pth" vae.safetensors
 
 cache() { # images, split, folder of latents
     [ -f "$3/index.json" ] ||
-        python scripts/cache_latents.py --data_path "$1" --split "$2" --cached_path "$3" --vae_path demo:fashion --img_size 32 --num_workers 1
+        python scripts/cache_latents.py --data_path "$1" --split "$2" --cached_path "$3" --vae_path demo:fashion \
+            --img_size 32 --num_workers 1
 }
 cache "$OUT/images" train "$OUT/latents"
 cache "$OUT/images" val "$OUT/latents_val"

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from models import build_model
 from models import kernels
 from models.kernels import dropout
-from models.layers import GatedMLP, Pattern, within_scales
+from models.layers import GatedMLP
+from models.patterns import Pattern, within_scales
 from util.speed import prepare
 from util.training.optimization import build_optimizer
 
@@ -46,16 +47,30 @@ def test_one_pass_of_all_scales_equals_one_pass_a_scale(options):
     assert_same_gradients(gradients(model, loss), gradients(model, expected))
 
 
-def test_attention_needs_no_mask():
+@pytest.mark.parametrize("coarse,merged", [(0, [3, 3, 3, 3]), (5, [2, 2, 2, 3]), (14, [1, 1, 1, 1])])
+def test_attention_equals_a_mask_over_all_scales(coarse, merged, monkeypatch):
+    """However many of the coarse scales are one call, and where one that sees a part of them keeps them apart."""
+    monkeypatch.setattr(kernels, "COARSE", coarse)
     q, k, v = torch.randn(3, 2, 4, 14, 8).unbind(0)
     sizes = (1, 4, 9)
-    for sees in (((0,), (0, 1), (0, 1, 2)), ((0,), (1,), (2,)), ((0,), (0, 1), (0, 2)), ((0,), (0,), (1, 2))):
+    every = ((0,), (0, 1), (0, 1, 2)), ((0,), (1,), (2,)), ((0,), (0,), (0, 1, 2)), ((0,), (0, 1), (0, 2))
+    for sees, calls in zip(every, merged):
         pattern = Pattern(sizes, sees)
+        assert len(pattern.merge_coarse(coarse).sizes) == calls
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, pattern.mask())
         golden.assert_close(kernels.attention(q, k, v, pattern), dense.transpose(1, 2).flatten(2))
-        last = torch.nn.functional.scaled_dot_product_attention(q[:, :, 5:], k, v, pattern.mask()[5:])  # as when scale 2 is sampled
+        last = torch.nn.functional.scaled_dot_product_attention(q[:, :, 5:], k, v, pattern.mask()[5:])  # as in sampling
         golden.assert_close(kernels.attention(q[:, :, 5:], k, v, pattern.at(2)), last.transpose(1, 2).flatten(2))
     assert within_scales((1, 2, 3)) == Pattern(sizes, ((0,), (1,), (2,)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_with_a_mask_drops(compiled):
+    """With values of 1 an output is what is kept of a row's probabilities, times 1 / (1 - p): 1 on average."""
+    q, k = torch.randn(2, 64, 4, 21, 8).unbind(0)
+    attention = torch.compile(kernels.attention, backend="aot_eager") if compiled else kernels.attention
+    y = attention(q, k, torch.ones_like(k), Pattern((1, 4, 16), ((0,), (0, 1), (0, 1, 2))), 0.5)
+    assert set(y[:, 0].unique().tolist()) == {0.0, 2.0} and y.mean().item() == pytest.approx(1, abs=0.02)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------
@@ -296,8 +311,14 @@ def counted(function):
     return counter.get_total_flops()
 
 
+@pytest.fixture
+def unmerged(monkeypatch):
+    """Attention computes nothing that a mask hides."""
+    monkeypatch.setattr(kernels, "COARSE", 0)
+
+
 @pytest.mark.parametrize("cross", [False, True])
-def test_operations_counted_on_the_meta_device_are_those_of_the_run(cross):
+def test_operations_counted_on_the_meta_device_are_those_of_the_run(cross, unmerged):
     model = small_model(cross=cross, encoder_embed_dim=96, decoder_embed_dim=96, diffloss_w=192)  # nothing padded
     latents, labels, t, noise = inputs(model, batch=3)
     assert counted(lambda: model(latents, labels, t=t, noise=noise)) == flops.training_flops(model)  # 3 images forward: one, 3 passes
@@ -305,7 +326,7 @@ def test_operations_counted_on_the_meta_device_are_those_of_the_run(cross):
     assert counted(lambda: model.sample_tokens(labels, noise=noise, **options)) == 3 * flops.sampling_flops(model, 3, **options)
 
 
-def test_zeros_of_padding_are_not_counted():
+def test_zeros_of_padding_are_not_counted(unmerged):
     model = build_model("flowar_tiny", img_size=16, vae_stride=4, vae_embed_dim=4, scale=(1, 2, 4))
     hidden, padded, tokens = 341, 384, model.tokens
     latents, labels, t, noise = inputs(model, batch=1)

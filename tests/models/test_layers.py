@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from models import layers
 from models.kernels import modulate
-from models.layers import CrossAttention, GatedMLP, KVCache, Pattern, RMSNorm, RotaryEmbedding, SelfAttention
+from models.layers import CrossAttention, GatedMLP, KVCache, RMSNorm, RotaryEmbedding, SelfAttention
+from models.patterns import Pattern
 
 
 def test_rms_norm():

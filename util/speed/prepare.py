@@ -22,11 +22,13 @@ def for_sampling(model, dtype=None):
 
 
 def compile_training(model):
-    """torch.compile of every block of a FlowAR: one graph a kind of block, however many there are. With use_checkpoint
-    PyTorch before 2.10 compiles nothing.
+    """torch.compile of every block of a FlowAR, one graph a kind of block, however many there are, and of the small
+    parts around them. With use_checkpoint PyTorch before 2.10 compiles no block.
     """
-    for block in (*model.blocks, *model.flownet.res_blocks):
-        block.compile()
+    head = model.flownet
+    for part in (*model.blocks, *head.res_blocks, model.z_proj_ln, model.encoder_norm, model.decoder_norm,
+                 head.time_embed, head.final_layer):
+        part.compile()
 
 
 def compile_sampling(model, what="blocks"):

@@ -32,7 +32,8 @@ STEP, POWERS = "checkpoint-{:09d}.pth", "posthoc-{:09d}.pth"
 OWN = re.compile(r"(?:checkpoint|posthoc)-(\d{9})\.pth")  # a backup's name has other digits
 WRITER = "checkpoint writer"  # name of its thread
 UNNAMED = ("output_dir", "log_dir", "resume", "dry_run")  # options that may change freely
-OPTIONS = "lr", "weight_decay", "betas", "fused", "foreach"  # of an optimizer's group: those of now, not of the checkpoint
+# Of an optimizer's group: those of the command, not of the checkpoint.
+OPTIONS = "lr", "weight_decay", "betas", "fused", "foreach"
 
 
 # ---- a folder of checkpoints -----------------------------------------------------------------------------------

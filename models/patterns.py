@@ -1,0 +1,41 @@
+"""Which tokens attend to which: whole scales see whole scales."""
+from typing import NamedTuple
+
+import torch
+
+
+class Pattern(NamedTuple):
+    """Which keys a query sees: whole scales of them."""
+    sizes: tuple  # tokens of each scale of the keys
+    sees: tuple  # for each scale of the queries, the last ones of the keys': numbers of the scales that it sees
+
+    def mask(self):
+        """(queries, keys) float32 on the CPU: 0 where a token sees, -inf where it does not."""
+        keys = torch.cat([torch.full((size,), k, device="cpu") for k, size in enumerate(self.sizes)])
+        rows = []
+        for sees, size in zip(self.sees, self.sizes[-len(self.sees):]):
+            rows.append(torch.isin(keys, torch.tensor(sees, device="cpu")).expand(size, -1))
+        return torch.zeros(1, device="cpu").masked_fill(~torch.cat(rows), float("-inf"))
+
+    def at(self, k):
+        """Of scale k alone, which comes after the coarser ones."""
+        return Pattern(self.sizes[:k + 1], self.sees[k:k + 1])
+
+    def merge_coarse(self, most):
+        """The Pattern with its coarsest scales, of `most` tokens together, taken for one that sees itself: as it is
+        where they see finer ones, or where a finer one sees some of them but not all.
+        """
+        if len(self.sees) < len(self.sizes):
+            return self
+        for count in range(len(self.sizes), 1, -1):
+            coarse, fine, merged = set(range(count)), self.sees[count:], sum(self.sizes[:count])
+            if (merged <= most and all(coarse.issuperset(sees) for sees in self.sees[:count])
+                    and all(coarse.issubset(sees) or coarse.isdisjoint(sees) for sees in fine)):
+                sees = [tuple(sorted({max(0, k - count + 1) for k in sees})) for sees in fine]
+                return Pattern((merged, *self.sizes[count:]), ((0,), *sees))
+        return self
+
+
+def within_scales(scales):
+    """The Pattern in which a token sees its own scale."""
+    return Pattern(tuple(s * s for s in scales), tuple((k,) for k in range(len(scales))))
