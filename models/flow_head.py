@@ -8,7 +8,7 @@ from torch import nn
 
 from models import flow_matching as fm
 from models.errors import FlowARError
-from models.kernels import Linear, modulate, per_token, run_block
+from models.kernels import Linear, modulate, per_token, run_block, with_coarse_mask
 from models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention
 from models.patterns import within_scales
 
@@ -141,6 +141,7 @@ class FlowHead(nn.Module):
         return self.final_layer(h, modulation)
 
     def run_blocks(self, h, modulation, time, embedded, pattern):
+        pattern = with_coarse_mask(pattern, h)
         for block, keys_values in zip(self.res_blocks, embedded.keys_values):
             h = run_block(block, self.use_checkpoint, h, modulation, time, embedded.z, keys_values,
                           embedded.rope_table, pattern)

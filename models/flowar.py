@@ -19,7 +19,7 @@ from models import flow_matching as fm
 from models.checks import check_grids, check_guide, check_labels, check_scales, check_shapes
 from models.errors import FlowARError
 from models.flow_head import FlowHead
-from models.kernels import Linear, modulate, per_token, run_block
+from models.kernels import Linear, modulate, per_token, run_block, with_coarse_mask
 from models.layers import GatedMLP, KVCache, RMSNorm, SelfAttention, spans
 from models.patterns import Pattern
 from models.settings import Sampling
@@ -190,7 +190,7 @@ class FlowAR(nn.Module):
         inputs = [to_tokens(self.next_input(grid, k)) for k, grid in enumerate(pyramid[:-1])]
         if inputs:
             tokens = torch.cat((tokens, self.z_proj(torch.cat(inputs, dim=1))), dim=1)
-        return self.run_transformer(tokens, c, self.pattern)
+        return self.run_transformer(tokens, c, with_coarse_mask(self.pattern, tokens))
 
     def condition(self, latents, labels):
         """Teacher-forced condition z, (B, tokens, D), of latents (B, C, H, W) and labels (B,), class_num the null."""

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from models.patterns import Pattern
-
 ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
 COARSE = 128  # tokens of coarse scales that attend in one call with a mask: fewer kernels, few operations more
 
@@ -62,12 +60,20 @@ class Linear(nn.Linear):
 # ---- dropout -------------------------------------------------------------------------------------------------
 
 
-def dropout_factors(x, p):
-    """0 with probability p, else 1 / (1 - p), like x: PyTorch's generator, slow on a CPU, seeds a faster one."""
-    generator = np.random.Generator(np.random.SFC64(torch.randint(2**62, ()).item()))
+@torch.library.custom_op("flowar::dropout_factors", mutates_args=())
+def dropout_factors(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """0 with probability p, else 1 / (1 - p), like x: PyTorch's generator, slow on a CPU, seeds a faster one. An
+    operation of its own, which the compiler takes whole; the seed is drawn outside, so it repeats no draw.
+    """
+    generator = np.random.Generator(np.random.SFC64(seed.item()))
     draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
     keep = torch.ge(torch.from_numpy(draws), round(p * 2**16) - 2**15, out=torch.empty_like(x).flatten())
     return keep.mul_(1 / (1 - p)).view(x.shape)
+
+
+@dropout_factors.register_fake
+def _(x, p, seed):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def dropout_mask(shape, p, seed):
@@ -82,14 +88,19 @@ def dropout_mask(shape, p, seed):
     return ((h ^ (h >> 16 & 0xFFFF)) >= round(p * 2**32) - 2**31).view(shape)
 
 
+def hashed_dropout(x, p):
+    """F.dropout(x, p) with a dropout_mask: where it is compiled for a GPU the fastest."""
+    mask = dropout_mask(x.shape, p, torch.randint(2**62, (), device=x.device))
+    return torch.where(mask, x * (1 / (1 - p)), 0)
+
+
 def dropout(x, p):
     """F.dropout(x, p)."""
-    if 0 < p < 1 and torch.compiler.is_compiling():
-        mask = dropout_mask(x.shape, p, torch.randint(2**62, (), device=x.device))
-        return torch.where(mask, x * (1 / (1 - p)), 0)
-    if 0 < p < 1 and x.device.type == "cpu":
-        return x * dropout_factors(x, p)
-    return F.dropout(x, p)
+    if not 0 < p < 1:
+        return F.dropout(x, p)
+    if x.device.type == "cpu":
+        return x * dropout_factors(x.detach(), p, torch.randint(2**62, ()))
+    return hashed_dropout(x, p) if torch.compiler.is_compiling() else F.dropout(x, p)
 
 
 class Dropout(nn.Dropout):
@@ -137,28 +148,34 @@ def dense_attention(q, k, v, p, mask=None):
 def attention(q, k, v, pattern, p=0.0):
     """F.scaled_dot_product_attention(q, k, v, pattern.mask(), dropout_p=p).transpose(1, 2).flatten(2).
 
-    The coarse scales, a few tokens, are one call with a mask. The queries of every other scale see whole scales of
-    keys, which are cut out: so the flash and memory-efficient kernels apply.
+    The queries of each scale see whole scales of keys, which are cut out: so the flash and memory-efficient kernels
+    apply. Scales with a mask, see with_coarse_mask, are one call.
     q, k, v: B heads N head_dim; pattern: a Pattern, None where all see all.
     """
     if pattern is None or len(pattern.sizes) == 1:
         return dense_attention(q, k, v, p).transpose(1, 2).flatten(2)
-    merged = pattern.merge_coarse(0 if q.is_meta else COARSE)  # where operations are counted, masked ones are none
-    masks = [None] * len(merged.sees)
-    if len(merged.sizes) < len(pattern.sizes):
-        masks[0] = coarse_mask(*pattern, merged.sizes[0], q.dtype, q.device)
-    parts = []
-    queries = q.split(merged.sizes[-len(merged.sees):], dim=2)
-    for part, keys, values, mask in zip(queries, select_seen(k, merged), select_seen(v, merged), masks):
+    masks, parts = [None] * len(pattern.sees), []
+    if pattern.coarse is not None:
+        pattern, masks[0] = pattern.merge_coarse(len(pattern.coarse)), pattern.coarse
+    queries = q.split(pattern.sizes[-len(pattern.sees):], dim=2)
+    for part, keys, values, mask in zip(queries, select_seen(k, pattern), select_seen(v, pattern), masks):
         parts.append(dense_attention(part, keys, values, p, mask).transpose(1, 2).flatten(2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-@torch.compiler.assume_constant_result
-def coarse_mask(sizes, sees, tokens, dtype, device):
-    """Pattern.mask() of the first tokens; its rows begin at multiples of 16 numbers, as CUDA's kernels want them."""
-    mask = Pattern(sizes, sees).mask()[:tokens, :tokens]
-    return F.pad(mask, (0, -tokens % 16)).to(device, dtype, non_blocking=True)[:, :tokens]
+def with_coarse_mask(pattern, x):
+    """The pattern with a mask for its coarse scales, if that saves calls, for attention to keys like x under autocast.
+    None stays None; on the meta device, where operations are counted, what a mask hides is not computed.
+    """
+    if pattern is None or x.is_meta:
+        return pattern
+    scales = len(pattern.sizes) - len(pattern.merge_coarse(COARSE).sizes) + 1
+    if scales == 1:
+        return pattern
+    device, mask = x.device, pattern._replace(sizes=pattern.sizes[:scales], sees=pattern.sees[:scales]).mask()
+    padded = F.pad(mask, (0, -len(mask) % 16))  # rows begin at multiples of 16 numbers: CUDA's kernels want that
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+    return pattern._replace(coarse=padded.to(device, dtype, non_blocking=True)[:, :len(mask)])
 
 
 def select_seen(x, pattern):

@@ -8,6 +8,7 @@ class Pattern(NamedTuple):
     """Which keys a query sees: whole scales of them."""
     sizes: tuple  # tokens of each scale of the keys
     sees: tuple  # for each scale of the queries, the last ones of the keys': numbers of the scales that it sees
+    coarse: torch.Tensor | None = None  # the mask of the first tokens, see kernels.with_coarse_mask
 
     def mask(self):
         """(queries, keys) float32 on the CPU: 0 where a token sees, -inf where it does not."""

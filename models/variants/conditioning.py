@@ -8,7 +8,7 @@ from torch import nn
 from models.flow_head import AttnCrossAttnMLPBlock, EmbeddedCondition, FlowHead
 from models.kernels import Linear, per_token
 from models.layers import SelfAttention
-from models.patterns import Pattern, within_scales
+from models.patterns import within_scales
 
 
 def by_scale(tokens, scales, dim=1):
@@ -69,8 +69,8 @@ class PrefixedHead(TimeHead):
     def enter(self, h, c, scales):
         pattern = None
         if scales:
-            sizes, sees = within_scales(scales)
-            pattern = Pattern(tuple(2 * size for size in sizes), sees)
+            pattern = within_scales(scales)
+            pattern = pattern._replace(sizes=tuple(2 * size for size in pattern.sizes))
         return interleave(c.float().expand_as(h), h, scales), pattern
 
     def leave(self, velocity, scales):

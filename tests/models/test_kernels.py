@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from models import build_model
 from models import kernels
-from models.kernels import dropout
 from models.layers import GatedMLP
 from models.patterns import Pattern, within_scales
 from util.speed import prepare
@@ -23,6 +22,10 @@ aten = torch.ops.aten
 CPU_ATTENTION = {  # PyTorch before 2.15 does not count it
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: sdpa_backward_flop_count(grad, q, k, v)}
+
+
+def compiled(function):
+    return torch.compile(function, backend="aot_eager")
 
 
 def gradients(model, loss):
@@ -58,28 +61,34 @@ def test_attention_equals_a_mask_over_all_scales(coarse, merged, monkeypatch):
         pattern = Pattern(sizes, sees)
         assert len(pattern.merge_coarse(coarse).sizes) == calls
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, pattern.mask())
-        golden.assert_close(kernels.attention(q, k, v, pattern), dense.transpose(1, 2).flatten(2))
+        masked = kernels.with_coarse_mask(pattern, q)
+        golden.assert_close(kernels.attention(q, k, v, masked), dense.transpose(1, 2).flatten(2))
         last = torch.nn.functional.scaled_dot_product_attention(q[:, :, 5:], k, v, pattern.mask()[5:])  # as in sampling
         golden.assert_close(kernels.attention(q[:, :, 5:], k, v, pattern.at(2)), last.transpose(1, 2).flatten(2))
     assert within_scales((1, 2, 3)) == Pattern(sizes, ((0,), (1,), (2,)))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_attention_with_a_mask_drops(compiled):
+@pytest.mark.parametrize("wrap", [lambda function: function, compiled])
+def test_attention_with_a_mask_drops(wrap):
     """With values of 1 an output is what is kept of a row's probabilities, times 1 / (1 - p): 1 on average."""
     q, k = torch.randn(2, 64, 4, 21, 8).unbind(0)
-    attention = torch.compile(kernels.attention, backend="aot_eager") if compiled else kernels.attention
-    y = attention(q, k, torch.ones_like(k), Pattern((1, 4, 16), ((0,), (0, 1), (0, 1, 2))), 0.5)
+    pattern = kernels.with_coarse_mask(Pattern((1, 4, 16), ((0,), (0, 1), (0, 1, 2))), q)
+    y = wrap(kernels.attention)(q, k, torch.ones_like(k), pattern, 0.5)
     assert set(y[:, 0].unique().tolist()) == {0.0, 2.0} and y.mean().item() == pytest.approx(1, abs=0.02)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("p,compiled", [(0.1, False), (0.5, True)])
-def test_dropout_drops_and_scales_as_many_as_it_says(p, compiled):
+DROPOUTS = pytest.mark.parametrize("dropout", [kernels.dropout, compiled(kernels.dropout),
+                                               compiled(kernels.hashed_dropout)], ids=["eager", "compiled", "hashed"])
+
+
+@DROPOUTS
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_and_scales_as_many_as_it_says(p, dropout):
     torch.manual_seed(0)
-    y = (torch.compile(dropout, backend="aot_eager") if compiled else dropout)(torch.full((999, 1001), 2.0), p)
+    y = dropout(torch.full((999, 1001), 2.0), p)
     assert (y == 0).double().mean().item() == pytest.approx(p, abs=2e-3)
     assert y.mean().item() == pytest.approx(2.0, rel=3e-3)
     assert y.unique().tolist() == [0.0, pytest.approx(2 / (1 - p))]
@@ -104,13 +113,14 @@ def test_rotation_is_the_same_compiled(monkeypatch, device):
     golden.assert_close(kernels.rotate(SimpleNamespace(float=x.float, dtype=x.dtype, device=SimpleNamespace(type=device)), table), expected)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_gradient_sees_the_dropout_of_the_forward_pass(compiled):
+@pytest.mark.parametrize("dropout", [kernels.dropout, kernels.hashed_dropout])
+@pytest.mark.parametrize("wrap", [lambda function: function, compiled])
+def test_the_gradient_sees_the_dropout_of_the_forward_pass(dropout, wrap):
     def function(x):
         return dropout(x.sin(), 0.3) + dropout(x.sin(), 0.3)  # two calls, two draws
 
     x = torch.linspace(0.1, 1, 999, requires_grad=True)
-    y = (torch.compile(function, backend="aot_eager") if compiled else function)(x)
+    y = wrap(function)(x)
     gradient, = torch.autograd.grad(y.sum(), x)
     golden.assert_close(gradient, x.detach().cos() * (y / x.sin()).detach())
     assert len((y / x.sin()).detach().round(decimals=3).unique()) == 3
@@ -295,10 +305,10 @@ def test_training_compiles_one_graph_a_kind_of_block(cross, recompute, graphs, n
     expected = step()
     prepare.compile_training(model)
     assert_same_gradients(step(), expected)
-    assert graphs() == 2  # the transformer's block and the flow head's
+    assert graphs() == 5  # blocks of transformer and flow head, RMSNorm, time embedding, last layer
     assert list(model.state_dict()) == list(small_model(cross=cross, diffloss_d=2, encoder_depth=2).state_dict())
     step()
-    assert graphs() == 2
+    assert graphs() == 5
 
 
 # ---- counted operations --------------------------------------------------------------------------------------
