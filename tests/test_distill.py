@@ -7,6 +7,7 @@ from PIL import Image
 
 from models import FlowARError, load_flowar
 from scripts.pictures import read_settings
+from scripts.studies import few_step
 from util.evaluation import load_pipeline
 from util.files import read_json
 
@@ -72,6 +73,9 @@ def test_times_and_picture_beside_the_teacher(project, student, tmp_path, monkey
     assert len(table) == 2 + 1 + 10 + 4 and table[3].startswith("| teacher, euler, 8 |") and table[-1].startswith("| student, euler, 1 |")
     assert all(value > 0 for value in read_json(student / "few_step_times.json")["milliseconds"].values())
     assert Image.open(student / "few_step.png").size[0] > Image.open(student / "few_step.png").size[1]
+    rows = {name: [300.0 + i] for i, name in enumerate(few_step.make_rows())}
+    few_step.draw_curves(rows, {name: 1 + i for i, name in enumerate(rows)}, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (1000, 400)
 
 
 def test_another_teacher_or_setting_is_refused(project, student, monkeypatch):

@@ -5,12 +5,13 @@
 The table of docs/few-step.md, on the quickstart's folder (scripts/quickstart.sh) and a student of its run
 (scripts/distill.py). All rows draw the same labels from the same noise, with the settings that the two runs store, but
 for steps, grid and solver. --images 0 measures the times alone. Writes few_step.md, few_step.json (few_step_times.*
-without images) and few_step.png into the student's folder.
+without images), few_step.png and, of distances, few_step_curves.png into the student's folder.
 """
 from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from scripts.benchmark import alternate
 from scripts.pictures import draw_table, save
@@ -71,6 +72,28 @@ def measure(samplers, count, root, device):
     return figures
 
 
+def draw_curves(figures, times, file):
+    """Distance over steps a scale, and over milliseconds an image: a line for each model and solver."""
+    lines = {}
+    for name, (distance, *_) in figures.items():
+        line, steps = name.rsplit(", ", 1)
+        line = f"{line}, published grid" if name == PUBLISHED else line
+        lines.setdefault(line, []).append((int(steps.split()[0]), times[name], distance))
+    figure = Figure(figsize=(10, 4), dpi=100)
+    by_steps, by_time = figure.subplots(1, 2, sharey=True)
+    for line, points in lines.items():
+        steps, milliseconds, distances = zip(*points)
+        by_steps.plot(steps, distances, "o-", label=line)
+        by_time.plot(milliseconds, distances, "o-")
+    by_steps.set(xscale="log", xlabel="steps a scale", ylabel="distance to the test images", xticks=(1, 2, 4, 8, 24))
+    by_steps.set_xticklabels((1, 2, 4, 8, 24))
+    by_steps.minorticks_off()
+    by_steps.legend(loc="upper right")
+    by_time.set(xscale="log", xlabel="milliseconds an image")
+    figure.tight_layout()
+    figure.savefig(file)
+
+
 def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
@@ -100,6 +123,8 @@ def main():
     write_json({"images": args.images, "rows": figures, "milliseconds": times, "batch": args.batch,
                 **describe_machine(device)}, name.with_suffix(".json"))
 
+    if figures:
+        draw_curves(figures, times, Path(args.student) / "few_step_curves.png")
     pictures = []
     for name in SHOWN:
         latents = samplers[name].pyramid(range(classes), samplers[name].noise(range(classes)))[-1]
