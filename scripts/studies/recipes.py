@@ -46,12 +46,21 @@ OTHER = {  # warm-ups are those of 40,000 images
     "weight decay 0": "--weight_decay 0", "weight decay 0.1": "--weight_decay 0.1",
     "warm-up 1 %": "--warmup_epochs 0.02", "warm-up 20 %": "--warmup_epochs 0.4",
     "EMA 0.98": "--ema_rate 0.98", "EMA 0.99": "--ema_rate 0.99", "linear end": "--lr_schedule linear_end"}
+TUNED = "--weight_decay 0.1"
+LARGER = {256: "0.92", 1024: "0.72"}  # images a step: EMA rate of about as many images as 0.98 at 64
+OPTIMIZERS = {"AdamW": "", "Muon": f"{MUON} "}
 GROUPS = {  # {group: {name: options of training}}
     "adamw rate": {f"adamw {rate}": f"--lr {rate}" for rate in RATES},
     "muon rate": {f"muon {rate}": f"{MUON} --lr {rate}" for rate in RATES},
     "adamw": {f"adamw, {name}": f"--lr {BEST} {options}" for name, options in OTHER.items()},
     "muon": {f"muon, {name}": f"{MUON} --lr {BEST} {options}" for name, options in OTHER.items()},
+    "tuned": {name: f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98" for name, muon in OPTIMIZERS.items()},
+    "batch": {},
 }
+for batch, ema in LARGER.items():
+    for (name, muon), rate in itertools.product(OPTIMIZERS.items(), ("8e-3", "1.6e-2", "3.2e-2")):
+        options = f"{muon}--lr {rate} {TUNED} --ema_rate {ema} --global_batch {batch}"
+        GROUPS["batch"][f"{name}, {batch} images a step, {rate}"] = options
 COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": ".3f", "recall": ".3f",
            "label found": ".1%"}
 
