@@ -1,8 +1,11 @@
-"""Functions that equal one textbook line each, faster. The only file that asks for the device or the compiler.
+"""Functions that equal one textbook line each, faster, and what prepares them. Nothing else asks for the device or the
+compiler.
 
 To change what one of them computes, write its textbook line (it is in the docstring) where it is called.
 """
 import functools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -61,19 +64,19 @@ class Linear(nn.Linear):
 
 
 @torch.library.custom_op("flowar::dropout_factors", mutates_args=())
-def dropout_factors(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """0 with probability p, else 1 / (1 - p), like x: PyTorch's generator, slow on a CPU, seeds a faster one. An
-    operation of its own, which the compiler takes whole; the seed is drawn outside, so it repeats no draw.
+def dropout_factors(shape: Sequence[int], dtype: torch.dtype, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """0 with probability p, else 1 / (1 - p): PyTorch's generator, slow on a CPU, seeds a faster one. A custom
+    operation, which the compiler calls and does not trace into; it gets its seed, so that each call draws anew.
     """
-    generator = np.random.Generator(np.random.SFC64(seed.item()))
-    draws = generator.integers(-2**63, 2**63 - 1, size=-(-x.numel() // 4), endpoint=True).view(np.int16)[:x.numel()]
-    keep = torch.ge(torch.from_numpy(draws), round(p * 2**16) - 2**15, out=torch.empty_like(x).flatten())
-    return keep.mul_(1 / (1 - p)).view(x.shape)
+    generator, count = np.random.Generator(np.random.SFC64(seed.item())), math.prod(shape)
+    draws = generator.integers(-2**63, 2**63 - 1, size=-(-count // 4), endpoint=True).view(np.int16)[:count]
+    keep = torch.ge(torch.from_numpy(draws), round(p * 2**16) - 2**15, out=torch.empty(count, dtype=dtype))
+    return keep.mul_(1 / (1 - p)).view(shape)
 
 
 @dropout_factors.register_fake
-def _(x, p, seed):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(shape, dtype, p, seed):
+    return torch.empty(shape, dtype=dtype)
 
 
 def dropout_mask(shape, p, seed):
@@ -89,7 +92,7 @@ def dropout_mask(shape, p, seed):
 
 
 def hashed_dropout(x, p):
-    """F.dropout(x, p) with a dropout_mask: where it is compiled for a GPU the fastest."""
+    """F.dropout(x, p) with a dropout_mask: the fastest way where it is compiled for a GPU."""
     mask = dropout_mask(x.shape, p, torch.randint(2**62, (), device=x.device))
     return torch.where(mask, x * (1 / (1 - p)), 0)
 
@@ -99,7 +102,7 @@ def dropout(x, p):
     if not 0 < p < 1:
         return F.dropout(x, p)
     if x.device.type == "cpu":
-        return x * dropout_factors(x.detach(), p, torch.randint(2**62, ()))
+        return x * dropout_factors(x.shape, x.dtype, p, torch.randint(2**62, ()))
     return hashed_dropout(x, p) if torch.compiler.is_compiling() else F.dropout(x, p)
 
 
@@ -148,15 +151,15 @@ def dense_attention(q, k, v, p, mask=None):
 def attention(q, k, v, pattern, p=0.0):
     """F.scaled_dot_product_attention(q, k, v, pattern.mask(), dropout_p=p).transpose(1, 2).flatten(2).
 
-    The queries of each scale see whole scales of keys, which are cut out: so the flash and memory-efficient kernels
-    apply. Scales with a mask, see with_coarse_mask, are one call.
+    The queries of each scale see whole scales of keys, which are cut out, so that no mask is needed and flash kernels
+    apply. The coarse scales, if with_coarse_mask gave them a mask, are one call, which memory-efficient kernels take.
     q, k, v: B heads N head_dim; pattern: a Pattern, None where all see all.
     """
     if pattern is None or len(pattern.sizes) == 1:
         return dense_attention(q, k, v, p).transpose(1, 2).flatten(2)
     masks, parts = [None] * len(pattern.sees), []
     if pattern.coarse is not None:
-        pattern, masks[0] = pattern.merge_coarse(len(pattern.coarse)), pattern.coarse
+        masks[0], pattern = pattern.coarse
     queries = q.split(pattern.sizes[-len(pattern.sees):], dim=2)
     for part, keys, values, mask in zip(queries, select_seen(k, pattern), select_seen(v, pattern), masks):
         parts.append(dense_attention(part, keys, values, p, mask).transpose(1, 2).flatten(2))
@@ -164,18 +167,35 @@ def attention(q, k, v, pattern, p=0.0):
 
 
 def with_coarse_mask(pattern, x):
-    """The pattern with a mask for its coarse scales, if that saves calls, for attention to keys like x under autocast.
-    None stays None; on the meta device, where operations are counted, what a mask hides is not computed.
+    """The pattern with what attention needs to take the coarse scales at once: `coarse`, their mask in the dtype that
+    queries have where x enters, and the Pattern in which they are one scale. Unchanged if it is None, if fewer than
+    two scales are coarse, or on the meta device, so that operations on hidden pairs are not counted.
     """
     if pattern is None or x.is_meta:
         return pattern
-    scales = len(pattern.sizes) - len(pattern.merge_coarse(COARSE).sizes) + 1
-    if scales == 1:
+    merged = merge_coarse(pattern)
+    if merged is pattern:
         return pattern
-    device, mask = x.device, pattern._replace(sizes=pattern.sizes[:scales], sees=pattern.sees[:scales]).mask()
+    count = len(pattern.sizes) - len(merged.sizes) + 1
+    mask = pattern._replace(sizes=pattern.sizes[:count], sees=pattern.sees[:count]).mask()
     padded = F.pad(mask, (0, -len(mask) % 16))  # rows begin at multiples of 16 numbers: CUDA's kernels want that
+    device = x.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-    return pattern._replace(coarse=padded.to(device, dtype, non_blocking=True)[:, :len(mask)])
+    return pattern._replace(coarse=(padded.to(device, dtype, non_blocking=True)[:, :len(mask)], merged))
+
+
+def merge_coarse(pattern):
+    """The pattern in which as many of the coarsest scales as have at most COARSE tokens together are one scale. They
+    are not merged if one of them sees a finer scale, or if a finer scale sees only some of them.
+    """
+    sizes, sees = pattern.sizes, pattern.sees
+    for count in range(len(sizes), 1, -1):
+        coarse, tokens = set(range(count)), sum(sizes[:count])
+        if (tokens <= COARSE and all(coarse.issuperset(seen) for seen in sees[:count])
+                and all(coarse.issubset(seen) or coarse.isdisjoint(seen) for seen in sees[count:])):
+            others = [tuple(sorted({max(0, k - count + 1) for k in seen})) for seen in sees[count:]]
+            return pattern._replace(sizes=(tokens, *sizes[count:]), sees=((0,), *others))
+    return pattern
 
 
 def select_seen(x, pattern):

@@ -8,7 +8,7 @@ class Pattern(NamedTuple):
     """Which keys a query sees: whole scales of them."""
     sizes: tuple  # tokens of each scale of the keys
     sees: tuple  # for each scale of the queries, the last ones of the keys': numbers of the scales that it sees
-    coarse: torch.Tensor | None = None  # the mask of the first tokens, see kernels.with_coarse_mask
+    coarse: tuple | None = None  # see kernels.with_coarse_mask
 
     def mask(self):
         """(queries, keys) float32 on the CPU: 0 where a token sees, -inf where it does not."""
@@ -21,20 +21,6 @@ class Pattern(NamedTuple):
     def at(self, k):
         """Of scale k alone, which comes after the coarser ones."""
         return Pattern(self.sizes[:k + 1], self.sees[k:k + 1])
-
-    def merge_coarse(self, most):
-        """The Pattern with its coarsest scales, of `most` tokens together, taken for one that sees itself: as it is
-        where they see finer ones, or where a finer one sees some of them but not all.
-        """
-        if len(self.sees) < len(self.sizes):
-            return self
-        for count in range(len(self.sizes), 1, -1):
-            coarse, fine, merged = set(range(count)), self.sees[count:], sum(self.sizes[:count])
-            if (merged <= most and all(coarse.issuperset(sees) for sees in self.sees[:count])
-                    and all(coarse.issubset(sees) or coarse.isdisjoint(sees) for sees in fine)):
-                sees = [tuple(sorted({max(0, k - count + 1) for k in sees})) for sees in fine]
-                return Pattern((merged, *self.sizes[count:]), ((0,), *sees))
-        return self
 
 
 def within_scales(scales):

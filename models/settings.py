@@ -108,9 +108,8 @@ class Sampling:
         25, "length of the time grid (25 makes 24 Euler steps, 50 makes 50), or one value per scale: 25:25:12",
         per_scale(STEPS), option="num_step")
     num_steps_last: int | None = setting(
-        None, "num_step of the last scale, reached linearly from num_step at the first "
-              "(DiSA)", STEPS, option="num_step_last",
-        beyond=True)
+        None, "num_step of the last scale, reached linearly from num_step at the first (DiSA)", STEPS,
+        option="num_step_last", beyond=True)
     solver: str = setting(
         "euler", "euler, ab2 (1 network evaluation per step), heun, midpoint (2) or rk4 (4); with --objective "
                  "diffusion: euler (DDIM) or ancestral", one_of(*SOLVERS), beyond=True)

@@ -11,7 +11,6 @@ same command resumes. --output_dir is a run like any other: eval.py, scripts/sam
 """
 from dataclasses import dataclass, replace
 
-import torch
 
 from engine_flowar import train
 from models import FlowAR, FlowARError, load_flowar
@@ -106,7 +105,6 @@ def main():
         student.use_checkpoint = student.flownet.use_checkpoint = args.use_checkpoint
         prepare.for_sampling(teacher.to(device), AUTOCAST.get(args.precision))
         if args.compile:
-            torch._dynamo.config.cache_size_limit = 64  # of one function: teacher, student and average share theirs
             prepare.compile_sampling(teacher)
         return student
 

@@ -47,7 +47,7 @@ def sample_parser():
         add(f"--{kind}", type=as_type(path), nargs="?", const=f"{kind}.png", metavar="FILE",
             help=f"picture of {what}; default {kind}.png")
     add("--inpaint", type=as_type(path), nargs="+", metavar=("IMAGE MASK", "FILE"),
-        help="--per_class images with the white parts of MASK sampled again; default inpaint.png")
+        help="--per_class images with the white parts of MASK sampled again, written to FILE; default inpaint.png")
     add("--folder", type=as_type(path), help="folder for single images of the grid, <label>-<seed or number>.png")
     add("--labels", type=as_type(list_of(str)), help="class numbers or names; default: the first 10 trained classes")
     add("--seeds", type=as_type(seed_list), help="one image per class and seed, such as 0-15 or 1,4,9")

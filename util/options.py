@@ -86,8 +86,8 @@ class Model(Checked):
 @dataclass
 class Weights(Checked):
     """weights"""
-    resume: str = setting("", "checkpoint: a run's folder, a file, or an hf:, released: or demo: name; if it is "
-                          "--output_dir without any yet, training starts from scratch", optional_path)
+    resume: str = setting("", "checkpoint: a run's folder, a file, or an hf:, released: or demo: name; training "
+                          "starts from scratch if this is --output_dir and has none yet", optional_path)
     weights: str = setting(None, "which weights of --resume to sample: ema, raw or another key; default: ema if "
                            "present", str, beyond=True)
 

@@ -5,7 +5,7 @@
 The table of docs/few-step.md, on the quickstart's folder (scripts/quickstart.sh) and a student of its run
 (scripts/distill.py). All rows draw the same labels from the same noise, with the settings that the two runs store, but
 for steps, grid and solver. --images 0 measures the times alone. Writes few_step.md, few_step.json (few_step_times.*
-without images), few_step.png and, of distances, few_step_curves.png into the student's folder.
+without images), few_step.png and, with distances, few_step_curves.png into the student's folder.
 """
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def draw_curves(figures, times, file):
         line, steps = name.rsplit(", ", 1)
         line = f"{line}, published grid" if name == PUBLISHED else line
         lines.setdefault(line, []).append((int(steps.split()[0]), times[name], distance))
-    figure = Figure(figsize=(10, 4), dpi=100)
+    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
     by_steps, by_time = figure.subplots(1, 2, sharey=True)
     for line, points in lines.items():
         steps, milliseconds, distances = zip(*points)
@@ -88,9 +88,8 @@ def draw_curves(figures, times, file):
     by_steps.set(xscale="log", xlabel="steps a scale", ylabel="distance to the test images", xticks=(1, 2, 4, 8, 24))
     by_steps.set_xticklabels((1, 2, 4, 8, 24))
     by_steps.minorticks_off()
-    by_steps.legend(loc="upper right")
     by_time.set(xscale="log", xlabel="milliseconds an image")
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=len(lines))
     figure.savefig(file)
 
 

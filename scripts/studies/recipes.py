@@ -49,18 +49,26 @@ OTHER = {  # warm-ups are those of 40,000 images
 TUNED = "--weight_decay 0.1"
 LARGER = {256: "0.92", 1024: "0.72"}  # images a step: EMA rate of about as many images as 0.98 at 64
 OPTIMIZERS = {"AdamW": "", "Muon": f"{MUON} "}
+
+
+def batch_recipes():
+    """Both optimizers at every number of images a step of LARGER and three rates."""
+    recipes = {}
+    for batch, ema in LARGER.items():
+        for (name, muon), rate in itertools.product(OPTIMIZERS.items(), ("8e-3", "1.6e-2", "3.2e-2")):
+            options = f"{muon}--lr {rate} {TUNED} --ema_rate {ema} --global_batch {batch}"
+            recipes[f"{name}, {batch} images a step, {rate}"] = options
+    return recipes
+
+
 GROUPS = {  # {group: {name: options of training}}
     "adamw rate": {f"adamw {rate}": f"--lr {rate}" for rate in RATES},
     "muon rate": {f"muon {rate}": f"{MUON} --lr {rate}" for rate in RATES},
     "adamw": {f"adamw, {name}": f"--lr {BEST} {options}" for name, options in OTHER.items()},
     "muon": {f"muon, {name}": f"{MUON} --lr {BEST} {options}" for name, options in OTHER.items()},
     "tuned": {name: f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98" for name, muon in OPTIMIZERS.items()},
-    "batch": {},
+    "batch": batch_recipes(),
 }
-for batch, ema in LARGER.items():
-    for (name, muon), rate in itertools.product(OPTIMIZERS.items(), ("8e-3", "1.6e-2", "3.2e-2")):
-        options = f"{muon}--lr {rate} {TUNED} --ema_rate {ema} --global_batch {batch}"
-        GROUPS["batch"][f"{name}, {batch} images a step, {rate}"] = options
 COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": ".3f", "recall": ".3f",
            "label found": ".1%"}
 
@@ -69,7 +77,7 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--root", type=as_type(path), default="output/recipes", help="folder of the data")
-    add("--groups", type=as_type(list_of(one_of(*GROUPS))), default=tuple(GROUPS), help=", ".join(GROUPS))
+    add("--groups", type=as_type(list_of(one_of(*GROUPS))), default=("tuned",), help=", ".join(GROUPS))
     add("--images", type=as_type(list_of(POSITIVE)), default=(80000,), help="training images, in whole epochs")
     add("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
     add("--cfg", type=as_type(list_of(number(float, 1.0))), default=(), help="guidance of the evaluations; default: "

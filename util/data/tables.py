@@ -19,8 +19,8 @@ IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")  # where a 
 @dataclass
 class Columns:
     """hf: and parquet data"""
-    image_column_name: str = setting(None, "image column; default: image, img or the only one of "
-                                     "images", str, beyond=True)
+    image_column_name: str = setting(None, "image column; default: image, img or the only one of images", str,
+                                     beyond=True)
     label_column_name: str = setting(None, "label column, integers or strings; default: label, labels or the only "
                                      "ClassLabel column", str, beyond=True)
     dataset_config_name: str = setting(None, "configuration of the dataset, or subfolder of a local one",

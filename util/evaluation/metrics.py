@@ -188,7 +188,7 @@ def measure_against(listing, joint, img_size, device, background=WHITE):
     """The Measure against the images of a Listing, which read_references() reads in one pass for all extractors."""
     keep = len(listing) <= MOST_FEATURES
     if not keep:
-        log(f"{listing.root}: no KID, precision and recall: they compare all pairs of images, at most "
-            f"{MOST_FEATURES:,} images")
+        log(f"{listing.root}: no KID, precision and recall: they compare all pairs of images, and these are "
+            f"more than {MOST_FEATURES:,}")
     read_images = functools.partial(extract_folder, listing, joint, device, img_size, keep=keep, background=background)
     return Measure(joint, [describe_folder(listing, background)] * len(joint.parts), read_images)

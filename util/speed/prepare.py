@@ -25,6 +25,7 @@ def compile_training(model):
     """torch.compile of every block of a FlowAR, one graph a kind of block, however many there are, and of the small
     parts around them. With use_checkpoint PyTorch before 2.10 compiles no block.
     """
+    torch._dynamo.config.cache_size_limit = 64  # graphs of a function: network and EMA, training and sampling share it
     head = model.flownet
     for part in (*model.blocks, *head.res_blocks, model.z_proj_ln, model.encoder_norm, model.decoder_norm,
                  head.time_embed, head.final_layer):
@@ -32,8 +33,8 @@ def compile_training(model):
 
 
 def compile_sampling(model, what="blocks"):
-    """torch.compile of the flow head in sampling: of its blocks, once for all scales and batch sizes, or with "graphs"
-    of the whole head with CUDA graphs, for small batches.
+    """torch.compile of the flow head in sampling: of its blocks and last layer, once for all scales and batch sizes, or
+    with "graphs" of the whole head with CUDA graphs, for small batches.
     """
     if what == "graphs":
         model.flownet.compile(dynamic=True, mode="reduce-overhead")

@@ -14,7 +14,7 @@ def report_bad_step(logger, step, numbers, latents, images):
     of_ranks = gather_to_main((own_loss, bad_images, images))
     if of_ranks is None:
         return
-    cause, rank = "only the gradient is not finite, no rank's loss", None
+    cause, rank = "the gradient is not finite, the loss of every rank is", None
     for number, (own_loss, bad_images, images_of_rank) in enumerate(of_ranks):
         if bad_images or not math.isfinite(own_loss):
             rank, images = number, bad_images or images_of_rank
