@@ -107,7 +107,7 @@ def test_a_bad_step_changes_nothing_with_any_optimizer(project, tmp_path, monkey
     assert steps_of(tmp_path / "run") == [10, 9, 8, 7, 6, 5, 3, 2, 1]
     assert content["progress"]["bad_steps"] == 1 and content["progress"]["bad_in_a_row"] == 0
     line, = [line for line in read_log(tmp_path / "run") if line["group"] == "bad_step"]
-    assert line["step"] == 4 and "gradient norm nan; only the gradient is not finite, no rank's loss" in line["message"]
+    assert line["step"] == 4 and "gradient norm nan; the gradient is not finite, the loss of every rank is" in line["message"]
     assert [line["bad_steps"] for line in read_log(tmp_path / "run") if line["group"] == "train"] == [0, 1, 1, 1, 1]
     (tmp_path / "run" / checkpoint.LAST).unlink()
     for step in range(7, 11):
