@@ -31,7 +31,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         seed = int(command.split("--seed ")[1].split()[0])
         if "main_flowar" in command:
             assert f"--epochs {3 if '/6/' in str(output) else 5}" in command and ("torch.Tensor.float" in command) == ("muon" in command)
-            lines = [{"group": "train", "step": 1, "epoch": 0.5, "loss": 1.0, "images_per_second": 2.0}]
+            lines = [{"group": "train", "step": 1, "epoch": 0.5, "loss": 1.0}]
             lines += [{"group": group, "step": 2, "epoch": 1, "loss": loss + 0.1 * seed} for group, loss in (("val", 0.3), ("val_ema", 0.4))]
             (output / "run.json").write_text(json.dumps({"data": {"classes": [f"{i}_{name}" for i, name in enumerate(GARMENTS)]}}))
             (output / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -47,13 +47,14 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "load_classifier", lambda device: lambda images: torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
     monkeypatch.setitem(recipes.GROUPS, "two", {"adamw": "--lr 1e-3", "muon": recipes.MUON})
     common = f"scripts/studies/recipes.py --root {tmp_path} --groups two --seeds 0,1 --at_once 1 --device cpu"
-    call(monkeypatch, f"{common} --images 6,10 --cfg 1.5,2,3")
+    call(monkeypatch, f"{common} --images 6,10 --cfg 1.5,2,3 --step_seconds 0.5,0.7")
     row = "0.3500 ± 0.0707 | 0.4500 ± 0.0707 | 105.0 ± 7.1 | 0.200 ± 0.000 | 0.200 ± 0.000 | 50.0% ± 0.0 | 2 |"
     out = tmp_path / "recipes"
     assert (out / "two.md").read_text().splitlines()[2:] == [f"| {name} | {images} | {row}" for name in ("adamw", "muon") for images in (6, 10)]
     assert set(json.loads((out / "two.json").read_text())["rows"]["muon, 10 images"]["samples"]) == {"1.5", "2.0", "3.0"}
     assert Image.open(out / "two.png").size[0] == 1500
     call(monkeypatch, f"{common} --images 6")  # losses alone
+    assert Image.open(out / "two.png").size[0] == 500
     assert (out / "two.md").read_text().splitlines()[2] == f"| adamw | 6 | {' | '.join(row.split(' | ')[:2])} |"
     with pytest.raises(FlowARError, match="--images 7: expected a multiple of the 2"):
         call(monkeypatch, f"{common} --images 7")

@@ -14,7 +14,7 @@ import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ SAMPLING = ("eval.py --solver ab2 --num_step 12 --time_grid uniform --guidance 1
 # On a CPU Muon's products are in float32: many emulate bf16, which takes three times as long.
 FLOAT_MUON = ("import runpy, sys, torch; torch.Tensor.bfloat16 = torch.Tensor.float; sys.argv.pop(0); "
               "runpy.run_path(sys.argv[0], run_name='__main__')")
-MUON = "--optimizer muon"
+MUON, BATCH = "--optimizer muon", 64
 RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 BEST = "8e-3"
 OTHER = {  # warm-ups are those of 40,000 images
@@ -88,6 +88,8 @@ def parse_args():
         "losses alone")
     add("--samples", type=as_type(POSITIVE), default=2000, help="images of an evaluation")
     add("--options", default="", help="more options of every training, such as another geometry")
+    add("--step_seconds", type=as_type(list_of(number(float, 0.0))), default=(), help="seconds of a step with AdamW "
+        "and with Muon, by scripts/benchmark.py train --optimizer: draws the loss by time too")
     add("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
     add("--device", type=as_type(DEVICE), default="auto", help="where to compute")
     return parser.parse_args()
@@ -185,28 +187,31 @@ def main():
 
 
 def draw(args, rows, record, epoch_images, file):
-    """For the first seed the loss by images and by time; the distance over cfg, a dot for each seed."""
-    figure = Figure(figsize=(5 * (2 + bool(args.cfg)), 4.5), dpi=100)
-    by_images, by_time, *by_cfg = figure.subplots(1, 2 + bool(args.cfg))
-    lowest = math.inf
+    """For the first seed the loss by images, and by time if steps were timed; the distance over cfg, a dot for each
+    seed.
+    """
+    panels = 1 + bool(args.step_seconds) + bool(args.cfg)
+    figure = Figure(figsize=(5 * panels, 4.5), dpi=100)
+    axes, lowest = figure.subplots(1, panels, squeeze=False)[0], math.inf
     for (name, images), row in rows.items():
         lines = [line for line in read_lines(row[0].run / "log.jsonl") if line["group"] == "train"]
         seen, losses = [line["epoch"] * epoch_images for line in lines], [line["loss"] for line in lines]
-        speed = median(line["images_per_second"] for line in lines)  # whatever held the machine up for a while
-        label, lowest = f"{name}, {images:,} images", min(lowest, *losses)
-        by_images.plot(seen, losses, label=label, linewidth=0.8)
-        by_time.plot([count / speed for count in seen], losses, linewidth=0.8)
-        samples = record[f"{name}, {images} images"]["samples"]
-        for axis in by_cfg:
-            axis.plot(samples.keys(), [mean(each[0] for each in seeds) for seeds in samples.values()])
+        axes[0].plot(seen, losses, label=f"{name}, {images:,} images", linewidth=0.8)
+        lowest = min(lowest, *losses)
+        if args.step_seconds:
+            seconds = args.step_seconds[MUON in row[0].options] / BATCH
+            axes[1].plot([count * seconds for count in seen], losses, linewidth=0.8)
+        if args.cfg:
+            samples = record[f"{name}, {images} images"]["samples"]
+            axes[-1].plot(samples.keys(), [mean(each[0] for each in seeds) for seeds in samples.values()])
             for cfg, seeds in samples.items():
-                axis.plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=axis.lines[-1].get_color())
-            axis.set(xlabel="cfg", ylabel="distance to the test split")
-    by_images.set(xlabel="images", ylabel="training loss")
-    by_time.set(xlabel=f"seconds at its usual speed, {args.at_once} trainings at once")
-    for axis in (by_images, by_time):
-        axis.set_ylim(0.95 * lowest, 2 * lowest)
-    by_images.legend(fontsize=7)
+                color = axes[-1].lines[-1].get_color()
+                axes[-1].plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=color)
+            axes[-1].set(xlabel="cfg", ylabel="distance to the test images")
+    axes[0].set(xlabel="images", ylabel="training loss", ylim=(0.95 * lowest, 2 * lowest))
+    axes[0].legend(fontsize=7)
+    if args.step_seconds:
+        axes[1].set(xlabel="seconds of steps timed in turns", ylim=(0.95 * lowest, 2 * lowest))
     figure.tight_layout()
     figure.savefig(file)
 
