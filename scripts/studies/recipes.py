@@ -158,6 +158,8 @@ def main():
     epoch_images = sum(1 for _ in (root / "images" / "train").glob("*/*"))
     if partial := [images for images in args.images if images % epoch_images]:
         raise FlowARError(f"--images {partial[0]}: expected a multiple of the {epoch_images} in {root}/images/train")
+    if len(args.step_seconds) not in (0, 2):
+        raise FlowARError("--step_seconds: expected two numbers, of AdamW and of Muon")
     rows = {}
     for name, options in itertools.chain(*(GROUPS[group].items() for group in args.groups)):
         for images in args.images:
