@@ -33,7 +33,7 @@ def train(run):
     """Train a util.recipe.Run to its last epoch, with checkpoints and reports between epochs."""
     recipe, progress = run.recipe, run.progress
     gc.collect()
-    gc.freeze()  # what is there already: collections then take microseconds, and no rank holds up the others
+    gc.freeze()  # leave out what is there already: a long collection on one rank delays all
     with stop_signals() as signals, run.writer or contextlib.nullcontext():
         run = run._replace(signals=signals)
         if progress.done == 0 and is_report_epoch(recipe, progress.epoch):
@@ -43,8 +43,8 @@ def train(run):
             train_one_epoch(run)
             report_due = is_report_epoch(recipe, progress.epoch)
             due = report_due or any(every and progress.epoch % every == 0 for every in recipe.save_epochs)
-            # An epoch of bad steps alone pushes no good checkpoint out.
-            if due and progress.bad_in_a_row < run.steps or progress.epoch == recipe.epochs:
+            # Nothing is saved after an epoch of bad steps alone, so that good checkpoints stay.
+            if (due and progress.bad_in_a_row < run.steps) or progress.epoch == recipe.epochs:
                 save_checkpoint(run)
             if report_due:
                 report(run)
@@ -60,7 +60,7 @@ def is_report_epoch(recipe, finished):
 
 def report(run):
     """Validation loss of raw and EMA weights, sample grids, evaluation, all after the last finished epoch. A signal
-    ends it at once, since the step before it is or is being saved; it is then made again.
+    ends it at once, since the step before it is or is being saved; a resume repeats it.
     """
     step, epoch, reports = run.progress.step, run.progress.epoch, run.reports
     message = f"stopped by a signal: saved after step {step}; a resume repeats the report of this step"
@@ -120,8 +120,8 @@ def train_one_epoch(run):
         run.scaler.unscale_(run.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.grad_clip or math.inf))
 
-        # Reduce loss and gradient norm over the ranks. Here the host waits for the device, once a step: launched late
-        # are some 30 kernels of AdamW and EMA, beside 3,500 of FlowAR-S's forward and backward pass.
+        # Reduce loss and gradient norm over the ranks: the only point of a step where the host waits for the device.
+        # Some 30 kernels of AdamW and EMA are launched after it; FlowAR-S's forward and backward pass has hundreds.
         result = read_result(run, norm, losses)
 
         # Update or skip, whatever the optimizer is.
@@ -151,7 +151,7 @@ def train_one_epoch(run):
         if result.failed:
             raise writing_failed(run)
         save = save or result.save or any(every and progress.step % every == 0 for every in recipe.save_steps)
-        if result.stop or save and result.finite:  # bad steps do not push good checkpoints out
+        if result.stop or (save and result.finite):  # good checkpoints stay
             save_checkpoint(run)
             save = False
         if result.stop:
@@ -196,7 +196,7 @@ class StepResult(NamedTuple):
 
 
 def read_result(run, norm, losses):
-    """The StepResult, by one small collective; but for own_loss it is the same on all ranks, who decide alike."""
+    """The StepResult, by one small collective; all but own_loss is the same on all ranks, so that they decide alike."""
     writer = run.writer
     requests = losses.new_tensor([run.signals.asked, writer is not None and writer.is_due(),
                                   writer is not None and writer.error is not None])

@@ -41,9 +41,11 @@ class AttnMLPBlock(nn.Module):
         self.ada_lin = Linear(width, 6 * width)
 
     def keys_and_values(self, z, rope_table):
-        """None: z enters through the modulation alone."""
+        """None: z (B, N, cond_dim) enters through the modulation alone."""
+        return None
 
     def forward(self, h, modulation, time, z, keys_values, rope_table, pattern):
+        """h: (B, N, width) float32; modulation: SiLU(t + c), (B, N, width). The others are those of FlowAR-L's block."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(modulation).chunk(6, dim=-1)
         h = h + gate1 * self.attn(modulate(h, scale1, shift1), rope_table, pattern)
         return h + gate2 * self.mlp(modulate(h, scale2, shift2))
@@ -67,6 +69,9 @@ class AttnCrossAttnMLPBlock(nn.Module):
         return self.crossattn.keys_and_values(self.norm2_2(z), rope_table)
 
     def forward(self, h, modulation, time, z, keys_values, rope_table, pattern):
+        """h: (B, N, width) float32; modulation: SiLU(t + c), (B, N, width); time: SiLU(t), (B, scales, width); z: (B, N,
+        cond_dim); keys_values: of z, None to compute them here; rope_table: (cos, sin); pattern: a Pattern or None.
+        """
         gate, scale, shift = per_token(self.ada_lin_attn(time), pattern).chunk(3, dim=-1)
         h = h + gate * self.attn(modulate(h, scale, shift), rope_table, pattern)
         if keys_values is None:
@@ -85,7 +90,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, h, modulation):
-        shift, scale = self.adaLN_modulation[1](modulation).chunk(2, dim=-1)  # its SiLU has acted before
+        shift, scale = self.adaLN_modulation[1](modulation).chunk(2, dim=-1)  # SiLU(c + t) comes in; the Sequential keeps the release's names
         return self.linear(modulate(h, scale, shift)).float()
 
 

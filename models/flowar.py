@@ -35,7 +35,7 @@ class Draws(NamedTuple):
     t: torch.Tensor  # (scales, n)
     noise: list  # of (n, s*s, token_channels), coarse to fine
     drop: torch.Tensor  # (n,) bool: labels to replace by the null class
-    condition_noise: list = []  # like noise, of all scales but the last: what is added to what the transformer reads
+    condition_noise: list = ()  # like noise, of all scales but the last: what is added to what the transformer reads
 
     def take(self, images):
         """The draws of a slice of the images."""
@@ -53,6 +53,7 @@ class CausalBlock(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(cond_dim, 6 * dim))
 
     def forward(self, x, c, rope_table, pattern, cache=None):
+        """x: (B, N, dim); rope_table: (cos, sin) of the N tokens; pattern: a Pattern; cache: a KVCache in sampling."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(c)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attn(modulate(x, scale1, shift1), rope_table, pattern, cache)
         return x + gate2 * self.mlp(modulate(x, scale2, shift2))
@@ -184,7 +185,7 @@ class FlowAR(nn.Module):
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[:, span]
 
     def condition_on(self, pyramid, labels):
-        """As condition(), of a pyramid."""
+        """condition() of a pyramid, a list of (B, token_channels, s, s), coarse to fine."""
         c = self.class_emb(labels)
         tokens = c[:, None]
         inputs = [to_tokens(self.next_input(grid, k)) for k, grid in enumerate(pyramid[:-1])]
@@ -295,7 +296,7 @@ class FlowAR(nn.Module):
             forced: a pyramid that the transformer reads in place of what is drawn, as in training.
             settings: of models.settings.Sampling: num_steps, cfg, guidance, solver, ...
         """
-        # An error, where a GPU has an assertion that ends the process.
+        # On a GPU checked on the host: an assertion there would end the process.
         check_labels(labels.cpu() if labels.is_cuda else labels, self.class_num)
         settings = Sampling.of({}, settings)
         solver, times, weights = self.schedule_sampling(settings)

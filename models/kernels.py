@@ -1,5 +1,5 @@
-"""Functions that equal one textbook line each, faster, and what prepares them. Nothing else asks for the device or the
-compiler.
+"""Functions that equal one textbook line each, faster, and what prepares them. What depends on device or compiler is
+here.
 
 To change what one of them computes, write its textbook line (it is in the docstring) where it is called.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ALIGNMENT = 64  # tensor cores want matrix sizes that are multiples of it
-COARSE = 128  # tokens of coarse scales that attend in one call with a mask: fewer kernels, few operations more
+COARSE = 128  # tokens of coarse scales that attend in one call with a mask: fewer kernels for a few more operations
 
 
 # ---- linear layers -------------------------------------------------------------------------------------------
@@ -157,19 +157,20 @@ def attention(q, k, v, pattern, p=0.0):
     """
     if pattern is None or len(pattern.sizes) == 1:
         return dense_attention(q, k, v, p).transpose(1, 2).flatten(2)
-    masks, parts = [None] * len(pattern.sees), []
+    mask, parts = None, []
     if pattern.coarse is not None:
-        masks[0], pattern = pattern.coarse
+        mask, pattern = pattern.coarse
     queries = q.split(pattern.sizes[-len(pattern.sees):], dim=2)
-    for part, keys, values, mask in zip(queries, select_seen(k, pattern), select_seen(v, pattern), masks):
+    for part, keys, values in zip(queries, select_seen(k, pattern), select_seen(v, pattern), strict=True):
         parts.append(dense_attention(part, keys, values, p, mask).transpose(1, 2).flatten(2))
+        mask = None  # of the first part, the coarse scales, alone
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def with_coarse_mask(pattern, x):
-    """The pattern with what attention needs to take the coarse scales at once: `coarse`, their mask in the dtype that
-    queries have where x enters, and the Pattern in which they are one scale. Unchanged if it is None, if fewer than
-    two scales are coarse, or on the meta device, so that operations on hidden pairs are not counted.
+    """The pattern with `coarse` set: the mask of the coarse scales, in the dtype that queries have where x enters, and
+    the Pattern in which they are one scale. Unchanged if it is None, if fewer than two scales are coarse, or on the
+    meta device, where operations on hidden pairs must not be counted.
     """
     if pattern is None or x.is_meta:
         return pattern

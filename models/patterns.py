@@ -8,10 +8,12 @@ class Pattern(NamedTuple):
     """Which keys a query sees: whole scales of them."""
     sizes: tuple  # tokens of each scale of the keys
     sees: tuple  # for each scale of the queries, the last ones of the keys': numbers of the scales that it sees
-    coarse: tuple | None = None  # see kernels.with_coarse_mask
+    coarse: tuple | None = None  # of kernels.with_coarse_mask: (mask of the coarse scales, Pattern where they are one)
 
     def mask(self):
-        """(queries, keys) float32 on the CPU: 0 where a token sees, -inf where it does not."""
+        """(queries, keys) float32: 0 where a token sees, -inf where it does not. On the CPU even while a model is built
+        on another default device, such as meta.
+        """
         keys = torch.cat([torch.full((size,), k, device="cpu") for k, size in enumerate(self.sizes)])
         rows = []
         for sees, size in zip(self.sees, self.sizes[-len(self.sees):]):
@@ -19,7 +21,7 @@ class Pattern(NamedTuple):
         return torch.zeros(1, device="cpu").masked_fill(~torch.cat(rows), float("-inf"))
 
     def at(self, k):
-        """Of scale k alone, which comes after the coarser ones."""
+        """The Pattern of scale k's queries alone, over the keys of scales 0 to k."""
         return Pattern(self.sizes[:k + 1], self.sees[k:k + 1])
 
 

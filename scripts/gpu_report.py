@@ -2,12 +2,14 @@
 
     bash scripts/gpu_report.sh --minutes 9
 
-Each stage is a command of its own with a time limit. Its result lies in --store, and the same command continues with
-the stages that have none: remove a stage's file to measure it again. A stage that fails is in the report with its last
-lines, and the next one follows.
+Each stage is a command of its own with a time limit. Its result is kept in --store: the same command runs the stages
+that failed or are missing, and all of them after a change of code, torch or machine. A stage that fails is in the
+report with its last lines, and the next one follows.
 """
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -46,8 +48,8 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", type=as_type(DEVICE), default="auto", help="cpu: a trial run with small sizes")
-    add("--minutes", type=as_type(REAL), default=9, help="no stage starts after this time; the same command continues "
-        "with the rest")
+    add("--minutes", type=as_type(REAL), default=9, help="a stage starts only if its limit fits into this time; the same "
+        "command continues with the rest")
     add("--sizes", type=as_type(list_of(one_of(*SAMPLING))), default=tuple(SAMPLING)[:3], help="three models to "
         "measure")
     add("--batches", type=as_type(list_of(POSITIVE)), default=(1, 64, 256), help="three batch sizes")
@@ -61,14 +63,14 @@ def list_stages(args, device):
     stages, on_cuda = [], device.type == "cuda"
     small, large, huge = (*args.sizes, *args.sizes[-1:] * 2)[:3]
     one, some, many = args.batches
-    compiled = "--compile" * on_cuda  # a rehearsal waits for no compiler
+    compiled = "--compile" if on_cuda else ""  # a rehearsal waits for no compiler
 
     def bench(what, size, batch, options, limit=90):
         batch_option = "--batch_size" if what == "train" else "--eval_bsz"
         command = (f"scripts/benchmark.py {what} --model {size} {batch_option} {batch} --device {device.type} "
                    f"--repeats 3 --precision bf16 {options}")
         name = f"{what} {size}, batch {batch} {options}".strip()
-        if name not in [stage.name for stage in stages]:
+        if name not in [stage.name for stage in stages]:  # with fewer than three sizes some are equal
             stages.append(Stage(name, [*shlex.split(command), *args.extra], limit))
 
     if on_cuda:
@@ -85,25 +87,37 @@ def list_stages(args, device):
             bench("sample", size, batch, f"{SAMPLING[size]} {compiled}", 120)
     bench("train", small, many, compiled)
     bench("sample", small, many, f"{SAMPLING[small]} --precision fp16 {compiled}")
-    bench("sample", small, one, f"{SAMPLING[small]} {'--compile graphs' * on_cuda}")
+    bench("sample", small, one, f"{SAMPLING[small]} {'--compile graphs' if on_cuda else ''}")
     for what, options in (("train", ""), ("sample", SAMPLING[small])):
         bench(what, small, some, f"{options} --beside tests/plain.py", 150)
     return stages
 
 
 def run_stage(stage, figures):
-    """{command, status, seconds, last_lines, figures} of a stage. figures: a file that a benchmark may write."""
+    """{command, status, seconds, last_lines, figures} of a stage. figures: a file that a benchmark may write. All of
+    its processes end with it, so that none is busy while the next stage is timed.
+    """
     start, command = time.monotonic(), [sys.executable, *stage.command]
     if "scripts/benchmark.py" in stage.command:
         command += ["--json", str(figures)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=stage.limit)
-        output, status = done.stdout, f"failed with status {done.returncode}" if done.returncode else "ok"
-    except subprocess.TimeoutExpired as error:
-        output, status = error.stdout or b"", f"not done after {stage.limit} s"
+    figures.unlink(missing_ok=True)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=stage.limit)
+            status = f"failed with status {process.returncode}" if process.returncode else "ok"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, status = process.communicate()[0], f"not done after {stage.limit} s"
     lines = output.decode(errors="replace").replace(f"{ROOT}/", "").strip().splitlines()[-LAST_LINES:]
     return {"command": stage.command, "status": status, "seconds": time.monotonic() - start, "last_lines": lines,
             "figures": read_json(figures) if figures.is_file() else None}
+
+
+def describe_setup(device):
+    """What a result is of; with another one it is measured again."""
+    return {"device": describe_machine(device)["device"], "devices": torch.cuda.device_count(),
+            "torch": torch.__version__, "cuda": torch.version.cuda, "commit": code_version()}
 
 
 def as_markdown(about, stages, results):
@@ -120,7 +134,9 @@ def as_markdown(about, stages, results):
         if "share_of_peak" in figures:
             row += [f"{1000 / figures['images_per_second']:.2f}", f"{figures['gigaflop_per_image']:,.0f}",
                     f"{figures['share_of_peak']:.0%} of {figures['matmul_gigaflops']:,.0f}",
-                    f"{figures['memory_gib']:.1f}", *([f"{figures['ratio']:.2f}"] if "ratio" in figures else [])]
+                    f"{figures['memory_gib']:.1f}"]
+        if "ratio" in figures:
+            row.append(f"{figures['ratio']:.2f}")
         parts = figures.get("seconds_per_image", {}).items()
         row += [", ".join(f"{part} {1000 * seconds:.2f}" for part, seconds in parts)] if parts else []
         rows.append(f"| {' | '.join(row)} |")
@@ -137,18 +153,19 @@ def main():
     device, end = select_device(args.device), time.monotonic() + 60 * args.minutes
     store = Path(args.store)
     make_directory(store)
+    about = describe_setup(device)
     stages, results = list_stages(args, device), {}
     for stage in stages:
         file = store / f"{file_name(stage.name)}.json"
-        if file.is_file() and (before := read_json(file))["command"] == stage.command:
+        before = read_json(file) if file.is_file() else {}
+        same = before.get("command") == stage.command and before.get("about") == about
+        if same:
             results[stage.name] = before
-        elif time.monotonic() < end:
+        if (not same or before["status"] != "ok") and time.monotonic() + stage.limit <= end:
             print(f"== {stage.name}", flush=True)
-            result = results[stage.name] = run_stage(stage, file.with_suffix(".figures"))
+            result = results[stage.name] = {"about": about, **run_stage(stage, file.with_suffix(".figures"))}
             write_json(result, file)
             print(f"   {result['status']}, {result['seconds']:.0f} s", flush=True)
-    about = {"device": describe_machine(device)["device"], "devices": torch.cuda.device_count(),
-             "torch": torch.__version__, "cuda": torch.version.cuda, "commit": code_version()}
     path = store / file_name(about["device"])
     write_bytes(as_markdown(about, stages, results).encode(), path.with_suffix(".md"))
     write_json({**about, "stages": results}, path.with_suffix(".json"))

@@ -15,12 +15,14 @@ SAMPLE = {"what": "sample", "eval_bsz": 2, "images_per_second": 4.0, "gigaflop_p
 
 
 def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
-    """Of stages of which one works, one fails, one does not end, and one was done before."""
+    """Of stages of which one works, one fails, one does not end, and one was done before; then of another torch."""
+    about = {"device": "a GPU", "torch": torch.__version__}
+    monkeypatch.setattr(gpu_report, "describe_setup", lambda device: about)
     figures = "import json, sys; json.dump({'seconds_per_image': {'sampling': 0.0015}}, open(sys.argv[-1], 'w'))"
     stages = [Stage("evaluate", ["-c", figures, "scripts/benchmark.py"]), Stage("broken", ["-c", "raise SystemExit('the kernel is missing')"]),
               Stage("endless", ["-c", "import time; print('waiting', flush=True); time.sleep(99)"], 2), Stage("sample tiny", ["sample"])]
     monkeypatch.setattr(gpu_report, "list_stages", lambda args, device: stages)
-    done = {"command": ["sample"], "status": "ok", "seconds": 7.0, "last_lines": [], "figures": SAMPLE}
+    done = {"about": about, "command": ["sample"], "status": "ok", "seconds": 7.0, "last_lines": [], "figures": SAMPLE}
     (tmp_path / "sample-tiny.json").write_text(json.dumps(done))
     command = f"scripts/gpu_report.py --device cpu --store {tmp_path}"
     call(monkeypatch, command)
@@ -32,12 +34,15 @@ def test_a_report_and_the_same_command_again(monkeypatch, tmp_path):
     assert "| broken | failed with status 1 |" in text and "the kernel is missing" in text
     assert "| endless | not done after 2 s |" in text and "waiting" in text and torch.__version__ in text
 
-    monkeypatch.setattr(gpu_report, "run_stage", lambda *_: pytest.fail("what is done is not run again"))
-    call(monkeypatch, command)
-    assert page.read_text() == text
-    (tmp_path / "broken.json").unlink()
+    again = []
+    monkeypatch.setattr(gpu_report, "run_stage", lambda stage, figures: again.append(stage.name) or {**done, "command": stage.command})
     call(monkeypatch, f"{command} --minutes 0")
-    assert "| broken | not run: no time was left |" in page.read_text()
+    assert page.read_text() == text and not again
+    call(monkeypatch, command)
+    assert again == ["broken", "endless"] and "| broken | ok |" in page.read_text()
+    about = {**about, "torch": "another"}
+    call(monkeypatch, f"{command} --minutes 0.1")  # too short for all but one
+    assert again[2:] == ["endless"] and "| broken | not run: no time was left |" in page.read_text()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

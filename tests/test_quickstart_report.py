@@ -16,7 +16,7 @@ def test_the_classifier_reads_the_labels_that_were_drawn_for(tmp_path, monkeypat
     pictures = load_pipeline("demo:fashion/student.safetensors", device="cpu")([i // 2 for i in range(20)])
     for i, picture in enumerate(pictures):
         picture.save(root / "eval" / "images" / f"{i:06d}.png")
-    write_json({"metrics": ["fid", name], name: 12.34, "num_images": 20}, root / "eval" / "results.json")
+    write_json({"metrics": ["fid", name], name: 12.34, "num_images": 20, "class_num": 10}, root / "eval" / "results.json")
     call(monkeypatch, f"scripts/quickstart_report.py --root {root} --device cpu")
     summary = read_json(root / "summary.json")
     found = summary["classifier_accuracy"]

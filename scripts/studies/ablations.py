@@ -4,7 +4,7 @@
 
 Each variant of VARIANTS is a training on the quickstart's data (scripts/quickstart.sh makes it) with a few options
 more, for as many images and with each of the seeds; variants that differ in sampling alone share a training.
-Each is evaluated with 24 Euler steps, cfg 3. What is done is kept in ROOT/ablations: the same command goes on. Writes
+Each is evaluated with 24 Euler steps, cfg 3. What is done is kept in ROOT/ablations: the same command resumes. Writes
 ablations.md, .json and .png there; with --variants their names have the groups.
 """
 import functools
@@ -27,13 +27,11 @@ from models.flowar import to_grid, to_tokens
 from models.settings import one_of
 from models.vae import DiagonalGaussian
 from models.variants.ablated import CHOICES
-from scripts.quickstart_report import accuracy, load_classifier, gray
+from scripts.quickstart_report import generated_accuracy, load_classifier
 from util.cluster import run_main, select_device
 from util.command_line import COUNT, DEVICE, POSITIVE, Parser, as_type, list_of, path
 from util.data.latents import ShardedMoments
 from util.evaluation import load_pipeline
-from util.evaluation.labels import image_label
-from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS
 from util.files import read_json, write_bytes, write_json
 from util.manifest import describe_machine
@@ -69,7 +67,7 @@ VARIANTS = {  # group: {name: (options of training, options of sampling)}
 }
 PAPER = {("scales", BASE): 3.61, ("scales", "1, 4"): 4.88}  # FIDs at 256 pixels with and without the second scale
 OWN = {"loss, half own": 0.5, "loss, own scales": 1.0}  # the time from which coarse scales are the model's own
-COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%",
+COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "classifier accuracy": ".1%",
            "validation loss": ".4f", **dict.fromkeys(OWN, ".4f")}
 
 
@@ -81,7 +79,7 @@ def parse_args():
     add("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
     add("--images", type=as_type(POSITIVE), default=80000, help="training images that each sees, in whole epochs")
     add("--samples", type=as_type(POSITIVE), default=2000, help="images of each evaluation")
-    add("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
+    add("--at_once", type=as_type(POSITIVE), default=2, help="programs to run in parallel")
     add("--device", type=as_type(DEVICE), default="auto", help="where to compute")
     return parser.parse_args()
 
@@ -118,12 +116,10 @@ class Point:
     def figures(self, network, root, device):
         """(a number for each of COLUMNS, parameters)."""
         report = read_json(self.output / RESULTS)
-        files = [self.output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
-        labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
         figures = []
         for prefix in ("frechet_distance", "kid_mean", "precision", "recall"):
             figures += [report[name] for name in report["metrics"] if name.startswith(prefix)]
-        figures.append(accuracy(network, gray(load_uint8(files)), labels, device))
+        figures.append(generated_accuracy(self.output, report, network, device))
         losses = [line["loss"] for line in read_lines(self.run / "log.jsonl") if line.get("group") == "val_ema"]
         return [*figures, losses[-1], *own_scales_losses(self.run, root, device)], report["parameters"]
 

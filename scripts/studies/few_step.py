@@ -1,4 +1,4 @@
-"""Teacher and student at few steps a scale: distances, labels that a classifier finds, milliseconds, and a picture.
+"""Teacher and student at few steps a scale: distances, a classifier's accuracy, milliseconds, and a picture.
 
     python scripts/studies/few_step.py --root output/quickstart --student output/quickstart/student
 
@@ -26,7 +26,7 @@ from util.evaluation.references import load_statistics
 from util.files import write_bytes, write_json
 from util.manifest import describe_machine
 
-COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "label found": ".1%",
+COLUMNS = {"distance": ".1f", "KID": ".3f", "precision": ".3f", "recall": ".3f", "classifier accuracy": ".1%",
            "ms an image": ".2f"}
 PUBLISHED = "teacher, euler, 24 (published grid)"
 SHOWN = (PUBLISHED, "teacher, euler, 2", "teacher, euler, 1", "student, euler, 2", "student, euler, 1")
@@ -66,8 +66,7 @@ def measure(samplers, count, root, device):
         images = sampler.images(labels)
         features = extract(extractor, images.to(device))["features"]
         metrics = compute_metrics(features, None, reference, extractor, device)
-        found = accuracy(classifier, gray(images), torch.tensor(labels), device)
-        figures[name] = [*map(metrics.get, names), found]
+        figures[name] = [*map(metrics.get, names), accuracy(classifier, gray(images), torch.tensor(labels), device)]
         print(name, *(f"{value:.4g}" for value in figures[name]), flush=True)
     return figures
 

@@ -3,10 +3,10 @@
     python scripts/studies/recipes.py --root output/recipes --groups "adamw rate,muon rate" --images 40000 --seeds 9
     python scripts/studies/recipes.py --root output/recipes --groups tuned --images 40000,80000 --cfg 1,1.5,2,2.5,3
 
-ROOT has images, latents, latents_val and val_stats.npz, as scripts/quickstart.sh makes them. Every recipe of GROUPS is
-a training with each of --seeds and for each number of --images, evaluated with every --cfg; of several its row has the
-best. What is done is kept in ROOT/recipes: the same command goes on. Writes a table, all figures as .json and the
-curves as .png there, with the groups in their names.
+ROOT has images, latents, latents_val and val_stats.npz, as scripts/quickstart.sh makes them. Trains every recipe of
+--groups for each of --images and --seeds, and evaluates it at each --cfg; a row of the table has the cfg with the lowest
+mean distance. What is done is kept in ROOT/recipes: the same command resumes. Writes a table, all figures as .json and
+the curves as .png there, with the groups in their names.
 """
 import itertools
 import math
@@ -16,18 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-import torch
 from matplotlib.figure import Figure
 
 from models import FlowARError
 from models.settings import number, one_of
 from scripts.quickstart_data import GARMENTS
-from scripts.quickstart_report import accuracy, gray, load_classifier
+from scripts.quickstart_report import generated_accuracy, load_classifier
 from scripts.studies.ablations import TRAINING, folder_of, run_program, spread
 from util.cluster import run_main, select_device
 from util.command_line import COUNT, DEVICE, POSITIVE, Parser, as_type, list_of, path
-from util.evaluation.labels import image_label
-from util.evaluation.references import load_uint8
 from util.evaluation.reports import RESULTS
 from util.files import read_json, write_bytes, write_json
 from util.manifest import RUN, describe_machine
@@ -74,7 +71,7 @@ GROUPS = {  # {group: {name: options of training}}
                  for name, options in COMBINED.items()},
 }
 COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": ".3f", "recall": ".3f",
-           "label found": ".1%"}
+           "classifier accuracy": ".1%"}
 
 
 def parse_args():
@@ -90,12 +87,12 @@ def parse_args():
     add("--options", default="", help="more options of every training, such as another geometry")
     add("--step_seconds", type=as_type(list_of(number(float, 0.0))), default=(), help="seconds of a step with AdamW "
         "and with Muon, by scripts/benchmark.py train --optimizer: draws the loss by time too")
-    add("--at_once", type=as_type(POSITIVE), default=2, help="programs that run side by side")
+    add("--at_once", type=as_type(POSITIVE), default=2, help="programs to run in parallel")
     add("--device", type=as_type(DEVICE), default="auto", help="where to compute")
     return parser.parse_args()
 
 
-class Training:
+class RecipeRun:
     """One recipe with one seed for so many images; run: its folder."""
 
     def __init__(self, args, options, images, seed):
@@ -127,26 +124,21 @@ class Training:
         return {line["group"]: line for line in lines if line["group"] in ("val", "val_ema")}
 
     def samples(self, args, network, device):
-        """{cfg: (distance, precision, recall, part whose label is found)}."""
-        found = {}
+        """{cfg: (distance, precision, recall, the classifier's accuracy)}."""
+        samples = {}
         for cfg in args.cfg:
             report = read_json(self.output(args, cfg) / RESULTS)
             metrics = [next(report[name] for name in report["metrics"] if name.startswith(prefix))
                        for prefix in ("frechet_distance", "precision", "recall")]
-            found[cfg] = *metrics, label_agreement(self.output(args, cfg), report, network, device)
-        return found
+            samples[cfg] = *metrics, self.accuracy(self.output(args, cfg), report, network, device)
+        return samples
 
-
-def label_agreement(output, report, network, device):
-    """Of an evaluation's images, the part that the classifier gives the label they were drawn for; nan where the data
-    are not Fashion-MNIST, which alone it knows.
-    """
-    classes = read_json(output.parent / RUN)["data"]["classes"]
-    if classes != [f"{label}_{name}" for label, name in enumerate(GARMENTS)]:
-        return math.nan
-    files = [output / "images" / f"{i:06d}.png" for i in range(report["num_images"])]
-    labels = torch.tensor([image_label(i, len(files), report["class_num"]) for i in range(len(files))])
-    return accuracy(network, gray(load_uint8(files)), labels, device)
+    def accuracy(self, output, report, network, device):
+        """The classifier's accuracy; nan where the data are not Fashion-MNIST, the only one that it knows."""
+        classes = read_json(self.run / RUN)["data"]["classes"]
+        if classes != [f"{label}_{name}" for label, name in enumerate(GARMENTS)]:
+            return math.nan
+        return generated_accuracy(output, report, network, device)
 
 
 # ---- the table and the curves --------------------------------------------------------------------------------
@@ -160,10 +152,12 @@ def main():
         raise FlowARError(f"--images {partial[0]}: expected a multiple of the {epoch_images} in {root}/images/train")
     if len(args.step_seconds) not in (0, 2):
         raise FlowARError("--step_seconds: expected two numbers, of AdamW and of Muon")
+    if args.step_seconds and "batch" in args.groups:
+        raise FlowARError(f"--step_seconds are of steps of {BATCH} images: leave it out with the group batch")
     rows = {}
     for name, options in itertools.chain(*(GROUPS[group].items() for group in args.groups)):
         for images in args.images:
-            rows[name, images] = [Training(args, options, images, seed) for seed in args.seeds]
+            rows[name, images] = [RecipeRun(args, options, images, seed) for seed in args.seeds]
     trainings = [training for column in zip(*rows.values()) for training in column]  # the first seed of all comes first
     with ThreadPoolExecutor(args.at_once) as pool:
         list(pool.map(lambda training: training.train(args, epoch_images), trainings))
@@ -184,11 +178,12 @@ def main():
     print(text)
     file = root / "recipes" / re.sub("[^a-z0-9]+", "-", "_".join(args.groups))
     write_bytes(f"{text}\n".encode(), file.with_suffix(".md"))
-    write_json({**vars(args), **describe_machine(device), "rows": record}, file.with_suffix(".json"))
-    draw(args, rows, record, epoch_images, file.with_suffix(".png"))
+    products = "float32" if device.type == "cpu" else "bfloat16"
+    write_json({**vars(args), **describe_machine(device), "muon_products": products, "rows": record}, file.with_suffix(".json"))
+    plot(args, rows, record, epoch_images, file.with_suffix(".png"))
 
 
-def draw(args, rows, record, epoch_images, file):
+def plot(args, rows, record, epoch_images, file):
     """For the first seed the loss by images, and by time if steps were timed; the distance over cfg, a dot for each
     seed.
     """
@@ -201,7 +196,8 @@ def draw(args, rows, record, epoch_images, file):
         axes[0].plot(seen, losses, label=f"{name}, {images:,} images", linewidth=0.8)
         lowest = min(lowest, *losses)
         if args.step_seconds:
-            seconds = args.step_seconds[MUON in row[0].options] / BATCH
+            adamw, muon = args.step_seconds
+            seconds = (muon if MUON in row[0].options else adamw) / BATCH
             axes[1].plot([count * seconds for count in seen], losses, linewidth=0.8)
         if args.cfg:
             samples = record[f"{name}, {images} images"]["samples"]

@@ -2,8 +2,8 @@
 
 checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler, args} and what this code resumes
 from; a released file is a bare state dict of EMA weights. checkpoint-<step>.json stands beside checkpoint-<step>.pth,
-{step, epoch, done, milestone}, so that no listing opens tensors. No random state: draws follow from (seed, step,
-rank). No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
+{step, epoch, done, milestone}, so that no listing opens tensors. No random state: draws follow from (seed,
+step), dropout also from the rank. No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
 directory, which is its end.
 """
 import contextlib
@@ -369,7 +369,7 @@ def load_optimizer(optimizer, scaler, network, start):
     optimizer's, or of other parameters.
     """
     now, saved = describe_optimizer(optimizer, network), start.content["optimizer"]
-    before = start.content.get("optimizer_of", {**now, "class": "AdamW"})  # earlier versions had no other
+    before = start.content.get("optimizer_of", {**now, "class": "AdamW"})  # the release's checkpoints do not name it
     if before["class"] != now["class"]:
         raise FlowARError(f"{start.path}: the optimizer is {before['class']}, this run uses {now['class']}: use the "
                           "same, or start a new run from its weights with --init_from")

@@ -1,4 +1,4 @@
-"""A step that is not finite, told on rank 0 with the images that may be the cause."""
+"""Report a non-finite step on rank 0, with the images that may cause it."""
 import math
 
 from util.cluster import gather_to_main

@@ -21,7 +21,7 @@ POWER_WIDTHS = 0.05, 0.10  # of the two averages that are tracked, as in EDM2
 
 
 def peak_learning_rate(blr, global_batch):
-    """Linear scaling rule: blr images^-1 times the global batch, relative to 256 images."""
+    """Linear scaling rule: blr * global_batch / 256."""
     return blr * global_batch / 256
 
 
@@ -65,6 +65,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Muon sees each matrix of a weight as a parameter of its own; momentum is stored for whole weights."""
         *self.adamw.param_groups, group = self.param_groups
         self.adamw.state = self.state  # load_state_dict makes another
         self.adamw.step()

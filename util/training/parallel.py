@@ -1,8 +1,8 @@
 """Training on several processes: DDP, or with --fsdp weights, gradients, moments and averages sharded, one part for
 each process (torch's FSDP2, fully_shard).
 
-Every block is then a unit that is whole only while it computes, in float32, so that the numbers are those of DDP:
-autocast makes of it what it makes of whole weights. Checkpoints are those of an unsharded run.
+With --fsdp each block is gathered in float32 while it runs, so autocast and the numbers are those of DDP. Checkpoints
+are those of an unsharded run.
 """
 import contextlib
 
@@ -21,14 +21,16 @@ def distribute(network, ema, device, fsdp, static_graph):
     if world_size() == 1 or device.type == "meta":
         return network
     if not fsdp:
-        return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True, static_graph=static_graph)
+        ddp = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True, static_graph=static_graph)
+        ddp.broadcast_buffers = False  # the mask and the frequencies never change; sent again they cost every step
+        return ddp
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(device.type, (world_size(),))  # to which one unit after the other moves
+    mesh = init_device_mesh(device.type, (world_size(),))
     for model in (network, ema.module):
         for block in (*model.blocks, *model.flownet.res_blocks):
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # they are few, and backward begins there
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # few tensors, which backward needs again at once
     for power in ema.powers.values():
         power.tensors = shard_like(power.tensors, dict(network.named_parameters()))
     return network
