@@ -8,7 +8,6 @@ rest; the index appears last.
     torchrun --standalone --nproc_per_node=8 scripts/cache_latents.py --data_path imagenet \\
         --cached_path imagenet_feature --vae_path kl16.ckpt --img_size 256
 """
-import argparse
 import hashlib
 import json
 import os
@@ -50,7 +49,7 @@ def crops_option(text):
 
 
 def parse_args():
-    parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ (and val/), or "
         "hf:OWNER/NAME, see docs/data.md")

@@ -11,7 +11,6 @@ same command resumes. --output_dir is a run like any other: eval.py, scripts/sam
 """
 from dataclasses import dataclass, replace
 
-
 from engine_flowar import train
 from models import FlowAR, FlowARError, load_flowar
 from models.registry import recognise_size
@@ -51,7 +50,8 @@ def open_teacher(args):
     """(FlowAR on the CPU, its Checkpoint, its Sampling) of --resume."""
     if not args.resume:
         raise FlowARError("--resume is missing: pass the teacher's checkpoint, or a name such as released:flowar_small")
-    for name in ("dry_run", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout", "label_drop_prob"):
+    for name in ("dry_run", "evaluate", "init_from", "condition_noise", "guide", "attn_dropout", "proj_dropout",
+                 "label_drop_prob"):
         if getattr(args, name):
             raise FlowARError(f"--{name} is not supported in distillation: leave it out")
     start = checkpoint.open_on_all(args.resume)

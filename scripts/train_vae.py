@@ -7,7 +7,6 @@ network trained on ImageNet; there is no adversarial part. This is for small ima
 replacement for KL-16. The latent scale and shift are measured at the end and stored in the file. The same command
 resumes a run that was killed at its last snapshot (`<output>.training`).
 """
-import argparse
 import itertools
 import math
 import time
@@ -42,7 +41,7 @@ PICTURES = 12
 
 
 def parse_args():
-    parser = Parser(__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data_path", type=as_type(path), required=True, help="folder or archive with train/ and val/, or "
         "hf:OWNER/NAME")

@@ -80,10 +80,18 @@ class Checked:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with a short usage line, whose errors are one line."""
+    """An ArgumentParser with a short usage line and one-line errors."""
 
     def __init__(self, description, usage="%(prog)s [options]", **more):
         super().__init__(description=description, usage=usage, allow_abbrev=False, **more)
+
+    def add_argument(self, *names, **more):
+        """argparse's; the help shows the default, if there is one."""
+        help, default = more.get("help"), more.get("default")
+        shown = default is not False and default not in (None, "", (), argparse.SUPPRESS)
+        if help and shown and "default" not in help:
+            more["help"] = f"{help} (default {','.join(map(str, default)) if type(default) is tuple else default})"
+        return super().add_argument(*names, **more)
 
     def error(self, message):
         text = f"error: {message.removeprefix('argument ')}\n"

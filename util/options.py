@@ -75,7 +75,8 @@ class Model(Checked):
     vae_embed_dim: int = setting(None, "latent channels; default: the VAE's, else 16", POSITIVE)
     vae_stride: int = setting(None, "downsampling factor of the VAE; default: the VAE's, else 16", POSITIVE)
     patch_size: int = setting(None, "patch size in latent pixels; default: the checkpoint's, else 1", POSITIVE)
-    class_num: int = setting(None, "number of classes; default: the checkpoint's, else that of class folders", POSITIVE)
+    class_num: int = setting(None, "number of classes; default: the checkpoint's, else the number of class "
+                           "folders", POSITIVE)
     diffloss_d: int = setting(None, "blocks in the flow head; default: set by --model", POSITIVE)
     diffloss_w: int = setting(None, "width of the flow head; default: set by --model", POSITIVE)
     buffer_size: int = setting(0, "only 0 is supported", COUNT)
@@ -86,8 +87,8 @@ class Model(Checked):
 @dataclass
 class Weights(Checked):
     """weights"""
-    resume: str = setting("", "checkpoint: a run's folder, a file, or an hf:, released: or demo: name; training "
-                          "starts from scratch if this is --output_dir and has none yet", optional_path)
+    resume: str = setting("", "checkpoint: a run's folder, a file, or an hf:, released: or demo: name; a training "
+                          "with a new --output_dir starts from scratch; distill.py: the teacher", optional_path)
     weights: str = setting(None, "which weights of --resume to sample: ema, raw or another key; default: ema if "
                            "present", str, beyond=True)
 
@@ -120,7 +121,7 @@ class Data(Checked):
     cached_path: str = setting("", "cached latents (scripts/cache_latents.py, MAR's or LightningDiT's), used if "
                                "present", optional_path)
     use_cached: bool = flag("fail if --cached_path contains no latents")
-    num_workers: int = setting(None, "data loading workers per process; default: its CPUs, at most 10", WORKERS)
+    num_workers: int = setting(None, "data loading workers per process; default: CPUs per process, at most 10", WORKERS)
     pin_mem: bool = turned_off_by("no_pin_mem", "do not pin memory for transfers to the GPU", on="pin_mem")
     cached_val_path: str = setting("", "cached latents of val/; default: encode its images", optional_path, beyond=True)
     flip: bool = turned_off_by("no_flip", "disable random horizontal flips in training", beyond=True)
