@@ -45,7 +45,7 @@ class AttnMLPBlock(nn.Module):
         return None
 
     def forward(self, h, modulation, time, z, keys_values, rope_table, pattern):
-        """h: (B, N, width) float32; modulation: SiLU(t + c), (B, N, width). The others are those of FlowAR-L's block."""
+        """h: (B, N, width) float32; modulation: SiLU(t + c), (B, N, width); the others as in FlowAR-L's block."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(modulation).chunk(6, dim=-1)
         h = h + gate1 * self.attn(modulate(h, scale1, shift1), rope_table, pattern)
         return h + gate2 * self.mlp(modulate(h, scale2, shift2))
@@ -69,8 +69,8 @@ class AttnCrossAttnMLPBlock(nn.Module):
         return self.crossattn.keys_and_values(self.norm2_2(z), rope_table)
 
     def forward(self, h, modulation, time, z, keys_values, rope_table, pattern):
-        """h: (B, N, width) float32; modulation: SiLU(t + c), (B, N, width); time: SiLU(t), (B, scales, width); z: (B, N,
-        cond_dim); keys_values: of z, None to compute them here; rope_table: (cos, sin); pattern: a Pattern or None.
+        """h: (B, N, width) float32; modulation: SiLU(t + c), (B, N, width); time: SiLU(t), (B, scales, width); z:
+        (B, N, cond_dim); keys_values: of z, None: made here; rope_table: (cos, sin); pattern: a Pattern or None.
         """
         gate, scale, shift = per_token(self.ada_lin_attn(time), pattern).chunk(3, dim=-1)
         h = h + gate * self.attn(modulate(h, scale, shift), rope_table, pattern)
@@ -90,7 +90,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, h, modulation):
-        shift, scale = self.adaLN_modulation[1](modulation).chunk(2, dim=-1)  # SiLU(c + t) comes in; the Sequential keeps the release's names
+        shift, scale = self.adaLN_modulation[1](modulation).chunk(2, dim=-1)  # SiLU is in it already
         return self.linear(modulate(h, scale, shift)).float()
 
 

@@ -311,13 +311,13 @@ class FlowAR(nn.Module):
         training = self.training
         self.eval()
         try:
-            reader = Reader(self, branches)
-            guide_reader = Reader(guide, labels) if guide is not None else None
+            transformer = CachedTransformer(self, branches)
+            guide_transformer = CachedTransformer(guide, labels) if guide is not None else None
             pyramid = []
             for k, s in enumerate(self.scale):
-                z, guide_head = reader.condition(k, forced or pyramid), None
+                z, guide_head = transformer.condition(k, forced or pyramid), None
                 if guide is not None:
-                    guide_head = guide.flownet, guide_reader.condition(k, forced or pyramid)
+                    guide_head = guide.flownet, guide_transformer.condition(k, forced or pyramid)
                 if k < len(given):
                     x = to_tokens(given[k])
                 else:
@@ -330,13 +330,13 @@ class FlowAR(nn.Module):
                     x = solver(velocity, e, times[k], generator)
                     if known:
                         x = torch.where(cells, x_known, x)
-                pyramid.append(to_grid(x.to(reader.c), s))
+                pyramid.append(to_grid(x.to(transformer.c), s))
             return pyramid
         finally:
             self.train(training)
 
 
-class Reader:
+class CachedTransformer:
     """The transformer in sampling: the condition scale by scale, with caches of the coarser ones.
 
     labels: (B,), or (2 B,) with those of the null branch, which reads the class branch's latents.

@@ -105,8 +105,8 @@ class Sampling:
     guidance: float = setting(0.9, "apply guidance only at times t <= this (t = 1 is noise)", FRACTION)
     guidance_low: float = setting(0.0, "apply guidance only at times t > this", FRACTION, beyond=True)
     num_steps: int | tuple = setting(
-        25, "steps per scale; on the release's time grid an odd number makes one fewer (25: 24); or one value per scale: "
-            "25:25:12",
+        25, "steps per scale; on the release's time grid an odd number makes one fewer (25: 24); or one value "
+            "per scale: 25:25:12",
         per_scale(STEPS), option="num_step")
     num_steps_last: int | None = setting(
         None, "num_step of the last scale, reached linearly from num_step at the first (DiSA)", STEPS,

@@ -11,15 +11,15 @@ class RectifiedFlowAR(FlowAR):
 
     teacher: FlowAR, no part of the student's weights and copies. solution: arguments of its sample_pyramid. reuse:
     times t of a pair (e, x'). at_noise: probability of a time of exactly 1, where sampling begins; others: t_dist.
-    forced: the coarser scales are the latents'; else what the teacher draws, as in sampling: labels are all it takes.
+    on_latents: the coarser scales are the latents'; else the teacher's samples, so that labels are enough.
     """
 
-    def __init__(self, teacher, solution, reuse=4, at_noise=0.25, forced=False, t_dist="uniform"):
+    def __init__(self, teacher, solution, reuse=4, at_noise=0.25, on_latents=False, t_dist="uniform"):
         super().__init__(**{**teacher.config, "attn_dropout": 0.0, "proj_dropout": 0.0, "condition_noise": 0.0,
                             "t_dist": t_dist})
         self.load_state_dict(teacher.state_dict())
         self.solve = lambda labels, **given: teacher.sample_pyramid(labels, **given, **solution)
-        self.reuse, self.at_noise, self.forced = reuse, at_noise, forced
+        self.reuse, self.at_noise, self.on_latents = reuse, at_noise, on_latents
 
     def draw(self, batch, generator=None):
         draws = super().draw(batch, generator)
@@ -33,7 +33,7 @@ class RectifiedFlowAR(FlowAR):
         check_labels(labels, self.class_num)
         if t is None or noise is None:
             t, noise = self.draw(len(labels))[:2]
-        forced = self.pyramid(latents) if self.forced else None
+        forced = self.pyramid(latents) if self.on_latents else None
         solution = self.solve(labels, noise=noise, forced=forced)
         z = self.condition_on(forced or solution, labels)
         scales, batch, reuse = t.shape

@@ -15,7 +15,7 @@ SOLUTION = dict(num_steps=6, cfg=3.0, guidance=0.8, solver="heun")
 @pytest.fixture(scope="module", params=[False, True], ids=["attn", "cross"])
 def pair(request):
     teacher = small_model(cross=request.param, attn_dropout=0.1, proj_dropout=0.1)
-    student = RectifiedFlowAR(teacher, SOLUTION, reuse=3, at_noise=0.25, forced=True).train()
+    student = RectifiedFlowAR(teacher, SOLUTION, reuse=3, at_noise=0.25, on_latents=True).train()
     latents, labels, _, noise = inputs(teacher, batch=4)
     return teacher, student, latents, labels, noise
 
