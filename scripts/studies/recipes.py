@@ -44,8 +44,8 @@ OTHER = {  # warm-ups are those of 40,000 images
     "warm-up 1 %": "--warmup_epochs 0.02", "warm-up 20 %": "--warmup_epochs 0.4",
     "EMA 0.98": "--ema_rate 0.98", "EMA 0.99": "--ema_rate 0.99", "linear end": "--lr_schedule linear_end"}
 TUNED = "--weight_decay 0.1"
-COMBINED = {"linear end": "--lr_schedule linear_end", "condition noise 0.1": "--condition_noise 0.1",
-            "shift 0.5": "--t_dist shift:0.5", "logit-normal 0, 1": "--t_dist logit_normal:0,1"}
+COMBINED = {"linear end": "--lr_schedule linear_end", "shift 0.5": "--t_dist shift:0.5",
+            "logit-normal 0, 1": "--t_dist logit_normal:0,1"}
 LARGER = {256: "0.92", 1024: "0.72"}  # images a step: EMA rate of about as many images as 0.98 at 64
 OPTIMIZERS = {"AdamW": "", "Muon": f"{MUON} "}
 
@@ -67,6 +67,8 @@ GROUPS = {  # {group: {name: options of training}}
     "muon": {f"muon, {name}": f"{MUON} --lr {BEST} {options}" for name, options in OTHER.items()},
     "tuned": {name: f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98" for name, muon in OPTIMIZERS.items()},
     "batch": batch_recipes(),
+    "noise": {f"{name}, condition noise {std}": f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98 --condition_noise {std}"
+              for std, (name, muon) in itertools.product((0.1, 0.3), OPTIMIZERS.items())},
     "combined": {f"Muon, {name}": f"{MUON} --lr {BEST} {TUNED} --ema_rate 0.98 {options}"
                  for name, options in COMBINED.items()},
 }
