@@ -1,5 +1,6 @@
 """The programs end to end: published commands, training, resume, processes, evaluation, messages."""
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image
 from models import FlowARError, build_model
 from util.command_line import parse_options
 from util.geometry import default_scales, resolve_geometry
-from util.options import SETTINGS, EvaluationOptions, SamplingOptions, TrainingOptions, check_single, model_options
+from util.options import SETTINGS, EvaluationOptions, SamplingOptions, TrainingOptions, check_single, check_training, model_options
 from util.training.optimization import build_optimizer
 
 PUBLISHED_TRAINING = """--img_size 256 --vae_path x/kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1
@@ -79,6 +80,18 @@ def test_scripts_hold_the_commands(kind, size):
     program, options = re.search(r"(main_flowar|eval)\.py \\\n(.*)\"\$@\"", text, re.DOTALL).groups()
     args = parse_options(TrainingOptions if program == "main_flowar" else EvaluationOptions, shlex.split(options.replace("\\\n", " ")))
     assert args.model.startswith(f"flowar_{size}")
+
+
+def test_the_fast_script_starts_a_training_with_muon(tmp_path):
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "train_flowar_s_fast.sh"), "--epochs", "20"], env=environment, capture_output=True, text=True,
+                          check=True)
+    words = done.stdout.splitlines()
+    args = parse_options(TrainingOptions, words[words.index("main_flowar.py") + 1:])
+    check_training(args)
+    assert (args.model, args.optimizer, args.condition_noise, args.epochs, args.batch_size) == ("flowar_small", "muon", 0.1, 20, 64)
 
 
 @pytest.mark.parametrize("vae", ["sd", "dc"])
