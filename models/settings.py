@@ -143,6 +143,8 @@ class Sampling:
         a name that is none.
         """
         names = [field.name for field in dataclasses.fields(cls)]
+        by_option = {option_name(field): field.name for field in dataclasses.fields(cls)}  # num_step is num_steps
+        given = {by_option.get(name, name): value for name, value in given.items()}
         for name in given:
             if name not in names:
                 raise FlowARError(f"{name}: not a sampling setting; expected one of {', '.join(names)}")

@@ -73,6 +73,8 @@ def read_vae(path):
     the like; by path or by name, see models.hub. Its tensors tell its size.
     """
     path = local_file(path, DEMO_VAE)
+    if not path.is_file():
+        raise FlowARError(f"{path}: file not found: pass the VAE with --vae_path")
     content = read_file(path)
     weights = find_weights(content, path, "VAE", VAE)
     state, ch = weights.tensors, len(weights.tensors["encoder.conv_in.weight"])

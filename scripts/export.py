@@ -169,7 +169,8 @@ images = pipe([0, 1, 2, 3], seed=0)  # PIL images of these labels
 
 
 def table(values):
-    return "\n".join(["| | |", "|---|---|", *(f"| {plain(name)} | {plain(value)} |" for name, value in values.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {plain(name)} | {plain(value)} |" for name, value in values.items()
+                                         if value is not None)])
 
 
 def plain(value):

@@ -48,8 +48,8 @@ def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", type=as_type(DEVICE), default="auto", help="cpu: a trial run with small sizes")
-    add("--minutes", type=as_type(REAL), default=9, help="a stage starts only if its limit fits into this time; the same "
-        "command continues with the rest")
+    add("--minutes", type=as_type(REAL), default=9, help="a stage starts only if its limit fits into this time; the "
+        "same command continues with the rest")
     add("--sizes", type=as_type(list_of(one_of(*SAMPLING))), default=tuple(SAMPLING)[:3], help="three models to "
         "measure")
     add("--batches", type=as_type(list_of(POSITIVE)), default=(1, 64, 256), help="three batch sizes")

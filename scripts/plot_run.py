@@ -60,7 +60,7 @@ def read_run(name):
     if file.is_dir():
         file /= "log.jsonl"
     groups = {}
-    for line in read_lines(file):  # of two lines of a step the later one counts
+    for line in read_lines(file) if file.is_file() else ():  # of two lines of a step the later one counts
         groups.setdefault(line["group"], {})[line["step"]] = line
     if not groups.get("train"):
         raise FlowARError(f"{file}: no training entries found: expected a log of main_flowar.py")

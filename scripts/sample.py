@@ -27,7 +27,7 @@ KINDS = {  # option: what it draws
     "trajectory": "the first image's last scale on its way from noise",
     "variations": "--per_class images that share their first --keep_scales scales",
     "interpolate": "--per_class images between the first and the last of --seeds",
-    "edit": "an image of the first label, with its fine scales sampled for the others"}
+    "edit": "an image of the first label, and its finer scales sampled again for each other label"}
 
 FILES = (*KINDS, "inpaint", "folder")
 
@@ -36,8 +36,12 @@ def seed_list(text):
     """'0-15' or '1,4,9-11' -> (0, 1, ..., 15)."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise ValueError("expected seeds such as 0-15 or 1,4,9")
-    parts = [part.partition("-") for part in text.split(",")]
-    return tuple(value for first, _, last in parts for value in range(SEED(first), SEED(last or first) + 1))
+    seeds = []
+    for first, _, last in (part.partition("-") for part in text.split(",")):
+        if SEED(last or first) < SEED(first):
+            raise ValueError("expected the smaller seed first")
+        seeds += range(SEED(first), SEED(last or first) + 1)
+    return tuple(seeds)
 
 
 def sample_parser():
@@ -134,6 +138,8 @@ def draw(kind, pipe, labels, args):
             raise FlowARError("--interpolate needs two seeds: --seeds 0,1")
         return [pipe.interpolate(first, start, args.seeds[-1], args.per_class)], names[:1], []
     if kind == "edit":
+        if len(labels) < 2:
+            raise FlowARError("--edit needs two labels: --labels 9,7")
         edited = [pipe.edit(first, label, args.keep_scales, seed=start)[0] for label in labels[1:]]
         return [[pipe(first, seed=start)[0], *edited]], [""], names
     image, mask = map(open_image, args.inpaint[:2])

@@ -29,7 +29,7 @@ mkdir -p "$OUTPUT"
 touch "$OUTPUT/started"
 
 # One process a GPU straight from srun, without torchrun: signals reach it and its exit status comes back. Ranks that
-# leave have two minutes to save; --kill-on-bad-exit=1 would kill the others at the first, and return the status of the killed.
+# leave have two minutes to save; --kill-on-bad-exit=1 would kill the others at the first, and return their status.
 # --export=ALL: after sbatch --export=NONE or --export=OUTPUT=..., ranks would not get what is exported above.
 # shellcheck disable=SC2016 # that bash's own variables
 srun --export=ALL --kill-on-bad-exit=0 --wait=120 \

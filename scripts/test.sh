@@ -4,4 +4,4 @@ set -euo pipefail
 EXTRA="test"
 source "$(dirname "$0")/env.sh"
 export OMP_NUM_THREADS=1
-exec python -m pytest -q -n "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder tests "$@"
+exec python -m pytest -q -n "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder "$@"

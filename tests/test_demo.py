@@ -27,6 +27,7 @@ SETTINGS = {
     "cool": dict(STEPS, temperature=0.9),
     "plain": dict(STEPS, cfg=1.0),
 }
+TOLERANCE = 1e-4  # CPUs with and without AVX-512 differ by 2e-5 of the largest value after these steps
 STUDENT, GUIDED = "demo:fashion/student.safetensors", dict(cfg=1.5, guidance=1.0, num_step=6)
 
 
@@ -45,18 +46,18 @@ def draw(pipe, **settings):
 def test_samples_are_golden(pipe, name):
     arrays, meta = golden.load("demo")
     assert meta["weights"] == hub.DEMO_FILES
-    golden.assert_close(draw(pipe, **SETTINGS[name]), arrays[name])
+    golden.assert_close(draw(pipe, **SETTINGS[name]), arrays[name], TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_samples_of_the_student_are_golden(steps):
     arrays, _ = golden.load("demo")
-    golden.assert_close(draw(load_pipeline(STUDENT, device="cpu"), num_steps=steps), arrays[f"student_{steps}"])
+    golden.assert_close(draw(load_pipeline(STUDENT, device="cpu"), num_steps=steps), arrays[f"student_{steps}"], TOLERANCE)
 
 
 def test_samples_guided_by_the_student_are_golden():
     arrays, _ = golden.load("demo")
-    golden.assert_close(draw(load_pipeline("demo:fashion", device="cpu", guide=STUDENT, **GUIDED)), arrays["guided"])
+    golden.assert_close(draw(load_pipeline("demo:fashion", device="cpu", guide=STUDENT, **GUIDED)), arrays["guided"], TOLERANCE)
 
 
 def test_the_classifier_finds_the_labels(pipe):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
     """
     check_place(Path(folder))
     file, here = open(Path(folder) / LOCK, "a+"), f" on {socket.gethostname()}"
-    start, before = time.monotonic(), last_change(folder)
+    start, before, told = time.monotonic(), last_change(folder), False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +61,9 @@ def lock_folder(folder, patience=LOCK_PATIENCE):
         file.seek(0)
         owner = file.read().strip() or f"unknown{here}"
         elsewhere = not owner.endswith(here)
+        if not told:
+            print(f"{folder}: another run is writing here ({owner}): waiting for it", file=sys.stderr)
+            told = True
         if time.monotonic() > start + (LEASE if elsewhere else patience):
             error = FlowARError(f"{folder}: another run is writing here ({owner}): wait for it, stop it, or choose "
                                 "another --output_dir")

@@ -124,6 +124,9 @@ def build_run(args, device, build=lambda args, record: build_model(args.model, *
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = checkpoint.resume(start, (network, ema, optimizer, scaler), record)
     del start  # the file is mapped no longer
+    if args.warmup_epochs >= args.epochs:
+        log(f"warning: --warmup_epochs {args.warmup_epochs:g} with --epochs {args.epochs}: the learning rate never "
+            "reaches its peak")
     if args.dry_run:
         return dry_run.report(args, source, network, optimizer, progress)
     cluster.agree("the step to resume at", (progress.epoch, progress.step))

@@ -4,9 +4,9 @@
     python scripts/studies/recipes.py --root output/recipes --groups tuned --images 40000,80000 --cfg 1,1.5,2,2.5,3
 
 ROOT has images, latents, latents_val and val_stats.npz, as scripts/quickstart.sh makes them. Trains every recipe of
---groups for each of --images and --seeds, and evaluates it at each --cfg; a row of the table has the cfg with the lowest
-mean distance. What is done is kept in ROOT/recipes: the same command resumes. Writes a table, all figures as .json and
-the curves as .png there, with the groups in their names.
+--groups for each of --images and --seeds, and evaluates it at each --cfg; a row of the table has the cfg with the
+lowest mean distance. What is done is kept in ROOT/recipes: the same command resumes. Writes a table, all figures
+as .json and the curves as .png there, with the groups in their names.
 """
 import itertools
 import math
@@ -181,7 +181,8 @@ def main():
     file = root / "recipes" / re.sub("[^a-z0-9]+", "-", "_".join(args.groups))
     write_bytes(f"{text}\n".encode(), file.with_suffix(".md"))
     products = "float32" if device.type == "cpu" else "bfloat16"
-    write_json({**vars(args), **describe_machine(device), "muon_products": products, "rows": record}, file.with_suffix(".json"))
+    about = {**vars(args), **describe_machine(device), "muon_products": products}
+    write_json({**about, "rows": record}, file.with_suffix(".json"))
     plot(args, rows, record, epoch_images, file.with_suffix(".png"))
 
 

@@ -13,6 +13,7 @@ from scripts import sample
 from helpers import call, inputs, read_checkpoint, run_with_settings, small_model, train
 from models import FlowARError, vaes
 from models.flow_matching import SOLVERS
+from models.settings import Sampling
 from models.vae import DiagonalGaussian, LatentScale
 from scripts.pictures import read_settings
 from util.command_line import parse_options
@@ -213,9 +214,13 @@ def test_the_trajectory_begins_in_noise_and_ends_in_the_image(pipe):
     assert not pipe.sampler.model.flownet._forward_pre_hooks
 
 
+def test_a_setting_goes_by_its_option_too():
+    assert Sampling.of({}, {"num_step": 3}) == Sampling(num_steps=3)
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda pipe: pipe([11]), "label 11: the model has classes 0..9"), (lambda pipe: pipe([1], cfg=0.5), "cfg is 0.5: expected a number"),
-    (lambda pipe: pipe([1], num_step=3), "num_step: not a sampling setting; expected one of cfg, cfg_schedule, guidance"),
+    (lambda pipe: pipe([1], steps=3), "steps: not a sampling setting; expected one of cfg, cfg_schedule, guidance"),
     (lambda pipe: pipe([1], num_steps=4, num_steps_last=6), "at least num_steps_last"),
     (lambda pipe: load_pipeline("x", cfg="3,4"), "cfg has 2 values")])
 def test_bad_calls_are_named(pipe, call, message):

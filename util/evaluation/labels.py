@@ -164,6 +164,9 @@ def find_label(label, names):
                           f"{', '.join(map(str, matches))}")
     if not matches:
         near = [name for name in names if text.casefold() in name.casefold()]
-        near = near or difflib.get_close_matches(text, names, n=5) or names[:3]
-        raise FlowARError(f"label {text!r}: no such class; similar names: {name_some(near)}")
+        near = near or difflib.get_close_matches(text, names, n=5)
+        hint = f"expected 0 to {len(names) - 1}, or a name such as {names[0]}"
+        if near:
+            hint = f"similar names: {name_some(near)}"
+        raise FlowARError(f"label {text!r}: no such class; {hint}")
     return matches[0]

@@ -3,8 +3,8 @@
 checkpoint-last.pth is the release's {model, model_ema, optimizer, epoch, scaler, args} and what this code resumes
 from; a released file is a bare state dict of EMA weights. checkpoint-<step>.json stands beside checkpoint-<step>.pth,
 {step, epoch, done, milestone}, so that no listing opens tensors. No random state: draws follow from (seed,
-step), dropout also from the rank. No checksum: a file gets its name when all of it is on the disk, and one that was cut lacks the zip's
-directory, which is its end.
+step), dropout also from the rank. No checksum: a file gets its name when all of it is on the disk, and one that was
+cut lacks the zip's directory, which is its end.
 """
 import contextlib
 import functools
@@ -281,7 +281,8 @@ def open_newest(name):
         candidates = list_checkpoints(path) or [path / EXPORTED, path / BARE]
     candidates = [candidate for candidate in candidates if candidate.is_file()]
     if not candidates:
-        raise FlowARError(f"{name}: not found: expected a checkpoint file, or a directory with {LAST}, {EXPORTED} or "
+        what = "no checkpoint in it" if path.is_dir() else "not found"
+        raise FlowARError(f"{name}: {what}: expected a checkpoint file, or a directory with {LAST}, {EXPORTED} or "
                           f"{BARE}")
     for candidate in candidates[:-1]:
         try:
