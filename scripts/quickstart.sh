@@ -53,7 +53,8 @@ done
 stage "training -> $OUT/run"
 python main_flowar.py --img_size 32 --vae_path "$VAE" --vae_embed_dim 4 \
     --vae_stride 4 --patch_size 2 --model flowar_tiny --epochs 4 --warmup_epochs 0.2 \
-    --batch_size 64 --lr 8e-3 --ema_rate 0.98 --attn_dropout 0 --proj_dropout 0 --no_flip \
+    --batch_size 64 --lr 8e-3 --weight_decay 0.1 --condition_noise 0.3 --ema_rate 0.98 --attn_dropout 0 \
+    --proj_dropout 0 --no_flip \
     --save_last_freq 1 --eval_freq 4 --cfg 2.5 --guidance 1 --solver ab2 --num_step 12 --time_grid uniform \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" \
     --cached_val_path "$OUT/latents_val" --num_workers 0 --device "$DEVICE"

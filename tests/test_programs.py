@@ -91,7 +91,7 @@ def test_the_fast_script_starts_a_training_with_muon(tmp_path):
     words = done.stdout.splitlines()
     args = parse_options(TrainingOptions, words[words.index("main_flowar.py") + 1:])
     check_training(args)
-    assert (args.model, args.optimizer, args.condition_noise, args.epochs, args.batch_size) == ("flowar_small", "muon", 0.1, 20, 64)
+    assert (args.model, args.optimizer, args.condition_noise, args.epochs, args.batch_size) == ("flowar_small", "muon", 0.3, 20, 64)
 
 
 @pytest.mark.parametrize("vae", ["sd", "dc"])

@@ -30,11 +30,12 @@ cache "$OUT/fewer" train "$OUT/fewer_latents"
 COMMON=(--vae_path demo:fashion --cached_val_path "$OUT/latents_val" --cfg 2.5 --guidance 1 --solver ab2 --num_step 12
     --time_grid uniform --no_flip --num_workers 1)
 
-python main_flowar.py --img_size 32 --vae_embed_dim 4 --vae_stride 4 --patch_size 2 --model flowar_tiny --epochs 10 \
-    --warmup_epochs 0.5 --batch_size 64 --lr 4e-3 --ema_rate 0.999 --attn_dropout 0 --proj_dropout 0 --eval_freq 3 \
+torchrun --standalone --nproc_per_node=2 main_flowar.py --img_size 32 --vae_embed_dim 4 --vae_stride 4 --patch_size 2 \
+    --model flowar_tiny --epochs 10 --warmup_epochs 0.5 --batch_size 32 --optimizer muon --lr 8e-3 \
+    --weight_decay 0.1 --condition_noise 0.3 --ema_rate 0.999 --attn_dropout 0 --proj_dropout 0 --eval_freq 5 \
     --output_dir "$OUT/run" --resume "$OUT/run" --data_path "$OUT/images" --cached_path "$OUT/latents" "${COMMON[@]}"
-python scripts/distill.py --resume "$OUT/run" --output_dir "$OUT/student" --data_path "$OUT/fewer" \
-    --cached_path "$OUT/fewer_latents" "${COMMON[@]}" # 20,000 pairs
+torchrun --standalone --nproc_per_node=2 scripts/distill.py --resume "$OUT/run" --output_dir "$OUT/student" \
+    --data_path "$OUT/fewer" --cached_path "$OUT/fewer_latents" --batch_size 8 "${COMMON[@]}" # 20,000 pairs
 
 for name in run student; do
     [ -d "$OUT/$name-export" ] || python scripts/export.py --resume "$OUT/$name" --output "$OUT/$name-export"
