@@ -21,7 +21,7 @@ HUB, RELEASE_PREFIX, DEMO_PREFIX = "hf:", "released:", "demo:"
 DEMO_FOLDER = Path(__file__).with_name("demo")
 DEMO_FILES = {  # SHA-256
     "fashion/model.safetensors": "a9a3d6369bf46074ac2fcd3dae8517baf4c4b9bca41e93d27db45db0e86a72ab",
-    "fashion/student.safetensors": "fa4b14717c0bedd13dd67c33a68a32b11c50165e293a68279114e33d27d8278e",
+    "fashion/student.safetensors": "2f4bc6355bf2d83107f6d004d7c793d47c438eb3b9b5a4858a600b29c66c8702",
     "fashion/vae.safetensors": "5064b09ba20c51c13b0363643b5fb4df057e4d60bcd8dbd76b8e47c9d89b7881",
     "fashion/classifier.safetensors": "07e3a2ab24a99b78e7de855e03847ca7ebffb8b0ec5d0e96a11553cd8daabb22",
 }
