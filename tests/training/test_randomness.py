@@ -65,7 +65,7 @@ def test_draws_are_distributed_as_the_method_says():
     assert not torch.equal(t[0], t[1])  # each scale has a time of its own
     assert [tuple(e.shape) for e in noise] == [(20000, s * s, 4) for s in model.scale]
     assert all(abs(e.mean()) < 0.02 and abs(e.var() - 1) < 0.03 for e in noise) and abs(drop.float().mean() - 0.3) < 0.01
-    assert condition_noise == []
+    assert condition_noise == ()
 
 
 def test_training_times_and_noise_on_what_is_read_are_drawn_after_all_else_and_not_in_validation():
@@ -81,7 +81,7 @@ def test_training_times_and_noise_on_what_is_read_are_drawn_after_all_else_and_n
     mine = draw(model, 6, 1, "cpu").take(slice(1, 6, 2)).draws
     assert torch.equal(mine.condition_noise[0], draw(model, 6, 1, "cpu").draws.condition_noise[0][1::2])
     for drawn in (model.eval().draw(4, torch.Generator().manual_seed(0)), draw_each(model, 1, VALIDATION, [4, 5]).draws):
-        assert drawn.condition_noise == []
+        assert drawn.condition_noise == ()
     assert torch.equal(model.draw(4, torch.Generator().manual_seed(0)).t, plain.draw(4, torch.Generator().manual_seed(0)).t)
 
 
