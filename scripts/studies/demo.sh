@@ -28,7 +28,7 @@ cache "$OUT/images" train "$OUT/latents"
 cache "$OUT/images" val "$OUT/latents_val"
 cache "$OUT/fewer" train "$OUT/fewer_latents"
 COMMON=(--vae_path demo:fashion --cached_val_path "$OUT/latents_val" --cfg 2.5 --guidance 1 --solver ab2 --num_step 12
-    --time_grid uniform --no_flip --num_workers 1)
+    --time_grid uniform --no_flip --num_workers 1 --device cpu)
 
 torchrun --standalone --nproc_per_node=2 main_flowar.py --img_size 32 --vae_embed_dim 4 --vae_stride 4 --patch_size 2 \
     --model flowar_tiny --epochs 10 --warmup_epochs 0.5 --batch_size 32 --optimizer muon --lr 8e-3 \

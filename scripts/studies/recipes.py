@@ -68,7 +68,7 @@ GROUPS = {  # {group: {name: options of training}}
     "tuned": {name: f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98" for name, muon in OPTIMIZERS.items()},
     "batch": batch_recipes(),
     "noise": {f"{name}, condition noise {std}": f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98 --condition_noise {std}"
-              for std, (name, muon) in itertools.product((0.1, 0.3, 0.6), OPTIMIZERS.items())},
+              for std, (name, muon) in itertools.product((0.1, 0.3, 0.6, 1.0), OPTIMIZERS.items())},
     "combined": {f"Muon, {name}": f"{MUON} --lr {BEST} {TUNED} --ema_rate 0.98 {options}"
                  for name, options in COMBINED.items()},
 }
