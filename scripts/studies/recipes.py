@@ -3,10 +3,10 @@
     python scripts/studies/recipes.py --root output/recipes --groups "adamw rate,muon rate" --images 40000 --seeds 9
     python scripts/studies/recipes.py --root output/recipes --groups tuned --images 40000,80000 --cfg 1,1.5,2,2.5,3
 
-ROOT has images, latents, latents_val and val_stats.npz, as scripts/quickstart.sh makes them. Trains every recipe of
---groups for each of --images and --seeds, and evaluates it at each --cfg; a row of the table has the cfg with the
-lowest mean distance. What is done is kept in ROOT/recipes: the same command resumes. Writes a table, all figures
-as .json and the curves as .png there, with the groups in their names.
+ROOT has images, latents, latents_val and val_stats.npz, as scripts/quickstart.sh makes them; another data set's VAE
+and size are --options. Trains every recipe of --groups for each of --images and --seeds, and evaluates it at each
+--cfg; a row of the table has the cfg with the lowest mean distance. What is done is kept in ROOT/recipes: the same
+command resumes. Writes a table, all figures as .json and the curves as .png there, with the groups in their names.
 """
 import itertools
 import math
@@ -31,7 +31,7 @@ from util.manifest import RUN, describe_machine
 from util.training.logging import read_lines
 
 SAMPLING = ("eval.py --solver ab2 --num_step 12 --time_grid uniform --guidance 1 --fid_stats {root}/val_stats.npz "
-            "--feature_extractor efficientnet-lite0 --save_images")
+            "--feature_extractor efficientnet-lite0 --labels train --save_images")
 # On a CPU Muon's products are in float32: many emulate bf16, which takes three times as long.
 FLOAT_MUON = ("import runpy, sys, torch; torch.Tensor.bfloat16 = torch.Tensor.float; sys.argv.pop(0); "
               "runpy.run_path(sys.argv[0], run_name='__main__')")
