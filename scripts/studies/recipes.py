@@ -43,7 +43,8 @@ OTHER = {  # warm-ups are those of 40,000 images
     "weight decay 0": "--weight_decay 0", "weight decay 0.1": "--weight_decay 0.1",
     "warm-up 1 %": "--warmup_epochs 0.02", "warm-up 20 %": "--warmup_epochs 0.4",
     "EMA 0.98": "--ema_rate 0.98", "EMA 0.99": "--ema_rate 0.99", "linear end": "--lr_schedule linear_end"}
-TUNED = "--weight_decay 0.1"
+DECAY = "--weight_decay 0.1"
+TUNED = f"--lr {BEST} {DECAY} --ema_rate 0.98"
 COMBINED = {"linear end": "--lr_schedule linear_end", "shift 0.5": "--t_dist shift:0.5",
             "logit-normal 0, 1": "--t_dist logit_normal:0,1"}
 LARGER = {256: "0.92", 1024: "0.72"}  # images a step: EMA rate of about as many images as 0.98 at 64
@@ -55,9 +56,15 @@ def batch_recipes():
     recipes = {}
     for batch, ema in LARGER.items():
         for (name, muon), rate in itertools.product(OPTIMIZERS.items(), ("8e-3", "1.6e-2", "3.2e-2")):
-            options = f"{muon}--lr {rate} {TUNED} --ema_rate {ema} --global_batch {batch}"
+            options = f"{muon}--lr {rate} {DECAY} --ema_rate {ema} --global_batch {batch}"
             recipes[f"{name}, {batch} images a step, {rate}"] = options
     return recipes
+
+
+def noise_recipes(*levels):
+    """Both optimizers with condition noise of every level."""
+    return {f"{name}, condition noise {std}": f"{muon}{TUNED} --condition_noise {std}"
+            for std, (name, muon) in itertools.product(levels, OPTIMIZERS.items())}
 
 
 GROUPS = {  # {group: {name: options of training}}
@@ -65,12 +72,11 @@ GROUPS = {  # {group: {name: options of training}}
     "muon rate": {f"muon {rate}": f"{MUON} --lr {rate}" for rate in RATES},
     "adamw": {f"adamw, {name}": f"--lr {BEST} {options}" for name, options in OTHER.items()},
     "muon": {f"muon, {name}": f"{MUON} --lr {BEST} {options}" for name, options in OTHER.items()},
-    "tuned": {name: f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98" for name, muon in OPTIMIZERS.items()},
+    "tuned": {name: f"{muon}{TUNED}" for name, muon in OPTIMIZERS.items()},
     "batch": batch_recipes(),
-    "noise": {f"{name}, condition noise {std}": f"{muon}--lr {BEST} {TUNED} --ema_rate 0.98 --condition_noise {std}"
-              for std, (name, muon) in itertools.product((0.1, 0.3, 0.6, 1.0), OPTIMIZERS.items())},
-    "combined": {f"Muon, {name}": f"{MUON} --lr {BEST} {TUNED} --ema_rate 0.98 {options}"
-                 for name, options in COMBINED.items()},
+    "noise": noise_recipes(0.3),
+    "noise level": noise_recipes(0.1, 0.6, 1.0),
+    "combined": {f"Muon, {name}": f"{MUON} {TUNED} {options}" for name, options in COMBINED.items()},
 }
 COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": ".3f", "recall": ".3f",
            "classifier accuracy": ".1%"}
@@ -208,7 +214,7 @@ def plot(args, rows, record, epoch_images, file):
             for cfg, seeds in samples.items():
                 color = axes[-1].lines[-1].get_color()
                 axes[-1].plot([cfg] * len(seeds), [each[0] for each in seeds], ".", color=color)
-            axes[-1].set(xlabel="cfg", ylabel="distance to the test images")
+            axes[-1].set(xlabel="cfg", ylabel="distance")
     axes[0].set(xlabel="images", ylabel="training loss", ylim=(0.95 * lowest, 2 * lowest))
     axes[0].legend(fontsize=7)
     if args.step_seconds:

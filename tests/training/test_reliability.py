@@ -149,12 +149,12 @@ def test_in_the_middle_of_an_epoch_data_and_batch_stay(project, tmp_path):
     assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 3
 
 
-def test_validation_does_not_depend_on_the_batch(project, tmp_path):
+def test_validation_does_not_depend_on_the_batch_or_the_seed(project, tmp_path):
     train(project, tmp_path, "--epochs 1")
     before, = [line["loss"] for line in read_log(tmp_path) if line["group"] == "val"]
     lines = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if json.loads(line)["group"] == "train"]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
-    train(project, tmp_path, f"--epochs 1 --batch_size 3 --global_batch 16 --resume {tmp_path}")  # makes the report again
+    train(project, tmp_path, f"--epochs 1 --batch_size 3 --global_batch 16 --seed 1 --resume {tmp_path}")  # makes the report again
     assert [line["loss"] for line in read_log(tmp_path) if line["group"] == "val"] == [pytest.approx(before, rel=1e-5)]
 
 
