@@ -85,7 +85,7 @@ COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": "
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--root", type=as_type(path), default="output/recipes", help="folder of the data")
+    add("--root", type=as_type(path), default="output/recipes", help="folder with images, latents, latents_val and val_stats.npz")
     add("--groups", type=as_type(list_of(one_of(*GROUPS))), default=("tuned",), help=", ".join(GROUPS))
     add("--images", type=as_type(list_of(POSITIVE)), default=(80000,), help="training images, in whole epochs")
     add("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
@@ -156,6 +156,9 @@ def main():
     args = parse_args()
     root, device = Path(args.root), select_device(args.device)
     epoch_images = sum(1 for _ in (root / "images" / "train").glob("*/*"))
+    if not epoch_images:
+        raise FlowARError(f"{root}/images/train: no images found: scripts/quickstart_data.py writes them, "
+                          "scripts/quickstart.sh shows the rest of --root")
     if partial := [images for images in args.images if images % epoch_images]:
         raise FlowARError(f"--images {partial[0]}: expected a multiple of the {epoch_images} in {root}/images/train")
     if len(args.step_seconds) not in (0, 2):
