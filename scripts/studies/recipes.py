@@ -85,7 +85,8 @@ COLUMNS = {"loss": ".4f", "EMA's loss": ".4f", "distance": ".1f", "precision": "
 def parse_args():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--root", type=as_type(path), default="output/recipes", help="folder with images, latents, latents_val and val_stats.npz")
+    add("--root", type=as_type(path), default="output/recipes", help="folder with images, latents, latents_val and "
+        "val_stats.npz")
     add("--groups", type=as_type(list_of(one_of(*GROUPS))), default=("tuned",), help=", ".join(GROUPS))
     add("--images", type=as_type(list_of(POSITIVE)), default=(80000,), help="training images, in whole epochs")
     add("--seeds", type=as_type(list_of(COUNT)), default=(0, 1, 2), help="of training and sampling")
