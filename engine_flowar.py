@@ -250,7 +250,7 @@ def save_checkpoint(run):
 @torch.no_grad()
 def validate(network, source, precision):
     """(loss, {scale: loss}) of a validation set, without dropout or label drop. An image's draws are always the same,
-    whatever --seed: those of 2,000 images move the loss by 1 to 7 %, which would hide what a change does.
+    whatever --seed: draws of their own would move the losses of seeds apart by more than most changes do.
     """
     training, loader = network.training, source.loader
     network.eval()
