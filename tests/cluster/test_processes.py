@@ -27,6 +27,7 @@ def main():
     rank, attempt = cluster.rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "none")
     print(f"start {{attempt}}", flush=True)
     if attempt == "0":
+        cluster.barrier()  # both have joined and printed
         if rank == 1:
             refuse("a disk of rank 1 alone")
         cluster.barrier()
