@@ -89,6 +89,7 @@ def test_what_options_add_to_disk_and_memory(project, tmp_path, monkeypatch, cap
     assert "32 images per step: 16 x 2 processes x 1 forward passes" in said and "2 per epoch, 4 in total" in said
     assert "2 kept by --keep_every, 2 snapshots for --posthoc_ema" in said and "copies of the weights in bf16" in said and re.search("power averages +0.017", said)
     assert " and 63,744 with weight decay 0.02 and 663,168 with weight decay 0.02, by Muon)" in said  # one moment less of these
+    assert "--fsdp" not in said
 
 
 def test_it_goes_on_from_a_run(project, monkeypatch, capsys):
@@ -112,6 +113,17 @@ def test_it_refuses_what_would_fail_later(project, tmp_path, monkeypatch, option
         call(monkeypatch, f"{training_command(project, tmp_path / 'out')} {options.format(p=project)}")
     assert message.format(p=project) in str(ended.value) and "\n" not in str(ended.value)
     assert cluster.world_size() == 1 and files(project) == before and not files(tmp_path)
+
+
+def test_it_runs_under_torchrun_with_one_process(project, tmp_path, monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    command = f"{training_command(project, tmp_path / 'out')} --dry_run 4 --batch_size 4"
+    call(monkeypatch, command)
+    assert "4 x 4 processes" in capsys.readouterr().out and not files(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FlowARError, match="GPUS=1 NNODES=1"):
+        call(monkeypatch, command)
 
 
 # ---- the count of activations ------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ HALF, FLOAT = 2, 4  # bytes
 
 def run(args, build_run):
     """build_run(options, device) as if it were one of --dry_run processes."""
-    if args.evaluate or "RANK" in os.environ:
-        raise FlowARError("--dry_run checks a training in a single process: leave out --evaluate and torchrun")
+    if args.evaluate or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise FlowARError("--dry_run checks a training in a single process: leave out --evaluate and torchrun, or set "
+                          "GPUS=1 NNODES=1 for scripts/train_*.sh")
     with cluster.pretend(args.dry_run), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # of a checkpoint
         build_run(args, cluster.select_device("cpu"))
@@ -118,8 +119,9 @@ def report_memory(args, network, parameters, moments):
     line(f"activations of {args.batch_size} images ({an_image[0] / MIB:.0f} and {an_image[1] / MIB:.0f} MiB each)",
          activations)
     line("total", [states + copies + size for size in activations])
-    line(f"total with --fsdp: first line / {args.dry_run}, plus one whole block",
-         [sharded + copies + size for size in activations])
+    if args.optimizer != "muon":  # refused with --fsdp
+        line(f"total with --fsdp: first line / {args.dry_run}, plus one whole block",
+             [sharded + copies + size for size in activations])
     log("  not counted: CUDA and NCCL, fragmentation, and the VAE if it encodes images on the fly")
 
 
